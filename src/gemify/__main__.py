@@ -1,0 +1,5 @@
+"""`python -m gemify`."""
+
+from gemify.cli import main
+
+main()

@@ -1,0 +1,51 @@
+"""Is the language model still the one it was? Logits compared bit for bit, and held-out loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from gemify.model.batching import length_groups
+from gemify.model.passes import positions_of, right_pad
+
+PROBES = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
+    "Q: What do plants need to grow?\nA: Water, light and",
+    "Once upon a time, in a village at the edge of a great forest, there lived an old clockmaker who",
+    "1, 2, 4, 8, 16,",
+)
+"""A few prompts of different kinds, to compare language models on."""
+
+
+@torch.inference_mode()
+def logits_of(lm: Any, tokenizer: Any, text: str) -> torch.Tensor:
+    """Logits [T, V] of one text."""
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(lm.get_input_embeddings().weight.device)
+    logits: torch.Tensor = lm(input_ids=ids, use_cache=False).logits[0]
+    return logits
+
+
+def same_logits(one: Any, other: Any, tokenizer: Any, texts: Sequence[str]) -> bool:
+    """Whether two language models give the same logits on every text, to the last bit."""
+    return all(torch.equal(logits_of(one, tokenizer, t), logits_of(other, tokenizer, t)) for t in texts)
+
+
+@torch.inference_mode()
+def language_loss(lm: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 256) -> float:
+    """Mean next-token loss in nats over the texts' tokens (each text on its own, cut to ``max_length``)."""
+    rows = [r[:max_length] for r in tokenizer(list(texts), verbose=False)["input_ids"]]
+    device = lm.get_input_embeddings().weight.device
+    total, count = 0.0, 0
+    for group in length_groups([len(r) for r in rows], max_tokens=4096):
+        ids_BT, mask_BT = (t.to(device) for t in right_pad([rows[i] for i in group]))
+        logits_BTV = lm(
+            input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=positions_of(mask_BT), use_cache=False
+        ).logits
+        labels_BT = ids_BT.masked_fill(~mask_BT, -100)[:, 1:]
+        total += F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT.flatten(), reduction="sum").item()
+        count += int((labels_BT >= 0).sum())
+    return total / max(1, count)

@@ -1,0 +1,152 @@
+"""The GEM mask inside transformers: the only file that knows how transformers builds attention masks.
+
+transformers builds every layer's mask through `AttentionMaskInterface`, by the name of the attention kernel. We wrap
+the built-in builders once, under their own names: while `gem_mask(segments)` is open, the wrapper ANDs the GEM rule
+(paper/mask.py) to whatever the model asked for (causal, sliding window, chunks, packing, padding); at all other times
+it calls the built-in with the very arguments it got, so a plain forward pass is untouched.
+
+What cannot carry the mask is refused by `require_maskable`: flash-attention (its builder ignores mask functions) and
+models with a recurrent or convolutional state (text reaches the suffix past any mask).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+from gemify.paper.mask import allowed
+from gemify.paper.tokens import Segment
+
+WRAPPED = ("sdpa", "eager", "flex_attention")
+
+
+class MaskNotUsed(RuntimeError):
+    """A forward pass ran under `gem_mask`, but built no attention mask from it."""
+
+
+class _Request:
+    """One open `gem_mask`: the segments, and whether any layer's mask was really built from them."""
+
+    def __init__(self, segments_BT: Tensor, *, shared_position: bool) -> None:
+        self.segments_BT = segments_BT
+        self.anchor_BT = _anchors(segments_BT) if shared_position else None
+        self.consumed = False
+
+
+_open: ContextVar[_Request | None] = ContextVar("gemify_mask", default=None)
+
+
+@contextlib.contextmanager
+def gem_mask(segments_BT: Tensor, *, shared_position: bool = True) -> Iterator[None]:
+    """Run the forward passes inside under the GEM mask.
+
+    ``segments_BT``: `Segment` codes of all columns the queries may look at, cached ones included. With
+    ``shared_position`` every special token's sliding window is measured from the place of the first. Raises `MaskNotUsed`
+    at the end if no mask was built from it (another thread, or an attention kernel we did not wrap).
+    """
+    _install()
+    request = _Request(segments_BT, shared_position=shared_position)
+    token = _open.set(request)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+    if not request.consumed:
+        raise MaskNotUsed("the GEM mask reached no attention layer: use attn_implementation='sdpa' or 'eager'")
+
+
+def _anchors(segments_BT: Tensor) -> Tensor:
+    """For every column the one its window is measured from: a run of special tokens stands at the place of its first."""
+    special_BT = segments_BT == Segment.SPECIAL
+    column_BT = torch.arange(segments_BT.shape[1], device=segments_BT.device).expand_as(segments_BT)
+    starts_BT = special_BT & ~torch.nn.functional.pad(special_BT, (1, 0))[:, :-1]
+    run_start_BT = (column_BT * starts_BT).cummax(dim=1).values
+    return torch.where(special_BT, run_start_BT, column_BT)
+
+
+def _gem_function(model_function: Callable[..., Any], request: _Request, device: Any) -> Callable[..., Any]:
+    segments_BT = request.segments_BT.to(device)
+    anchor_BT = None if request.anchor_BT is None else request.anchor_BT.to(device)
+
+    def function(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        if anchor_BT is None:
+            seen = model_function(batch, head, query, key)
+        else:
+            seen = model_function(batch, head, anchor_BT[batch, query], key) | (query == key)
+        return seen & allowed(segments_BT[batch, query], segments_BT[batch, key], query, key)
+
+    return function
+
+
+def _wrap(build: Callable[..., Any]) -> Callable[..., Any]:
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        request = _open.get()
+        if request is None:
+            return build(*args, **kwargs)
+        request.consumed = True
+        kwargs["mask_function"] = _gem_function(kwargs["mask_function"], request, kwargs.get("device", "cpu"))
+        kwargs["allow_is_causal_skip"] = False
+        return build(*args, **kwargs)
+
+    wrapped.gemify = True  # type: ignore[attr-defined]
+    return wrapped
+
+
+def _install() -> None:
+    """Wrap the built-in builders, once a process (and again if someone has replaced one since)."""
+    for name in WRAPPED:
+        build = ALL_MASK_ATTENTION_FUNCTIONS[name]
+        if not getattr(build, "gemify", False):
+            AttentionMaskInterface.register(name, _wrap(build))
+
+
+def require_kernel(lm: PreTrainedModel) -> None:
+    """Refuse an attention kernel whose mask we cannot shape (flash-attention would silently stay plain causal)."""
+    kernel = lm.config._attn_implementation
+    if kernel not in WRAPPED:
+        raise ValueError(
+            f"attention kernel {kernel!r} cannot carry the GEM mask: load the model with attn_implementation='sdpa'"
+            f" (or one of {', '.join(WRAPPED)})"
+        )
+
+
+@torch.no_grad()
+def require_maskable(lm: PreTrainedModel) -> None:
+    """Try the mask on the model itself, and refuse the model if text leaks past it.
+
+    A row ``prefix S suffix`` in which the special token is cut off from the prefix too: then no suffix logit may
+    change when the prefix does. Attention-only models give exactly 0; a recurrent or convolutional state shows at
+    once. No model names, no architecture lists. Costs one forward pass over two rows of 12 tokens.
+    """
+    require_kernel(lm)
+    vocabulary = lm.get_input_embeddings().weight.shape[0]
+    base = torch.arange(12) * 7 % max(2, vocabulary - 16) + min(8, vocabulary // 2)
+    ids_BT = torch.stack([base, base]).clamp_(max=vocabulary - 1)
+    ids_BT[1, 1:6] = ids_BT[1, 1:6].flip(0)
+    s, h, x = Segment.SPECIAL, Segment.HIDDEN, Segment.SUFFIX
+    segments_BT = torch.tensor([[h] * 6 + [s] + [x] * 5] * 2)
+    was_training = lm.training
+    lm.eval()
+    try:
+        device = lm.get_input_embeddings().weight.device
+        with gem_mask(segments_BT):
+            logits_BTV = lm(
+                input_ids=ids_BT.to(device), attention_mask=torch.ones_like(ids_BT).to(device), use_cache=False
+            ).logits
+    except MaskNotUsed as error:
+        raise ValueError(f"{type(lm).__name__} cannot be made a GEM: it builds no attention mask ({error})") from error
+    finally:
+        lm.train(was_training)
+    leak = (logits_BTV[0, 7:].float() - logits_BTV[1, 7:].float()).abs().max().item()
+    if not leak == 0.0:
+        raise ValueError(
+            f"{type(lm).__name__} cannot be made a GEM: text reaches past the attention mask (leak {leak:.1e}, must be"
+            " 0), as in models with Mamba, convolution or linear-attention layers; choose an attention-only model"
+        )

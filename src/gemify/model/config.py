@@ -1,0 +1,86 @@
+"""What a saved GEM says of itself: `config_gemify.json` beside the ordinary Hugging Face files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args
+
+from gemify.model.gate import TUNES, Tune
+from gemify.model.pooling import POOLINGS, Pooling
+
+CONFIG_FILE = "config_gemify.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class GemConfig:
+    """Everything needed to use a GEM beside its weights. Invalid values raise ValueError, one line."""
+
+    tune: Tune = "gated"
+    base: str = ""
+    """Path, repo id or ``starter``: the model whose weights are (or were) the base."""
+    base_revision: str | None = None
+    base_fingerprint: str = ""
+    special_tokens: tuple[str, ...] = ()
+    special_ids: tuple[int, ...] = ()
+    pooling: Pooling = "mean"
+    shared_position: bool = True
+    max_length: int = 512
+    """Most tokens of a text that are read, special tokens included; longer texts are cut at the end."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.tune not in TUNES:
+            raise ValueError(f"unknown tune {self.tune!r}: choose one of {', '.join(get_args(Tune))}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {self.pooling!r}: choose one of {', '.join(get_args(Pooling))}")
+        if len(self.special_ids) < 1:
+            raise ValueError("k must be at least 1 special token, got 0")
+        if len(set(self.special_ids)) != len(self.special_ids) or len(self.special_ids) != len(self.special_tokens):
+            raise ValueError(f"special tokens must be distinct, got {list(self.special_tokens)} = {list(self.special_ids)}")
+        if self.max_length <= len(self.special_ids):
+            raise ValueError(f"max_length must exceed the {len(self.special_ids)} special token(s), got {self.max_length}")
+
+    @property
+    def k(self) -> int:
+        """Number of special tokens."""
+        return len(self.special_ids)
+
+    @property
+    def frozen_base(self) -> bool:
+        """Whether the base model's weights are left alone at ordinary positions."""
+        return self.tune in ("gated", "tokens")
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @staticmethod
+    def from_directory(directory: Path) -> GemConfig:
+        """Read and check ``config_gemify.json``."""
+        path = directory / CONFIG_FILE
+        if not directory.is_dir():
+            raise ValueError(f"no such GEM directory: {directory}")
+        if not path.is_file():
+            raise ValueError(f"{directory} holds no {CONFIG_FILE}: it is no GEM; make one with `gemify train`")
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            version = values["format_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({type(error).__name__}): restore it or train again") from error
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"{directory} has format version {version}, this gemify reads {FORMAT_VERSION}:"
+                f" use the gemify it was saved with, or train again"
+            )
+        known = {f.name for f in dataclasses.fields(GemConfig)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"{path} has unknown entries {unknown}: it was not written by this gemify")
+        for name in ("special_tokens", "special_ids"):
+            values[name] = tuple(values.get(name, ()))
+        return GemConfig(**values)

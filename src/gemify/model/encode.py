@@ -1,0 +1,106 @@
+"""Texts -> ids -> vectors: tokenising that never cuts or mistakes a special token, and length-sorted batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gemify.model.batching import length_groups
+from gemify.model.config import GemConfig
+from gemify.model.meter import Meter
+from gemify.model.passes import MaskedBatch, masked_pass
+from gemify.model.pooling import pool
+from gemify.paper.tokens import Row, Segment, columns
+
+_POOL = 4096  # texts tokenised and sorted at a time
+
+
+@dataclass(frozen=True)
+class TextTokenizer:
+    """A tokenizer for texts to embed: a user's text that spells a special token's name is text, not the token."""
+
+    tokenizer: PreTrainedTokenizerBase
+    special_ids: frozenset[int]
+
+    @property
+    def head(self) -> list[int]:
+        """What the tokenizer puts before every text (a BOS, mostly, or nothing)."""
+        bare: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
+        full: list[int] = self.tokenizer("a")["input_ids"]
+        for at in range(len(full) - len(bare) + 1):
+            if full[at : at + len(bare)] == bare:
+                return full[:at]
+        return []
+
+    def __call__(self, texts: Sequence[str], *, max_tokens: int | None, head: bool = True) -> list[list[int]]:
+        """Ids of each text, its ``head`` included or not, cut at the end to ``max_tokens``."""
+        if not texts:
+            return []
+        start = self.head if head else []
+        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        for at, row in enumerate(rows):
+            if not self.special_ids.isdisjoint(row):
+                rows[at] = self.tokenizer(texts[at], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return [(start + row)[:max_tokens] for row in rows]
+
+
+def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Vectors [B, D or K * D] of tokenised texts: one forward pass, no LM head."""
+    laid_out = [columns(Row("split", tuple(r)), config.special_ids, shared_position=config.shared_position) for r in rows]
+    device = lm.get_input_embeddings().weight.device
+    batch = MaskedBatch.of(laid_out, shared_position=config.shared_position, device=device)
+    hidden_BTD = masked_pass(lm, batch, body_only=True)
+    hidden_BKD = hidden_BTD[batch.segments_BT == Segment.SPECIAL].view(len(rows), config.k, -1)
+    return pool(hidden_BKD, config.pooling).float()
+
+
+@torch.inference_mode()
+def encode_texts(
+    lm: PreTrainedModel,
+    tokenize: TextTokenizer,
+    config: GemConfig,
+    texts: Sequence[str],
+    *,
+    batch_size: int,
+    max_tokens: int,
+    show_progress_bar: bool,
+    meter: Meter,
+) -> Tensor:
+    """Vectors [N, D] in the order of the texts, on the CPU in float32.
+
+    Texts are sorted by length within pools of some thousands, and batched to at most ``batch_size`` rows and
+    ``max_tokens`` columns. A text that occurs twice in a pool is computed once.
+    """
+    out: Tensor | None = None
+    room = config.max_length - config.k
+    bar = tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress_bar)
+    for start in range(0, len(texts), _POOL):
+        part = list(texts[start : start + _POOL])
+        distinct = list(dict.fromkeys(part))
+        rows = tokenize(distinct, max_tokens=room)
+        place = {text: i for i, text in enumerate(distinct)}
+        vectors: Tensor | None = None
+        for group in length_groups([len(r) + config.k for r in rows], max_tokens=max_tokens, min_tokens=64):
+            for first in range(0, len(group), batch_size):
+                some = group[first : first + batch_size]
+                got_BD = encode_ids(lm, config, [rows[i] for i in some]).cpu()
+                if vectors is None:
+                    vectors = torch.empty(len(distinct), got_BD.shape[1])
+                vectors[some] = got_BD
+                lengths = [len(rows[i]) + config.k for i in some]
+                computed = len(some) * max(lengths)
+                meter.add(tokens=computed, padding=computed - sum(lengths), texts=len(some))
+                bar.update(len(some))
+        assert vectors is not None
+        bar.update(len(part) - len(distinct))
+        if out is None:
+            out = torch.empty(len(texts), vectors.shape[1])
+        out[start : start + len(part)] = vectors[[place[t] for t in part]]
+    bar.close()
+    assert out is not None
+    return out

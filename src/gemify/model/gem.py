@@ -1,0 +1,506 @@
+"""`GemModel`: one language model that writes and embeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gemify.model import handover
+from gemify.model.attention import require_kernel, require_maskable
+from gemify.model.base import (
+    STARTER,
+    STARTER_REPO,
+    choose_special_tokens,
+    fingerprint,
+    initial_rows,
+    load_base,
+    quiet,
+    special_token_ids,
+)
+from gemify.model.config import CONFIG_FILE, GemConfig
+from gemify.model.encode import TextTokenizer, encode_texts
+from gemify.model.gate import ADAPTER_FILE, Adapter, Tune, adapter_settings
+from gemify.model.handover import Handle
+from gemify.model.meter import Meter
+from gemify.model.passes import Specials, Text, left_pad, special_pass, text_pass
+from gemify.model.pooling import Pooling, pool
+from gemify.model.recovery import greedy_from_specials
+from gemify.model.storage import atomic_directory
+
+logger = logging.getLogger(__name__)
+
+Texts = str | Sequence[str]
+Message = Mapping[str, str]
+
+
+class GemModel:
+    """A decoder-only language model with special tokens whose hidden states are text embeddings.
+
+    Make one with `from_base` (untrained: to be trained) or `from_pretrained` (a saved one). ``lm`` is the transformers
+    model itself; with a gated GEM it computes exactly what the base computes.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GemConfig,
+        adapter: Adapter | None,
+    ) -> None:
+        self.lm = lm
+        self.tokenizer = tokenizer
+        self.config = config
+        self.adapter = adapter
+        self.meter = Meter()
+        """What the last `encode` computed."""
+
+    # Making, loading, saving
+
+    @classmethod
+    def from_base(
+        cls,
+        base: str,
+        *,
+        tune: Tune = "gated",
+        special_tokens: int | Sequence[str] = 1,
+        pooling: Pooling = "mean",
+        shared_position: bool = True,
+        max_length: int = 512,
+        rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        target_modules: str | Sequence[str] = "all-linear",
+        prompts: Mapping[str, str] | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> GemModel:
+        """Prepare a base model for training: choose special tokens, attach fresh trainable weights.
+
+        Args:
+            base: directory, GGUF file, Hugging Face repo id, or ``starter``.
+            tune: what will be trained; see `gemify.model.gate`.
+            special_tokens: how many, or their names. A reserved, unused control token is preferred to adding one.
+            pooling: ``mean`` or ``concat`` over the special tokens (GEM, Section 3.1).
+            shared_position: give all special tokens one position id.
+            max_length: most tokens of a text, special tokens included.
+
+        Raises:
+            ValueError: base not found, no causal LM, no fast tokenizer, or a model that no attention mask can split.
+        """
+        names_given = None if isinstance(special_tokens, int) else list(special_tokens)
+        k = special_tokens if isinstance(special_tokens, int) else len(special_tokens)
+        if k < 1:
+            raise ValueError(f"k must be at least 1 special token, got {k}")
+        lm, tokenizer = load_base(
+            base,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
+        require_maskable(lm)
+        ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
+        taken = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        names = choose_special_tokens(tokenizer, k, wanted=names_given, taken=taken)
+        ids = special_token_ids(tokenizer, names)
+        config = GemConfig(
+            tune=tune,
+            base=base,
+            base_revision=revision,
+            base_fingerprint=fingerprint(lm),
+            special_tokens=tuple(names),
+            special_ids=tuple(ids),
+            pooling=pooling,
+            shared_position=shared_position,
+            max_length=min(max_length, getattr(lm.config.get_text_config(), "max_position_embeddings", max_length)),
+            prompts=dict(prompts or {}),
+        )
+        rows = initial_rows(lm, ids)
+        if tune in ("lora", "full"):
+            grow_table(lm, ids, rows)
+        settings = {
+            "rank": rank,
+            "lora_alpha": lora_alpha,
+            "lora_dropout": lora_dropout,
+            "target_modules": target_modules,
+        }
+        return cls(lm, tokenizer, config, _attach(lm, config, rows, settings))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        base: str | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> GemModel:
+        """Load a saved GEM: a directory, or a Hugging Face repo id that holds one.
+
+        ``base`` overrides where the base model is looked for. If its weights are not those the GEM was trained on, a
+        warning says so.
+        """
+        directory = resolve_directory(path)
+        config = GemConfig.from_directory(directory)
+        full = config.tune == "full" or not (directory / ADAPTER_FILE).is_file()
+        if full and not (directory / "config.json").is_file():
+            raise ValueError(f"{directory} holds neither {ADAPTER_FILE} nor a model: restore the missing file or train again")
+        lm, tokenizer = load_base(
+            str(directory) if full else base or config.base,
+            dtype=dtype,
+            device=device,
+            attn_implementation=attn_implementation,
+            revision=None if full else config.base_revision,
+            trust_remote_code=trust_remote_code,
+        )
+        require_kernel(lm)
+        if full:
+            return cls(lm, tokenizer, config, None)
+        if (found := fingerprint(lm)) != config.base_fingerprint:
+            logger.warning(
+                "%s was trained on other base weights (fingerprint %s) than those loaded from %s (%s): another"
+                " quantisation or precision moves embeddings a little, another model makes them meaningless",
+                directory,
+                config.base_fingerprint,
+                base or config.base,
+                found,
+            )
+        tokenizer = type(tokenizer).from_pretrained(str(directory))
+        rows = initial_rows(lm, config.special_ids)
+        if config.tune == "lora":
+            grow_table(lm, config.special_ids, rows)
+        adapter = _attach(lm, config, rows, adapter_settings(directory))
+        assert adapter is not None
+        try:
+            adapter.load(directory)
+        except (OSError, RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"cannot load the adapter in {directory}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # safetensors raises its own type for a truncated file
+            raise ValueError(f"{directory / ADAPTER_FILE} is damaged: {error}") from error
+        lm.eval()
+        return cls(lm, tokenizer, config, adapter)
+
+    def save_pretrained(self, path: str | Path, *, merge: bool = False) -> None:
+        """Save to a directory, atomically: a full disk or a kill leaves what was there before.
+
+        ``gated``, ``tokens`` and ``lora`` store an adapter, the tokenizer and the base's name, not the base. ``full``,
+        and ``lora`` with ``merge=True`` (which ends this object's use), store a plain transformers model.
+        """
+        target = Path(path)
+        if merge and self.config.tune != "lora":
+            raise ValueError(f"only a `lora` GEM can be merged, this one is {self.config.tune!r}: train with --tune lora")
+        with atomic_directory(target, last=CONFIG_FILE) as stage:
+            if self.adapter is not None and not merge:
+                self.adapter.save(stage)
+            else:
+                lm = self.adapter.merge() if self.adapter is not None else self.lm
+                with quiet():
+                    lm.save_pretrained(stage)
+            self.tokenizer.save_pretrained(stage)
+            (stage / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
+
+    # Properties
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.get_input_embeddings().weight.device
+
+    @property
+    def special_ids(self) -> list[int]:
+        return list(self.config.special_ids)
+
+    def get_embedding_dim(self) -> int:
+        """Length of the vectors."""
+        width = int(self.lm.config.get_text_config().hidden_size)
+        return width * (self.config.k if self.config.pooling == "concat" else 1)
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The tokenizer as embedding uses it."""
+        return TextTokenizer(self.tokenizer, frozenset(self.config.special_ids))
+
+    # Embedding
+
+    @overload
+    def encode(self, inputs: Texts, *, convert_to_tensor: Literal[True], **options: Any) -> Tensor: ...
+    @overload
+    def encode(self, inputs: Texts, *, convert_to_tensor: Literal[False] = False, **options: Any) -> np.ndarray: ...
+
+    def encode(
+        self,
+        inputs: Texts,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        max_tokens: int = 8192,
+        show_progress_bar: bool = False,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+    ) -> np.ndarray | Tensor:
+        """Embed texts, with sentence-transformers' words and defaults.
+
+        Args:
+            inputs: one string (gives a 1-D vector) or several (give [N, D]).
+            prompt_name: name of a prompt in ``config.prompts`` to put before every text.
+            prompt: the prompt itself.
+            batch_size: most rows a batch. ``max_tokens``: most tokens a batch.
+            truncate_dim: keep the first so many dimensions.
+
+        Returns:
+            float32, numpy by default. What was computed, and how fast, is in ``self.meter``.
+        """
+        single = isinstance(inputs, str)
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        for at, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"texts must be strings, item {at} is a {type(text).__name__}")
+        if batch_size < 1 or max_tokens < 1:
+            raise ValueError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}")
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.get_embedding_dim():
+            raise ValueError(f"truncate_dim must lie in 1..{self.get_embedding_dim()}, got {truncate_dim}")
+        before = self._prompt(prompt_name, prompt)
+        self.meter = Meter()
+        if texts:
+            self.lm.eval()
+            vectors_ND = encode_texts(
+                self.lm,
+                self.text_tokenizer,
+                self.config,
+                [before + t for t in texts] if before else texts,
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                show_progress_bar=show_progress_bar,
+                meter=self.meter,
+            )
+        else:
+            vectors_ND = torch.empty(0, self.get_embedding_dim())
+        if truncate_dim is not None:
+            vectors_ND = vectors_ND[:, :truncate_dim]
+        if normalize_embeddings:
+            vectors_ND = F.normalize(vectors_ND, dim=-1)
+        result = vectors_ND[0] if single else vectors_ND
+        return result if convert_to_tensor else result.numpy()
+
+    def encode_query(self, inputs: Texts, **options: Any) -> Any:
+        """`encode` with the prompt named ``query``, if there is one."""
+        return self.encode(inputs, **self._named("query", options))
+
+    def encode_document(self, inputs: Texts, **options: Any) -> Any:
+        """`encode` with the prompt named ``document``, if there is one."""
+        return self.encode(inputs, **self._named("document", options))
+
+    @staticmethod
+    def similarity(embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
+        """Cosine similarities [N, M] of every vector of the first with every one of the second."""
+        a, b = (F.normalize(torch.atleast_2d(torch.as_tensor(e)).float(), dim=-1) for e in (embeddings1, embeddings2))
+        return a @ b.T
+
+    @staticmethod
+    def similarity_pairwise(embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
+        """Cosine similarities [N] of vectors at equal places."""
+        a, b = (torch.atleast_2d(torch.as_tensor(e)).float() for e in (embeddings1, embeddings2))
+        return F.cosine_similarity(a, b, dim=-1)
+
+    def _named(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
+        if "prompt" in options or "prompt_name" in options or name not in self.config.prompts:
+            return options
+        return {**options, "prompt_name": name}
+
+    def _prompt(self, name: str | None, prompt: str | None) -> str:
+        if prompt is not None and name is not None:
+            raise ValueError("give a prompt or a prompt_name, not both")
+        if prompt is not None:
+            return prompt
+        name = name if name is not None else self.config.default_prompt_name
+        if name is None:
+            return ""
+        if name not in self.config.prompts:
+            raise ValueError(f"no prompt named {name!r}: this model has {sorted(self.config.prompts) or 'none'}")
+        return self.config.prompts[name]
+
+    # Generating
+
+    @torch.no_grad()
+    def prefill(self, texts: Texts, *, add_special_tokens: bool = True) -> Handle:
+        """Run texts once and keep their KV cache. `embed` and `generate` go on from the handle, in any order."""
+        self.lm.eval()
+        ids_BT, mask_BT = self._prompt_ids(texts, add_special_tokens=add_special_tokens)
+        return handover.prefill(self.lm, ids_BT, mask_BT, single=isinstance(texts, str))
+
+    @torch.no_grad()
+    def embed(self, handle: Handle) -> Tensor:
+        """Embeddings of a handle's texts, [B, D] ([D] for one string): only the special tokens are computed.
+
+        The handle's cache stays as it was.
+        """
+        self.lm.eval()
+        hidden_BKD = self._specials(handle.text).hidden_BKD
+        assert hidden_BKD is not None
+        vectors_BD = pool(hidden_BKD, self.config.pooling).float().cpu()
+        return vectors_BD[0] if handle.single else vectors_BD
+
+    @torch.no_grad()
+    def generate(self, prompts: Texts | Handle, *, max_new_tokens: int = 256, **options: Any) -> Any:
+        """Continue prompts: transformers' own `generate`, with the special tokens' ids never emitted.
+
+        Takes one string (gives a string), several (give a list), or a `Handle`, whose texts are not run again.
+        ``options`` are those of transformers' `generate` (do_sample, temperature, stop_strings, streamer, ...).
+        """
+        self.lm.eval()
+        if isinstance(prompts, Handle):
+            ids_BT, mask_BT, single = prompts.ids_BT, prompts.text.mask_BT, prompts.single
+        else:
+            ids_BT, mask_BT = self._prompt_ids(prompts)
+            single = isinstance(prompts, str)
+        out_BT = self.generate_ids(
+            prompts if isinstance(prompts, Handle) else None, ids_BT, mask_BT, max_new_tokens=max_new_tokens, **options
+        )
+        texts = self.tokenizer.batch_decode(out_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
+        return texts[0] if single and len(texts) == 1 else texts
+
+    @torch.no_grad()
+    def generate_ids(
+        self, handle: Handle | None, ids_BT: Tensor, mask_BT: Tensor, **options: Any
+    ) -> Tensor:
+        """`generate` on token ids, [B, T] padded on the left; returns prompts and continuations, [B, T + new]."""
+        suppressed = sorted({*(options.pop("suppress_tokens", None) or ()), *self.config.special_ids})
+        table = self.lm.get_output_embeddings().weight.shape[0]
+        options["suppress_tokens"] = [i for i in suppressed if i < table] or None
+        options.setdefault("tokenizer", self.tokenizer if "stop_strings" in options else None)
+        if options["tokenizer"] is None:
+            del options["tokenizer"]
+        if (config := self.lm.generation_config).pad_token_id is None:
+            ends = config.eos_token_id if config.eos_token_id is not None else self.tokenizer.eos_token_id
+            options.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
+        if handle is None:
+            return self.lm.generate(input_ids=ids_BT, attention_mask=mask_BT.long(), **options)
+        with handover.resume(self.lm, handle):
+            return self.lm.generate(input_ids=ids_BT, attention_mask=mask_BT.long(), **options)
+
+    def chat(self, messages: Sequence[Message], *, max_new_tokens: int = 256, **options: Any) -> str:
+        """Answer a conversation in the base model's own chat format."""
+        answer: str = self.generate(self.prefill_chat(messages), max_new_tokens=max_new_tokens, **options)
+        return answer
+
+    def prefill_chat(self, messages: Sequence[Message]) -> Handle:
+        """`prefill` of a conversation, laid out by the tokenizer's chat template up to the answer's start."""
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"the base model {self.config.base} has no chat template: use generate with a plain prompt")
+        prompt = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        return self.prefill(str(prompt), add_special_tokens=False)
+
+    # Recovery
+
+    @torch.no_grad()
+    def recover(self, texts: Texts | Handle, *, max_new_tokens: int = 64) -> Any:
+        """Decode texts greedily from their special tokens' KV alone (GEM, Appendix B).
+
+        What comes back is what the special tokens remember, and so also what a stored KV of them gives away.
+        """
+        self.lm.eval()
+        if isinstance(texts, Handle):
+            text, single = texts.text, texts.single
+        else:
+            single = isinstance(texts, str)
+            rows = self.text_tokenizer([texts] if isinstance(texts, str) else texts, max_tokens=self.config.max_length)
+            ids_BT, mask_BT = (t.to(self.device) for t in left_pad(rows))
+            text = text_pass(self.lm, ids_BT, mask_BT)
+        specials = self._specials(text, with_logits=True)
+        out = [
+            self.tokenizer.decode(ids, skip_special_tokens=True)
+            for ids in greedy_from_specials(
+                self.lm, specials, ends=self._end_ids(), never=self.config.special_ids, max_new_tokens=max_new_tokens
+            )
+        ]
+        return out[0] if single else out
+
+    # Inside
+
+    def _specials(self, text: Text, *, with_logits: bool = False) -> Specials:
+        return special_pass(
+            self.lm,
+            text,
+            self.config.special_ids,
+            shared_position=self.config.shared_position,
+            with_logits=with_logits,
+        )
+
+    def _end_ids(self) -> set[int]:
+        ends = self.lm.generation_config.eos_token_id if self.lm.generation_config is not None else None
+        return {e for e in [self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])] if e is not None}
+
+    def _prompt_ids(self, texts: Texts, *, add_special_tokens: bool = True) -> tuple[Tensor, Tensor]:
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        if not listed:
+            raise ValueError("no text given: give at least one prompt")
+        rows = self.tokenizer(listed, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        if empty := [i for i, r in enumerate(rows) if not r]:
+            raise ValueError(f"prompt {empty[0]} has no tokens: give a prompt that is not empty")
+        pad = self.tokenizer.pad_token_id
+        ids_BT, mask_BT = left_pad(rows, fill=0 if pad is None else pad)
+        return ids_BT.to(self.device), mask_BT.to(self.device)
+
+
+def grow_table(lm: PreTrainedModel, ids: Sequence[int], rows_KD: Tensor) -> None:
+    """Make room in the embedding table for added tokens (needed where the table itself is trained or merged)."""
+    table = lm.get_input_embeddings().weight
+    if max(ids) < table.shape[0]:
+        return
+    old = table.shape[0]
+    lm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    with torch.no_grad():
+        new = lm.get_input_embeddings().weight
+        head = lm.get_output_embeddings().weight
+        for i, row in zip(ids, rows_KD, strict=True):
+            if i >= old:
+                new[i] = row
+                if head is not new:
+                    head[i] = head[:old].mean(0)
+
+
+def _attach(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: dict[str, Any]) -> Adapter | None:
+    if config.tune == "full":
+        return None
+    return Adapter(
+        lm,
+        tune=config.tune,
+        special_ids=config.special_ids,
+        rows_KD=rows_KD.float(),
+        base_name=STARTER_REPO if config.base == STARTER else config.base,
+        **settings,
+    )
+
+
+def resolve_directory(path: str | Path) -> Path:
+    """The directory of a saved GEM; a Hugging Face repo id is fetched into the hub's cache."""
+    directory = Path(path)
+    if directory.is_dir() or directory.is_absolute() or str(path).count("/") != 1:
+        return directory
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path)))
+    except Exception as error:
+        raise ValueError(f"{path} is neither a directory nor a Hugging Face repo that can be reached") from error
+
+
+def with_config(gem: GemModel, **changes: Any) -> GemModel:
+    """The same model with some configuration changed (pooling, prompts, max_length)."""
+    return GemModel(gem.lm, gem.tokenizer, dataclasses.replace(gem.config, **changes), gem.adapter)

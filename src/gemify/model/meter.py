@@ -1,0 +1,54 @@
+"""Seconds, tokens and peak memory of a piece of work."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held: device memory on an accelerator, else resident memory."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass
+class Meter:
+    """Counts tokens from its making on. ``tokens``: columns computed; ``padding``: how many of them were padding."""
+
+    tokens: int = 0
+    padding: int = 0
+    texts: int = 0
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, *, tokens: int, padding: int = 0, texts: int = 0) -> None:
+        self.tokens += tokens
+        self.padding += padding
+        self.texts += texts
+
+    def report(self) -> dict[str, Any]:
+        """Metrics as plain numbers; tokens a second without padding."""
+        seconds = time.perf_counter() - self.started
+        return {
+            "texts": self.texts,
+            "tokens": self.tokens - self.padding,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round((self.tokens - self.padding) / max(seconds, 1e-9), 1),
+            "padding": round(self.padding / max(1, self.tokens), 4),
+            "peak_memory_mb": round(peak_memory_bytes() / 2**20, 1),
+        }
+
+
+def in_words(report: dict[str, Any]) -> str:
+    """One line for people."""
+    return (
+        f"{report['tokens']:,} tokens in {report['seconds']:.1f} s ({report['tokens_per_second']:,.0f} tokens/s,"
+        f" padding {report['padding']:.1%}), peak memory {report['peak_memory_mb']:,.0f} MB"
+    )

@@ -1,0 +1,45 @@
+"""Decoding a text back from its special tokens' KV alone (GEM, Appendix B)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from gemify.model.cache import fork
+from gemify.model.passes import Specials
+
+
+@torch.no_grad()
+def greedy_from_specials(
+    lm: PreTrainedModel, specials: Specials, *, ends: Collection[int], never: Sequence[int], max_new_tokens: int
+) -> list[list[int]]:
+    """Token ids decoded greedily after the special tokens, each row up to its end token.
+
+    ``specials`` must come from a pass with logits. transformers' own `generate` starts a row at position 0 and cannot be
+    told that these few cached columns stand at the end of a text, hence the small loop.
+    """
+    assert specials.logits_BV is not None
+    logits_BV, cache, position_B = specials.logits_BV, fork(specials.cache), specials.next_position_B
+    rows: list[list[int]] = [[] for _ in range(logits_BV.shape[0])]
+    done = [False] * len(rows)
+    blocked = [i for i in never if i < logits_BV.shape[1]]
+    for _ in range(max_new_tokens):
+        next_B = logits_BV.index_fill(1, torch.tensor(blocked, device=logits_BV.device, dtype=torch.long), -torch.inf).argmax(-1)
+        for at, token in enumerate(next_B.tolist()):
+            done[at] = done[at] or token in ends
+            if not done[at]:
+                rows[at].append(token)
+        if all(done):
+            break
+        seen_BT = torch.ones(len(rows), cache.get_seq_length() + 1, dtype=torch.long, device=next_B.device)
+        logits_BV = lm(
+            input_ids=next_B[:, None],
+            attention_mask=seen_BT,
+            position_ids=position_B[:, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]
+        position_B = position_B + 1
+    return rows

@@ -1,0 +1,72 @@
+"""Writing without half-written results: everything is staged beside its target and moved into place when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path, *, last: str) -> Iterator[Path]:
+    """A staging directory that becomes ``target`` when the block ends well, and vanishes when it does not.
+
+    A target that does not exist or is empty appears in one rename. Into an existing one the files are moved one by one,
+    ``last`` (the file that makes it loadable) at the end; what else lies there stays.
+    """
+    target = target.absolute()
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"cannot save to {target}: it is a file, give a directory")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        yield stage
+        for path in stage.rglob("*"):
+            if path.is_file():
+                path.chmod(0o666 & ~_umask())  # safetensors writes files only the owner may read
+                _sync(path)
+        if not target.exists() or not any(target.iterdir()):
+            mode = 0o777 & ~_umask()
+            stage.chmod(mode)
+            os.replace(stage, target)
+        else:
+            for path in sorted(stage.iterdir(), key=lambda p: p.name == last):
+                if path.is_dir() and (target / path.name).is_dir():
+                    shutil.rmtree(target / path.name)
+                os.replace(path, target / path.name)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A path to write to, moved to ``target`` when the block ends well, deleted when it does not."""
+    target = target.absolute()
+    if target.is_dir():
+        raise ValueError(f"cannot write {target}: it is a directory, give a file name")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    stage = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield stage
+        _sync(stage)
+        os.replace(stage, target)
+    finally:
+        stage.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    value = os.umask(0)
+    os.umask(value)
+    return value

@@ -1,0 +1,63 @@
+"""The two losses of GEM (Section 3.3) and their weighted sum. Shapes: B rows, T columns, D width, V vocabulary."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemify.paper.tokens import IGNORED
+
+INITIAL_LOG_SCALE = math.log(20.0)
+MAX_LOG_SCALE = math.log(100.0)
+
+
+def next_token_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    """Summed cross-entropy in float32 of already aligned logits and targets; IGNORED targets count nothing.
+
+    A sum, not a mean: the caller divides by the number of targets of the whole optimizer step, so that eight
+    micro-batches of one row weigh exactly as one batch of eight.
+    """
+    return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
+
+
+class Temperature(nn.Module):
+    """``lam = exp(t)``, t learnable, initial value log 20, clamped to [0, log 100] (Section 3.3)."""
+
+    def __init__(self, log_scale: float = INITIAL_LOG_SCALE) -> None:
+        super().__init__()
+        self.t = nn.Parameter(torch.tensor(float(log_scale)))
+
+    def forward(self) -> Tensor:
+        # The parameter itself is clamped, not only its use: a clamp in the graph would have no gradient outside.
+        with torch.no_grad():
+            self.t.clamp_(0.0, MAX_LOG_SCALE)
+        return self.t.exp()
+
+
+def info_nce(query_BD: Tensor, positive_BD: Tensor, scale: Tensor | float, negatives_ND: Tensor | None = None) -> Tensor:
+    """Mean InfoNCE over B pairs: row i's positive is ``positive_BD[i]``, the other rows' positives are its negatives.
+
+    ``-log( exp(lam s(q, d+)) / sum_d exp(lam s(q, d)) )`` with cosine s. Further negatives may be appended.
+    For zero embeddings the value is log of the number of candidates.
+    """
+    q_BD = F.normalize(query_BD.float(), dim=-1)
+    d_ND = F.normalize(positive_BD.float(), dim=-1)
+    if negatives_ND is not None:
+        d_ND = torch.cat([d_ND, F.normalize(negatives_ND.float(), dim=-1)])
+    target_B = torch.arange(q_BD.shape[0], device=q_BD.device)
+    return F.cross_entropy(scale * (q_BD @ d_ND.T), target_B)
+
+
+def total_loss(ntp: Tensor | None, contrastive: Tensor | None, alpha: float) -> Tensor:
+    """``(1 - alpha) L_ntp + alpha L_cl``. A part whose weight is 0 may be left out (None): it is then not computed."""
+    if not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
+    parts = [(1.0 - alpha, ntp, "next-token"), (alpha, contrastive, "contrastive")]
+    missing = [name for weight, part, name in parts if weight > 0 and part is None]
+    if missing:
+        raise ValueError(f"alpha = {alpha} needs the {missing[0]} loss, which was not computed")
+    terms = [weight * part for weight, part, _ in parts if weight > 0 and part is not None]
+    return sum(terms[1:], start=terms[0])

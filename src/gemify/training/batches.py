@@ -1,0 +1,140 @@
+"""Examples -> micro-batches, as a function of the step number: a resumed run sees exactly what it would have seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from random import Random
+
+from torch.utils.data import IterableDataset
+
+from gemify.model.encode import TextTokenizer
+from gemify.paper.tokens import Row, random_split, raw_row, reconstruction_row, soft_prompt_row, split_row, summary_row
+from gemify.training.data import Source
+from gemify.training.objective import MicroBatch, target_count
+from gemify.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenised example; ``second`` for the pairs (summary, soft prompt)."""
+
+    ids: tuple[int, ...]
+    second: tuple[int, ...] = ()
+    kind: str = "text"
+
+    @property
+    def length(self) -> int:
+        return len(self.ids) + len(self.second)
+
+
+class Batches(IterableDataset):  # type: ignore[type-arg]
+    """The micro-batches of a run from ``start_step`` on, for one of ``world`` processes.
+
+    Examples are read through a buffer; each bufferful is sorted by length, cut into blocks of a batch's size, and the
+    blocks are shuffled: rows of one batch are of like length, so little padding is computed. At the end of the data
+    the stream starts again in another order.
+    """
+
+    def __init__(
+        self, recipe: Recipe, source: Source, tokenize: TextTokenizer, *, end_id: int | None, rank: int = 0, world: int = 1
+    ) -> None:
+        self.recipe, self.source, self.tokenize = recipe, source, tokenize
+        self.end = (end_id,) if recipe.append_end and end_id is not None else ()
+        self.head = tuple(tokenize.head)
+        self.rank, self.world = rank, world
+        self.start_step = 0
+
+    def __iter__(self) -> Iterator[dict[str, MicroBatch]]:
+        stream = self._examples()
+        for step in range(self.recipe.max_steps):
+            need = self._rows_needed(step)
+            micro = [[next(stream) for _ in range(need)] for _ in range(self.recipe.gradient_accumulation_steps * self.world)]
+            if step >= self.start_step:
+                yield from self._step(step, micro)
+
+    def _rows_needed(self, step: int) -> int:
+        alpha = self.recipe.schedule.alpha(step)
+        contrastive = self.recipe.contrastive_batch_size
+        if alpha == 0.0 or contrastive is None:
+            return self.recipe.batch_size
+        return contrastive if alpha == 1.0 else max(contrastive, self.recipe.batch_size)
+
+    def _step(self, step: int, micro: list[list[Tokens]]) -> Iterator[dict[str, MicroBatch]]:
+        recipe = self.recipe
+        alpha = recipe.schedule.alpha(step)
+        made = []
+        for index, examples in enumerate(micro):
+            rng = Random(f"{recipe.seed} {step} {index}")
+            rows = [self._row(e, rng) for e in examples[: recipe.batch_size]] if recipe.contrastive_batch_size is None or alpha < 1.0 else []
+            pairs = []
+            if alpha > 0.0:
+                if recipe.contrastive_batch_size is None:  # the paper: the special rows of the same batch
+                    chosen = [e for e, row in zip(examples, rows, strict=True) if row.special]
+                    if len(chosen) < 2:  # by chance: no negatives, nothing to learn
+                        chosen = examples[:2]
+                else:
+                    chosen = examples[: recipe.contrastive_batch_size]
+                for e in chosen:
+                    first, second = recipe.views.pair(e.ids, rng)
+                    pairs.append((first, second))
+            made.append((rows if alpha < 1.0 else [], pairs))
+        targets = sum(target_count(r, frozen_base=recipe.frozen_base) for rows, _ in made for r in rows)
+        for rows, pairs in made[self.rank :: self.world]:
+            yield {"batch": MicroBatch(alpha, rows, pairs, step_targets=targets, micro_batches=len(made))}
+
+    def _row(self, example: Tokens, rng: Random) -> Row:
+        if example.kind == "summary":
+            return summary_row(example.ids, (*example.second, *self.end))
+        if example.kind == "soft_prompt":
+            return soft_prompt_row(example.ids, (*example.second, *self.end))
+        if rng.random() < self.recipe.p:
+            return raw_row(example.ids)
+        if rng.random() < self.recipe.reconstruction:
+            return reconstruction_row(example.ids[len(self.head) :], head=self.head, end=self.end)
+        return split_row(example.ids, len(self.head) + random_split(len(example.ids) - len(self.head), rng))
+
+    def _examples(self) -> Iterator[Tokens]:
+        block = self.recipe.batch_size
+        epoch = 0
+        while True:
+            seen = 0
+            for number, pool in enumerate(self._pools()):
+                seen += len(pool)
+                rng = Random(f"{self.recipe.seed} epoch {epoch} pool {number}")
+                rng.shuffle(pool)  # texts of equal length keep a random order in the sort
+                pool.sort(key=lambda e: e.length)
+                blocks = [pool[at : at + block] for at in range(0, len(pool), block)]
+                rng.shuffle(blocks)
+                for some in blocks:
+                    yield from some
+            if seen < max(2, min(self.recipe.batch_size, 32)):
+                raise ValueError(
+                    f"{self.source.name} holds {seen} texts of at least {self.recipe.min_length} tokens, too few for"
+                    f" batches of {self.recipe.batch_size}: give more text, or a smaller batch_size or min_length"
+                )
+            epoch += 1
+
+    def _pools(self) -> Iterator[list[Tokens]]:
+        pool: list[Tokens] = []
+        waiting = []
+        for example in self.source:
+            waiting.append(example)
+            if len(waiting) == 1024:
+                pool += self._tokens(waiting)
+                waiting = []
+                if len(pool) >= self.recipe.shuffle_buffer:
+                    yield pool
+                    pool = []
+        pool += self._tokens(waiting)
+        if pool:
+            yield pool
+
+    def _tokens(self, examples: list) -> list[Tokens]:  # type: ignore[type-arg]
+        first = self.tokenize([e.text for e in examples], max_tokens=self.recipe.max_length)
+        second = self.tokenize([e.second or "" for e in examples], max_tokens=self.recipe.max_length, head=False)
+        made = []
+        for example, ids, more in zip(examples, first, second, strict=True):
+            if len(ids) - len(self.head) >= self.recipe.min_length and (example.second is None or more):
+                made.append(Tokens(tuple(ids), tuple(more), example.kind))
+        return made

@@ -1,0 +1,226 @@
+"""The loss of one micro-batch: which passes it takes for each tuning scope.
+
+Frozen base (``gated``, ``tokens``): cache surgery. The text runs without gradients, the special tokens on its KV with
+gradients, the suffix on the special tokens' KV; nothing goes backward through the text, and only the suffix is a
+target (the text's own loss is a constant). Trained base (``lora``, ``full``): one masked pass, every token a target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gemify.model.batching import length_groups
+from gemify.model.gate import Adapter
+from gemify.model.passes import (
+    MaskedBatch,
+    Specials,
+    join_specials,
+    left_pad,
+    masked_pass,
+    right_pad,
+    select_specials,
+    special_pass,
+    suffix_pass,
+    text_pass,
+)
+from gemify.model.pooling import Pooling, pool
+from gemify.paper.objectives import Temperature, info_nce, next_token_loss, total_loss
+from gemify.paper.tokens import IGNORED, Columns, Row, Segment, columns
+from gemify.paper.views import View
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward pass works on: rows for next-token prediction, pairs of views for contrast."""
+
+    alpha: float
+    rows: list[Row] = field(default_factory=list)
+    views: list[tuple[View, View]] = field(default_factory=list)
+    step_targets: int = 1
+    """Next-token targets of the whole optimizer step, over all micro-batches and processes."""
+    micro_batches: int = 1
+    """Micro-batches the step is made of (the trainer averages over them)."""
+
+
+@dataclass
+class Computed:
+    """Columns that ran through the model, and how many of them were padding."""
+
+    tokens: int = 0
+    padding: int = 0
+
+    def add(self, mask_BT: Tensor) -> None:
+        self.tokens += mask_BT.numel()
+        self.padding += mask_BT.numel() - int(mask_BT.sum())
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The weighted sum to descend, its unweighted parts (None: not computed), and the columns it took."""
+
+    total: Tensor
+    ntp: Tensor | None
+    contrastive: Tensor | None
+    scale: float
+    computed: Computed
+
+
+def target_count(row: Row, *, frozen_base: bool) -> int:
+    """Next-token targets of a row: the suffix only if the base is frozen, else every token but the first."""
+    if frozen_base:
+        return len(row.suffix)
+    return max(0, len(row.prefix) - 1) + len(row.suffix)
+
+
+class Objective(nn.Module):
+    """Language model, adapter and temperature as one module, whose forward is the loss of a micro-batch."""
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        adapter: Adapter | None,
+        *,
+        special_ids: Sequence[int],
+        frozen_base: bool,
+        shared_position: bool,
+        pooling: Pooling,
+        group_tokens: int = 8192,
+        max_padding: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.lm, self.adapter, self.temperature = lm, adapter, Temperature()
+        self.special_ids = list(special_ids)
+        self.frozen_base, self.shared_position, self.pooling = frozen_base, shared_position, pooling
+        self.group_tokens, self.max_padding = group_tokens, max_padding
+
+    @property
+    def device(self) -> torch.device:
+        return self.lm.get_input_embeddings().weight.device
+
+    def train(self, mode: bool = True) -> Objective:
+        """A frozen base computes the same in training as in use: only the adapter's own dropout is switched."""
+        super().train(mode)
+        if self.frozen_base:
+            self.lm.eval()
+            assert self.adapter is not None
+            self.adapter.set_training(mode)
+        return self
+
+    def forward(self, batch: MicroBatch) -> Losses:
+        computed = Computed()
+        ntp = contrastive = None
+        if batch.alpha < 1.0:
+            loss = self._ntp_frozen if self.frozen_base else self._ntp_masked
+            ntp = loss(batch.rows, computed) * (batch.micro_batches / max(1, batch.step_targets))
+        if batch.alpha > 0.0:
+            views = [v for pair in batch.views for v in pair]
+            embed = self._embed_frozen if self.frozen_base else self._embed_masked
+            both_BD = embed(views, computed)
+            contrastive = info_nce(both_BD[0::2], both_BD[1::2], self.temperature())
+        return Losses(
+            total_loss(ntp, contrastive, batch.alpha), ntp, contrastive, float(self.temperature.t.detach().exp()), computed
+        )
+
+    def _groups(self, lengths: list[int]) -> list[list[int]]:
+        return length_groups(lengths, max_tokens=self.group_tokens, max_padding=self.max_padding)
+
+    # Frozen base: cache surgery
+
+    def _ntp_frozen(self, rows: list[Row], computed: Computed) -> Tensor:
+        rows = [r for r in rows if r.special]
+        parts: list[Specials] = []
+        order: list[int] = []
+        for group in self._groups([len(r.prefix) for r in rows]):
+            ids_BT, mask_BT = left_pad([rows[i].prefix for i in group])
+            computed.add(mask_BT)
+            with torch.no_grad():
+                text = text_pass(self.lm, ids_BT.to(self.device), mask_BT.to(self.device))
+            parts.append(
+                special_pass(self.lm, text, self.special_ids, shared_position=self.shared_position, with_logits=True)
+            )
+            order += group
+        specials = join_specials(self.lm, parts)
+        place = {row: at for at, row in enumerate(order)}
+        first_N = torch.tensor([rows[i].suffix[0] for i in order], device=self.device)
+        assert specials.logits_BV is not None
+        loss = next_token_loss(specials.logits_BV, first_N)
+        for group in self._groups([len(r.suffix) for r in rows]):
+            ids_BT, mask_BT = right_pad([rows[i].suffix for i in group])
+            computed.add(mask_BT)
+            labels_BT = ids_BT.masked_fill(~mask_BT, IGNORED).to(self.device)
+            mine = select_specials(specials, [place[i] for i in group])
+            if ids_BT.shape[1] > 1:
+                logits_BTV = suffix_pass(self.lm, mine, ids_BT[:, :-1].to(self.device), mask_BT[:, :-1].to(self.device))
+                loss = loss + next_token_loss(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten())
+        return loss
+
+    def _embed_frozen(self, views: list[View], computed: Computed) -> Tensor:
+        """Embeddings [N, D] of views. Views of the same ids (the "mask" way) share one pass of the text."""
+        texts = list(dict.fromkeys(v.ids for v in views))
+        users: dict[tuple[int, ...], list[int]] = {t: [] for t in texts}
+        for at, view in enumerate(views):
+            users[view.ids].append(at)
+        out: list[Tensor] = []
+        order: list[int] = []
+        for group in self._groups([len(t) for t in texts]):
+            ids_BT, mask_BT = left_pad([texts[i] for i in group])
+            computed.add(mask_BT)
+            with torch.no_grad():
+                text = text_pass(self.lm, ids_BT.to(self.device), mask_BT.to(self.device))
+            for turn in range(max(len(users[texts[i]]) for i in group)):
+                rows = [b for b, i in enumerate(group) if turn < len(users[texts[i]])]
+                at = [users[texts[group[b]]][turn] for b in rows]
+                flags, _ = left_pad([views[a].seen for a in at])
+                some = text.rows(rows) if len(rows) < len(group) else text
+                seen_BT = torch.nn.functional.pad(flags.bool(), (some.mask_BT.shape[1] - flags.shape[1], 0))
+                specials = special_pass(
+                    self.lm,
+                    some,
+                    self.special_ids,
+                    shared_position=self.shared_position,
+                    seen_BT=seen_BT.to(self.device),
+                )
+                assert specials.hidden_BKD is not None
+                out.append(pool(specials.hidden_BKD, self.pooling))
+                order += at
+        return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
+
+    # Trained base: one masked pass
+
+    def _ntp_masked(self, rows: list[Row], computed: Computed) -> Tensor:
+        laid_out = [columns(r, self.special_ids, shared_position=self.shared_position) for r in rows]
+        losses = []
+        for batch in self._masked_batches(laid_out, computed):
+            logits_BTV = masked_pass(self.lm, batch[1])
+            losses.append(next_token_loss(logits_BTV[:, :-1].flatten(0, 1), batch[1].labels_BT[:, 1:].flatten()))
+        return torch.stack(losses).sum()
+
+    def _embed_masked(self, views: list[View], computed: Computed) -> Tensor:
+        laid_out = []
+        for view in views:
+            row = columns(Row("split", view.ids), self.special_ids, shared_position=self.shared_position)
+            hide = [Segment.HIDDEN if at < len(view.seen) and not view.seen[at] else s for at, s in enumerate(row.segments)]
+            laid_out.append(Columns(row.ids, [int(s) for s in hide], row.positions, row.labels))
+        out, order = [], []
+        for group, batch in self._masked_batches(laid_out, computed):
+            hidden_BTD = masked_pass(self.lm, batch, body_only=True)
+            special_BT = batch.segments_BT == Segment.SPECIAL
+            hidden_BKD = hidden_BTD[special_BT].view(len(group), len(self.special_ids), -1)
+            out.append(pool(hidden_BKD, self.pooling))
+            order += group
+        return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
+
+    def _masked_batches(self, laid_out: list[Columns], computed: Computed) -> list[tuple[list[int], MaskedBatch]]:
+        batches = []
+        for group in self._groups([len(c.ids) for c in laid_out]):
+            batch = MaskedBatch.of(
+                [laid_out[i] for i in group], shared_position=self.shared_position, device=self.device
+            )
+            computed.add(batch.segments_BT != Segment.PAD)
+            batches.append((group, batch))
+        return batches

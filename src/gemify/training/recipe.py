@@ -1,0 +1,235 @@
+"""A training run written down: every choice with its default, named presets, YAML in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from gemify.model.gate import TUNES, Tune
+from gemify.model.pooling import POOLINGS, Pooling
+from gemify.paper.schedule import Schedule
+from gemify.paper.views import VIEW_KINDS, ViewKind, Views
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All choices of a run. Contradictions raise ValueError at once, in one line."""
+
+    base: str = "starter"
+    tune: Tune = "gated"
+    data: str = ""
+    """A .txt (a row a line), .jsonl or .parquet file (each also .gz), or a Hugging Face data set name."""
+    text_column: str = "text"
+    split: str = "train"
+
+    # special tokens (GEM, Section 3.1)
+    special_tokens: int = 1
+    special_names: tuple[str, ...] | None = None
+    pooling: Pooling = "mean"
+    shared_position: bool = True
+
+    # LoRA (gated, lora)
+    rank: int = 16
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    target_modules: str = "all-linear"
+
+    # rows (Section 3.2)
+    mix: float | None = None
+    """p, the share of raw rows. Default: 0 with a frozen base (raw rows would teach nothing), else 0.8."""
+    reconstruction: float = 0.5
+    """Share of reconstruction among the rows with special tokens made from plain text; the rest is split."""
+    append_end: bool = True
+    """Let a reconstruction end with the end-of-text token, so that recovery knows where to stop."""
+    max_length: int = 128
+    min_length: int = 8
+    """Texts of fewer tokens are skipped."""
+
+    # steps and losses (Sections 3.3 and 4.2)
+    max_steps: int = 150
+    ntp_steps: int = 60
+    ramp_steps: int = 0
+    alpha_final: float = 1.0
+    batch_size: int = 32
+    contrastive_batch_size: int | None = 128
+    """Rows of the contrastive batch; none: the special rows of the next-token batch, as in the paper."""
+    gradient_accumulation_steps: int = 1
+    lr: float = 1e-3
+    contrastive_lr: float = 1e-3
+    warmup_steps: int = 5
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    view: ViewKind = "delete"
+    drop_rate: float = 0.1
+    drop_both: bool = False
+
+    # running
+    seed: int = 0
+    precision: Precision = "auto"
+    gradient_checkpointing: bool = False
+    group_tokens: int = 8192
+    """Most columns of one forward pass; a batch is cut into groups of like length."""
+    shuffle_buffer: int = 10_000
+    save_steps: int = 50
+    save_total_limit: int = 2
+    eval_pairs: str | None = None
+    """STS pairs (sentence1, sentence2, score) to score during training."""
+    eval_steps: int = 50
+
+    def __post_init__(self) -> None:
+        _one_of("tune", self.tune, TUNES)
+        _one_of("pooling", self.pooling, POOLINGS)
+        _one_of("view", self.view, VIEW_KINDS)
+        _one_of("precision", self.precision, get_args(Precision))
+        if self.special_tokens < 1:
+            raise ValueError(f"k must be at least 1 special token, got {self.special_tokens}")
+        if self.special_names is not None and len(self.special_names) != self.special_tokens:
+            raise ValueError(f"special_tokens is {self.special_tokens}, but {len(self.special_names)} names are given")
+        positive = ("rank", "batch_size", "gradient_accumulation_steps", "group_tokens", "shuffle_buffer", "save_steps")
+        for name in (*positive, "save_total_limit", "eval_steps", "min_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("mix", "reconstruction", "lora_dropout"):
+            if (value := getattr(self, name)) is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must lie in [0, 1], got {value}")
+        if self.max_length < max(2, self.min_length):
+            raise ValueError(f"max_length must be at least 2 and min_length ({self.min_length}), got {self.max_length}")
+        if self.min_length < 2:
+            raise ValueError(f"min_length must be at least 2 (a row is split in two), got {self.min_length}")
+        schedule, _ = self.schedule, self.views
+        contrastive = schedule.alpha(self.max_steps - 1) > 0.0
+        if self.frozen_base and self.mix:
+            raise ValueError(f"mix = {self.mix} contradicts tune {self.tune!r}: with a frozen base raw rows teach nothing")
+        if self.p == 1.0:
+            raise ValueError("mix = 1 leaves no row with special tokens: there is nothing to train")
+        if self.frozen_base and self.gradient_checkpointing:
+            raise ValueError(f"gradient_checkpointing contradicts tune {self.tune!r}: no gradient runs through the text")
+        if contrastive and self.contrastive_batch_size is not None and self.contrastive_batch_size < 2:
+            raise ValueError(f"contrastive_batch_size must be at least 2 (else no negatives), got {self.contrastive_batch_size}")
+        if contrastive and self.contrastive_batch_size is None and self.batch_size * (1 - self.p) < 2:
+            raise ValueError("fewer than two special rows a batch leave no negatives: set contrastive_batch_size")
+
+    @property
+    def frozen_base(self) -> bool:
+        return self.tune in ("gated", "tokens")
+
+    @property
+    def p(self) -> float:
+        """The share of raw rows, its default resolved."""
+        return self.mix if self.mix is not None else (0.0 if self.frozen_base else 0.8)
+
+    @property
+    def schedule(self) -> Schedule:
+        names = ("max_steps", "ntp_steps", "ramp_steps", "alpha_final", "lr", "contrastive_lr", "warmup_steps")
+        return Schedule(**{n: getattr(self, n) for n in names})
+
+    @property
+    def views(self) -> Views:
+        return Views(self.view, self.drop_rate, self.drop_both)
+
+    def to_yaml(self) -> str:
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+    @staticmethod
+    def of(values: Mapping[str, Any], *, source: str = "the recipe") -> Recipe:
+        """Build from plain values; unknown names and wrong types raise ValueError."""
+        hints = get_type_hints(Recipe)
+        if unknown := sorted(set(values) - set(hints)):
+            raise ValueError(f"{source} has unknown entries {unknown}: known are {', '.join(hints)}")
+        checked = {}
+        for name, value in values.items():
+            if isinstance(value, list):
+                value = tuple(value)
+            if isinstance(value, str) and float in _choices(hints[name]):
+                try:
+                    value = float(value)  # YAML reads 1e-3 as a string
+                except ValueError:
+                    pass
+            if isinstance(value, int) and not isinstance(value, bool) and float in _choices(hints[name]):
+                value = float(value)
+            if not _fits(value, hints[name]):
+                raise ValueError(f"{source}: {name} must be {_words(hints[name])}, got {value!r}")
+            checked[name] = value
+        return Recipe(**checked)
+
+    @staticmethod
+    def from_yaml(path: Path) -> dict[str, Any]:
+        """The entries of a YAML recipe (to be overridden by flags, then given to `of`)."""
+        if not path.is_file():
+            raise ValueError(f"no such recipe file: {path}")
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
+        return values
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # GEM, Section 4.2. What the paper leaves open (the last two lines) is our choice: docs/paper.md.
+    "paper": {
+        "tune": "full",
+        "mix": 0.8,
+        "max_length": 512,
+        "max_steps": 1000,
+        "ntp_steps": 100,
+        "ramp_steps": 0,
+        "batch_size": 32,
+        "contrastive_batch_size": None,
+        "lr": 1e-4,
+        "contrastive_lr": 1e-5,
+        "warmup_steps": 0,
+        "append_end": False,
+        "view": "delete",
+        "drop_rate": 0.1,
+    },
+}
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for choice in _choices(hint):
+        if get_origin(choice) is Literal:
+            if isinstance(value, str):  # which one is checked with a better message in __post_init__
+                return True
+        elif get_origin(choice) is tuple:
+            if isinstance(value, tuple) and all(isinstance(v, str) for v in value):
+                return True
+        elif choice is type(None):
+            if value is None:
+                return True
+        elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
+            return True
+    return False
+
+
+def _words(hint: Any) -> str:
+    names = []
+    for choice in _choices(hint):
+        if get_origin(choice) is Literal:
+            names.append("one of " + ", ".join(get_args(choice)))
+        elif get_origin(choice) is tuple:
+            names.append("a list of names")
+        else:
+            names.append({int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(choice, "none"))
+    return " or ".join(names)

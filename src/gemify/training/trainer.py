@@ -1,0 +1,401 @@
+"""A training run on transformers' Trainer: it loops, accumulates, checkpoints and resumes; the method is elsewhere.
+
+Layout of a run's directory: the finished GEM, ``recipe.yaml``, ``metrics.jsonl`` (one line a step), ``summary.json``,
+``tensorboard/`` if tensorboard is installed, and ``checkpoints/``. Each checkpoint is itself a GEM directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import rotate_checkpoints
+
+from gemify.evaluation.sts import Pair, read_pairs, spearman
+from gemify.model.gem import GemModel
+from gemify.model.meter import Meter, peak_memory_bytes
+from gemify.model.storage import atomic_file
+from gemify.training.batches import Batches
+from gemify.training.data import Source
+from gemify.training.objective import Objective
+from gemify.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+RECIPE_FILE = "recipe.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+_TEMPERATURE_FILE = "temperature.safetensors"
+_STATE_FILE = "trainer_state.json"
+
+
+class Stopped(Exception):
+    """The run was stopped by a signal after saving a checkpoint."""
+
+
+class _GemTrainer(Trainer):
+    """transformers' Trainer with our batches, losses, schedule and checkpoints."""
+
+    def __init__(self, gem: GemModel, recipe: Recipe, batches: Batches, pairs: list[Pair] | None, **options: Any) -> None:
+        super().__init__(**options)
+        self.gem, self.recipe, self.batches, self.pairs = gem, recipe, batches, pairs
+        self.meter = Meter()
+        self._parts: dict[str, float] = {}
+
+    def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
+        # Not prepared by accelerate: a micro-batch is already this process's share, and moves to the device itself.
+        return DataLoader(self.batches, batch_size=None)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        losses = model(inputs["batch"])
+        if not bool(torch.isfinite(losses.total)):
+            raise FloatingPointError(
+                f"the loss became {float(losses.total.detach())} at step {self.state.global_step + 1}: lower the learning"
+                " rate or use --precision fp32; the last checkpoint is untouched"
+            )
+        self.meter.add(tokens=losses.computed.tokens, padding=losses.computed.padding)
+        share = 1.0 / self.recipe.gradient_accumulation_steps
+        for name, part in (("ntp", losses.ntp), ("contrastive", losses.contrastive)):
+            if part is not None:
+                self._parts[name] = self._parts.get(name, 0.0) + float(part.detach()) * share
+        self._parts.update(alpha=inputs["batch"].alpha, scale=losses.scale)
+        for name in ("tokens", "padding"):
+            self._parts[name] = self._parts.get(name, 0) + getattr(losses.computed, name)
+        return (losses.total, None) if return_outputs else losses.total
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.lr_scheduler is None:
+            # The optimizer's own rate is 1, so that the lambda is the rate itself.
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+                optimizer or self.optimizer, self.recipe.schedule.learning_rate
+            )
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            parts, self._parts = self._parts, {}
+            if parts.get("tokens"):
+                parts["padding"] = round(parts["padding"] / parts["tokens"], 4)
+            logs = {**logs, **parts, "peak_memory_mb": round(peak_memory_bytes() / 2**20, 1)}
+        super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        assert self.pairs is not None
+        metrics = {"eval_sts": round(spearman(self.gem, self.pairs), 3)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir)
+        self.gem.save_pretrained(directory)
+        objective = self._objective()
+        save_file({"t": objective.temperature.t.detach().cpu()}, directory / _TEMPERATURE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        directory = Path(resume_from_checkpoint)
+        if self.gem.adapter is not None:
+            self.gem.adapter.load(directory)
+        else:
+            saved = type(self.gem.lm).from_pretrained(directory, dtype=torch.float32)
+            self.gem.lm.load_state_dict(saved.state_dict())
+        with torch.no_grad():
+            self._objective().temperature.t.copy_(load_file(directory / _TEMPERATURE_FILE)["t"])
+
+    def _objective(self) -> Objective:
+        objective = self.accelerator.unwrap_model(self.model)
+        assert isinstance(objective, Objective)
+        return objective
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the base class, but in a staging directory that is renamed when complete."""
+        run = Path(self.args.output_dir)
+        stage = run / ".stage"
+        name = f"checkpoint-{self.state.global_step}"
+        try:
+            self.args.output_dir = str(stage)
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(stage, ignore_errors=True)
+            raise
+        finally:
+            self.args.output_dir = str(run)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            shutil.rmtree(run / name, ignore_errors=True)
+            os.replace(stage / name, run / name)
+            shutil.rmtree(stage, ignore_errors=True)
+            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
+
+
+class _Progress(TrainerCallback):
+    """One tqdm bar with the loss parts; one JSON line a step; TensorBoard if it is there."""
+
+    def __init__(self, directory: Path, *, show: bool) -> None:
+        self.path = directory / METRICS_FILE
+        self.show = show
+        self.bar: Any = None
+        self.board: Any = _tensorboard(directory / "tensorboard")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=not self.show)
+        with atomic_file(self.path) as stage:  # after a resume: only the steps before the checkpoint
+            stage.write_text("".join(_line(entry) for entry in state.log_history))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        if self.bar is None or not logs or "train_runtime" in logs:
+            return
+        with self.path.open("a") as file:
+            file.write(_line({**logs, "step": state.global_step}))
+        shown = {k: f"{logs[k]:.3g}" for k in ("ntp", "contrastive", "learning_rate", "eval_sts") if k in logs}
+        self.bar.set_postfix({"lr" if k == "learning_rate" else k: v for k, v in shown.items()})
+        if self.board is not None:
+            for name, value in logs.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"train/{name}", value, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+
+class _StopOnSignal(TrainerCallback):
+    """SIGINT and SIGTERM end the run after the current step, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: signals stay as they are
+                break
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def train(
+    recipe: Recipe,
+    output: Path,
+    *,
+    resume: bool = False,
+    device: str | None = None,
+    show_progress_bar: bool = True,
+    on_ready: Callable[[GemModel], None] | None = None,
+) -> tuple[GemModel, dict[str, Any]]:
+    """Run a recipe and save the GEM to ``output``. Returns the model and the summary also written there.
+
+    With ``resume`` the run goes on from its last complete checkpoint, with the same batches, losses and weights as if
+    it had never stopped. Raises ValueError for anything the user can mend, FloatingPointError when the loss is no
+    number, `Stopped` after a signal.
+    """
+    checkpoint = _prepare(recipe, output, resume=resume)
+    source = Source(recipe.data, recipe.text_column, recipe.split)
+    pairs = read_pairs(Path(recipe.eval_pairs)) if recipe.eval_pairs else None
+    gem = _model(recipe, device)
+    if on_ready is not None:
+        on_ready(gem)
+    _seed(recipe.seed)
+    objective = Objective(
+        gem.lm,
+        gem.adapter,
+        special_ids=gem.special_ids,
+        frozen_base=recipe.frozen_base,
+        shared_position=recipe.shared_position,
+        pooling=recipe.pooling,
+        group_tokens=recipe.group_tokens,
+    )
+    arguments = _arguments(recipe, output, device=gem.device, evaluated=pairs is not None)
+    batches = Batches(
+        recipe,
+        source,
+        gem.text_tokenizer,
+        end_id=gem.tokenizer.eos_token_id,
+        rank=arguments.process_index,
+        world=arguments.world_size,
+    )
+    next(iter(batches))  # unreadable or too little data shows now, before anything is written
+    with _StopOnSignal() as stopper:
+        progress = _Progress(output, show=show_progress_bar)
+        trainer = _GemTrainer(
+            gem, recipe, batches, pairs, model=objective, args=arguments, callbacks=[progress, stopper], eval_dataset=[] if pairs else None
+        )
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        if recipe.gradient_checkpointing:
+            gem.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if arguments.should_save:
+            with atomic_file(output / RECIPE_FILE) as stage:
+                stage.write_text(recipe.to_yaml(), encoding="utf-8")
+        if checkpoint is not None:
+            batches.start_step = int(json.loads((checkpoint / _STATE_FILE).read_text())["global_step"])
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if stopper.asked and trainer.state.global_step < recipe.max_steps:
+        raise Stopped(f"stopped at step {trainer.state.global_step} of {recipe.max_steps}; go on with --resume")
+    gem.lm.eval()
+    summary = _summary(gem, recipe, trainer, pairs)
+    if arguments.should_save:
+        gem.save_pretrained(output)
+        with atomic_file(output / SUMMARY_FILE) as stage:
+            stage.write_text(json.dumps(summary, indent=2) + "\n")
+    return gem, summary
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = [p for p in (output / CHECKPOINTS).glob("checkpoint-*") if (p / _STATE_FILE).is_file()]
+    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+
+def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
+    """Check the output directory; the checkpoint to start from, if any."""
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"cannot write to {output}: it is a file, give a directory")
+    path = output / RECIPE_FILE
+    if not resume:
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"{output} is not empty: add --resume to go on with the run in it, or choose another directory")
+        return None
+    if not path.is_file():
+        if output.exists() and any(output.iterdir()):
+            raise ValueError(f"{output} holds no {RECIPE_FILE}: there is no run to resume")
+        return None  # killed before it began: begin
+    before = Recipe.of(Recipe.from_yaml(path), source=str(path))
+    if changed := [f.name for f in dataclasses.fields(Recipe) if getattr(before, f.name) != getattr(recipe, f.name)]:
+        name = changed[0]
+        raise ValueError(
+            f"cannot resume with another recipe: {name} was {getattr(before, name)!r}, is {getattr(recipe, name)!r};"
+            " give the run's own settings, or another --output"
+        )
+    return last_checkpoint(output)
+
+
+def _model(recipe: Recipe, device: str | None) -> GemModel:
+    bf16 = _bf16(recipe, device)
+    _seed(recipe.seed)  # fresh LoRA weights are random
+    return GemModel.from_base(
+        recipe.base,
+        tune=recipe.tune,
+        special_tokens=list(recipe.special_names) if recipe.special_names is not None else recipe.special_tokens,
+        pooling=recipe.pooling,
+        shared_position=recipe.shared_position,
+        rank=recipe.rank,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=recipe.target_modules,
+        # A frozen base may be held in bfloat16; one that is trained keeps float32 weights and computes under autocast.
+        dtype=torch.bfloat16 if bf16 and recipe.frozen_base else torch.float32,
+        device=device,
+    )
+
+
+def _bf16(recipe: Recipe, device: str | None) -> bool:
+    if recipe.precision == "auto":
+        return torch.cuda.is_available() and device != "cpu" and torch.cuda.is_bf16_supported()
+    return recipe.precision == "bf16"
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+
+
+def _arguments(recipe: Recipe, output: Path, *, device: torch.device, evaluated: bool) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output / CHECKPOINTS),
+        max_steps=recipe.max_steps,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        learning_rate=1.0,
+        weight_decay=recipe.weight_decay,
+        max_grad_norm=recipe.max_grad_norm,
+        bf16=_bf16(recipe, str(device)) and not recipe.frozen_base,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        report_to="none",
+        save_steps=recipe.save_steps,
+        save_total_limit=recipe.save_total_limit,
+        eval_strategy="steps" if evaluated else "no",
+        eval_steps=recipe.eval_steps,
+        seed=recipe.seed,
+        ignore_data_skip=True,  # Batches starts at the right step by itself
+        use_cpu=device.type == "cpu",
+        ddp_find_unused_parameters=True,  # the temperature rests while alpha is 0
+        remove_unused_columns=False,
+    )
+
+
+def _summary(gem: GemModel, recipe: Recipe, trainer: _GemTrainer, pairs: list[Pair] | None) -> dict[str, Any]:
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    summary: dict[str, Any] = {
+        "steps": trainer.state.global_step,
+        "loss": last["loss"],
+        **{name: last[name] for name in ("ntp", "contrastive") if name in last},
+        **{k: v for k, v in trainer.meter.report().items() if k != "texts"},
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "device": gem.device.type,
+        "base_fingerprint": gem.config.base_fingerprint,
+    }
+    if pairs is not None:
+        summary["sts_spearman"] = round(spearman(gem, pairs), 3)
+    return summary
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}) + "\n"
+
+
+def _tensorboard(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory))

@@ -1,0 +1,77 @@
+"""Fixtures: tiny saved models, and the real starter model where it is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import tiny
+import torch
+
+from gemify import GemModel
+from gemify.model.base import STARTER_PACKAGE, load_base
+
+torch.set_num_threads(2)
+
+SHARED = Path(os.environ.get("GEMIFY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Seconds-fast tests first, the real model's after."""
+    items.sort(key=lambda item: ("real" in item.keywords, "training" in str(item.path)))
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with reserved control tokens, as a model directory."""
+    return tiny.save(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture
+def gem(base_dir: Path) -> GemModel:
+    """A gated GEM on the tiny Llama, its trained weights made large so that they matter."""
+    made = GemModel.from_base(str(base_dir))
+    disturb(made)
+    return made
+
+
+def disturb(gem: GemModel, seed: int = 1) -> None:
+    """Stand-in for training: random values in every trained weight."""
+    assert gem.adapter is not None
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD]:
+            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+
+@pytest.fixture(scope="session")
+def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_texts(tmp_path_factory.mktemp("data") / "texts.txt")
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
+
+
+@pytest.fixture(scope="session")
+def starter():  # type: ignore[no-untyped-def]
+    """The real starter model and its tokenizer."""
+    if importlib.util.find_spec(STARTER_PACKAGE) is None:
+        pytest.skip(f"the package {STARTER_PACKAGE} is not installed: make setup installs it")
+    return load_base("starter")
+
+
+@pytest.fixture
+def shared() -> Path:
+    """Real data, where it is at hand."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no data at {SHARED}: set GEMIFY_TEST_DATA")
+    return SHARED
