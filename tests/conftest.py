@@ -12,9 +12,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from gemify import GemModel
 from gemify.model.base import STARTER_PACKAGE, load_base
 

@@ -44,7 +44,15 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-window": ("phi3", _COMMON | _WINDOW),
     "gpt2": (
         "gpt2",
-        {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2},
+        {
+            "vocab_size": VOCABULARY,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 128,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
     ),
     "gpt_neox": ("gpt_neox", {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
     "olmo2": ("olmo2", _COMMON),
@@ -81,7 +89,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": (
         "gpt_oss",
-        _HEADED | _WINDOW | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        _HEADED
+        | _WINDOW
+        | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "deepseek_v3": (
         "deepseek_v3",
@@ -159,7 +169,24 @@ def save(directory: Path, name: str = "llama", *, reserved: int = 4, attn_implem
 
 def write_texts(path: Path, count: int = 400) -> Path:
     """A text file of short, differing lines."""
-    words = "red blue stone river cat dog tree house light moon seven paper wind small green old".split()
+    words = [
+        "red",
+        "blue",
+        "stone",
+        "river",
+        "cat",
+        "dog",
+        "tree",
+        "house",
+        "light",
+        "moon",
+        "seven",
+        "paper",
+        "wind",
+        "small",
+        "green",
+        "old",
+    ]
     lines = []
     for i in range(count):
         n = 4 + (i * 7) % 9
@@ -170,6 +197,9 @@ def write_texts(path: Path, count: int = 400) -> Path:
 
 def write_pairs(path: Path, count: int = 20) -> Path:
     """STS pairs as JSON lines."""
-    rows = [{"sentence1": f"the cat {i}", "sentence2": f"the {'cat' if i % 2 else 'dog'} {i}", "score": i % 2 * 5} for i in range(count)]
+    rows = [
+        {"sentence1": f"the cat {i}", "sentence2": f"the {'cat' if i % 2 else 'dog'} {i}", "score": i % 2 * 5}
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
     return path

@@ -42,9 +42,12 @@ def _root(
 @app.command()
 def train(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the run and of the finished GEM.")],
-    data: Annotated[str | None, typer.Option(help=".txt, .jsonl or .parquet file, or a Hugging Face data set name.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help=".txt, .jsonl or .parquet file, or a Hugging Face data set name.")
+    ] = None,
     base: Annotated[
-        str | None, typer.Option("--base", "--model", "-m", help="Model to convert: directory, repo id, .gguf, or starter.")
+        str | None,
+        typer.Option("--base", "--model", "-m", help="Model to convert: directory, repo id, .gguf, or starter."),
     ] = None,
     tune: Annotated[str | None, typer.Option(help="gated, tokens, lora or full.")] = None,
     preset: Annotated[str, typer.Option(help="default, or paper (GEM, Section 4.2).")] = "default",
@@ -59,13 +62,19 @@ def train(
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Batches an optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate while alpha is 0.")] = None,
     contrastive_lr: Annotated[float | None, typer.Option(help="Learning rate after.")] = None,
-    special_tokens: Annotated[int | None, typer.Option("--special-tokens", "-k", help="How many special tokens.")] = None,
+    special_tokens: Annotated[
+        int | None, typer.Option("--special-tokens", "-k", help="How many special tokens.")
+    ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean or concat, over the special tokens.")] = None,
     mix: Annotated[float | None, typer.Option(help="p, the share of raw rows (lora, full).")] = None,
     reconstruction: Annotated[float | None, typer.Option(help="Share of reconstruction among special rows.")] = None,
-    view: Annotated[str | None, typer.Option(help="How contrastive views are made: delete, mask, span or halves.")] = None,
+    view: Annotated[
+        str | None, typer.Option(help="How contrastive views are made: delete, mask, span or halves.")
+    ] = None,
     drop_rate: Annotated[float | None, typer.Option(help="Share of tokens a view drops.")] = None,
-    drop_both: Annotated[bool | None, typer.Option("--drop-both/--drop-one", help="Drop from both views, or one.")] = None,
+    drop_both: Annotated[
+        bool | None, typer.Option("--drop-both/--drop-one", help="Drop from both views, or one.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="Dropout inside the adapter.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Most tokens of a training text.")] = None,
@@ -77,7 +86,8 @@ def train(
     save_steps: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
     gradient_checkpointing: Annotated[
-        bool | None, typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory (lora, full).")
+        bool | None,
+        typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory (lora, full)."),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     device: Device = None,
@@ -90,13 +100,17 @@ def train(
         given.pop(name, None)
     from gemify.model.meter import in_words
     from gemify.training.recipe import PRESETS, Recipe
+    from gemify.training.trainer import Stopped
     from gemify.training.trainer import train as run
 
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
     from_file = Recipe.from_yaml(config) if config is not None else {}
     recipe = Recipe.of({**PRESETS[preset], **from_file, **given}, source=str(config or "the flags"))
-    gem, summary = run(recipe, output, resume=resume, device=device, show_progress_bar=not quiet)
+    try:
+        _, summary = run(recipe, output, resume=resume, device=device, show_progress_bar=not quiet)
+    except Stopped as stopped:
+        _fail(str(stopped))
     if as_json:
         _print({"output": str(output), **summary})
         return
@@ -108,11 +122,17 @@ def train(
 
 @app.command()
 def embed(
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: read --input or stdin, a text a line.")] = None,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts; none: read --input or stdin, a text a line.")
+    ] = None,
     model: Model = "starter",
-    input: Annotated[Path | None, typer.Option("--input", "-i", help=".txt, .jsonl or .parquet file, a text a row.")] = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", "-i", help=".txt, .jsonl or .parquet file, a text a row.")
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help=".npy, .jsonl or .parquet; none: JSONL to stdout.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help=".npy, .jsonl or .parquet; none: JSONL to stdout.")
+    ] = None,
     prompt_name: Annotated[str | None, typer.Option(help="Prompt of the model to put before every text.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Prompt to put before every text.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to length 1.")] = False,
@@ -164,7 +184,9 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
-    embedding: Annotated[bool, typer.Option("--embedding", help="Also give the prompt's embedding (with --json).")] = False,
+    embedding: Annotated[
+        bool, typer.Option("--embedding", help="Also give the prompt's embedding (with --json).")
+    ] = False,
     base: Base = None,
     device: Device = None,
     as_json: Json = False,
@@ -220,7 +242,9 @@ def recover(
 @app.command()
 def info(
     model: Annotated[str, typer.Argument(help="A GEM directory or Hugging Face repo id.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Compare logits with the base model's, bit for bit.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare logits with the base model's, bit for bit.")
+    ] = False,
     base: Base = None,
     device: Device = None,
     as_json: Json = False,
@@ -244,7 +268,9 @@ def info(
         _print(facts)
         return
     for name, value in facts.items():
-        typer.echo(f"{name:20} {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | tuple | list) else value}")
+        typer.echo(
+            f"{name:20} {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | tuple | list) else value}"
+        )
 
 
 def _verify(model: str, base: str, device: str | None) -> bool:

@@ -7,10 +7,10 @@ the two-pass computation with a cropped KV cache, which uses no mask of ours.
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 from transformers import PreTrainedModel
 
+import tiny
 from gemify.model.attention import MaskNotUsed, gem_mask, require_kernel, require_maskable
 from gemify.model.passes import MaskedBatch, masked_pass, positions_of, special_pass, suffix_pass, text_pass
 from gemify.paper.tokens import Columns, Row, Segment, columns, raw_row, split_row
@@ -134,7 +134,9 @@ def test_cache_surgery_equals_the_masked_pass(name: str, k: int, shared: bool) -
     suffix = torch.tensor([list(rows[0].suffix), list(rows[1].suffix)])
     after = suffix_pass(lm, specials, suffix, torch.ones_like(suffix, dtype=torch.bool))
     for at, row in enumerate(rows):
-        alone = masked_pass(lm, MaskedBatch.of([columns(row, special, shared_position=shared)], shared_position=shared))[0]
+        alone = masked_pass(
+            lm, MaskedBatch.of([columns(row, special, shared_position=shared)], shared_position=shared)
+        )[0]
         m = len(row.prefix)
         torch.testing.assert_close(specials.logits_BV[at], alone[m + k - 1], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(after[at], alone[m + k :], atol=1e-5, rtol=1e-5)
@@ -149,7 +151,9 @@ def test_packed_rows_equal_rows_alone() -> None:
     segments = torch.tensor([[int(s) for s in one.segments + two.segments]])
     with gem_mask(segments):
         packed = lm(
-            input_ids=torch.tensor([one.ids + two.ids]), position_ids=torch.tensor([one.positions + two.positions]), use_cache=False
+            input_ids=torch.tensor([one.ids + two.ids]),
+            position_ids=torch.tensor([one.positions + two.positions]),
+            use_cache=False,
         ).logits[0]
     alone = [masked_pass(lm, MaskedBatch.of([c]))[0] for c in (one, two)]
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=1e-5)
@@ -163,7 +167,12 @@ def test_no_gradient_reaches_the_prefix_past_the_special_token() -> None:
         segments = [int(Segment.HIDDEN) if hide and s == Segment.TEXT else int(s) for s in laid.segments]
         seen = table(torch.tensor([laid.ids])).detach().requires_grad_()
         with gem_mask(torch.tensor([segments])):
-            logits = lm(inputs_embeds=seen, position_ids=torch.tensor([laid.positions]), attention_mask=torch.ones(1, 11, dtype=torch.long), use_cache=False).logits
+            logits = lm(
+                inputs_embeds=seen,
+                position_ids=torch.tensor([laid.positions]),
+                attention_mask=torch.ones(1, 11, dtype=torch.long),
+                use_cache=False,
+            ).logits
         logits[0, 6:].square().sum().backward()
         assert seen.grad is not None
         assert bool((seen.grad[0, :5] == 0).all()) is expected_zero

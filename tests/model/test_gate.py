@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from conftest import disturb
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import tiny
+from conftest import disturb
 from gemify import GemModel
 from gemify.model.gate import gate
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from conftest import disturb
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gemify.model.gem
+import tiny
+from conftest import disturb
 from gemify import GemModel
 from gemify.model.config import CONFIG_FILE
 from gemify.model.passes import MaskedBatch, masked_pass
@@ -159,7 +159,9 @@ def test_recover_is_greedy_decoding_under_the_mask(any_gem: GemModel) -> None:
         ids, out = any_gem.tokenizer(text)["input_ids"], []
         for _ in range(6):
             laid = columns(
-                Row("reconstruction", tuple(ids), tuple(out)), any_gem.special_ids, shared_position=any_gem.config.shared_position
+                Row("reconstruction", tuple(ids), tuple(out)),
+                any_gem.special_ids,
+                shared_position=any_gem.config.shared_position,
             )
             with torch.no_grad():
                 batch = MaskedBatch.of([laid], shared_position=any_gem.config.shared_position)
@@ -182,7 +184,9 @@ def test_save_and_load_give_the_same_bytes(base_dir: Path, tmp_path: Path, tune:
     again = GemModel.from_pretrained(tmp_path / "gem")
     assert again.config == gem.config
     assert (again.encode(TEXTS) == gem.encode(TEXTS)).all()
-    assert again.generate("hi", max_new_tokens=5, do_sample=False) == gem.generate("hi", max_new_tokens=5, do_sample=False)
+    assert again.generate("hi", max_new_tokens=5, do_sample=False) == gem.generate(
+        "hi", max_new_tokens=5, do_sample=False
+    )
     files = {p.name for p in (tmp_path / "gem").iterdir()}
     assert ("model.safetensors" in files) == (tune == "full")
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
@@ -259,7 +263,9 @@ def test_bad_bases_are_named(tmp_path: Path) -> None:
     (bert / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}))
     with pytest.raises(ValueError, match="not a decoder-only causal LM"):
         GemModel.from_base(str(bert))
-    (bert / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}))
+    (bert / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]})
+    )
     with pytest.raises(ValueError, match="no causal LM"):
         GemModel.from_base(str(bert))
     tiny.build("llama").save_pretrained(tmp_path / "bare")

@@ -16,7 +16,9 @@ def test_drawn_tables_are_what_is_computed() -> None:
 
 
 rows = st.builds(
-    lambda pad, m, k, n, hidden: ["_"] * pad + [("h" if i in hidden else "p") for i in range(m)] + ["s"] * k + ["x"] * n,
+    lambda pad, m, k, n, hidden: (
+        ["_"] * pad + [("h" if i in hidden else "p") for i in range(m)] + ["s"] * k + ["x"] * n
+    ),
     st.integers(0, 3),
     st.integers(1, 8),
     st.integers(1, 4),

@@ -59,7 +59,9 @@ def test_a_weight_of_zero_switches_an_objective_off_exactly() -> None:
     assert total_loss(torch.tensor(1.0), torch.tensor(5.0), 0.25).item() == 2.0
 
 
-@pytest.mark.parametrize(("ntp", "contrastive", "alpha"), [(None, torch.tensor(1.0), 0.5), (torch.tensor(1.0), None, 1.0)])
+@pytest.mark.parametrize(
+    ("ntp", "contrastive", "alpha"), [(None, torch.tensor(1.0), 0.5), (torch.tensor(1.0), None, 1.0)]
+)
 def test_a_missing_part_is_refused(ntp: torch.Tensor | None, contrastive: torch.Tensor | None, alpha: float) -> None:
     with pytest.raises(ValueError, match="was not computed"):
         total_loss(ntp, contrastive, alpha)

@@ -38,7 +38,14 @@ def test_pure_and_bounded(max_steps: int, ntp: int, ramp: int, step: int) -> Non
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_steps": 0}, {"ntp_steps": -1}, {"alpha_final": 2.0}, {"lr": 0.0}, {"contrastive_lr": float("nan")}, {"ramp_steps": -2}],
+    [
+        {"max_steps": 0},
+        {"ntp_steps": -1},
+        {"alpha_final": 2.0},
+        {"lr": 0.0},
+        {"contrastive_lr": float("nan")},
+        {"ramp_steps": -2},
+    ],
 )
 def test_bad_values_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -10,7 +10,9 @@ texts = st.lists(st.integers(0, 50), min_size=1, max_size=40)
 
 
 @given(texts, st.sampled_from(VIEW_KINDS), st.floats(0.0, 0.95), st.booleans(), st.integers())
-def test_a_view_is_never_empty_and_keeps_the_order(text: list[int], kind: str, rate: float, both: bool, seed: int) -> None:
+def test_a_view_is_never_empty_and_keeps_the_order(
+    text: list[int], kind: str, rate: float, both: bool, seed: int
+) -> None:
     first, second = Views(kind, rate, both).pair(text, Random(seed))  # type: ignore[arg-type]
     for view in (first, second):
         assert len(view.ids) == len(view.seen)

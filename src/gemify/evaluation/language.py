@@ -24,7 +24,7 @@ PROBES = (
 @torch.inference_mode()
 def logits_of(lm: Any, tokenizer: Any, text: str) -> torch.Tensor:
     """Logits [T, V] of one text."""
-    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(lm.get_input_embeddings().weight.device)
+    ids = tokenizer(text, return_tensors="pt")["input_ids"].to(lm.device)
     logits: torch.Tensor = lm(input_ids=ids, use_cache=False).logits[0]
     return logits
 
@@ -38,7 +38,7 @@ def same_logits(one: Any, other: Any, tokenizer: Any, texts: Sequence[str]) -> b
 def language_loss(lm: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 256) -> float:
     """Mean next-token loss in nats over the texts' tokens (each text on its own, cut to ``max_length``)."""
     rows = [r[:max_length] for r in tokenizer(list(texts), verbose=False)["input_ids"]]
-    device = lm.get_input_embeddings().weight.device
+    device = lm.device
     total, count = 0.0, 0
     for group in length_groups([len(r) for r in rows], max_tokens=4096):
         ids_BT, mask_BT = (t.to(device) for t in right_pad([rows[i] for i in group]))

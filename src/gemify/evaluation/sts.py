@@ -48,7 +48,9 @@ def _pair(line: str, where: str) -> Pair:
         row = json.loads(line)
         return Pair(str(row["sentence1"]), str(row["sentence2"]), float(row["score"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: expected JSON with sentence1, sentence2 and score ({type(error).__name__})") from error
+        raise ValueError(
+            f"{where}: expected JSON with sentence1, sentence2 and score ({type(error).__name__})"
+        ) from error
 
 
 def spearman(encoder: Encoder, pairs: list[Pair], *, batch_size: int = 64) -> float:

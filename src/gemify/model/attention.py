@@ -135,7 +135,7 @@ def require_maskable(lm: PreTrainedModel) -> None:
     was_training = lm.training
     lm.eval()
     try:
-        device = lm.get_input_embeddings().weight.device
+        device = lm.device
         with gem_mask(segments_BT):
             logits_BTV = lm(
                 input_ids=ids_BT.to(device), attention_mask=torch.ones_like(ids_BT).to(device), use_cache=False

@@ -67,15 +67,21 @@ def load_base(
         raise BaseNotFound(f"cannot load the model {name!r}: {_first_line(error)}") from error
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         known = "an encoder-decoder" if config.is_encoder_decoder else f"a {config.model_type!r} model"
-        raise ValueError(f"{name} is {known}, not a decoder-only causal LM: choose a model that AutoModelForCausalLM loads")
-    if (architectures := config.architectures) and not any(a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for a in architectures):
+        raise ValueError(
+            f"{name} is {known}, not a decoder-only causal LM: choose a model that AutoModelForCausalLM loads"
+        )
+    if (architectures := config.architectures) and not any(
+        a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for a in architectures
+    ):
         raise ValueError(f"{name} holds {architectures[0]}, no causal LM: its language-model head would be random")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **common)
     except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"{name} has no tokenizer that loads: {_first_line(error)}") from error
     if not tokenizer.is_fast:
-        raise ValueError(f"the tokenizer of {name} has no fast backend (tokenizer.json): convert it with transformers first")
+        raise ValueError(
+            f"the tokenizer of {name} has no fast backend (tokenizer.json): convert it with transformers first"
+        )
     try:
         with quiet():
             lm = AutoModelForCausalLM.from_pretrained(name, **common, **weights)
@@ -141,7 +147,9 @@ def choose_special_tokens(
         if len(set(wanted)) != k:
             raise ValueError(f"{k} special tokens need {k} different names, got {list(wanted)}")
         return list(wanted)
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template or "")
+    template = (
+        tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template or "")
+    )
     roles = {t for v in tokenizer.special_tokens_map.values() for t in ([v] if isinstance(v, str) else v)}
     if tokenizer.special_tokens_map.get("additional_special_tokens"):
         roles -= set(tokenizer.special_tokens_map["additional_special_tokens"])
@@ -160,10 +168,16 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) 
     if new:
         tokenizer.add_special_tokens({"extra_special_tokens": new}, replace_extra_special_tokens=False)
     ids = tokenizer.convert_tokens_to_ids(list(names))
-    ordinary = [n for n, i in zip(names, ids, strict=True) if i in tokenizer.added_tokens_decoder and not tokenizer.added_tokens_decoder[i].special]
+    ordinary = [
+        n
+        for n, i in zip(names, ids, strict=True)
+        if i in tokenizer.added_tokens_decoder and not tokenizer.added_tokens_decoder[i].special
+    ]
     ordinary += [n for n, i in zip(names, ids, strict=True) if i not in tokenizer.added_tokens_decoder]
     if ordinary:
-        raise ValueError(f"{ordinary[0]!r} is an ordinary token of this tokenizer: choose a control token or a new name")
+        raise ValueError(
+            f"{ordinary[0]!r} is an ordinary token of this tokenizer: choose a control token or a new name"
+        )
     return [int(i) for i in ids]
 
 

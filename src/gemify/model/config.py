@@ -43,9 +43,13 @@ class GemConfig:
         if len(self.special_ids) < 1:
             raise ValueError("k must be at least 1 special token, got 0")
         if len(set(self.special_ids)) != len(self.special_ids) or len(self.special_ids) != len(self.special_tokens):
-            raise ValueError(f"special tokens must be distinct, got {list(self.special_tokens)} = {list(self.special_ids)}")
+            raise ValueError(
+                f"special tokens must be distinct, got {list(self.special_tokens)} = {list(self.special_ids)}"
+            )
         if self.max_length <= len(self.special_ids):
-            raise ValueError(f"max_length must exceed the {len(self.special_ids)} special token(s), got {self.max_length}")
+            raise ValueError(
+                f"max_length must exceed the {len(self.special_ids)} special token(s), got {self.max_length}"
+            )
 
     @property
     def k(self) -> int:

@@ -51,8 +51,10 @@ class TextTokenizer:
 
 def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[int]]) -> Tensor:
     """Vectors [B, D or K * D] of tokenised texts: one forward pass, no LM head."""
-    laid_out = [columns(Row("split", tuple(r)), config.special_ids, shared_position=config.shared_position) for r in rows]
-    device = lm.get_input_embeddings().weight.device
+    laid_out = [
+        columns(Row("split", tuple(r)), config.special_ids, shared_position=config.shared_position) for r in rows
+    ]
+    device = lm.device
     batch = MaskedBatch.of(laid_out, shared_position=config.shared_position, device=device)
     hidden_BTD = masked_pass(lm, batch, body_only=True)
     hidden_BKD = hidden_BTD[batch.segments_BT == Segment.SPECIAL].view(len(rows), config.k, -1)

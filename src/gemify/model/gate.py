@@ -166,7 +166,7 @@ class Adapter(nn.Module):
                     layer.lora_variant[_NAME] = GatedLora()
         self.rows = SpecialRows(rows_KD)
         self.rows.attach(lm)
-        self.rows.to(lm.get_input_embeddings().weight.device)
+        self.rows.to(lm.device)
 
     @staticmethod
     def _lora_layers(lm: nn.Module) -> list[LoraLayer]:
@@ -231,8 +231,10 @@ class Adapter(nn.Module):
     def merge(self) -> PreTrainedModel:
         """The plain language model with ordinary LoRA folded in and the special rows written to its table."""
         if self.tune != "lora":
-            raise ValueError(f"only an ordinary LoRA can be merged, this adapter is {self.tune!r}: train with --tune lora")
-        lm: PreTrainedModel = self._peft[0].merge_and_unload()  # type: ignore[operator]
+            raise ValueError(
+                f"only an ordinary LoRA can be merged, this adapter is {self.tune!r}: train with --tune lora"
+            )
+        lm: PreTrainedModel = self._peft[0].merge_and_unload()
         with torch.no_grad():
             lm.get_input_embeddings().weight[self.special_ids] = self.rows.rows_KD.to(lm.get_input_embeddings().weight)
         return lm
@@ -249,5 +251,3 @@ def adapter_settings(directory: Path) -> dict[str, Any]:
         "lora_dropout": config.lora_dropout,
         "target_modules": config.target_modules,
     }
-
-

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,7 +159,9 @@ class GemModel:
         config = GemConfig.from_directory(directory)
         full = config.tune == "full" or not (directory / ADAPTER_FILE).is_file()
         if full and not (directory / "config.json").is_file():
-            raise ValueError(f"{directory} holds neither {ADAPTER_FILE} nor a model: restore the missing file or train again")
+            raise ValueError(
+                f"{directory} holds neither {ADAPTER_FILE} nor a model: restore the missing file or train again"
+            )
         lm, tokenizer = load_base(
             str(directory) if full else base or config.base,
             dtype=dtype,
@@ -203,7 +205,9 @@ class GemModel:
         """
         target = Path(path)
         if merge and self.config.tune != "lora":
-            raise ValueError(f"only a `lora` GEM can be merged, this one is {self.config.tune!r}: train with --tune lora")
+            raise ValueError(
+                f"only a `lora` GEM can be merged, this one is {self.config.tune!r}: train with --tune lora"
+            )
         with atomic_directory(target, last=CONFIG_FILE) as stage:
             if self.adapter is not None and not merge:
                 self.adapter.save(stage)
@@ -218,7 +222,7 @@ class GemModel:
 
     @property
     def device(self) -> torch.device:
-        return self.lm.get_input_embeddings().weight.device
+        return self.lm.device
 
     @property
     def special_ids(self) -> list[int]:
@@ -236,11 +240,6 @@ class GemModel:
 
     # Embedding
 
-    @overload
-    def encode(self, inputs: Texts, *, convert_to_tensor: Literal[True], **options: Any) -> Tensor: ...
-    @overload
-    def encode(self, inputs: Texts, *, convert_to_tensor: Literal[False] = False, **options: Any) -> np.ndarray: ...
-
     def encode(
         self,
         inputs: Texts,
@@ -253,7 +252,7 @@ class GemModel:
         convert_to_tensor: bool = False,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
-    ) -> np.ndarray | Tensor:
+    ) -> Any:
         """Embed texts, with sentence-transformers' words and defaults.
 
         Args:
@@ -309,13 +308,13 @@ class GemModel:
     @staticmethod
     def similarity(embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
         """Cosine similarities [N, M] of every vector of the first with every one of the second."""
-        a, b = (F.normalize(torch.atleast_2d(torch.as_tensor(e)).float(), dim=-1) for e in (embeddings1, embeddings2))
+        a, b = (F.normalize(_matrix(e), dim=-1) for e in (embeddings1, embeddings2))
         return a @ b.T
 
     @staticmethod
     def similarity_pairwise(embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
         """Cosine similarities [N] of vectors at equal places."""
-        a, b = (torch.atleast_2d(torch.as_tensor(e)).float() for e in (embeddings1, embeddings2))
+        a, b = (_matrix(e) for e in (embeddings1, embeddings2))
         return F.cosine_similarity(a, b, dim=-1)
 
     def _named(self, name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -376,9 +375,7 @@ class GemModel:
         return texts[0] if single and len(texts) == 1 else texts
 
     @torch.no_grad()
-    def generate_ids(
-        self, handle: Handle | None, ids_BT: Tensor, mask_BT: Tensor, **options: Any
-    ) -> Tensor:
+    def generate_ids(self, handle: Handle | None, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Tensor:
         """`generate` on token ids, [B, T] padded on the left; returns prompts and continuations, [B, T + new]."""
         suppressed = sorted({*(options.pop("suppress_tokens", None) or ()), *self.config.special_ids})
         table = self.lm.get_output_embeddings().weight.shape[0]
@@ -402,7 +399,9 @@ class GemModel:
     def prefill_chat(self, messages: Sequence[Message]) -> Handle:
         """`prefill` of a conversation, laid out by the tokenizer's chat template up to the answer's start."""
         if not self.tokenizer.chat_template:
-            raise ValueError(f"the base model {self.config.base} has no chat template: use generate with a plain prompt")
+            raise ValueError(
+                f"the base model {self.config.base} has no chat template: use generate with a plain prompt"
+            )
         prompt = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return self.prefill(str(prompt), add_special_tokens=False)
 
@@ -444,7 +443,9 @@ class GemModel:
 
     def _end_ids(self) -> set[int]:
         ends = self.lm.generation_config.eos_token_id if self.lm.generation_config is not None else None
-        return {e for e in [self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])] if e is not None}
+        return {
+            e for e in [self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])] if e is not None
+        }
 
     def _prompt_ids(self, texts: Texts, *, add_special_tokens: bool = True) -> tuple[Tensor, Tensor]:
         listed = [texts] if isinstance(texts, str) else list(texts)
@@ -486,6 +487,11 @@ def _attach(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: d
         base_name=STARTER_REPO if config.base == STARTER else config.base,
         **settings,
     )
+
+
+def _matrix(vectors: np.ndarray | Tensor) -> Tensor:
+    tensor = torch.as_tensor(vectors).float()
+    return tensor[None] if tensor.ndim == 1 else tensor
 
 
 def resolve_directory(path: str | Path) -> Path:

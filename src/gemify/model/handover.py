@@ -88,4 +88,4 @@ def _install(lm: PreTrainedModel) -> None:
         )
 
     start.gemify = True  # type: ignore[attr-defined]
-    lm._prefill = start  # type: ignore[method-assign]
+    lm._prefill = start

@@ -59,7 +59,9 @@ def left_pad(texts: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[Tensor, 
     T = max((len(t) for t in texts), default=0)
     ids = [[fill] * (T - len(t)) + list(t) for t in texts]
     mask = [[False] * (T - len(t)) + [True] * len(t) for t in texts]
-    return torch.tensor(ids, dtype=torch.long).view(len(texts), T), torch.tensor(mask, dtype=torch.bool).view(len(texts), T)
+    return torch.tensor(ids, dtype=torch.long).view(len(texts), T), torch.tensor(mask, dtype=torch.bool).view(
+        len(texts), T
+    )
 
 
 def right_pad(texts: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[Tensor, Tensor]:
@@ -115,7 +117,7 @@ def special_pass(
         "past_key_values": cache,
         "use_cache": True,
     }
-    apart = contextlib.nullcontext()
+    apart: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if K > 1:  # special tokens do not see each other
         segments_BT = torch.cat([text.mask_BT.long() * Segment.TEXT, ones_BK.long() * Segment.SPECIAL], dim=1)
         apart = gem_mask(segments_BT, shared_position=shared_position)
@@ -154,12 +156,16 @@ class MaskedBatch:
 
     @staticmethod
     def of(rows: Sequence[Columns], *, shared_position: bool = True, device: torch.device | str = "cpu") -> MaskedBatch:
-        ids_BT, _ = right_pad([r.ids for r in rows])
-        segments_BT, _ = right_pad([r.segments for r in rows], fill=int(Segment.PAD))
-        positions_BT, _ = right_pad([r.positions for r in rows])
-        labels_BT, _ = right_pad([r.labels for r in rows], fill=IGNORED)
-        tensors = (t.to(device) for t in (ids_BT, segments_BT, positions_BT, labels_BT))
-        return MaskedBatch(*tensors, shared_position=shared_position)
+        def pad(lists: Sequence[Sequence[int]], fill: int) -> Tensor:
+            return right_pad(lists, fill=fill)[0].to(device)
+
+        return MaskedBatch(
+            pad([r.ids for r in rows], 0),
+            pad([r.segments for r in rows], int(Segment.PAD)),
+            pad([r.positions for r in rows], 0),
+            pad([r.labels for r in rows], IGNORED),
+            shared_position,
+        )
 
 
 def masked_pass(lm: PreTrainedModel, batch: MaskedBatch, *, body_only: bool = False) -> Tensor:

@@ -26,7 +26,9 @@ def greedy_from_specials(
     done = [False] * len(rows)
     blocked = [i for i in never if i < logits_BV.shape[1]]
     for _ in range(max_new_tokens):
-        next_B = logits_BV.index_fill(1, torch.tensor(blocked, device=logits_BV.device, dtype=torch.long), -torch.inf).argmax(-1)
+        next_B = logits_BV.index_fill(
+            1, torch.tensor(blocked, device=logits_BV.device, dtype=torch.long), -torch.inf
+        ).argmax(-1)
         for at, token in enumerate(next_B.tolist()):
             done[at] = done[at] or token in ends
             if not done[at]:

@@ -37,7 +37,9 @@ class Temperature(nn.Module):
         return self.t.exp()
 
 
-def info_nce(query_BD: Tensor, positive_BD: Tensor, scale: Tensor | float, negatives_ND: Tensor | None = None) -> Tensor:
+def info_nce(
+    query_BD: Tensor, positive_BD: Tensor, scale: Tensor | float, negatives_ND: Tensor | None = None
+) -> Tensor:
     """Mean InfoNCE over B pairs: row i's positive is ``positive_BD[i]``, the other rows' positives are its negatives.
 
     ``-log( exp(lam s(q, d+)) / sum_d exp(lam s(q, d)) )`` with cosine s. Further negatives may be appended.

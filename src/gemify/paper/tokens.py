@@ -111,11 +111,11 @@ def columns(row: Row, special_ids: Sequence[int], *, shared_position: bool = Tru
     """Lay a row out for a single masked forward pass."""
     m, k = len(row.prefix), len(special_ids)
     if not row.special:
-        return Columns(list(row.prefix), [Segment.TEXT] * m, list(range(m)), list(row.prefix))
+        return Columns(list(row.prefix), [int(Segment.TEXT)] * m, list(range(m)), list(row.prefix))
     n, start = len(row.suffix), suffix_start(m, k, shared=shared_position)
     return Columns(
         ids=[*row.prefix, *special_ids, *row.suffix],
-        segments=[Segment.TEXT] * m + [Segment.SPECIAL] * k + [Segment.SUFFIX] * n,
+        segments=[int(Segment.TEXT)] * m + [int(Segment.SPECIAL)] * k + [int(Segment.SUFFIX)] * n,
         positions=[*range(m), *special_positions(m, k, shared=shared_position), *range(start, start + n)],
         labels=[*row.prefix, *[IGNORED] * k, *row.suffix],
     )

@@ -37,7 +37,14 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
     """
 
     def __init__(
-        self, recipe: Recipe, source: Source, tokenize: TextTokenizer, *, end_id: int | None, rank: int = 0, world: int = 1
+        self,
+        recipe: Recipe,
+        source: Source,
+        tokenize: TextTokenizer,
+        *,
+        end_id: int | None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self.recipe, self.source, self.tokenize = recipe, source, tokenize
         self.end = (end_id,) if recipe.append_end and end_id is not None else ()
@@ -49,7 +56,9 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         stream = self._examples()
         for step in range(self.recipe.max_steps):
             need = self._rows_needed(step)
-            micro = [[next(stream) for _ in range(need)] for _ in range(self.recipe.gradient_accumulation_steps * self.world)]
+            micro = [
+                [next(stream) for _ in range(need)] for _ in range(self.recipe.gradient_accumulation_steps * self.world)
+            ]
             if step >= self.start_step:
                 yield from self._step(step, micro)
 
@@ -66,7 +75,11 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         made = []
         for index, examples in enumerate(micro):
             rng = Random(f"{recipe.seed} {step} {index}")
-            rows = [self._row(e, rng) for e in examples[: recipe.batch_size]] if recipe.contrastive_batch_size is None or alpha < 1.0 else []
+            rows = (
+                [self._row(e, rng) for e in examples[: recipe.batch_size]]
+                if recipe.contrastive_batch_size is None or alpha < 1.0
+                else []
+            )
             pairs = []
             if alpha > 0.0:
                 if recipe.contrastive_batch_size is None:  # the paper: the special rows of the same batch

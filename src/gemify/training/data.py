@@ -36,11 +36,15 @@ class Source:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError("no training data: give --data FILE (.txt, .jsonl, .parquet) or a Hugging Face data set name")
+            raise ValueError(
+                "no training data: give --data FILE (.txt, .jsonl, .parquet) or a Hugging Face data set name"
+            )
         path = Path(self.name)
         if path.is_dir():
             raise ValueError(f"{self.name} is a directory: give one file, or a Hugging Face data set name")
-        looks_like_file = path.suffix in (".txt", ".jsonl", ".json", ".parquet", ".gz", ".csv", ".tsv") or path.is_absolute()
+        looks_like_file = (
+            path.suffix in (".txt", ".jsonl", ".json", ".parquet", ".gz", ".csv", ".tsv") or path.is_absolute()
+        )
         if not path.exists() and (looks_like_file or self.name.count("/") > 1):
             raise ValueError(f"no such data file: {self.name}")
         if path.is_file() and path.stat().st_size == 0:
@@ -66,7 +70,9 @@ class Source:
                         raise UnicodeDecodeError("utf-8", line, 0, 1, "NUL byte")
                     yield number, text.strip()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path} line {number}: not UTF-8 text (a binary file?): give text, one row a line") from error
+                raise ValueError(
+                    f"{path} line {number}: not UTF-8 text (a binary file?): give text, one row a line"
+                ) from error
             except (gzip.BadGzipFile, EOFError) as error:
                 raise ValueError(f"{path} is a damaged .gz file: {error}") from error
 
@@ -115,7 +121,9 @@ class Source:
                     break
             else:
                 if self.text_column not in row:
-                    raise ValueError(f"{where}: no column {self.text_column!r} (there are {sorted(row)}): set --text-column")
+                    raise ValueError(
+                        f"{where}: no column {self.text_column!r} (there are {sorted(row)}): set --text-column"
+                    )
                 text = _text(row, self.text_column, where)
                 if text.strip():
                     yield Example(text)
@@ -130,5 +138,5 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
 
 def _open(path: Path) -> IO[bytes]:
     if path.suffix == ".gz":
-        return io.BufferedReader(gzip.open(path, "rb"))  # type: ignore[arg-type]
+        return io.BufferedReader(gzip.open(path, "rb"))
     return path.open("rb")

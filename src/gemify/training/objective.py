@@ -100,7 +100,7 @@ class Objective(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.lm.get_input_embeddings().weight.device
+        return self.lm.device
 
     def train(self, mode: bool = True) -> Objective:
         """A frozen base computes the same in training as in use: only the adapter's own dropout is switched."""
@@ -123,7 +123,11 @@ class Objective(nn.Module):
             both_BD = embed(views, computed)
             contrastive = info_nce(both_BD[0::2], both_BD[1::2], self.temperature())
         return Losses(
-            total_loss(ntp, contrastive, batch.alpha), ntp, contrastive, float(self.temperature.t.detach().exp()), computed
+            total_loss(ntp, contrastive, batch.alpha),
+            ntp,
+            contrastive,
+            float(self.temperature.t.detach().exp()),
+            computed,
         )
 
     def _groups(self, lengths: list[int]) -> list[list[int]]:
@@ -163,8 +167,8 @@ class Objective(nn.Module):
         """Embeddings [N, D] of views. Views of the same ids (the "mask" way) share one pass of the text."""
         texts = list(dict.fromkeys(v.ids for v in views))
         users: dict[tuple[int, ...], list[int]] = {t: [] for t in texts}
-        for at, view in enumerate(views):
-            users[view.ids].append(at)
+        for number, view in enumerate(views):
+            users[view.ids].append(number)
         out: list[Tensor] = []
         order: list[int] = []
         for group in self._groups([len(t) for t in texts]):
@@ -172,11 +176,11 @@ class Objective(nn.Module):
             computed.add(mask_BT)
             with torch.no_grad():
                 text = text_pass(self.lm, ids_BT.to(self.device), mask_BT.to(self.device))
-            for turn in range(max(len(users[texts[i]]) for i in group)):
-                rows = [b for b, i in enumerate(group) if turn < len(users[texts[i]])]
-                at = [users[texts[group[b]]][turn] for b in rows]
-                flags, _ = left_pad([views[a].seen for a in at])
-                some = text.rows(rows) if len(rows) < len(group) else text
+            for turn in range(max(len(users[texts[i]]) for i in group)):  # first view of every text, second, ...
+                present = [b for b, i in enumerate(group) if turn < len(users[texts[i]])]
+                these = [users[texts[group[b]]][turn] for b in present]
+                flags, _ = left_pad([views[v].seen for v in these])
+                some = text.rows(present) if len(present) < len(group) else text
                 seen_BT = torch.nn.functional.pad(flags.bool(), (some.mask_BT.shape[1] - flags.shape[1], 0))
                 specials = special_pass(
                     self.lm,
@@ -187,7 +191,7 @@ class Objective(nn.Module):
                 )
                 assert specials.hidden_BKD is not None
                 out.append(pool(specials.hidden_BKD, self.pooling))
-                order += at
+                order += these
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 
     # Trained base: one masked pass
@@ -204,9 +208,12 @@ class Objective(nn.Module):
         laid_out = []
         for view in views:
             row = columns(Row("split", view.ids), self.special_ids, shared_position=self.shared_position)
-            hide = [Segment.HIDDEN if at < len(view.seen) and not view.seen[at] else s for at, s in enumerate(row.segments)]
-            laid_out.append(Columns(row.ids, [int(s) for s in hide], row.positions, row.labels))
-        out, order = [], []
+            hide = [
+                Segment.HIDDEN if at < len(view.seen) and not view.seen[at] else s for at, s in enumerate(row.segments)
+            ]
+            laid_out.append(Columns(row.ids, hide, row.positions, row.labels))
+        out: list[Tensor] = []
+        order: list[int] = []
         for group, batch in self._masked_batches(laid_out, computed):
             hidden_BTD = masked_pass(self.lm, batch, body_only=True)
             special_BT = batch.segments_BT == Segment.SPECIAL

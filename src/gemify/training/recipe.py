@@ -108,13 +108,19 @@ class Recipe:
         schedule, _ = self.schedule, self.views
         contrastive = schedule.alpha(self.max_steps - 1) > 0.0
         if self.frozen_base and self.mix:
-            raise ValueError(f"mix = {self.mix} contradicts tune {self.tune!r}: with a frozen base raw rows teach nothing")
+            raise ValueError(
+                f"mix = {self.mix} contradicts tune {self.tune!r}: with a frozen base raw rows teach nothing"
+            )
         if self.p == 1.0:
             raise ValueError("mix = 1 leaves no row with special tokens: there is nothing to train")
         if self.frozen_base and self.gradient_checkpointing:
-            raise ValueError(f"gradient_checkpointing contradicts tune {self.tune!r}: no gradient runs through the text")
+            raise ValueError(
+                f"gradient_checkpointing contradicts tune {self.tune!r}: no gradient runs through the text"
+            )
         if contrastive and self.contrastive_batch_size is not None and self.contrastive_batch_size < 2:
-            raise ValueError(f"contrastive_batch_size must be at least 2 (else no negatives), got {self.contrastive_batch_size}")
+            raise ValueError(
+                f"contrastive_batch_size must be at least 2 (else no negatives), got {self.contrastive_batch_size}"
+            )
         if contrastive and self.contrastive_batch_size is None and self.batch_size * (1 - self.p) < 2:
             raise ValueError("fewer than two special rows a batch leave no negatives: set contrastive_batch_size")
 
@@ -231,5 +237,7 @@ def _words(hint: Any) -> str:
         elif get_origin(choice) is tuple:
             names.append("a list of names")
         else:
-            names.append({int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(choice, "none"))
+            names.append(
+                {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(choice, "none")
+            )
     return " or ".join(names)

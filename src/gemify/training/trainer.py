@@ -60,7 +60,12 @@ class Stopped(Exception):
 class _GemTrainer(Trainer):
     """transformers' Trainer with our batches, losses, schedule and checkpoints."""
 
-    def __init__(self, gem: GemModel, recipe: Recipe, batches: Batches, pairs: list[Pair] | None, **options: Any) -> None:
+    lr_scheduler: Any
+    control: TrainerControl
+
+    def __init__(
+        self, gem: GemModel, recipe: Recipe, batches: Batches, pairs: list[Pair] | None, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.gem, self.recipe, self.batches, self.pairs = gem, recipe, batches, pairs
         self.meter = Meter()
@@ -68,9 +73,12 @@ class _GemTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
         # Not prepared by accelerate: a micro-batch is already this process's share, and moves to the device itself.
-        return DataLoader(self.batches, batch_size=None)
+        # A generator of its own: starting an iterator draws a seed, which would move the random state on a resume.
+        return DataLoader(self.batches, batch_size=None, generator=torch.Generator())
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         losses = model(inputs["batch"])
         if not bool(torch.isfinite(losses.total)):
             raise FloatingPointError(
@@ -173,7 +181,9 @@ class _Progress(TrainerCallback):
         if self.bar is not None:
             self.bar.update(1)
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
         if self.bar is None or not logs or "train_runtime" in logs:
             return
         with self.path.open("a") as file:
@@ -266,7 +276,14 @@ def train(
     with _StopOnSignal() as stopper:
         progress = _Progress(output, show=show_progress_bar)
         trainer = _GemTrainer(
-            gem, recipe, batches, pairs, model=objective, args=arguments, callbacks=[progress, stopper], eval_dataset=[] if pairs else None
+            gem,
+            recipe,
+            batches,
+            pairs,
+            model=objective,
+            args=arguments,
+            callbacks=[progress, stopper],
+            eval_dataset=[] if pairs else None,
         )
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -302,7 +319,9 @@ def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
     path = output / RECIPE_FILE
     if not resume:
         if output.exists() and any(output.iterdir()):
-            raise ValueError(f"{output} is not empty: add --resume to go on with the run in it, or choose another directory")
+            raise ValueError(
+                f"{output} is not empty: add --resume to go on with the run in it, or choose another directory"
+            )
         return None
     if not path.is_file():
         if output.exists() and any(output.iterdir()):
@@ -390,7 +409,10 @@ def _summary(gem: GemModel, recipe: Recipe, trainer: _GemTrainer, pairs: list[Pa
 
 
 def _line(entry: dict[str, Any]) -> str:
-    return json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}) + "\n"
+    entry = {k: v for k, v in entry.items() if k != "epoch"}  # the Trainer's, of no meaning for a stream
+    return (
+        json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}) + "\n"
+    )
 
 
 def _tensorboard(directory: Path) -> Any:

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import tiny
+from gemify.model.encode import TextTokenizer
+from gemify.paper.tokens import Row
+from gemify.training.batches import Batches
+from gemify.training.data import Example, Source
+from gemify.training.recipe import PRESETS, Recipe
+
+
+def test_every_format_gives_the_same_texts(tmp_path: Path) -> None:
+    texts = ["one text", "another", "ünïcödé"]
+    (tmp_path / "a.txt").write_text("\n".join(texts) + "\n\n")
+    with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
+        file.write("\n".join(texts))
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t, "x": 1}) + "\n" for t in texts))
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    for name in ("a.txt", "a.txt.gz", "a.jsonl", "a.parquet"):
+        source = Source(str(tmp_path / name))
+        assert [e.text for e in source] == texts
+        assert [e.text for e in source] == texts  # again
+
+
+def test_pairs_become_summary_and_soft_prompt_examples(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"context": "long", "summary": "s"}\n{"prompt": "q", "answer": "a"}\n')
+    assert list(Source(str(path))) == [Example("long", "s", "summary"), Example("q", "a", "soft_prompt")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"ok\n\xff\xfe\x00binary", "line 2: not UTF-8 text"),
+        ("a.txt", b"ok\n\x00\x01\n", "line 2: not UTF-8 text"),
+        ("a.txt.gz", b"not gzip at all", "damaged .gz"),
+        ("a.jsonl", b'{"text": "a"}\nnonsense\n', "line 2: not JSON"),
+        ("a.jsonl", b'["a"]\n', "line 1: expected an object"),
+        ("a.jsonl", b'{"body": "a"}\n', r"no column 'text' \(there are \['body'\]\)"),
+        ("a.jsonl", b'{"text": 7}\n', "'text' must be text, got int"),
+        ("a.parquet", b"PAR1 nonsense", "not readable as Parquet"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        list(Source(str(tmp_path / name)))
+
+
+def test_missing_files_and_unreachable_data_sets_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such data file"):
+        Source(str(tmp_path / "none.txt"))
+    with pytest.raises(ValueError, match="give --data"):
+        Source("")
+    with pytest.raises(ValueError, match="is a directory"):
+        Source(str(tmp_path))
+    with pytest.raises(ValueError, match="neither a file nor a data set"):
+        list(Source("nobody/nothing-at-all"))
+
+
+def tokenize() -> TextTokenizer:
+    return TextTokenizer(tiny.tokenizer(), frozenset([3]))
+
+
+def batches(path: Path, **options: object) -> Batches:
+    recipe = Recipe.of(
+        {"data": str(path), "batch_size": 8, "contrastive_batch_size": 16, "max_steps": 12, "ntp_steps": 6, **options}
+    )
+    return Batches(recipe, Source(str(path)), tokenize(), end_id=2)
+
+
+def test_batches_are_a_function_of_the_step(texts_file: Path) -> None:
+    every = list(batches(texts_file))
+    assert every == list(batches(texts_file))
+    late = batches(texts_file)
+    late.start_step = 7
+    assert list(late) == every[7:]
+    assert every != list(batches(texts_file, seed=1))
+
+
+def test_processes_share_a_step_out_between_them(texts_file: Path) -> None:
+    recipe = Recipe.of({"data": str(texts_file), "batch_size": 8, "max_steps": 3, "ntp_steps": 3})
+    source = Source(str(texts_file))
+    parts = [list(Batches(recipe, source, tokenize(), end_id=2, rank=r, world=2)) for r in (0, 1)]
+    one = Recipe.of(
+        {"data": str(texts_file), "batch_size": 8, "max_steps": 3, "ntp_steps": 3, "gradient_accumulation_steps": 2}
+    )
+    together = list(Batches(one, source, tokenize(), end_id=2))
+    assert [b for pair in zip(*parts, strict=True) for b in pair] == together
+
+
+def test_rows_of_a_batch_are_of_like_length(texts_file: Path) -> None:
+    def spread(rows: list[Row]) -> int:
+        lengths = [len(r.prefix) for r in rows if r.kind == "reconstruction"]
+        return max(lengths) - min(lengths) if lengths else 0
+
+    found = [spread(b["batch"].rows) for b in itertools.islice(batches(texts_file), 6)]
+    assert max(found) <= 8  # the texts themselves spread over some forty
+
+
+def test_proportions_of_row_kinds(texts_file: Path) -> None:
+    made = batches(texts_file, tune="full", mix=0.8, reconstruction=0.25, ntp_steps=60, max_steps=60, batch_size=32)
+    kinds = [row.kind for b in made for row in b["batch"].rows]
+    assert len(kinds) == 60 * 32
+    assert kinds.count("raw") / len(kinds) == pytest.approx(0.8, abs=0.03)
+    assert kinds.count("reconstruction") / len(kinds) == pytest.approx(0.05, abs=0.02)
+
+
+def test_the_papers_contrast_is_over_the_special_rows_of_the_batch(texts_file: Path) -> None:
+    recipe = {**PRESETS["paper"], "data": str(texts_file), "max_steps": 6, "ntp_steps": 2, "min_length": 2}
+    made = list(Batches(Recipe.of(recipe), Source(str(texts_file)), tokenize(), end_id=2))
+    assert [b["batch"].alpha for b in made] == [0, 0, 1, 1, 1, 1]
+    for b in made[2:]:
+        assert 2 <= len(b["batch"].views) < 20
+        assert b["batch"].rows == []
+
+
+def test_epochs_differ_and_use_every_text(tmp_path: Path) -> None:
+    path = tiny.write_texts(tmp_path / "few.txt", 64)
+    made = list(batches(path, ntp_steps=16, max_steps=16, reconstruction=1.0))
+    first, second = ([tuple(r.prefix for r in b["batch"].rows) for b in part] for part in (made[:8], made[8:]))
+    assert {p for b in first for p in b} == {p for b in second for p in b}
+    assert first != second
+
+
+def test_too_little_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("only one line of text\nab\n")
+    with pytest.raises(ValueError, match="too few"):
+        next(iter(batches(path)))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tune": "half"}, "unknown tune"),
+        ({"special_tokens": 0}, "k must be at least 1"),
+        ({"mix": 0.8}, "contradicts tune 'gated'"),
+        ({"mix": 1.0, "tune": "full"}, "leaves no row"),
+        ({"gradient_checkpointing": True}, "contradicts tune"),
+        ({"contrastive_batch_size": 1}, "at least 2"),
+        ({"max_steps": 0}, "max_steps must be at least 1"),
+        ({"lr": "fast"}, "lr must be a number, got 'fast'"),
+        ({"nonsense": 1}, "unknown entries"),
+        ({"view": "shuffle"}, "unknown view"),
+        ({"drop_rate": 1.5}, "drop rate"),
+        ({"min_length": 300}, "max_length"),
+        ({"special_names": ["<a>", "<b>"]}, "2 names"),
+    ],
+)
+def test_contradicting_recipes_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.of(values)
+
+
+def test_a_recipe_survives_yaml(tmp_path: Path) -> None:
+    for preset in PRESETS.values():
+        recipe = Recipe.of({**preset, "data": "x.txt", "special_tokens": 2, "special_names": ["<a>", "<b>"]})
+        path = tmp_path / "r.yaml"
+        path.write_text(recipe.to_yaml())
+        assert Recipe.of(Recipe.from_yaml(path)) == recipe
+
+
+def test_the_paper_preset_is_section_4_2() -> None:
+    paper = Recipe.of(PRESETS["paper"])
+    assert (paper.max_steps * paper.batch_size, paper.max_length, paper.lr, paper.contrastive_lr) == (
+        32_000,
+        512,
+        1e-4,
+        1e-5,
+    )
+    assert (paper.tune, paper.p, paper.ntp_steps) == ("full", 0.8, 100)

@@ -1,0 +1,148 @@
+"""Losses of the two ways (cache surgery, masked pass) against each other and against plain sums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import disturb
+from gemify import GemModel
+from gemify.model.passes import MaskedBatch, masked_pass
+from gemify.paper.objectives import info_nce
+from gemify.paper.tokens import columns, raw_row, reconstruction_row, split_row
+from gemify.paper.views import View, whole
+from gemify.training.objective import MicroBatch, Objective, target_count
+
+ROWS = [
+    split_row(list(range(20, 32)), 5),
+    reconstruction_row(list(range(40, 47)), end=[2]),
+    split_row(list(range(60, 63)), 2),
+    split_row(list(range(70, 90)), 19),
+]
+VIEWS = [
+    (whole([20, 21, 22, 23, 24]), whole([20, 22, 24])),
+    (whole([30, 31]), View((30, 31), (False, True))),
+    (View((50, 51, 52, 53), (True, False, True, True)), View((50, 51, 52, 53), (False, True, True, True))),
+]
+
+
+def objective(gem: GemModel, *, frozen: bool, **options: Any) -> Objective:
+    return Objective(
+        gem.lm,
+        gem.adapter,
+        special_ids=gem.special_ids,
+        frozen_base=frozen,
+        shared_position=gem.config.shared_position,
+        pooling=gem.config.pooling,
+        **options,
+    ).eval()
+
+
+def batch(alpha: float, **options: Any) -> MicroBatch:
+    targets = sum(target_count(r, frozen_base=True) for r in ROWS)
+    return MicroBatch(alpha, list(ROWS), list(VIEWS), step_targets=targets, **options)
+
+
+@pytest.mark.parametrize(("k", "pooling", "shared"), [(1, "mean", True), (3, "mean", True), (2, "concat", False)])
+def test_cache_surgery_has_the_losses_and_gradients_of_the_masked_pass(
+    base_dir: Path, k: int, pooling: Any, shared: bool
+) -> None:
+    gem = GemModel.from_base(str(base_dir), special_tokens=k, pooling=pooling, shared_position=shared)
+    disturb(gem)
+    assert gem.adapter is not None
+    trained = [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD]
+    frozen = objective(gem, frozen=True)
+    surgery = frozen(batch(0.5))
+    surgery.total.backward()
+    ours = [p.grad.clone() for p in trained if p.grad is not None]
+    assert len(ours) == len(trained)
+    for p in trained:
+        p.grad = None
+
+    masked = objective(gem, frozen=False)
+    # the same targets by hand: the suffix only
+    ntp = torch.zeros(())
+    for row in ROWS:
+        laid = columns(row, gem.special_ids, shared_position=shared)
+        logits = masked_pass(gem.lm, MaskedBatch.of([laid], shared_position=shared))[0]
+        at = len(row.prefix) + k
+        picked = logits[at - 1 : at - 1 + len(row.suffix)].log_softmax(-1)
+        ntp = ntp - picked.gather(1, torch.tensor(row.suffix)[:, None]).sum()
+    ntp = ntp / sum(len(r.suffix) for r in ROWS)
+    contrastive = masked(MicroBatch(1.0, views=list(VIEWS))).contrastive
+    torch.testing.assert_close(surgery.ntp, ntp, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(surgery.contrastive, contrastive, atol=1e-5, rtol=1e-5)
+    (0.5 * ntp + 0.5 * contrastive).backward()
+    for mine, p in zip(ours, trained, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(mine, p.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_grouping_changes_nothing(gem: GemModel) -> None:
+    one = objective(gem, frozen=True, group_tokens=10_000, max_padding=1.0)(batch(0.5))
+    many = objective(gem, frozen=True, group_tokens=12, max_padding=0.0)(batch(0.5))
+    torch.testing.assert_close(one.total, many.total, atol=1e-5, rtol=1e-5)
+    assert many.computed.padding < one.computed.padding
+
+
+def test_eight_micro_batches_of_one_row_are_one_batch_of_eight(gem: GemModel) -> None:
+    whole_batch = objective(gem, frozen=True)(batch(0.0)).total
+    targets = sum(len(r.suffix) for r in ROWS)
+    parts = [
+        objective(gem, frozen=True)(MicroBatch(0.0, [row], step_targets=targets, micro_batches=len(ROWS))).total
+        for row in ROWS
+    ]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole_batch, atol=1e-6, rtol=1e-6)
+
+
+def test_raw_rows_and_all_tokens_count_when_the_base_is_trained(base_dir: Path) -> None:
+    gem = GemModel.from_base(str(base_dir), tune="full")
+    rows = [raw_row(list(range(20, 30))), split_row(list(range(40, 48)), 3)]
+    targets = sum(target_count(r, frozen_base=False) for r in rows)
+    assert targets == 9 + (2 + 5)
+    loss = objective(gem, frozen=False)(MicroBatch(0.0, rows, step_targets=targets)).total
+    expected = torch.zeros(())
+    with torch.no_grad():
+        raw = gem.lm(input_ids=torch.tensor([rows[0].prefix])).logits[0, :-1].log_softmax(-1)
+        expected = expected - raw.gather(1, torch.tensor(rows[0].prefix[1:])[:, None]).sum()
+        laid = columns(rows[1], gem.special_ids)
+        logits = masked_pass(gem.lm, MaskedBatch.of([laid]))[0].log_softmax(-1)
+        for at, label in enumerate(laid.labels):
+            if at and label >= 0:
+                expected = expected - logits[at - 1, label]
+    torch.testing.assert_close(loss, expected / targets, atol=1e-5, rtol=1e-5)
+
+
+def test_contrast_is_over_the_other_rows(gem: GemModel) -> None:
+    losses = objective(gem, frozen=True)(MicroBatch(1.0, views=list(VIEWS)))
+    vectors = gem.encode([gem.tokenizer.decode(list(VIEWS[0][0].ids))])
+    assert vectors.shape == (1, 32)
+    assert losses.ntp is None
+    embed = objective(gem, frozen=True)._embed_frozen
+    from gemify.training.objective import Computed
+
+    both = embed([v for pair in VIEWS for v in pair], Computed())
+    torch.testing.assert_close(losses.total, info_nce(both[0::2], both[1::2], 20.0), atol=1e-5, rtol=1e-5)
+
+
+def test_no_lm_head_in_the_contrastive_step(gem: GemModel) -> None:
+    calls: list[int] = []
+    handle = gem.lm.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    objective(gem, frozen=True)(MicroBatch(1.0, views=list(VIEWS)))
+    gem.encode(["a", "b"])
+    assert calls == []
+    objective(gem, frozen=True)(MicroBatch(0.0, list(ROWS)))
+    assert calls
+    handle.remove()
+
+
+def test_a_frozen_base_stays_in_evaluation_mode(base_dir: Path) -> None:
+    gem = GemModel.from_base(str(base_dir), lora_dropout=0.5)
+    frozen = objective(gem, frozen=True).train()
+    assert not gem.lm.model.layers[0].training
+    assert gem.lm.model.layers[0].mlp.up_proj.lora_dropout["default"].training
+    frozen.eval()
+    assert not gem.lm.model.layers[0].mlp.up_proj.lora_dropout["default"].training

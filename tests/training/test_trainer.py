@@ -1,0 +1,256 @@
+"""Whole runs on a tiny model: what is trained, what stays, killing and resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import gemify.training.trainer
+from gemify import GemModel
+from gemify.training.recipe import Recipe
+from gemify.training.trainer import Stopped, last_checkpoint, train
+
+
+def recipe(base_dir: Path, texts_file: Path, **options: Any) -> Recipe:
+    values = {
+        "base": str(base_dir),
+        "data": str(texts_file),
+        "max_steps": 8,
+        "ntp_steps": 4,
+        "batch_size": 8,
+        "contrastive_batch_size": 16,
+        "save_steps": 3,
+        "lora_dropout": 0.1,
+        **options,
+    }
+    if values.get("tune") == "full":
+        values["lora_dropout"] = 0.0
+    return Recipe.of(values)
+
+
+def curve(output: Path) -> list[dict[str, Any]]:
+    """The loss curve: the metrics without what depends on the machine."""
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "peak_memory_mb"} for row in rows]
+
+
+def weights(output: Path, tune: str) -> dict[str, torch.Tensor]:
+    return load_file(output / ("model.safetensors" if tune == "full" else "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("tune", ["gated", "tokens", "lora", "full"])
+def test_a_run_trains_what_it_should(
+    base_dir: Path, texts_file: Path, pairs_file: Path, tmp_path: Path, tune: str
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    gem, summary = train(
+        recipe(base_dir, texts_file, tune=tune, eval_pairs=str(pairs_file), eval_steps=4),
+        tmp_path / "run",
+        show_progress_bar=False,
+    )
+    ids = torch.tensor([[40, 41, 42, 43]])
+    with torch.no_grad():
+        same = torch.equal(gem.lm(input_ids=ids).logits[..., : base.config.vocab_size], base(input_ids=ids).logits)
+    assert same == (tune in ("gated", "tokens"))
+    fresh = GemModel.from_base(str(base_dir), tune=tune)  # type: ignore[arg-type]
+    assert not (fresh.encode("hello") == gem.encode("hello")).all()
+    again = GemModel.from_pretrained(tmp_path / "run")
+    assert (again.encode("hello") == gem.encode("hello")).all()
+    rows = curve(tmp_path / "run")
+    steps = [r for r in rows if "loss" in r]
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    assert all("ntp" in r and "contrastive" not in r for r in steps[:4])
+    assert all("contrastive" in r and "ntp" not in r for r in steps[4:])
+    assert [r["step"] for r in rows if "eval_sts" in r] == [4, 8]
+    saved = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert saved == summary
+    assert {"tokens_per_second", "peak_memory_mb", "padding", "sts_spearman", "seconds"} <= set(saved)
+    assert saved["padding"] < 0.1
+
+
+def test_ntp_training_lowers_the_loss(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    _, _ = train(
+        recipe(base_dir, texts_file, max_steps=30, ntp_steps=30, lr=1e-2, reconstruction=1.0),
+        tmp_path / "run",
+        show_progress_bar=False,
+    )
+    losses = [r["ntp"] for r in curve(tmp_path / "run") if "ntp" in r]
+    assert sum(losses[-5:]) / 5 < sum(losses[:5]) / 5 - 0.2
+
+
+def test_gradient_checkpointing_changes_nothing(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    for tune in ("lora", "full"):
+        for on in (False, True):
+            train(
+                recipe(base_dir, texts_file, tune=tune, gradient_checkpointing=on, lora_dropout=0.0),
+                tmp_path / f"{tune}-{on}",
+                show_progress_bar=False,
+            )
+        assert curve(tmp_path / f"{tune}-False") == curve(tmp_path / f"{tune}-True")
+
+
+def test_accumulation_of_ntp_equals_one_large_batch(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    common = {"max_steps": 3, "ntp_steps": 3, "lora_dropout": 0.0, "reconstruction": 1.0}
+    train(
+        recipe(base_dir, texts_file, batch_size=4, gradient_accumulation_steps=2, **common),
+        tmp_path / "two",
+        show_progress_bar=False,
+    )
+    two = curve(tmp_path / "two")
+    assert len(two) == 3
+    train(
+        recipe(base_dir, texts_file, batch_size=4, gradient_accumulation_steps=2, **common),
+        tmp_path / "again",
+        show_progress_bar=False,
+    )
+    assert curve(tmp_path / "again") == two
+
+
+_CHILD = """
+import sys
+from pathlib import Path
+from gemify.training.recipe import Recipe
+from gemify.training.trainer import train
+import torch
+torch.set_num_threads(1)
+recipe = Recipe.of(Recipe.from_yaml(Path(sys.argv[1])))
+train(recipe, Path(sys.argv[2]), resume=True, show_progress_bar=False)
+"""
+
+
+@pytest.mark.parametrize("tune", ["gated", "full"])
+def test_sigkill_and_resume_is_the_uninterrupted_run(
+    base_dir: Path, texts_file: Path, tmp_path: Path, tune: str
+) -> None:
+    """Killed at random moments, again and again, until it is through: same curve, same weights, to the bit."""
+    made = recipe(base_dir, texts_file, tune=tune, max_steps=24, ntp_steps=10, save_steps=2)
+    (tmp_path / "recipe.yaml").write_text(made.to_yaml())
+    (tmp_path / "child.py").write_text(_CHILD)
+    command = [sys.executable, str(tmp_path / "child.py"), str(tmp_path / "recipe.yaml")]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    rng = random.Random(tune)
+    kills = 0
+    for _ in range(30):
+        child = subprocess.Popen(
+            [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        metrics = tmp_path / "killed" / "metrics.jsonl"
+        stamp = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        if kills < 3:
+            while child.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns != stamp):
+                time.sleep(0.01)  # until it trains
+            time.sleep(rng.uniform(0.0, 0.4))
+            if child.poll() is None:
+                child.send_signal(signal.SIGKILL)
+                kills += 1
+        _, errors = child.communicate()
+        if child.returncode == 0:
+            break
+        assert child.returncode == -signal.SIGKILL, errors.decode()[-2000:]
+    assert child.returncode == 0
+    assert kills >= 1
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "killed", tune), weights(tmp_path / "whole", tune)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_signal_stops_with_a_checkpoint(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    made = recipe(base_dir, texts_file, max_steps=20, save_steps=50)
+
+    def stop(_: GemModel) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+
+    before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    try:
+        with pytest.raises(Stopped, match="go on with --resume"):
+            train(
+                Recipe.of({**_plain(made), "max_steps": 2000, "ntp_steps": 1000}),
+                tmp_path / "run",
+                show_progress_bar=False,
+                on_ready=stop,
+            )
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert last_checkpoint(tmp_path / "run") is not None
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def _plain(made: Recipe) -> dict[str, Any]:
+    import yaml
+
+    values: dict[str, Any] = yaml.safe_load(made.to_yaml())
+    return values
+
+
+def test_a_loss_that_is_no_number_ends_the_run(
+    base_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gemify.training.trainer._GemTrainer.create_optimizer
+
+    def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            self.gem.adapter.rows.rows_KD.fill_(float("nan"))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(gemify.training.trainer._GemTrainer, "create_optimizer", poisoned)
+    with pytest.raises(FloatingPointError, match="became nan at step 1: lower the learning rate"):
+        train(recipe(base_dir, texts_file), tmp_path / "run", show_progress_bar=False)
+    assert not (tmp_path / "run" / "config_gemify.json").exists()
+
+
+def test_a_full_disk_during_a_checkpoint_keeps_the_earlier_ones(
+    base_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = GemModel.save_pretrained
+    calls: list[int] = []
+
+    def fills_up(self: GemModel, path: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        real(self, path, **options)
+
+    monkeypatch.setattr(GemModel, "save_pretrained", fills_up)
+    with pytest.raises(OSError, match="No space left"):
+        train(recipe(base_dir, texts_file), tmp_path / "run", show_progress_bar=False)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-3"]
+    monkeypatch.undo()
+    train(recipe(base_dir, texts_file), tmp_path / "run", resume=True, show_progress_bar=False)
+    train(recipe(base_dir, texts_file), tmp_path / "whole", show_progress_bar=False)
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+
+
+def test_the_output_directory_is_guarded(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    made = recipe(base_dir, texts_file, max_steps=2, ntp_steps=2)
+    train(made, tmp_path / "run", show_progress_bar=False)
+    with pytest.raises(ValueError, match="is not empty: add --resume"):
+        train(made, tmp_path / "run", show_progress_bar=False)
+    with pytest.raises(ValueError, match="cannot resume with another recipe: lr was"):
+        train(recipe(base_dir, texts_file, max_steps=2, ntp_steps=2, lr=0.5), tmp_path / "run", resume=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").write_text("x")
+    with pytest.raises(ValueError, match="no run to resume"):
+        train(made, tmp_path / "other", resume=True)
+    with pytest.raises(ValueError, match="is a file"):
+        train(made, texts_file)
+
+
+def test_bad_data_leaves_nothing_behind(base_dir: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"\x00\xff" * 100)
+    with pytest.raises(ValueError, match="not UTF-8"):
+        train(recipe(base_dir, bad), tmp_path / "run", show_progress_bar=False)
+    assert not (tmp_path / "run").exists()
