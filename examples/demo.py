@@ -1,0 +1,126 @@
+"""The whole path in a few minutes on a CPU: train a gated GEM, embed, answer, recover, and check the language model.
+
+Run by `make demo`. The text to train on is what every Python has: the documentation strings of its standard library.
+An interrupted demo goes on where it stopped; a finished one is not trained again (delete runs/demo to do so).
+"""
+
+from __future__ import annotations
+
+import ast
+import sysconfig
+import time
+import warnings
+from pathlib import Path
+
+from gemify import GemModel
+from gemify.evaluation.language import PROBES, language_loss, same_logits
+from gemify.model.base import load_base
+from gemify.model.meter import in_words
+from gemify.model.storage import atomic_file
+from gemify.training.recipe import Recipe
+from gemify.training.trainer import RECIPE_FILE, Stopped, train
+
+RUN = Path("runs/demo")
+TEXTS = Path("runs/demo-texts.txt")
+
+LIBRARY = [
+    "Open a file and return a stream.",
+    "Sort a list in ascending order.",
+    "Send an email message over SMTP.",
+    "Return the square root of a number.",
+    "Parse a JSON document into Python objects.",
+    "Start a new thread of execution.",
+    "Compress data with the zlib algorithm.",
+    "Connect to a remote host through a socket.",
+]
+QUERIES = ["reading text from disk", "how do I put items in order?", "run code in parallel", "make a file smaller"]
+
+
+def docstring_sentences() -> list[str]:
+    """First paragraphs of the standard library's documentation strings, each once."""
+    found: dict[str, None] = {}
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(path.parts):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, OSError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module):
+                first = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                if 30 <= len(first) <= 300:
+                    found[first] = None
+    return list(found)
+
+
+def neighbours(gem: GemModel, title: str) -> None:
+    print(f"\n{title}")
+    documents, queries = gem.encode_document(LIBRARY), gem.encode_query(QUERIES)
+    for query, scores in zip(QUERIES, gem.similarity(queries, documents), strict=True):
+        best = int(scores.argmax())
+        print(f"  {query:30} -> {LIBRARY[best]:45} {float(scores[best]):.3f}")
+
+
+def main() -> None:
+    sentences = docstring_sentences()
+    held_out, training = sentences[::50], [s for i, s in enumerate(sentences) if i % 50]
+    print(f"{len(training):,} documentation strings of the standard library to train on, {len(held_out)} held out")
+    with atomic_file(TEXTS) as stage:
+        stage.write_text("\n".join(training) + "\n", encoding="utf-8")
+    recipe = Recipe(
+        data=str(TEXTS),
+        max_steps=45,
+        ntp_steps=25,
+        batch_size=16,
+        contrastive_batch_size=48,
+        max_length=48,
+        save_steps=10,
+    )
+    if (RUN / "summary.json").is_file():
+        print(f"found a finished run in {RUN}: not training again")
+        gem = GemModel.from_pretrained(RUN)
+    else:
+        print("training a gated GEM on SmolLM2-135M-Instruct (a few minutes on two CPU cores)")
+        try:
+            gem, summary = train(
+                recipe,
+                RUN,
+                resume=(RUN / RECIPE_FILE).is_file(),
+                on_ready=lambda fresh: neighbours(fresh, "Nearest neighbours before training:"),
+            )
+        except Stopped as stopped:
+            raise SystemExit(f"{str(stopped).split(';')[0]}; `make demo` goes on from there") from None
+        print(f"trained {summary['trainable_parameters']:,} parameters: {in_words(summary)}")
+    neighbours(gem, "Nearest neighbours after training:")
+
+    question = "What is the capital of France?"
+    started = time.perf_counter()
+    handle = gem.prefill_chat([{"role": "user", "content": question}])
+    answer, vector = gem.generate(handle, max_new_tokens=30, do_sample=False), gem.embed(handle)
+    print(f"\nOne prefill, both jobs ({time.perf_counter() - started:.1f} s):")
+    print(
+        f"  {question} -> {answer.strip()}\n  its embedding: {len(vector)} numbers, {[round(float(v), 2) for v in vector[:4]]} ..."
+    )
+
+    text = "Return the number of items in a container."
+    print(f"\nDecoded from the special token alone:\n  {text}\n  {gem.recover(text, max_new_tokens=24).strip()}")
+
+    base, tokenizer = load_base("starter")
+    same = same_logits(base, gem.lm, tokenizer, [*PROBES, *held_out[:20]])
+    before, after = (language_loss(lm, tokenizer, held_out[:100]) for lm in (base, gem.lm))
+    print("\nIs the language model still the one it was?")
+    print(f"  logits on {len(PROBES) + 20} texts equal to the base model's, bit for bit: {'yes' if same else 'NO'}")
+    print(f"  held-out loss before {before!r}, after {after!r}")
+    print(f"\nThe GEM is in {RUN} ({sum(f.stat().st_size for f in RUN.iterdir() if f.is_file()) >> 20} MB). Try:")
+    print(
+        f'  .venv/bin/gemify embed "a text" --model {RUN}\n  .venv/bin/gemify generate "Tell me a joke." --model {RUN}'
+    )
+    if not same or before != after:
+        raise SystemExit("the language model has changed: this is a bug")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""The real starter model: untouched by an adapter, hand-over, save and reload, and sentence-transformers-like use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import disturb
+from gemify import GemModel
+from gemify.evaluation.language import PROBES, language_loss, same_logits
+from gemify.model.base import load_base
+from gemify.training.recipe import Recipe
+from gemify.training.trainer import train
+
+pytestmark = pytest.mark.real
+
+SENTENCES = [
+    "A man is playing a guitar on the stage.",
+    "Someone plays an instrument.",
+    "The stock market fell sharply on Monday.",
+    "Water boils at one hundred degrees.",
+]
+
+
+@pytest.fixture(scope="module")
+def base(starter: Any) -> Any:
+    return starter
+
+
+@pytest.fixture(scope="module")
+def starter_gem(starter: Any) -> GemModel:
+    gem = GemModel.from_base("starter")
+    disturb(gem)
+    return gem
+
+
+def test_special_token_is_a_reserved_one(starter_gem: GemModel) -> None:
+    assert starter_gem.config.special_tokens == ("<repo_name>",)
+    assert starter_gem.config.base == "starter"
+
+
+def test_the_starter_is_untouched(base: Any, starter_gem: GemModel) -> None:
+    """Logits, KV cache and greedy text, to the bit."""
+    lm, tokenizer = base
+    assert same_logits(lm, starter_gem.lm, tokenizer, [*PROBES, *SENTENCES])
+    assert language_loss(lm, tokenizer, SENTENCES) == language_loss(starter_gem.lm, tokenizer, SENTENCES)
+    ids = tokenizer(PROBES[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        ours, theirs = starter_gem.lm(input_ids=ids, use_cache=True), lm(input_ids=ids, use_cache=True)
+    for a, b in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name a colour."}], tokenize=False, add_generation_prompt=True
+    )
+    plain = lm.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    text = tokenizer.decode(
+        plain[0, tokenizer(prompt, return_tensors="pt")["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    assert starter_gem.chat([{"role": "user", "content": "Name a colour."}], max_new_tokens=12, do_sample=False) == text
+
+
+def test_chat_knows_the_capital_of_france(starter_gem: GemModel) -> None:
+    answer = starter_gem.chat(
+        [{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=20, do_sample=False
+    )
+    assert "Paris" in answer
+
+
+def test_handover(starter_gem: GemModel) -> None:
+    handle = starter_gem.prefill(SENTENCES)
+    vectors = starter_gem.embed(handle)
+    separate = starter_gem.encode(SENTENCES, convert_to_tensor=True)
+    torch.testing.assert_close(vectors, separate, atol=1e-4, rtol=1e-4)
+    alone = starter_gem.embed(starter_gem.prefill(SENTENCES[0]))
+    assert torch.equal(alone, starter_gem.embed(starter_gem.prefill(SENTENCES[0])))  # fixed shapes: the same bits
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert starter_gem.generate(handle, **options) == starter_gem.generate(SENTENCES, **options)
+
+
+def test_save_and_reload_without_a_copy_of_the_base(
+    starter_gem: GemModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    starter_gem.save_pretrained(tmp_path / "gem")
+    assert sum(f.stat().st_size for f in (tmp_path / "gem").iterdir()) < 30e6
+    again = GemModel.from_pretrained(tmp_path / "gem")
+    assert caplog.text == ""
+    assert (again.encode(SENTENCES) == starter_gem.encode(SENTENCES)).all()
+
+
+def test_a_short_training_learns_and_leaves_the_base_alone(base: Any, tmp_path: Path) -> None:
+    """A few steps on this repository's own documents: the loss falls, the language model stays."""
+    root = Path(__file__).parents[1]
+    text = " ".join(p.read_text() for p in [root / "README.md", *sorted((root / "docs").glob("*.md"))])
+    lines = [s.strip().replace("\n", " ") for s in text.split(".") if len(s) > 40]
+    (tmp_path / "t.txt").write_text("\n".join(lines))
+    recipe = Recipe(
+        data=str(tmp_path / "t.txt"), max_steps=6, ntp_steps=4, batch_size=8, contrastive_batch_size=8, max_length=24
+    )
+    gem, summary = train(recipe, tmp_path / "run", show_progress_bar=False)
+    lm, tokenizer = base
+    assert same_logits(lm, gem.lm, tokenizer, PROBES)
+    assert summary["padding"] < 0.1
+    assert np.isfinite(gem.encode(SENTENCES)).all()
+    import json
+
+    ntp = [
+        r["ntp"] for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "ntp" in r
+    ]
+    assert ntp[-1] < ntp[0]
+
+
+@pytest.mark.long
+def test_the_recipe_reaches_its_score(shared: Path, tmp_path: Path) -> None:
+    """150 steps of the shipped recipe: STSBenchmark test at least 72, held-out loss unchanged. About half an hour on two cores."""
+    from gemify.evaluation.sts import read_pairs, spearman
+
+    values = Recipe.from_yaml(Path(__file__).parents[1] / "recipes" / "starter-gated.yaml")
+    recipe = Recipe.of({**values, "data": str(shared / "text" / "wiki_sentences.txt.gz")})
+    train(recipe, tmp_path / "run")
+    gem = GemModel.from_pretrained(tmp_path / "run")
+    assert spearman(gem, read_pairs(shared / "mteb" / "sts" / "STSBenchmark.test.jsonl.gz")) >= 72.0
+    lm, tokenizer = load_base("starter")
+    assert language_loss(lm, tokenizer, SENTENCES) == language_loss(gem.lm, tokenizer, SENTENCES)
