@@ -252,8 +252,7 @@ def info(
     """Show what a GEM is, and with --verify that its language model is the base, untouched."""
     import dataclasses
 
-    from gemify.model.config import GemConfig
-    from gemify.model.gem import resolve_directory
+    from gemify.model.config import GemConfig, resolve_directory
 
     directory = resolve_directory(model)
     config = GemConfig.from_directory(directory)

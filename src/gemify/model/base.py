@@ -189,6 +189,23 @@ def initial_rows(lm: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     return torch.stack([table[i] if i < table.shape[0] else mean for i in ids]).detach().clone()
 
 
+def grow_table(lm: PreTrainedModel, ids: Sequence[int], rows_KD: Tensor) -> None:
+    """Make room in the embedding table for added tokens (needed where the table itself is trained or merged)."""
+    table = lm.get_input_embeddings().weight
+    if max(ids) < table.shape[0]:
+        return
+    old = table.shape[0]
+    lm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+    with torch.no_grad():
+        new = lm.get_input_embeddings().weight
+        head = lm.get_output_embeddings().weight
+        for i, row in zip(ids, rows_KD, strict=True):
+            if i >= old:
+                new[i] = row
+                if head is not new:
+                    head[i] = head[:old].mean(0)
+
+
 @torch.no_grad()
 def fingerprint(lm: PreTrainedModel) -> str:
     """A short hash of the weights: of every tensor its name, shape and up to 1,024 evenly spaced values in bfloat16.

@@ -88,3 +88,16 @@ class GemConfig:
         for name in ("special_tokens", "special_ids"):
             values[name] = tuple(values.get(name, ()))
         return GemConfig(**values)
+
+
+def resolve_directory(path: str | Path) -> Path:
+    """The directory of a saved GEM; a Hugging Face repo id is fetched into the hub's cache."""
+    directory = Path(path)
+    if directory.is_dir() or directory.is_absolute() or str(path).count("/") != 1:
+        return directory
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path)))
+    except Exception as error:
+        raise ValueError(f"{path} is neither a directory nor a Hugging Face repo that can be reached") from error

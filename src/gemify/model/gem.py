@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,12 +20,13 @@ from gemify.model.base import (
     STARTER_REPO,
     choose_special_tokens,
     fingerprint,
+    grow_table,
     initial_rows,
     load_base,
     quiet,
     special_token_ids,
 )
-from gemify.model.config import CONFIG_FILE, GemConfig
+from gemify.model.config import CONFIG_FILE, GemConfig, resolve_directory
 from gemify.model.encode import TextTokenizer, encode_texts
 from gemify.model.gate import ADAPTER_FILE, Adapter, Tune, adapter_settings
 from gemify.model.handover import Handle
@@ -459,23 +459,6 @@ class GemModel:
         return ids_BT.to(self.device), mask_BT.to(self.device)
 
 
-def grow_table(lm: PreTrainedModel, ids: Sequence[int], rows_KD: Tensor) -> None:
-    """Make room in the embedding table for added tokens (needed where the table itself is trained or merged)."""
-    table = lm.get_input_embeddings().weight
-    if max(ids) < table.shape[0]:
-        return
-    old = table.shape[0]
-    lm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
-    with torch.no_grad():
-        new = lm.get_input_embeddings().weight
-        head = lm.get_output_embeddings().weight
-        for i, row in zip(ids, rows_KD, strict=True):
-            if i >= old:
-                new[i] = row
-                if head is not new:
-                    head[i] = head[:old].mean(0)
-
-
 def _attach(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: dict[str, Any]) -> Adapter | None:
     if config.tune == "full":
         return None
@@ -492,21 +475,3 @@ def _attach(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: d
 def _matrix(vectors: np.ndarray | Tensor) -> Tensor:
     tensor = torch.as_tensor(vectors).float()
     return tensor[None] if tensor.ndim == 1 else tensor
-
-
-def resolve_directory(path: str | Path) -> Path:
-    """The directory of a saved GEM; a Hugging Face repo id is fetched into the hub's cache."""
-    directory = Path(path)
-    if directory.is_dir() or directory.is_absolute() or str(path).count("/") != 1:
-        return directory
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(path)))
-    except Exception as error:
-        raise ValueError(f"{path} is neither a directory nor a Hugging Face repo that can be reached") from error
-
-
-def with_config(gem: GemModel, **changes: Any) -> GemModel:
-    """The same model with some configuration changed (pooling, prompts, max_length)."""
-    return GemModel(gem.lm, gem.tokenizer, dataclasses.replace(gem.config, **changes), gem.adapter)
