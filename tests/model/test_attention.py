@@ -6,12 +6,15 @@ the two-pass computation with a cropped KV cache, which uses no mask of ours.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import PreTrainedModel
 
 import tiny
-from gemify.model.attention import MaskNotUsed, gem_mask, require_kernel, require_maskable
+from gemify import GemModel
+from gemify.model.attention import MaskNotUsed, gem_mask, require_maskable
 from gemify.model.passes import MaskedBatch, masked_pass, positions_of, special_pass, suffix_pass, text_pass
 from gemify.paper.tokens import Columns, Row, Segment, columns, raw_row, split_row
 
@@ -189,11 +192,15 @@ def test_attention_only_models_are_accepted(name: str) -> None:
     require_maskable(tiny.build(name, "eager"))
 
 
-def test_flash_attention_is_refused() -> None:
+def test_flash_attention_is_refused(base_dir: Path, tmp_path: Path) -> None:
+    GemModel.from_base(str(base_dir)).save_pretrained(saved := tmp_path / "gem")
     lm = tiny.build("llama")
     lm.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"flash_attention_2.*sdpa"):
-        require_kernel(lm)
+        require_maskable(lm)
+    for load in (GemModel.from_base, GemModel.from_pretrained):
+        with pytest.raises(ValueError, match=r"flash_attention_2.*sdpa"):
+            load(str(base_dir if load == GemModel.from_base else saved), attn_implementation="flash_attention_2")
 
 
 def test_a_mask_that_reaches_no_layer_is_an_error() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,26 @@ def test_a_failed_save_leaves_what_was_there(gem: GemModel, tmp_path: Path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["gem"]
 
 
+def test_a_disk_that_fills_up_while_writing(gem: GemModel, base_dir: Path, tmp_path: Path) -> None:
+    """The real thing, in a process that may write files of a few kB only."""
+    gem.save_pretrained(tmp_path / "gem")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "gem").iterdir()}
+    code = (
+        "import resource, sys\n"
+        "from gemify import GemModel\n"
+        "gem = GemModel.from_base(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n"
+        "try: gem.save_pretrained(sys.argv[2])\n"
+        "except OSError as error: print('refused:', str(error).splitlines()[0])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(base_dir), str(tmp_path / "gem")], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.startswith("refused:"), done.stderr
+    assert {p.name: p.read_bytes() for p in (tmp_path / "gem").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["gem"]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -271,6 +293,15 @@ def test_bad_bases_are_named(tmp_path: Path) -> None:
     tiny.build("llama").save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="tokenizer"):
         GemModel.from_base(str(tmp_path / "bare"))
+
+
+def test_a_tokenizer_without_a_fast_backend_is_refused(tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    tiny.build("llama").save_pretrained(tmp_path / "slow")
+    ByT5Tokenizer().save_pretrained(tmp_path / "slow")
+    with pytest.raises(ValueError, match="no fast backend"):
+        GemModel.from_base(str(tmp_path / "slow"))
 
 
 def test_bad_arguments_are_named(gem: GemModel, base_dir: Path) -> None:

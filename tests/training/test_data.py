@@ -30,6 +30,16 @@ def test_every_format_gives_the_same_texts(tmp_path: Path) -> None:
         assert [e.text for e in source] == texts  # again
 
 
+def test_a_hugging_face_data_set_is_streamed(tmp_path: Path) -> None:
+    """A directory laid out as on the hub, through the library's own loader."""
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"body": f"text {i}"}) + "\n" for i in range(5)))
+    (tmp_path / "test.jsonl").write_text('{"body": "held out"}\n')
+    assert [e.text for e in Source(str(tmp_path), text_column="body")] == [f"text {i}" for i in range(5)]
+    assert [e.text for e in Source(str(tmp_path), text_column="body", split="test")] == ["held out"]
+    with pytest.raises(ValueError, match="no column 'text'"):
+        list(Source(str(tmp_path)))
+
+
 def test_pairs_become_summary_and_soft_prompt_examples(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"context": "long", "summary": "s"}\n{"prompt": "q", "answer": "a"}\n')
@@ -61,8 +71,8 @@ def test_missing_files_and_unreachable_data_sets_are_named(tmp_path: Path) -> No
         Source(str(tmp_path / "none.txt"))
     with pytest.raises(ValueError, match="give --data"):
         Source("")
-    with pytest.raises(ValueError, match="is a directory"):
-        Source(str(tmp_path))
+    with pytest.raises(ValueError, match="neither a file nor a data set"):
+        list(Source(str(tmp_path)))
     with pytest.raises(ValueError, match="neither a file nor a data set"):
         list(Source("nobody/nothing-at-all"))
 

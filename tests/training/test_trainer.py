@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM
 
 import gemify.training.trainer
 from gemify import GemModel
+from gemify.training.batches import Batches
+from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import Stopped, last_checkpoint, train
 
@@ -43,7 +45,7 @@ def recipe(base_dir: Path, texts_file: Path, **options: Any) -> Recipe:
 def curve(output: Path) -> list[dict[str, Any]]:
     """The loss curve: the metrics without what depends on the machine."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "peak_memory_mb"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("peak_memory_mb", "seconds")} for row in rows]
 
 
 def weights(output: Path, tune: str) -> dict[str, torch.Tensor]:
@@ -80,6 +82,16 @@ def test_a_run_trains_what_it_should(
     assert saved["padding"] < 0.1
 
 
+@pytest.mark.parametrize("tune", ["gated", "lora", "full"])
+def test_bfloat16_training_keeps_float32_weights(base_dir: Path, texts_file: Path, tmp_path: Path, tune: str) -> None:
+    gem, _ = train(recipe(base_dir, texts_file, tune=tune, precision="bf16"), tmp_path / "run", show_progress_bar=False)
+    assert all(t.dtype == torch.float32 for t in weights(tmp_path / "run", tune).values())
+    assert gem.lm.dtype == (torch.bfloat16 if tune == "gated" else torch.float32)
+    again = GemModel.from_pretrained(tmp_path / "run")
+    close = torch.cosine_similarity(torch.tensor(again.encode("hello")), torch.tensor(gem.encode("hello")), dim=0)
+    assert close > 0.99
+
+
 def test_ntp_training_lowers_the_loss(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
     _, _ = train(
         recipe(base_dir, texts_file, max_steps=30, ntp_steps=30, lr=1e-2, reconstruction=1.0),
@@ -101,26 +113,33 @@ def test_gradient_checkpointing_changes_nothing(base_dir: Path, texts_file: Path
         assert curve(tmp_path / f"{tune}-False") == curve(tmp_path / f"{tune}-True")
 
 
-def test_accumulation_of_ntp_equals_one_large_batch(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+def test_accumulation_of_ntp_equals_one_large_batch(
+    base_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches of four against one batch of the same eight rows."""
     common = {"max_steps": 3, "ntp_steps": 3, "lora_dropout": 0.0, "reconstruction": 1.0}
-    train(
-        recipe(base_dir, texts_file, batch_size=4, gradient_accumulation_steps=2, **common),
-        tmp_path / "two",
-        show_progress_bar=False,
-    )
-    two = curve(tmp_path / "two")
-    assert len(two) == 3
-    train(
-        recipe(base_dir, texts_file, batch_size=4, gradient_accumulation_steps=2, **common),
-        tmp_path / "again",
-        show_progress_bar=False,
-    )
-    assert curve(tmp_path / "again") == two
+    two = recipe(base_dir, texts_file, batch_size=4, gradient_accumulation_steps=2, **common)
+    train(two, tmp_path / "two", show_progress_bar=False)
+    parts = Batches.__iter__
+
+    def joined(self: Batches) -> Any:
+        self.recipe = two
+        halves = [b["batch"] for b in parts(self)]
+        for first, second in zip(halves[::2], halves[1::2], strict=True):
+            yield {"batch": MicroBatch(0.0, [*first.rows, *second.rows], step_targets=first.step_targets)}
+
+    monkeypatch.setattr(Batches, "__iter__", joined)
+    train(recipe(base_dir, texts_file, batch_size=8, **common), tmp_path / "one", show_progress_bar=False)
+    a, b = curve(tmp_path / "two"), curve(tmp_path / "one")
+    assert [r["loss"] for r in a] == pytest.approx([r["loss"] for r in b], rel=1e-5)
+    assert [r["grad_norm"] for r in a] == pytest.approx([r["grad_norm"] for r in b], rel=1e-4)
 
 
 _CHILD = """
 import sys
 from pathlib import Path
+from gemify.training.batches import Batches
+from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
 import torch
@@ -236,6 +255,10 @@ def test_a_full_disk_during_a_checkpoint_keeps_the_earlier_ones(
 def test_the_output_directory_is_guarded(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
     made = recipe(base_dir, texts_file, max_steps=2, ntp_steps=2)
     train(made, tmp_path / "run", show_progress_bar=False)
+    again, summary = train(made, tmp_path / "run", resume=True, show_progress_bar=False)  # complete: nothing to do
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+    assert again.config.tune == "gated"
     with pytest.raises(ValueError, match="is not empty: add --resume"):
         train(made, tmp_path / "run", show_progress_bar=False)
     with pytest.raises(ValueError, match="cannot resume with another recipe: lr was"):

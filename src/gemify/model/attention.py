@@ -107,10 +107,9 @@ def _install() -> None:
             AttentionMaskInterface.register(name, _wrap(build))
 
 
-def require_kernel(lm: PreTrainedModel) -> None:
+def require_kernel(kernel: str | None) -> None:
     """Refuse an attention kernel whose mask we cannot shape (flash-attention would silently stay plain causal)."""
-    kernel = lm.config._attn_implementation
-    if kernel not in WRAPPED:
+    if kernel is not None and kernel not in WRAPPED:
         raise ValueError(
             f"attention kernel {kernel!r} cannot carry the GEM mask: load the model with attn_implementation='sdpa'"
             f" (or one of {', '.join(WRAPPED)})"
@@ -125,7 +124,7 @@ def require_maskable(lm: PreTrainedModel) -> None:
     change when the prefix does. Attention-only models give exactly 0; a recurrent or convolutional state shows at
     once. No model names, no architecture lists. Costs one forward pass over two rows of 12 tokens.
     """
-    require_kernel(lm)
+    require_kernel(lm.config._attn_implementation)
     vocabulary = lm.get_input_embeddings().weight.shape[0]
     base = torch.arange(12) * 7 % max(2, vocabulary - 16) + min(8, vocabulary // 2)
     ids_BT = torch.stack([base, base]).clamp_(max=vocabulary - 1)

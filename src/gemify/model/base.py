@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import logging
@@ -19,6 +20,7 @@ from transformers import (
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -132,12 +134,14 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers' own loading bars say nothing that our users need."""
-    enabled = transformers_logging.is_progress_bar_enabled()
+    """transformers' own loading bars say nothing that our users need (the GGUF one has no switch)."""
+    enabled, bar = transformers_logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
     transformers_logging.disable_progress_bar()
+    modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)
     try:
         yield
     finally:
+        modeling_gguf_pytorch_utils.tqdm = bar
         if enabled:
             transformers_logging.enable_progress_bar()
 

@@ -96,7 +96,9 @@ def encode_texts(
                 vectors[some] = got_BD
                 lengths = [len(rows[i]) + config.k for i in some]
                 computed = len(some) * max(lengths)
-                meter.add(tokens=computed, padding=computed - sum(lengths), texts=len(some))
+                meter.tokens += computed
+                meter.padding += computed - sum(lengths)
+                meter.texts += len(some)
                 bar.update(len(some))
         assert vectors is not None
         bar.update(len(part) - len(distinct))

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -99,6 +100,7 @@ class GemModel:
         k = special_tokens if isinstance(special_tokens, int) else len(special_tokens)
         if k < 1:
             raise ValueError(f"k must be at least 1 special token, got {k}")
+        require_kernel(loading.get("attn_implementation"))
         lm, tokenizer = load_base(base, **loading)
         require_maskable(lm)
         ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
@@ -142,10 +144,10 @@ class GemModel:
             raise ValueError(
                 f"{directory} holds neither {ADAPTER_FILE} nor a model: restore the missing file or train again"
             )
+        require_kernel(loading.get("attn_implementation"))
         if not full and config.base_revision is not None:
             loading.setdefault("revision", config.base_revision)
         lm, tokenizer = load_base(str(directory) if full else base or config.base, **loading)
-        require_kernel(lm)
         if full:
             return cls(lm, tokenizer, config, None)
         if (found := fingerprint(lm)) != config.base_fingerprint:
@@ -165,10 +167,10 @@ class GemModel:
         assert adapter is not None
         try:
             adapter.load(directory)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"cannot load the adapter in {directory}: {str(error).splitlines()[0]}") from error
-        except Exception as error:  # safetensors raises its own type for a truncated file
+        except SafetensorError as error:
             raise ValueError(f"{directory / ADAPTER_FILE} is damaged: {error}") from error
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"cannot load the adapter in {directory}: {str(error).splitlines()[0]}") from error
         lm.eval()
         return cls(lm, tokenizer, config, adapter)
 

@@ -28,22 +28,21 @@ class Meter:
     texts: int = 0
     started: float = field(default_factory=time.perf_counter)
 
-    def add(self, *, tokens: int, padding: int = 0, texts: int = 0) -> None:
-        self.tokens += tokens
-        self.padding += padding
-        self.texts += texts
-
     def report(self) -> dict[str, Any]:
-        """Metrics as plain numbers; tokens a second without padding."""
+        """Metrics as plain numbers."""
         seconds = time.perf_counter() - self.started
-        return {
-            "texts": self.texts,
-            "tokens": self.tokens - self.padding,
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round((self.tokens - self.padding) / max(seconds, 1e-9), 1),
-            "padding": round(self.padding / max(1, self.tokens), 4),
-            "peak_memory_mb": round(peak_memory_bytes() / 2**20, 1),
-        }
+        return {"texts": self.texts, **throughput(self.tokens, self.padding, seconds)}
+
+
+def throughput(tokens: int, padding: int, seconds: float) -> dict[str, Any]:
+    """Tokens a second without padding, the share of padding, and the peak memory so far."""
+    return {
+        "tokens": tokens - padding,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round((tokens - padding) / max(seconds, 1e-9), 1),
+        "padding": round(padding / max(1, tokens), 4),
+        "peak_memory_mb": round(peak_memory_bytes() / 2**20, 1),
+    }
 
 
 def in_words(report: dict[str, Any]) -> str:

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 
 @contextlib.contextmanager
 def atomic_directory(target: Path, *, last: str) -> Iterator[Path]:
@@ -23,7 +25,10 @@ def atomic_directory(target: Path, *, last: str) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
-        yield stage
+        try:
+            yield stage
+        except SafetensorError as error:  # what a full disk looks like through safetensors
+            raise OSError(f"cannot write {target}: {error}") from error
         for path in stage.rglob("*"):
             if path.is_file():
                 path.chmod(0o666 & ~_umask())  # safetensors writes files only the owner may read

@@ -26,7 +26,8 @@ class Example:
 class Source:
     """A stream of examples that can be read any number of times, always in the same order.
 
-    ``name``: a .txt, .jsonl or .parquet file (.txt and .jsonl also .gz), or a Hugging Face data set name. JSONL and
+    ``name``: a .txt, .jsonl or .parquet file (.txt and .jsonl also .gz), or a Hugging Face data set: its name, or
+    a directory laid out like one. JSONL and
     Parquet rows hold a text in ``text_column``, or a pair: context and summary, or prompt and answer.
     """
 
@@ -40,8 +41,6 @@ class Source:
                 "no training data: give --data FILE (.txt, .jsonl, .parquet) or a Hugging Face data set name"
             )
         path = Path(self.name)
-        if path.is_dir():
-            raise ValueError(f"{self.name} is a directory: give one file, or a Hugging Face data set name")
         looks_like_file = (
             path.suffix in (".txt", ".jsonl", ".json", ".parquet", ".gz", ".csv", ".tsv") or path.is_absolute()
         )

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -36,7 +37,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from gemify.evaluation.sts import Pair, read_pairs, spearman
 from gemify.model.gem import GemModel
-from gemify.model.meter import Meter, peak_memory_bytes
+from gemify.model.meter import peak_memory_bytes, throughput
 from gemify.model.storage import atomic_file
 from gemify.training.batches import Batches
 from gemify.training.data import Source
@@ -68,11 +69,12 @@ class _GemTrainer(Trainer):
     ) -> None:
         super().__init__(**options)
         self.gem, self.recipe, self.batches, self.pairs = gem, recipe, batches, pairs
-        self.meter = Meter()
         self._parts: dict[str, float] = {}
+        self._since = time.perf_counter()
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
         # Not prepared by accelerate: a micro-batch is already this process's share, and moves to the device itself.
+        self._since = time.perf_counter()
         # A generator of its own: starting an iterator draws a seed, which would move the random state on a resume.
         return DataLoader(self.batches, batch_size=None, generator=torch.Generator())
 
@@ -85,7 +87,6 @@ class _GemTrainer(Trainer):
                 f"the loss became {float(losses.total.detach())} at step {self.state.global_step + 1}: lower the learning"
                 " rate or use --precision fp32; the last checkpoint is untouched"
             )
-        self.meter.add(tokens=losses.computed.tokens, padding=losses.computed.padding)
         share = 1.0 / self.recipe.gradient_accumulation_steps
         for name, part in (("ntp", losses.ntp), ("contrastive", losses.contrastive)):
             if part is not None:
@@ -107,8 +108,8 @@ class _GemTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             parts, self._parts = self._parts, {}
-            if parts.get("tokens"):
-                parts["padding"] = round(parts["padding"] / parts["tokens"], 4)
+            before, self._since = self._since, time.perf_counter()
+            parts["seconds"] = round(self._since - before, 3)
             logs = {**logs, **parts, "peak_memory_mb": round(peak_memory_bytes() / 2**20, 1)}
         super().log(logs, start_time)
 
@@ -116,6 +117,7 @@ class _GemTrainer(Trainer):
         assert self.pairs is not None
         metrics = {"eval_sts": round(spearman(self.gem, self.pairs), 3)}
         self.log(dict(metrics))
+        self._since = time.perf_counter()  # a step's seconds are those of training
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -248,6 +250,8 @@ def train(
     number, `Stopped` after a signal.
     """
     checkpoint = _prepare(recipe, output, resume=resume)
+    if resume and (output / SUMMARY_FILE).is_file():  # written last: the run is complete
+        return GemModel.from_pretrained(output, device=device), json.loads((output / SUMMARY_FILE).read_text())
     source = Source(recipe.data, recipe.text_column, recipe.split)
     pairs = read_pairs(Path(recipe.eval_pairs)) if recipe.eval_pairs else None
     gem = _model(recipe, device)
@@ -395,12 +399,14 @@ def _arguments(recipe: Recipe, output: Path, *, device: torch.device, evaluated:
 
 
 def _summary(gem: GemModel, recipe: Recipe, trainer: _GemTrainer, pairs: list[Pair] | None) -> dict[str, Any]:
-    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]  # those before a resume too
+    last = steps[-1]
+    tokens, padding, seconds = (sum(entry[name] for entry in steps) for name in ("tokens", "padding", "seconds"))
     summary: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "loss": last["loss"],
         **{name: last[name] for name in ("ntp", "contrastive") if name in last},
-        **{k: v for k, v in trainer.meter.report().items() if k != "texts"},
+        **throughput(tokens, padding, seconds),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "device": gem.device.type,
         "base_fingerprint": gem.config.base_fingerprint,
