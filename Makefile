@@ -1,6 +1,7 @@
 # make setup | demo | test | check | fast | long | clean
 
-PYTHON ?= $(shell command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3)
+# The first Python that runs and is new enough.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 # The CPU build if an index at hand has it (PyTorch's own CPU index does), else the ordinary one.
@@ -11,7 +12,7 @@ TORCH ?= 2.13.0
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "gemify needs Python 3.11 or newer, found: $$($(PYTHON) --version 2>&1)"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "gemify needs Python 3.11 or newer: install it, or name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
 	$(BIN)/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || $(BIN)/pip install --quiet "torch==$(TORCH)"
 	$(BIN)/pip install --quiet --editable '.[all,dev]'

@@ -108,7 +108,7 @@ def main() -> None:
     text = "Return the number of items in a container."
     print(f"\nDecoded from the special token alone:\n  {text}\n  {gem.recover(text, max_new_tokens=24).strip()}")
 
-    base, tokenizer = load_base("starter")
+    base, tokenizer = load_base("starter", dtype=gem.lm.dtype)
     same = same_logits(base, gem.lm, tokenizer, [*PROBES, *held_out[:20]])
     before, after = (language_loss(lm, tokenizer, held_out[:100]) for lm in (base, gem.lm))
     print("\nIs the language model still the one it was?")

@@ -32,9 +32,9 @@ class MeanPooled:
         rows = self.tokenizer(inputs)["input_ids"]
         out = np.zeros((len(rows), self.lm.config.hidden_size), dtype=np.float32)
         for group in length_groups([len(r) for r in rows], max_tokens=4096):
-            ids_BT, mask_BT = right_pad([rows[i] for i in group])
+            ids_BT, mask_BT = (t.to(self.lm.device) for t in right_pad([rows[i] for i in group]))
             hidden = self.lm.get_decoder()(input_ids=ids_BT, attention_mask=mask_BT.long()).last_hidden_state
-            out[group] = ((hidden * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)).numpy()
+            out[group] = ((hidden * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)).float().cpu().numpy()
         return out
 
 

@@ -105,6 +105,10 @@ def test_embed_reads_and_writes_every_format(saved: Path, tmp_path: Path) -> Non
     npy, jsonl, parquet = (tmp_path / f"out.{e}" for e in ("npy", "jsonl", "parquet"))
     assert gemify("embed", "-m", saved, "-i", tmp_path / "in.jsonl", "--text-column", "body", "-o", npy).returncode == 0
     assert gemify("embed", "-m", saved, "-i", tmp_path / "in.txt", "-o", jsonl).returncode == 0
+    (tmp_path / "gap.txt").write_text("one\n\nthree\n")
+    assert gemify("embed", "-m", saved, "-i", tmp_path / "gap.txt", "-o", npy, "-q").returncode == 0
+    assert np.load(npy).shape[0] == 3  # vector i is row i
+    assert gemify("embed", "-m", saved, "-i", tmp_path / "in.jsonl", "--text-column", "body", "-o", npy).returncode == 0
     assert gemify("embed", "-m", saved, "-o", parquet, stdin="\n".join(texts)).stdout.strip() == str(parquet)
     np.testing.assert_allclose(np.load(npy), expected, atol=1e-5)
     rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
@@ -200,6 +204,7 @@ def test_usage_errors_exit_with_2(fails: Fails) -> None:
     assert "No such option" in fails("embed", "x", "--nonsense", code=2)
     assert "not both" in fails("embed", "x", "-i", "y.txt", code=2)
     assert "--json" in fails("generate", "x", "--embedding", code=2)
+    assert "Missing option '--model'" in fails("embed", "x", code=2)
     assert "No such command" in fails("nonsense", code=2)
 
 

@@ -122,10 +122,10 @@ def train(
 
 @app.command()
 def embed(
+    model: Model,
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts; none: read --input or stdin, a text a line.")
     ] = None,
-    model: Model = "starter",
     input: Annotated[
         Path | None, typer.Option("--input", "-i", help=".txt, .jsonl or .parquet file, a text a row.")
     ] = None,
@@ -176,8 +176,8 @@ def embed(
 
 @app.command()
 def generate(
+    model: Model,
     prompt: Annotated[str | None, typer.Argument(help="Prompt; none: read stdin.")] = None,
-    model: Model = "starter",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat format.")] = False,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
@@ -220,8 +220,8 @@ def generate(
 
 @app.command()
 def recover(
+    model: Model,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: lines on stdin.")] = None,
-    model: Model = "starter",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest recovery.")] = 64,
     base: Base = None,
     device: Device = None,
@@ -262,7 +262,7 @@ def info(
     if summary.is_file():
         facts["training"] = json.loads(summary.read_text())
     if verify:
-        facts["logits_equal_base"] = _verify(model, base or config.base, device)
+        facts["logits_equal_base"] = _verify(model, base or config.base, None if base else config.base_revision, device)
     if as_json:
         _print(facts)
         return
@@ -272,12 +272,12 @@ def info(
         )
 
 
-def _verify(model: str, base: str, device: str | None) -> bool:
+def _verify(model: str, base: str, revision: str | None, device: str | None) -> bool:
     from gemify.evaluation.language import PROBES, same_logits
     from gemify.model.base import load_base
 
     gem = _load(model, base, device)
-    lm, _ = load_base(base, device=device)
+    lm, _ = load_base(base, device=device, revision=revision)
     return same_logits(lm, gem.lm, gem.tokenizer, PROBES)
 
 
@@ -291,9 +291,12 @@ def _read_texts(path: Path | None, column: str) -> Iterator[str]:
     if path is not None:
         from gemify.training.data import Source
 
-        yield from (example.text for example in Source(str(path), column))
+        for row, example in enumerate(Source(str(path), column, keep_empty=True)):
+            if example.second is not None:
+                raise ValueError(f"{path} row {row + 1}: no column {column!r}: set --text-column")
+            yield example.text
     elif not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        yield from (line.rstrip("\n") for line in sys.stdin)
 
 
 def _print(value: Any) -> None:
@@ -309,6 +312,10 @@ def _fail(message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def main() -> None:
     """Entry point: every foreseeable failure is one line on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -317,11 +324,10 @@ def main() -> None:
     debug = bool(os.environ.get("GEMIFY_DEBUG"))
     try:
         app()
-    except KeyboardInterrupt:
-        _fail("interrupted", 1)
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+    except ModuleNotFoundError as error:
+        if debug:
+            raise
+        _fail(f"{error.name} is not installed: pip install 'gemify[all]'")
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if debug:
             raise
@@ -329,4 +335,4 @@ def main() -> None:
     except RuntimeError as error:
         if debug:
             raise
-        _fail(f"{error} (GEMIFY_DEBUG=1 shows where)")
+        _fail(f"{_first_line(error)} (GEMIFY_DEBUG=1 shows where)")

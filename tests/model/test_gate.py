@@ -119,7 +119,6 @@ def test_added_tokens_leave_the_base_alone(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(directory)
     for names in (2, ["<|mine|>"]):
         gem = GemModel.from_base(str(directory), special_tokens=names)  # type: ignore[arg-type]
-        gem.lm.config.vocab_size  # noqa: B018
         disturb(gem)
         assert torch.equal(gem.lm(input_ids=PROMPT).logits, base(input_ids=PROMPT).logits)
         gem.save_pretrained(tmp_path / "gem")
@@ -137,6 +136,7 @@ def test_added_tokens_beyond_the_table(tmp_path: Path) -> None:
     assert gem.special_ids == [259, 260]
     disturb(gem)
     assert gem.lm.get_input_embeddings().weight.shape[0] == 259
+    assert isinstance(gem.generate(f"a {gem.config.special_tokens[0]} b", max_new_tokens=2), str)  # its name is text
     gem.save_pretrained(tmp_path / "gem")
     assert (GemModel.from_pretrained(tmp_path / "gem").encode("hi") == gem.encode("hi")).all()
     full = GemModel.from_base(str(tmp_path / "base"), tune="full", special_tokens=2)

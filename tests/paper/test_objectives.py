@@ -23,6 +23,14 @@ def test_info_nce_is_the_paper_formula() -> None:
     assert info_nce(q, d, 20.0).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_autocast_does_not_round_the_logits() -> None:
+    torch.manual_seed(0)
+    q, d = torch.randn(5, 8), torch.randn(5, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = info_nce(q, d, 100.0)
+    assert rounded.item() == info_nce(q, d, 100.0).item()
+
+
 def test_orthogonal_pairs_have_a_closed_form() -> None:
     eye = torch.eye(4)
     assert info_nce(eye, eye, 3.0).item() == pytest.approx(math.log(1 + 3 * math.exp(-3.0)))

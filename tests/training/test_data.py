@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import tiny
 from gemify.model.encode import TextTokenizer
@@ -38,6 +39,40 @@ def test_a_hugging_face_data_set_is_streamed(tmp_path: Path) -> None:
     assert [e.text for e in Source(str(tmp_path), text_column="body", split="test")] == ["held out"]
     with pytest.raises(ValueError, match="no column 'text'"):
         list(Source(str(tmp_path)))
+
+
+def test_empty_rows_are_kept_where_rows_must_stay_in_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\nthree\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": " "}\n')
+    assert [e.text for e in Source(str(tmp_path / "a.txt"), keep_empty=True)] == ["one", "", "three"]
+    assert [e.text for e in Source(str(tmp_path / "a.txt"))] == ["one", "three"]
+    assert len(list(Source(str(tmp_path / "a.jsonl"), keep_empty=True))) == 2
+    assert len(list(Source(str(tmp_path / "a.jsonl")))) == 1
+
+
+def test_the_text_column_wins_over_pairs(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "t", "prompt": "q", "answer": "a"}\n')
+    assert list(Source(str(path))) == [Example("t")]
+
+
+def test_views_keep_what_the_tokenizer_puts_first(texts_file: Path) -> None:
+    bos = tiny.tokenizer()
+    bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    recipe = Recipe.of(
+        {
+            "data": str(texts_file),
+            "batch_size": 8,
+            "contrastive_batch_size": 16,
+            "max_steps": 3,
+            "ntp_steps": 0,
+            "drop_rate": 0.9,
+        }
+    )
+    made = list(Batches(recipe, Source(str(texts_file)), TextTokenizer(bos, frozenset([3])), end_id=2))
+    views = [v for b in made for pair in b["batch"].views for v in pair]
+    assert views
+    assert all(v.ids[0] == 1 and v.seen[0] and 1 not in v.ids[1:] for v in views)
 
 
 def test_pairs_become_summary_and_soft_prompt_examples(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +37,7 @@ def read_pairs(path: Path) -> list[Pair]:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     pairs.append(_pair(line, f"{path} line {number}"))
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not readable as text: {error}") from error
     if len(pairs) < 2:
         raise ValueError(f"{path} holds {len(pairs)} pairs: a correlation needs at least two")

@@ -18,6 +18,8 @@ def check_format(path: Path) -> None:
     """Raise ValueError before any work if the ending is none we write, or the directory is missing."""
     if path.suffix not in FORMATS:
         raise ValueError(f"cannot write {path}: the name must end in one of {', '.join(FORMATS)}")
+    if path.suffix == ".parquet":
+        import pyarrow  # noqa: F401  a missing extra shows now, not after the work
     if path.is_dir():
         raise ValueError(f"cannot write {path}: it is a directory, give a file name")
 

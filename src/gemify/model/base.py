@@ -165,8 +165,6 @@ def choose_special_tokens(
         tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template or "")
     )
     roles = {t for v in tokenizer.special_tokens_map.values() for t in ([v] if isinstance(v, str) else v)}
-    if tokenizer.special_tokens_map.get("additional_special_tokens"):
-        roles -= set(tokenizer.special_tokens_map["additional_special_tokens"])
     controls = [t for i, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special and i not in taken]
     free = [t.content for t in controls if t.content not in roles and t.content not in template]
     free.sort(key=lambda name: "reserved" not in name and "unused" not in name)  # stable: reserved ones first

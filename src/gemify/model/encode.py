@@ -48,6 +48,19 @@ class TextTokenizer:
                 rows[at] = self.tokenizer(texts[at], add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [(start + row)[:max_tokens] for row in rows]
 
+    def prompts(self, texts: Sequence[str], *, add_special_tokens: bool, table: int) -> list[list[int]]:
+        """Ids of prompts to continue, as the base's own tokenizer reads them.
+
+        An added special token that has no row among the ``table`` rows means nothing to the base: its name is text.
+        """
+        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)[
+            "input_ids"
+        ]
+        for at, row in enumerate(rows):
+            if any(i >= table for i in row):
+                rows[at] = self([texts[at]], max_tokens=None, head=add_special_tokens)[0]
+        return rows
+
 
 def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[int]]) -> Tensor:
     """Vectors [B, D or K * D] of tokenised texts: one forward pass, no LM head."""

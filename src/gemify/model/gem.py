@@ -35,7 +35,7 @@ from gemify.model.handover import Handle
 from gemify.model.meter import Meter
 from gemify.model.passes import Specials, Text, left_pad, special_pass, text_pass
 from gemify.model.pooling import Pooling, pool
-from gemify.model.recovery import greedy_from_specials
+from gemify.model.recovery import end_ids, greedy_from_specials
 from gemify.model.storage import atomic_directory
 
 logger = logging.getLogger(__name__)
@@ -52,16 +52,9 @@ class GemModel:
     """
 
     def __init__(
-        self,
-        lm: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        config: GemConfig,
-        adapter: Adapter | None,
+        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GemConfig, adapter: Adapter | None
     ) -> None:
-        self.lm = lm
-        self.tokenizer = tokenizer
-        self.config = config
-        self.adapter = adapter
+        self.lm, self.tokenizer, self.config, self.adapter = lm, tokenizer, config, adapter
         self.meter = Meter()
         """What the last `encode` computed."""
 
@@ -145,7 +138,7 @@ class GemModel:
                 f"{directory} holds neither {ADAPTER_FILE} nor a model: restore the missing file or train again"
             )
         require_kernel(loading.get("attn_implementation"))
-        if not full and config.base_revision is not None:
+        if not full and base is None and config.base_revision is not None:
             loading.setdefault("revision", config.base_revision)
         lm, tokenizer = load_base(str(directory) if full else base or config.base, **loading)
         if full:
@@ -175,7 +168,10 @@ class GemModel:
         return cls(lm, tokenizer, config, adapter)
 
     def save_pretrained(self, path: str | Path, *, merge: bool = False) -> None:
-        """Save to a directory, atomically: a full disk or a kill leaves what was there before.
+        """Save to a directory: a full disk or a kill leaves what was there before, or all of the new.
+
+        (Into a directory that holds files already, complete new ones are moved over them one by one, the configuration
+        last.)
 
         ``gated``, ``tokens`` and ``lora`` store an adapter, the tokenizer and the base's name, not the base. ``full``,
         and ``lora`` with ``merge=True`` (which ends this object's use), store a plain transformers model.
@@ -391,14 +387,20 @@ class GemModel:
             text, single = texts.text, texts.single
         else:
             single = isinstance(texts, str)
-            rows = self.text_tokenizer([texts] if isinstance(texts, str) else texts, max_tokens=self.config.max_length)
+            rows = self.text_tokenizer(
+                [texts] if isinstance(texts, str) else texts, max_tokens=self.config.max_length - self.config.k
+            )
             ids_BT, mask_BT = (t.to(self.device) for t in left_pad(rows))
             text = text_pass(self.lm, ids_BT, mask_BT)
         specials = self._specials(text, with_logits=True)
         out = [
             self.tokenizer.decode(ids, skip_special_tokens=True)
             for ids in greedy_from_specials(
-                self.lm, specials, ends=self._end_ids(), never=self.config.special_ids, max_new_tokens=max_new_tokens
+                self.lm,
+                specials,
+                ends=end_ids(self.lm, self.tokenizer),
+                never=self.config.special_ids,
+                max_new_tokens=max_new_tokens,
             )
         ]
         return out[0] if single else out
@@ -414,17 +416,12 @@ class GemModel:
             with_logits=with_logits,
         )
 
-    def _end_ids(self) -> set[int]:
-        ends = self.lm.generation_config.eos_token_id if self.lm.generation_config is not None else None
-        return {
-            e for e in [self.tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])] if e is not None
-        }
-
     def _prompt_ids(self, texts: Texts, *, add_special_tokens: bool = True) -> tuple[Tensor, Tensor]:
         listed = [texts] if isinstance(texts, str) else list(texts)
         if not listed:
             raise ValueError("no text given: give at least one prompt")
-        rows = self.tokenizer(listed, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        table = self.lm.get_input_embeddings().weight.shape[0]
+        rows = self.text_tokenizer.prompts(listed, add_special_tokens=add_special_tokens, table=table)
         if empty := [i for i, r in enumerate(rows) if not r]:
             raise ValueError(f"prompt {empty[0]} has no tokens: give a prompt that is not empty")
         pad = self.tokenizer.pad_token_id

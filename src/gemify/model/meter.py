@@ -13,8 +13,8 @@ import torch
 
 def peak_memory_bytes() -> int:
     """Most memory this process has held: device memory on an accelerator, else resident memory."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
+    if torch.cuda.is_available() and (used := int(torch.cuda.max_memory_allocated())):
+        return used
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

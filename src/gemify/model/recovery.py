@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemify.model.cache import fork
 from gemify.model.passes import Specials
+
+
+def end_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that end a text: the tokenizer's and the generation configuration's."""
+    ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
+    return {e for e in [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])] if e is not None}
 
 
 @torch.no_grad()

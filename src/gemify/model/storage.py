@@ -32,7 +32,7 @@ def atomic_directory(target: Path, *, last: str) -> Iterator[Path]:
         for path in stage.rglob("*"):
             if path.is_file():
                 path.chmod(0o666 & ~_umask())  # safetensors writes files only the owner may read
-                _sync(path)
+                sync(path)
         if not target.exists() or not any(target.iterdir()):
             mode = 0o777 & ~_umask()
             stage.chmod(mode)
@@ -42,7 +42,7 @@ def atomic_directory(target: Path, *, last: str) -> Iterator[Path]:
                 if path.is_dir() and (target / path.name).is_dir():
                     shutil.rmtree(target / path.name)
                 os.replace(path, target / path.name)
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -57,13 +57,14 @@ def atomic_file(target: Path) -> Iterator[Path]:
     stage = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield stage
-        _sync(stage)
+        sync(stage)
         os.replace(stage, target)
     finally:
         stage.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file, or a directory's entries, on the disk and not only in memory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

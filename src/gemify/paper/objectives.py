@@ -45,12 +45,14 @@ def info_nce(
     ``-log( exp(lam s(q, d+)) / sum_d exp(lam s(q, d)) )`` with cosine s. Further negatives may be appended.
     For zero embeddings the value is log of the number of candidates.
     """
-    q_BD = F.normalize(query_BD.float(), dim=-1)
-    d_ND = F.normalize(positive_BD.float(), dim=-1)
-    if negatives_ND is not None:
-        d_ND = torch.cat([d_ND, F.normalize(negatives_ND.float(), dim=-1)])
-    target_B = torch.arange(q_BD.shape[0], device=q_BD.device)
-    return F.cross_entropy(scale * (q_BD @ d_ND.T), target_B)
+    # Autocast would round the logits to bfloat16: steps of 0.1 to 0.5 at these scales.
+    with torch.autocast(query_BD.device.type, enabled=False):
+        q_BD = F.normalize(query_BD.float(), dim=-1)
+        d_ND = F.normalize(positive_BD.float(), dim=-1)
+        if negatives_ND is not None:
+            d_ND = torch.cat([d_ND, F.normalize(negatives_ND.float(), dim=-1)])
+        target_B = torch.arange(q_BD.shape[0], device=q_BD.device)
+        return F.cross_entropy(scale * (q_BD @ d_ND.T), target_B)
 
 
 def total_loss(ntp: Tensor | None, contrastive: Tensor | None, alpha: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch.utils.data import IterableDataset
 
 from gemify.model.encode import TextTokenizer
 from gemify.paper.tokens import Row, random_split, raw_row, reconstruction_row, soft_prompt_row, split_row, summary_row
+from gemify.paper.views import View
 from gemify.training.data import Example, Source
 from gemify.training.objective import MicroBatch, target_count
 from gemify.training.recipe import Recipe
@@ -77,11 +78,17 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             rng = Random(f"{self.recipe.seed} {step} {index}")
             rows = [self._row(e, rng) for e in examples[: self.recipe.batch_size]] if with_rows else []
             chosen = self._contrasted(examples, rows) if alpha > 0.0 else []
-            views = [self.recipe.views.pair(e.ids, rng) for e in chosen]
+            views = [self._views(e.ids, rng) for e in chosen]
             made.append((rows if alpha < 1.0 else [], views))
         targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, _ in made for r in rows)
         for rows, views in made[self.rank :: self.world]:
             yield {"batch": MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made))}
+
+    def _views(self, ids: tuple[int, ...], rng: Random) -> tuple[View, View]:
+        """Two views of a text; what the tokenizer puts first (a BOS) is in both, as when texts are embedded."""
+        first, second = self.recipe.views.pair(ids[len(self.head) :], rng)
+        seen = (True,) * len(self.head)
+        return View(self.head + first.ids, seen + first.seen), View(self.head + second.ids, seen + second.seen)
 
     def _contrasted(self, examples: list[Tokens], rows: list[Row]) -> list[Tokens]:
         """The examples to contrast: a batch of their own, or as in the paper the special rows of the same batch."""
@@ -115,10 +122,10 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
                 rng.shuffle(blocks)
                 for some in blocks:
                     yield from some
-            if seen < max(2, min(self.recipe.batch_size, 32)):
+            if seen < max(2, self.recipe.batch_size, self.recipe.contrastive_batch_size or 0):
                 raise ValueError(
                     f"{self.source.name} holds {seen} texts of at least {self.recipe.min_length} tokens, too few for"
-                    f" batches of {self.recipe.batch_size}: give more text, or a smaller batch_size or min_length"
+                    f" its batches: give more text, or a smaller batch_size, contrastive_batch_size or min_length"
                 )
             epoch += 1
 

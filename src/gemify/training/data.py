@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,8 @@ class Source:
     name: str
     text_column: str = "text"
     split: str = "train"
+    keep_empty: bool = False
+    """Whether a row without text is an example too (row i is then example i) or is skipped."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -58,7 +61,7 @@ class Source:
             return self._from_rows(self._parquet(path))
         if stem.endswith((".jsonl", ".json")):
             return self._from_rows(self._jsonl(path))
-        return (Example(text) for _, text in self._lines(path) if text.strip())
+        return (Example(text) for _, text in self._lines(path) if text or self.keep_empty)
 
     def _lines(self, path: Path) -> Iterator[tuple[int, str]]:
         with _open(path) as file:
@@ -72,7 +75,7 @@ class Source:
                 raise ValueError(
                     f"{path} line {number}: not UTF-8 text (a binary file?): give text, one row a line"
                 ) from error
-            except (gzip.BadGzipFile, EOFError) as error:
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
                 raise ValueError(f"{path} is a damaged .gz file: {error}") from error
 
     def _jsonl(self, path: Path) -> Iterator[tuple[str, Any]]:
@@ -114,18 +117,19 @@ class Source:
         for where, row in rows:
             if not isinstance(row, dict):
                 raise ValueError(f"{where}: expected an object with {self.text_column!r}, got {type(row).__name__}")
+            if self.text_column in row:
+                text = _text(row, self.text_column, where)
+                if text.strip() or self.keep_empty:
+                    yield Example(text)
+                continue
             for kind, first, second in _PAIRS:
                 if first in row and second in row:
                     yield Example(_text(row, first, where), _text(row, second, where), kind)
                     break
             else:
-                if self.text_column not in row:
-                    raise ValueError(
-                        f"{where}: no column {self.text_column!r} (there are {sorted(row)}): set --text-column"
-                    )
-                text = _text(row, self.text_column, where)
-                if text.strip():
-                    yield Example(text)
+                raise ValueError(
+                    f"{where}: no column {self.text_column!r} (there are {sorted(row)}): set --text-column"
+                )
 
 
 def _text(row: dict[str, Any], column: str, where: str) -> str:

@@ -27,7 +27,7 @@ class Recipe:
     base: str = "starter"
     tune: Tune = "gated"
     data: str = ""
-    """A .txt (a row a line), .jsonl or .parquet file (each also .gz), or a Hugging Face data set name."""
+    """A .txt (a row a line) or .jsonl file (also .gz), a .parquet file, or a Hugging Face data set name."""
     text_column: str = "text"
     split: str = "train"
 
@@ -40,7 +40,7 @@ class Recipe:
     # LoRA (gated, lora)
     rank: int = 16
     lora_alpha: float | None = None
-    lora_dropout: float = 0.0
+    lora_dropout: float = 0.1
     target_modules: str = "all-linear"
 
     # rows (Section 3.2)
@@ -50,7 +50,7 @@ class Recipe:
     """Share of reconstruction among the rows with special tokens made from plain text; the rest is split."""
     append_end: bool = True
     """Let a reconstruction end with the end-of-text token, so that recovery knows where to stop."""
-    max_length: int = 128
+    max_length: int = 64
     min_length: int = 8
     """Texts of fewer tokens are skipped."""
 
@@ -68,9 +68,9 @@ class Recipe:
     warmup_steps: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    view: ViewKind = "delete"
+    view: ViewKind = "mask"
     drop_rate: float = 0.1
-    drop_both: bool = False
+    drop_both: bool = True
 
     # running
     seed: int = 0
@@ -187,6 +187,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # GEM, Section 4.2. What the paper leaves open (the last two lines) is our choice: docs/paper.md.
     "paper": {
         "tune": "full",
+        "lora_dropout": 0.0,
         "mix": 0.8,
         "max_length": 512,
         "max_steps": 1000,
@@ -200,6 +201,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "append_end": False,
         "view": "delete",
         "drop_rate": 0.1,
+        "drop_both": False,
     },
 }
 

@@ -9,28 +9,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import math
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
     ProgressCallback,
     Trainer,
-    TrainerCallback,
     TrainerControl,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import rotate_checkpoints
@@ -38,8 +32,9 @@ from transformers.trainer_utils import rotate_checkpoints
 from gemify.evaluation.sts import Pair, read_pairs, spearman
 from gemify.model.gem import GemModel
 from gemify.model.meter import peak_memory_bytes, throughput
-from gemify.model.storage import atomic_file
+from gemify.model.storage import atomic_file, sync
 from gemify.training.batches import Batches
+from gemify.training.callbacks import Progress, StopOnSignal
 from gemify.training.data import Source
 from gemify.training.objective import Objective
 from gemify.training.recipe import Recipe
@@ -48,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 RECIPE_FILE = "recipe.yaml"
-METRICS_FILE = "metrics.jsonl"
 SUMMARY_FILE = "summary.json"
 _TEMPERATURE_FILE = "temperature.safetensors"
 _STATE_FILE = "trainer_state.json"
@@ -158,80 +152,12 @@ class _GemTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             shutil.rmtree(run / name, ignore_errors=True)
+            for path in [*(stage / name).iterdir(), stage / name]:
+                sync(path)
             os.replace(stage / name, run / name)
+            sync(run)
             shutil.rmtree(stage, ignore_errors=True)
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
-
-
-class _Progress(TrainerCallback):
-    """One tqdm bar with the loss parts; one JSON line a step; TensorBoard if it is there."""
-
-    def __init__(self, directory: Path, *, show: bool) -> None:
-        self.path = directory / METRICS_FILE
-        self.show = show
-        self.bar: Any = None
-        self.board: Any = _tensorboard(directory / "tensorboard")
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=not self.show)
-        with atomic_file(self.path) as stage:  # after a resume: only the steps before the checkpoint
-            stage.write_text("".join(_line(entry) for entry in state.log_history))
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.update(1)
-
-    def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
-    ) -> None:
-        if self.bar is None or not logs or "train_runtime" in logs:
-            return
-        with self.path.open("a") as file:
-            file.write(_line({**logs, "step": state.global_step}))
-        shown = {k: f"{logs[k]:.3g}" for k in ("ntp", "contrastive", "learning_rate", "eval_sts") if k in logs}
-        self.bar.set_postfix({"lr" if k == "learning_rate" else k: v for k, v in shown.items()})
-        if self.board is not None:
-            for name, value in logs.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(f"train/{name}", value, state.global_step)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.board is not None:
-            self.board.close()
-
-
-class _StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM end the run after the current step, with a checkpoint."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> _StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: signals stay as they are
-                break
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        if self.asked and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 def train(
@@ -250,11 +176,13 @@ def train(
     number, `Stopped` after a signal.
     """
     checkpoint = _prepare(recipe, output, resume=resume)
+    device = _device(device)
     if resume and (output / SUMMARY_FILE).is_file():  # written last: the run is complete
         return GemModel.from_pretrained(output, device=device), json.loads((output / SUMMARY_FILE).read_text())
     source = Source(recipe.data, recipe.text_column, recipe.split)
     pairs = read_pairs(Path(recipe.eval_pairs)) if recipe.eval_pairs else None
     gem = _model(recipe, device)
+    _require_room(recipe, gem)
     if on_ready is not None:
         on_ready(gem)
     _seed(recipe.seed)
@@ -268,6 +196,8 @@ def train(
         group_tokens=recipe.group_tokens,
     )
     arguments = _arguments(recipe, output, device=gem.device, evaluated=pairs is not None)
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # one process drives one device; more of them are for `accelerate launch`
     batches = Batches(
         recipe,
         source,
@@ -277,8 +207,8 @@ def train(
         world=arguments.world_size,
     )
     next(iter(batches))  # unreadable or too little data shows now, before anything is written
-    with _StopOnSignal() as stopper:
-        progress = _Progress(output, show=show_progress_bar)
+    with StopOnSignal() as stopper:
+        progress = Progress(output, show=show_progress_bar)
         trainer = _GemTrainer(
             gem,
             recipe,
@@ -347,6 +277,7 @@ def _model(recipe: Recipe, device: str | None) -> GemModel:
     return GemModel.from_base(
         recipe.base,
         tune=recipe.tune,
+        max_length=max(512, recipe.max_length),
         special_tokens=list(recipe.special_names) if recipe.special_names is not None else recipe.special_tokens,
         pooling=recipe.pooling,
         shared_position=recipe.shared_position,
@@ -360,6 +291,25 @@ def _model(recipe: Recipe, device: str | None) -> GemModel:
         dtype=torch.bfloat16 if bf16 and recipe.frozen_base else torch.float32,
         device=device,
     )
+
+
+def _device(device: str | None) -> str | None:
+    """The Trainer drives the process's own device: refuse to pretend otherwise."""
+    if device is not None and ":" in device and not device.endswith(":0"):
+        raise ValueError(f"cannot train on {device!r}: make it the only visible device (CUDA_VISIBLE_DEVICES) instead")
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device is None and rank is not None and torch.cuda.is_available() else device
+
+
+def _require_room(recipe: Recipe, gem: GemModel) -> None:
+    """A reconstruction row holds its text twice: refuse texts that outrun the model's positions."""
+    longest = 2 * recipe.max_length + gem.config.k + 1
+    room = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", longest)
+    if longest > room:
+        raise ValueError(
+            f"rows of max_length {recipe.max_length} take up to {longest} positions, {recipe.base} has {room}:"
+            f" set --max-length to at most {(room - gem.config.k - 1) // 2}"
+        )
 
 
 def _bf16(recipe: Recipe, device: str | None) -> bool:
@@ -414,18 +364,3 @@ def _summary(gem: GemModel, recipe: Recipe, trainer: _GemTrainer, pairs: list[Pa
     if pairs is not None:
         summary["sts_spearman"] = round(spearman(gem, pairs), 3)
     return summary
-
-
-def _line(entry: dict[str, Any]) -> str:
-    entry = {k: v for k, v in entry.items() if k != "epoch"}  # the Trainer's, of no meaning for a stream
-    return (
-        json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}) + "\n"
-    )
-
-
-def _tensorboard(directory: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(directory))

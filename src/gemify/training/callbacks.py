@@ -1,0 +1,104 @@
+"""What happens beside the steps of a run: the progress bar, the metrics, stopping on a signal."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from gemify.model.storage import atomic_file
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Progress(TrainerCallback):
+    """One tqdm bar with the loss parts; one JSON line a step; TensorBoard if it is there."""
+
+    def __init__(self, directory: Path, *, show: bool) -> None:
+        self.path = directory / METRICS_FILE
+        self.show = show
+        self.bar: Any = None
+        self.board: Any = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=not self.show)
+        self.board = _tensorboard(self.path.parent / "tensorboard")
+        with atomic_file(self.path) as stage:  # after a resume: only the steps before the checkpoint
+            stage.write_text("".join(_line(entry) for entry in state.log_history))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if self.bar is None or not logs or "train_runtime" in logs:
+            return
+        with self.path.open("a") as file:
+            file.write(_line({**logs, "step": state.global_step}))
+        shown = {k: f"{logs[k]:.3g}" for k in ("ntp", "contrastive", "learning_rate", "eval_sts") if k in logs}
+        self.bar.set_postfix({"lr" if k == "learning_rate" else k: v for k, v in shown.items()})
+        if self.board is not None:
+            for name, value in logs.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"train/{name}", value, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.board is not None:
+            self.board.close()
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGINT and SIGTERM end the run after the current step, with a checkpoint."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopOnSignal:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: signals stay as they are
+                break
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+def _line(entry: dict[str, Any]) -> str:
+    entry = {k: v for k, v in entry.items() if k != "epoch"}  # the Trainer's, of no meaning for a stream
+    return (
+        json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}) + "\n"
+    )
+
+
+def _tensorboard(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(directory))
