@@ -40,7 +40,7 @@ class Recipe:
     # LoRA (gated, lora)
     rank: int = 16
     lora_alpha: float | None = None
-    lora_dropout: float = 0.1
+    lora_dropout: float = 0.0
     target_modules: str = "all-linear"
 
     # rows (Section 3.2)
@@ -50,7 +50,7 @@ class Recipe:
     """Share of reconstruction among the rows with special tokens made from plain text; the rest is split."""
     append_end: bool = True
     """Let a reconstruction end with the end-of-text token, so that recovery knows where to stop."""
-    max_length: int = 64
+    max_length: int = 128
     min_length: int = 8
     """Texts of fewer tokens are skipped."""
 
@@ -64,13 +64,13 @@ class Recipe:
     """Rows of the contrastive batch; none: the special rows of the next-token batch, as in the paper."""
     gradient_accumulation_steps: int = 1
     lr: float = 1e-3
-    contrastive_lr: float = 1e-3
+    contrastive_lr: float = 2e-3
     warmup_steps: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
-    view: ViewKind = "mask"
+    view: ViewKind = "delete"
     drop_rate: float = 0.1
-    drop_both: bool = True
+    drop_both: bool = False
 
     # running
     seed: int = 0
