@@ -202,8 +202,8 @@ def test_bad_input_is_one_line(fails: Fails, saved: Path, base_dir: Path, texts_
 def test_usage_errors_exit_with_2(fails: Fails) -> None:
     assert "Missing option" in fails("train", code=2)
     assert "No such option" in fails("embed", "x", "--nonsense", code=2)
-    assert "not both" in fails("embed", "x", "-i", "y.txt", code=2)
-    assert "--json" in fails("generate", "x", "--embedding", code=2)
+    assert "not both" in fails("embed", "x", "-i", "y.txt", "-m", saved, code=2)
+    assert "--json" in fails("generate", "x", "--embedding", "-m", saved, code=2)
     assert "Missing option '--model'" in fails("embed", "x", code=2)
     assert "No such command" in fails("nonsense", code=2)
 

@@ -272,8 +272,8 @@ def test_the_output_directory_is_guarded(base_dir: Path, texts_file: Path, tmp_p
 
 
 def test_rows_that_outrun_the_models_positions_are_refused(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="set --max-length to at most 63"):
-        train(recipe(base_dir, texts_file, max_length=100), tmp_path / "run", show_progress_bar=False)
+    with pytest.raises(ValueError, match="set --max-length to at most 511"):
+        train(recipe(base_dir, texts_file, max_length=600), tmp_path / "run", show_progress_bar=False)
     assert not (tmp_path / "run").exists()
 
 
