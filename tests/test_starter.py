@@ -101,10 +101,9 @@ def test_a_short_training_learns_and_leaves_the_base_alone(base: Any, tmp_path: 
     recipe = Recipe(
         data=str(tmp_path / "t.txt"), max_steps=6, ntp_steps=4, batch_size=8, contrastive_batch_size=8, max_length=24
     )
-    gem, summary = train(recipe, tmp_path / "run", show_progress_bar=False)
+    gem, _ = train(recipe, tmp_path / "run", show_progress_bar=False)
     lm, tokenizer = base
     assert same_logits(lm, gem.lm, tokenizer, PROBES)
-    assert summary["padding"] < 0.1
     assert np.isfinite(gem.encode(SENTENCES)).all()
     import json
 
