@@ -19,6 +19,7 @@ MAY_KNOW = {
     "model": {"paper", "model"},
     "evaluation": {"evaluation", "model"},
     "training": {"paper", "model", "evaluation", "training"},
+    "reproduce": {"paper", "model", "evaluation", "training", "reproduce"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
 

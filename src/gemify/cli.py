@@ -14,10 +14,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gemify import __version__
+from gemify.cli_evaluation import register
 
 app = typer.Typer(
     name="gemify",
-    help="One LLM that writes and embeds: train, embed, generate, recover.",
+    help="One LLM that writes and embeds: train, embed, generate, recover, and measure.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -270,6 +271,9 @@ def info(
         typer.echo(
             f"{name:20} {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | tuple | list) else value}"
         )
+
+
+register(app)
 
 
 def _verify(model: str, base: str, revision: str | None, device: str | None) -> bool:

@@ -34,18 +34,42 @@ def same_logits(one: Any, other: Any, tokenizer: Any, texts: Sequence[str]) -> b
     return all(torch.equal(logits_of(one, tokenizer, t), logits_of(other, tokenizer, t)) for t in texts)
 
 
-@torch.inference_mode()
 def language_loss(lm: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 256) -> float:
     """Mean next-token loss in nats over the texts' tokens (each text on its own, cut to ``max_length``)."""
+    losses = text_losses(lm, tokenizer, texts, max_length=max_length)
+    return sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
+
+
+@torch.inference_mode()
+def text_losses(lm: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 256) -> list[tuple[float, int]]:
+    """Of each text its summed next-token loss in nats and the number of tokens predicted."""
     rows = [r[:max_length] for r in tokenizer(list(texts), verbose=False)["input_ids"]]
     device = lm.device
-    total, count = 0.0, 0
+    losses = [(0.0, 0)] * len(rows)
     for group in length_groups([len(r) for r in rows], max_tokens=4096):
         ids_BT, mask_BT = (t.to(device) for t in right_pad([rows[i] for i in group]))
         logits_BTV = lm(
             input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=positions_of(mask_BT), use_cache=False
         ).logits
         labels_BT = ids_BT.masked_fill(~mask_BT, -100)[:, 1:]
-        total += F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels_BT.flatten(), reduction="sum").item()
-        count += int((labels_BT >= 0).sum())
-    return total / max(1, count)
+        loss_BT = F.cross_entropy(logits_BTV[:, :-1].transpose(1, 2).float(), labels_BT, reduction="none")
+        for i, loss, count in zip(
+            group, loss_BT.double().sum(1).tolist(), (labels_BT >= 0).sum(1).tolist(), strict=True
+        ):
+            losses[i] = (loss, count)
+    return losses
+
+
+@torch.inference_mode()
+def compare_logits(one: Any, other: Any, tokenizer: Any, prompts: Sequence[str]) -> dict[str, Any]:
+    """How many prompts give two language models the same logits to the last bit, and the largest difference."""
+    identical, largest = 0, 0.0
+    for prompt in prompts:
+        first, second = (logits_of(lm, tokenizer, prompt) for lm in (one, other))
+        width = min(first.shape[-1], second.shape[-1])  # a trained table may have grown by the special tokens' rows
+        first, second = first[:, :width], second[:, :width].to(first.device)
+        if torch.equal(first, second):
+            identical += 1
+        else:
+            largest = max(largest, float((first.float() - second.float()).abs().max()))
+    return {"prompts": len(prompts), "identical": identical, "max_difference": largest}

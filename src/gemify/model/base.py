@@ -155,8 +155,6 @@ def choose_special_tokens(
     occur in the chat template, and is not among the ids ``taken`` (those that end a generation, say). Names that the
     tokenizer does not know yet are to be added (`special_token_ids`).
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1 special token, got {k}")
     if wanted is not None:
         if len(set(wanted)) != k:
             raise ValueError(f"{k} special tokens need {k} different names, got {list(wanted)}")
@@ -197,14 +195,17 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) 
 def initial_rows(lm: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """First values [k, D] of the special tokens' embeddings: the token's own row if it has one, else the table's mean."""
     table = lm.get_input_embeddings().weight
-    mean = table.float().mean(0).to(table.dtype)
-    return torch.stack([table[i] if i < table.shape[0] else mean for i in ids]).detach().clone()
+    rows_KD = table.float().mean(0).to(table.dtype).repeat(len(ids), 1)
+    for row_D, i in zip(rows_KD, ids, strict=True):
+        if i < table.shape[0]:
+            row_D.copy_(table[i])
+    return rows_KD
 
 
 def grow_table(lm: PreTrainedModel, ids: Sequence[int], rows_KD: Tensor) -> None:
     """Make room in the embedding table for added tokens (needed where the table itself is trained or merged)."""
     table = lm.get_input_embeddings().weight
-    if max(ids) < table.shape[0]:
+    if max(ids, default=0) < table.shape[0]:
         return
     old = table.shape[0]
     lm.resize_token_embeddings(max(ids) + 1, mean_resizing=False)

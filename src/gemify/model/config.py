@@ -40,8 +40,7 @@ class GemConfig:
             raise ValueError(f"unknown tune {self.tune!r}: choose one of {', '.join(get_args(Tune))}")
         if self.pooling not in POOLINGS:
             raise ValueError(f"unknown pooling {self.pooling!r}: choose one of {', '.join(get_args(Pooling))}")
-        if len(self.special_ids) < 1:
-            raise ValueError("k must be at least 1 special token, got 0")
+        require_special_tokens(len(self.special_ids), tune=self.tune, pooling=self.pooling)
         if len(set(self.special_ids)) != len(self.special_ids) or len(self.special_ids) != len(self.special_tokens):
             raise ValueError(
                 f"special tokens must be distinct, got {list(self.special_tokens)} = {list(self.special_ids)}"
@@ -88,6 +87,17 @@ class GemConfig:
         for name in ("special_tokens", "special_ids"):
             values[name] = tuple(values.get(name, ()))
         return GemConfig(**values)
+
+
+def require_special_tokens(k: int, *, tune: Tune, pooling: Pooling) -> None:
+    """Refuse a number of special tokens that leaves nothing to train or to pool. None at all is the SimCSE baseline."""
+    if k < 0 or (k == 0 and tune not in ("lora", "full")):
+        raise ValueError(
+            f"k must be at least 1 special token with tune {tune!r}, got {k}: its weights act nowhere else"
+            " (0, the baseline without special tokens, needs tune lora or full)"
+        )
+    if k == 0 and pooling != "mean":
+        raise ValueError(f"pooling {pooling!r} needs special tokens, there are 0: set pooling to mean")
 
 
 def resolve_directory(path: str | Path) -> Path:

@@ -14,8 +14,8 @@ from gemify.model.batching import length_groups
 from gemify.model.config import GemConfig
 from gemify.model.meter import Meter
 from gemify.model.passes import MaskedBatch, masked_pass
-from gemify.model.pooling import pool
-from gemify.paper.tokens import Row, Segment, columns
+from gemify.model.pooling import pool_columns
+from gemify.paper.tokens import Row, columns
 
 _POOL = 4096  # texts tokenised and sorted at a time
 
@@ -69,9 +69,10 @@ def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[i
     ]
     device = lm.device
     batch = MaskedBatch.of(laid_out, shared_position=config.shared_position, device=device)
+    if not batch.ids_BT.numel():  # texts without tokens, and no special tokens either: nothing to run
+        return torch.zeros(len(rows), lm.config.get_text_config().hidden_size)
     hidden_BTD = masked_pass(lm, batch, body_only=True)
-    hidden_BKD = hidden_BTD[batch.segments_BT == Segment.SPECIAL].view(len(rows), config.k, -1)
-    return pool(hidden_BKD, config.pooling).float()
+    return pool_columns(hidden_BTD, batch.segments_BT, config.pooling).float()
 
 
 @torch.inference_mode()

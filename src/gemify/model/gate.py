@@ -196,14 +196,14 @@ class Adapter(nn.Module):
     def state(self) -> dict[str, Tensor]:
         """The learned tensors under the names that PEFT gives them."""
         lora = get_peft_model_state_dict(self._peft[0], save_embedding_layers=False) if self._peft else {}
-        state = {**lora, self._row_key(): self.rows.rows_KD}
+        state = lora | ({self._row_key(): self.rows.rows_KD} if self.special_ids else {})
         return {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         state = dict(state)
-        rows = state.pop(self._row_key(), None)
-        if rows is None or rows.shape != self.rows.rows_KD.shape:
-            got = "none" if rows is None else tuple(rows.shape)
+        rows = state.pop(self._row_key(), self.rows.rows_KD[:0])
+        if rows.shape != self.rows.rows_KD.shape:
+            got = tuple(rows.shape)
             raise ValueError(f"the adapter holds other special-token rows (got {got}) than its configuration says")
         with torch.no_grad():
             self.rows.rows_KD.copy_(rows)
@@ -219,7 +219,7 @@ class Adapter(nn.Module):
         config: PeftConfig
         if self._peft:
             config = self._peft[0].peft_config[_NAME]
-            config.trainable_token_indices = {self._embedding_name: self.special_ids}
+            config.trainable_token_indices = {self._embedding_name: self.special_ids} if self.special_ids else None
         else:
             config = TrainableTokensConfig(
                 task_type="CAUSAL_LM", token_indices=self.special_ids, target_modules=[self._embedding_name]

@@ -28,7 +28,7 @@ from gemify.model.base import (
     quiet,
     special_token_ids,
 )
-from gemify.model.config import CONFIG_FILE, GemConfig, resolve_directory
+from gemify.model.config import CONFIG_FILE, GemConfig, require_special_tokens, resolve_directory
 from gemify.model.encode import TextTokenizer, encode_texts
 from gemify.model.gate import ADAPTER_FILE, Adapter, AdapterSettings, Tune, adapter_settings
 from gemify.model.handover import Handle
@@ -80,6 +80,7 @@ class GemModel:
             base: directory, GGUF file, Hugging Face repo id, or ``starter``.
             tune: what will be trained; see `gemify.model.gate`.
             special_tokens: how many, or their names. A reserved, unused control token is preferred to adding one.
+                0: the SimCSE baseline, a mean over the text (``lora`` and ``full`` only).
             pooling: ``mean`` or ``concat`` over the special tokens (GEM, Section 3.1).
             shared_position: give all special tokens one position id.
             max_length: most tokens of a text, special tokens included.
@@ -91,8 +92,7 @@ class GemModel:
         """
         names_given = None if isinstance(special_tokens, int) else list(special_tokens)
         k = special_tokens if isinstance(special_tokens, int) else len(special_tokens)
-        if k < 1:
-            raise ValueError(f"k must be at least 1 special token, got {k}")
+        require_special_tokens(k, tune=tune, pooling=pooling)
         require_kernel(loading.get("attn_implementation"))
         lm, tokenizer = load_base(base, **loading)
         require_maskable(lm)
@@ -320,7 +320,7 @@ class GemModel:
     def embed(self, handle: Handle) -> Tensor:
         """Embeddings of a handle's texts, [B, D] ([D] for one string): only the special tokens are computed.
 
-        The handle's cache stays as it was.
+        The handle's cache stays as it was. Without special tokens the vector is not in the cache: ValueError.
         """
         self.lm.eval()
         hidden_BKD = self._specials(handle.text).hidden_BKD

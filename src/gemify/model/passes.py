@@ -104,6 +104,8 @@ def special_pass(
     the last special token; without it, it does not run at all.
     """
     B, K = text.mask_BT.shape[0], len(special_ids)
+    if K == 0:
+        raise ValueError("this model has no special tokens: nothing to recover a text from, and to embed use encode")
     device = text.mask_BT.device
     start_B1 = text.lengths_B[:, None]
     step_K = torch.zeros(K, dtype=torch.long, device=device) if shared_position else torch.arange(K, device=device)

@@ -28,7 +28,7 @@ from gemify.model.passes import (
     suffix_pass,
     text_pass,
 )
-from gemify.model.pooling import Pooling, pool
+from gemify.model.pooling import Pooling, pool, pool_columns
 from gemify.paper.objectives import Temperature, info_nce, next_token_loss, total_loss
 from gemify.paper.tokens import IGNORED, Columns, Row, Segment, columns
 from gemify.paper.views import View
@@ -216,9 +216,7 @@ class Objective(nn.Module):
         order: list[int] = []
         for group, batch in self._masked_batches(laid_out, computed):
             hidden_BTD = masked_pass(self.lm, batch, body_only=True)
-            special_BT = batch.segments_BT == Segment.SPECIAL
-            hidden_BKD = hidden_BTD[special_BT].view(len(group), len(self.special_ids), -1)
-            out.append(pool(hidden_BKD, self.pooling))
+            out.append(pool_columns(hidden_BTD, batch.segments_BT, self.pooling))
             order += group
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from gemify.model.config import require_special_tokens
 from gemify.model.gate import TUNES, Tune
 from gemify.model.pooling import POOLINGS, Pooling
 from gemify.paper.schedule import Schedule
@@ -33,6 +34,7 @@ class Recipe:
 
     # special tokens (GEM, Section 3.1)
     special_tokens: int = 1
+    """How many. 0: the SimCSE baseline (``lora``, ``full``): raw rows, and the mean over the text is the embedding."""
     special_names: tuple[str, ...] | None = None
     pooling: Pooling = "mean"
     shared_position: bool = True
@@ -45,7 +47,8 @@ class Recipe:
 
     # rows (Section 3.2)
     mix: float | None = None
-    """p, the share of raw rows. Default: 0 with a frozen base (raw rows would teach nothing), else 0.8."""
+    """p, the share of raw rows. Default: 0 with a frozen base (raw rows would teach nothing), 1 without special tokens,
+    else 0.8."""
     reconstruction: float = 0.5
     """Share of reconstruction among the rows with special tokens made from plain text; the rest is split."""
     append_end: bool = True
@@ -90,8 +93,7 @@ class Recipe:
         _one_of("pooling", self.pooling, POOLINGS)
         _one_of("view", self.view, VIEW_KINDS)
         _one_of("precision", self.precision, get_args(Precision))
-        if self.special_tokens < 1:
-            raise ValueError(f"k must be at least 1 special token, got {self.special_tokens}")
+        require_special_tokens(self.special_tokens, tune=self.tune, pooling=self.pooling)
         if self.special_names is not None and len(self.special_names) != self.special_tokens:
             raise ValueError(f"special_tokens is {self.special_tokens}, but {len(self.special_names)} names are given")
         positive = ("rank", "batch_size", "gradient_accumulation_steps", "group_tokens", "shuffle_buffer", "save_steps")
@@ -111,8 +113,12 @@ class Recipe:
             raise ValueError(
                 f"mix = {self.mix} contradicts tune {self.tune!r}: with a frozen base raw rows teach nothing"
             )
-        if self.p == 1.0:
+        if self.special_tokens and self.p == 1.0:
             raise ValueError("mix = 1 leaves no row with special tokens: there is nothing to train")
+        if not self.special_tokens and self.p < 1.0:
+            raise ValueError(f"mix = {self.mix} contradicts 0 special tokens: all rows are raw then, leave mix out")
+        if not self.special_tokens and self.view == "mask":
+            raise ValueError("view 'mask' hides text from special tokens, there are 0: choose delete, span or halves")
         if self.frozen_base and self.gradient_checkpointing:
             raise ValueError(
                 f"gradient_checkpointing contradicts tune {self.tune!r}: no gradient runs through the text"
@@ -131,7 +137,9 @@ class Recipe:
     @property
     def p(self) -> float:
         """The share of raw rows, its default resolved."""
-        return self.mix if self.mix is not None else (0.0 if self.frozen_base else 0.8)
+        if self.mix is not None:
+            return self.mix
+        return 0.0 if self.frozen_base else 0.8 if self.special_tokens else 1.0
 
     @property
     def schedule(self) -> Schedule:

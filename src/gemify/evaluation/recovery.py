@@ -1,0 +1,131 @@
+"""How much of a text its special tokens give back (GEM, Appendix B): a quality, and a leak.
+
+From the special tokens' KV a text is decoded greedily; whoever holds a stored KV can do the same. From the *vector*
+alone there is nothing to decode with, so that attack is a separate, weaker one: a linear map, fitted on other texts,
+guesses which tokens occur.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from gemify.model.gem import GemModel
+
+LENGTHS = (6, 12, 24, 48, 96)
+"""Token lengths that texts are cut to, one for each of the report's buckets."""
+_BATCH = 32
+
+
+def texts_by_length(gem: GemModel, texts: Sequence[str], count: int) -> list[str]:
+    """About ``count`` texts spread evenly over `LENGTHS`: beginnings of the given ones, joined where they are short."""
+    each = max(1, count // len(LENGTHS))
+    tokenize = gem.text_tokenizer
+    chosen: list[str] = []
+    stream = iter(texts)
+    for length in LENGTHS:
+        found = 0
+        parts: list[str] = []
+        for text in stream:
+            parts.append(text)
+            ids = tokenize([" ".join(parts)], max_tokens=None, head=False)[0]
+            if len(ids) < length:
+                continue
+            chosen.append(gem.tokenizer.decode(ids[:length], skip_special_tokens=False).strip())
+            parts = []
+            found += 1
+            if found == each:
+                break
+    return chosen
+
+
+def recovery(gem: GemModel, texts: Sequence[str], *, k: int | None = None) -> dict[str, Any]:
+    """Decode texts from the KV of the first ``k`` special tokens (default: all) and compare.
+
+    Returns the cell of the report: of each text its length in tokens, whether it came back exactly (spaces aside), the
+    F1 over tokens, and ROUGE-L.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    rouge = RougeScorer(["rougeL"], use_stemmer=False)
+    with_k = _with_special_tokens(gem, k)
+    tokenize = gem.text_tokenizer
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(texts), _BATCH):
+        some = list(texts[start : start + _BATCH])
+        ids = tokenize(some, max_tokens=None, head=False)
+        back = with_k.recover(some, max_new_tokens=max(len(i) for i in ids) + 8)
+        back_ids = tokenize(back, max_tokens=None, head=False)
+        for text, guess, wanted, got in zip(some, back, ids, back_ids, strict=True):
+            rows.append(
+                {
+                    "text": text,
+                    "recovered": guess,
+                    "tokens": len(wanted),
+                    "exact": _spaced(text) == _spaced(guess),
+                    "token_f1": token_f1(wanted, got),
+                    "rouge_l": float(rouge.score(text, guess)["rougeL"].fmeasure),
+                }
+            )
+    return {"k": with_k.config.k, "rows": rows}
+
+
+def token_f1(wanted: Sequence[int], got: Sequence[int]) -> float:
+    """Harmonic mean of precision and recall over tokens, counted with repetition."""
+    same = sum((Counter(wanted) & Counter(got)).values())
+    return 2.0 * same / (len(wanted) + len(got)) if wanted and got else float(not wanted and not got)
+
+
+def vector_attack(gem: GemModel, known: Sequence[str], texts: Sequence[str], *, ridge: float = 1.0) -> dict[str, Any]:
+    """Guess the tokens of texts from their vectors alone: ridge regression fitted on ``known`` texts.
+
+    The attacker is told how many different tokens each text has (which favours the attack) and names that many. Chance
+    names the tokens most frequent in the known texts.
+    """
+    tokenize = gem.text_tokenizer
+    known_ids = [set(ids) for ids in tokenize(known, max_tokens=gem.config.max_length)]
+    wanted_ids = [set(ids) for ids in tokenize(texts, max_tokens=gem.config.max_length)]
+    counts = Counter(i for ids in known_ids for i in ids)
+    vocabulary = [i for i, n in counts.most_common() if n >= 3]
+    if not vocabulary:
+        raise ValueError(f"no token occurs three times in {len(known)} known texts: give the attack more of them")
+    column = {token: at for at, token in enumerate(vocabulary)}
+    present_NV = np.zeros((len(known), len(vocabulary)), dtype=np.float32)
+    for row, ids in enumerate(known_ids):
+        present_NV[row, [column[i] for i in ids if i in column]] = 1.0
+    vectors_ND = gem.encode(list(known), normalize_embeddings=True)
+    mean_D, base_V = vectors_ND.mean(0), present_NV.mean(0)
+    centred_ND = vectors_ND - mean_D
+    gram_DD = centred_ND.T @ centred_ND + ridge * np.eye(centred_ND.shape[1], dtype=np.float32)
+    map_DV = np.linalg.solve(gram_DD, centred_ND.T @ (present_NV - base_V))
+    scores_MV = (gem.encode(list(texts), normalize_embeddings=True) - mean_D) @ map_DV + base_V
+    rows, chance = [], []
+    for text, wanted, scores_V in zip(texts, wanted_ids, scores_MV, strict=True):
+        guess = [vocabulary[at] for at in np.argsort(-scores_V)[: len(wanted)]]
+        words = " ".join(gem.tokenizer.decode([i]).strip() for i in guess)
+        rows.append({"text": text, "guess": words, "tokens": len(wanted), "token_f1": token_f1(sorted(wanted), guess)})
+        chance.append(token_f1(sorted(wanted), vocabulary[: len(wanted)]))
+    return {
+        "rows": rows,
+        "chance_token_f1": float(np.mean(chance)),
+        "note": f"ridge regression on {len(known)} other texts, told the number of different tokens",
+    }
+
+
+def _with_special_tokens(gem: GemModel, k: int | None) -> GemModel:
+    """The same model, reading only its first ``k`` special tokens."""
+    if k is None or k == gem.config.k:
+        return gem
+    if not 1 <= k <= gem.config.k:
+        raise ValueError(f"k must lie in 1..{gem.config.k}, got {k}")
+    config = replace(gem.config, special_ids=gem.config.special_ids[:k], special_tokens=gem.config.special_tokens[:k])
+    return GemModel(gem.lm, gem.tokenizer, config, gem.adapter)
+
+
+def _spaced(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,388 @@
+"""`evaluate`: measures a model on both sides, cell by cell, beside its base and any baselines.
+
+A cell is one model on one task. Finished cells are kept in the output directory and never run again; a cell that fails
+leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from tqdm.auto import tqdm
+
+from gemify.evaluation.cost import encoding_cost
+from gemify.evaluation.embedding import is_finished, run_task
+from gemify.evaluation.encoders import BASELINES, Baseline
+from gemify.evaluation.language import compare_logits, text_losses
+from gemify.evaluation.language_tasks import (
+    HELD_OUT,
+    LANGUAGE_TASKS,
+    LanguageTask,
+    language_tasks,
+    make_harness,
+    run_language_task,
+)
+from gemify.evaluation.published import GEM16, LLM2VEC15
+from gemify.evaluation.recovery import recovery, texts_by_length, vector_attack
+from gemify.evaluation.rows import read_lines
+from gemify.evaluation.shared_prefix import share_prefixes
+from gemify.evaluation.store import Store, Subject
+from gemify.evaluation.subjects import Contestants, Settings, encoder_subject, load_encoder
+from gemify.evaluation.vector_tasks import LOCAL_TASKS, make_task
+from gemify.evaluation.workload import language_tokens, vector_tokens
+
+logger = logging.getLogger(__name__)
+
+SUITES = ("quick", "gem16", "llm2vec15", "mteb", "lm", "all")
+_LANGUAGE = (HELD_OUT, "mmlu", "hellaswag", "lambada", "arc_easy", "arc_challenge", "piqa", "winogrande")
+_HELD_OUT_TEXTS = 500
+_COST_TEXTS = 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    vectors: tuple[str, ...] = ()
+    """Embedding tasks, by mteb's names or ours (`LOCAL_TASKS`)."""
+    language: tuple[str, ...] = ()
+    """Language benchmarks (`LANGUAGE_TASKS`, or any of lm-eval's from the hub)."""
+    recovery: int = 0
+    """Texts to recover from their special tokens (GEM, Appendix B)."""
+    cost: bool = False
+    attack: bool = False
+    """Also guess texts from their vectors alone."""
+    prompts: int = 0
+    """Prompts on which the logits of GEM and base are compared bit for bit."""
+    language_limit: int | None = None
+    """First rows of each language benchmark; its cells are named so, and never taken for the whole."""
+
+    @staticmethod
+    def of(suite: str, *, data: Path | None, tasks: Sequence[str] = ()) -> Plan:
+        """The plan of a named suite; ``tasks`` given by name replace its tasks."""
+        if suite not in SUITES:
+            raise ValueError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
+        if tasks:
+            language = tuple(t for t in tasks if t in LANGUAGE_TASKS)
+            return Plan(tuple(t for t in tasks if t not in language), language)
+        everything = tuple(LOCAL_TASKS) if data is not None else _english_mteb
+        plans: dict[str, Callable[[], Plan]] = {
+            "quick": lambda: Plan(
+                ("STSBenchmark", "Banking77Classification"),
+                (HELD_OUT, "hellaswag", "lambada", "arc_easy"),
+                recovery=50,
+                cost=True,
+                prompts=20,
+                language_limit=100,
+            ),
+            "gem16": lambda: Plan(GEM16),
+            "llm2vec15": lambda: Plan(LLM2VEC15),
+            "mteb": lambda: Plan(everything() if callable(everything) else everything),
+            "lm": lambda: Plan((), _LANGUAGE, prompts=200),
+            "all": lambda: Plan(
+                everything() if callable(everything) else everything,
+                _LANGUAGE,
+                recovery=200,
+                cost=True,
+                attack=True,
+                prompts=200,
+            ),
+        }
+        return plans[suite]()
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One thing to measure."""
+
+    title: str
+    tokens: float
+    """Roughly how much text it takes: for the estimate and the progress bar only."""
+    done: Callable[[], bool]
+    run: Callable[[], Any]
+
+
+def evaluate(
+    model: str | None,
+    *,
+    plan: Plan,
+    output: Path,
+    data: Path | None = None,
+    baselines: Sequence[str] = (),
+    encoders: Sequence[str] = (),
+    base: str | None = None,
+    limit: int | None = None,
+    dtype: str = "float32",
+    device: str | None = None,
+    instructions: bool = False,
+    batch_size: int = 64,
+    show_progress_bar: bool = True,
+    on_estimate: Callable[[int, int, float], None] | None = None,
+) -> list[Subject]:
+    """Measure what is not yet measured, and return who was: the GEM, its base, baselines, other encoders.
+
+    Args:
+        model: a GEM directory or repo id; none: only baselines of ``base`` and other encoders.
+        data: local data (`vector_tasks`, `language_tasks`); none: the hub.
+        encoders: sentence-transformers models, as ``st:PATH`` or ``st:NAME``.
+        limit: rows of every task: a quick look, marked so everywhere.
+        on_estimate: told before the start: cells to run, cells in all, and about how many seconds it will take.
+
+    Raises:
+        ValueError: unknown names or missing files, before anything runs; or, at the end, how many cells failed and why
+            the first did. What is finished is kept: the same call goes on from there.
+    """
+    data = _data_root(data)
+    settings = Settings(dtype, instructions, limit)
+    if unknown := [b for b in baselines if b not in get_args(Baseline)]:
+        raise ValueError(f"unknown baseline {unknown[0]!r}: choose from {', '.join(BASELINES)}")
+    store = Store(output)
+    for name in plan.vectors:
+        make_task(name, data)  # names and files are checked before anything is computed
+    build = _Builder(plan, store, data, settings, batch_size=batch_size, device=device, bar=show_progress_bar)
+    contestants = None
+    if model is not None or base is not None or baselines or not encoders:
+        contestants = Contestants(model, base=base, settings=settings, device=device)
+    if contestants is not None and model is not None:
+        build.gem(contestants)
+    elif contestants is not None and plan.language:
+        build.base_language(contestants)
+    if contestants is not None:
+        for method in baselines:
+            build.baseline(contestants, method)  # type: ignore[arg-type]
+    for spec in encoders:
+        build.encoder(spec)
+    for subject in build.subjects:
+        store.register(subject)
+    _run(build.cells, speed=lambda: _speed(contestants), bar=show_progress_bar, on_estimate=on_estimate)
+    return build.subjects
+
+
+class _Builder:
+    """Lists the cells of an evaluation."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        store: Store,
+        data: Path | None,
+        settings: Settings,
+        *,
+        batch_size: int,
+        device: str | None,
+        bar: bool,
+    ) -> None:
+        self.plan, self.store, self.data, self.settings = plan, store, data, settings
+        self.batch_size, self.device, self.bar = batch_size, device, bar
+        self.cells: list[_Cell] = []
+        self.subjects: list[Subject] = []
+        self._tasks = [(n, t) for n in plan.language if n != HELD_OUT for t in language_tasks(n, data)]
+        self._texts: list[str] | None = None
+
+    def gem(self, models: Contestants) -> None:
+        subject = models.gem_subject()
+        self.subjects.append(subject)
+        assert models.config is not None
+        self._vectors(subject, lambda: models.gem)
+        with_specials = models.config.k > 0
+        if self.plan.recovery and with_specials:
+            for k in sorted({1, models.config.k}):
+                task = "special_tokens" if k == models.config.k else f"special_tokens_first{k}"
+                self._add("recovery", subject, task, 4000.0, functools.partial(self._recovery, models, k))
+        if self.plan.attack:
+            self._add("recovery", subject, "vector", 60_000.0, lambda: self._attack(models))
+        if self.plan.cost:
+            self._add("cost", subject, "encode", 15_000.0, lambda: self._cost(models))
+        if self.plan.language:
+            self._language(subject, lambda: (models.gem.lm, models.gem.tokenizer))
+            self.base_language(models)
+        if self.plan.prompts:
+            self._add("gate", subject, "logits", 2 * 30.0 * self.plan.prompts, lambda: self._gate(models))
+
+    def base_language(self, models: Contestants) -> None:
+        subject = models.base_subject()
+        self.subjects.append(subject)
+        self._language(subject, lambda: models.base)
+
+    def baseline(self, models: Contestants, method: Baseline) -> None:
+        subject = models.baseline_subject(method)
+        self.subjects.append(subject)
+        self._vectors(subject, lambda: models.baseline(method))
+
+    def encoder(self, spec: str) -> None:
+        subject, path = encoder_subject(spec, self.settings)
+        self.subjects.append(subject)
+        loaded: list[Any] = []
+
+        def load() -> Any:
+            if not loaded:
+                loaded.append(load_encoder(path, self.settings, self.device))
+            return loaded[0]
+
+        self._vectors(subject, load)
+
+    def _vectors(self, subject: Subject, load: Callable[[], Any]) -> None:
+        for name in self.plan.vectors:
+
+            def run(name: str = name) -> None:
+                run_task(
+                    load(),
+                    make_task(name, self.data, limit=self.settings.limit),
+                    subject,
+                    self.store,
+                    instructions=self.settings.instructions,
+                    batch_size=self.batch_size,
+                    show_progress_bar=False,
+                )
+
+            tokens = vector_tokens(name, self.data, limit=self.settings.limit)
+            done = functools.partial(is_finished, self.store, subject, name)
+            self.cells.append(_Cell(f"{subject.facts['label']}: {name}", tokens, done, run))
+
+    def _language(self, subject: Subject, load: Callable[[], tuple[Any, Any]]) -> None:
+        limit = self.settings.limit
+        if HELD_OUT in self.plan.language:
+            self._add("language", subject, HELD_OUT, 15_000.0, lambda: self._held_out(*load()))
+        harness: list[Any] = []
+
+        def run(task: LanguageTask, rows: int | None) -> dict[str, Any]:
+            if not harness:
+                harness.append(share_prefixes(make_harness(*load())))
+            return run_language_task(harness[0], task, limit=rows)
+
+        for name, task in self._tasks:
+            rows = limit
+            cut = self.plan.language_limit
+            if cut is not None and limit is None:
+                rows = cut
+                task = replace(task, name=f"{task.name}_first{cut}", group=f"{task.group}, first {cut}")
+            tokens = language_tokens(name, self.data, limit=rows) / sum(n == name for n, _ in self._tasks)
+            self._add("language", subject, task.name, tokens, functools.partial(run, task, rows))
+
+    def _add(self, kind: Any, subject: Subject, task: str, tokens: float, run: Callable[[], Any]) -> None:
+        def measured() -> None:
+            start = time.perf_counter()
+            value = run()
+            self.store.write(kind, subject, task, {**value, "seconds": round(time.perf_counter() - start, 2)})
+
+        title = f"{subject.facts['label']}: {task}"
+        self.cells.append(_Cell(title, tokens, lambda: self.store.path(kind, subject, task).is_file(), measured))
+
+    # What the cells do
+
+    def _held_out(self, lm: Any, tokenizer: Any) -> dict[str, Any]:
+        texts = self.texts[-(self.settings.limit or _HELD_OUT_TEXTS) :]
+        losses = text_losses(lm, tokenizer, texts)
+        return {
+            "task": HELD_OUT,
+            "group": HELD_OUT,
+            "n": len(losses),
+            "metrics": {"loss": sum(s for s, _ in losses) / max(1, sum(n for _, n in losses))},
+            "main": "loss",
+            "per_sample": [s / max(1, n) for s, n in losses],
+        }
+
+    def _recovery(self, models: Contestants, k: int) -> dict[str, Any]:
+        count = min(self.plan.recovery, self.settings.limit or self.plan.recovery)
+        return recovery(models.gem, texts_by_length(models.gem, self.texts, count), k=k)
+
+    def _attack(self, models: Contestants) -> dict[str, Any]:
+        count = self.settings.limit or 100
+        return vector_attack(models.gem, self.texts[: 20 * count], self.texts[-count:])
+
+    def _cost(self, models: Contestants) -> dict[str, Any]:
+        texts = self.texts[-min(_COST_TEXTS, 4 * (self.settings.limit or _COST_TEXTS)) :]
+        assert models.model is not None
+        return encoding_cost(models.model, texts, base=models.base_given, dtype=self.settings.dtype, device=self.device)
+
+    def _gate(self, models: Contestants) -> dict[str, Any]:
+        count = min(self.plan.prompts, self.settings.limit or self.plan.prompts)
+        return compare_logits(models.base[0], models.gem.lm, models.gem.tokenizer, self.texts[-count:])
+
+    @property
+    def texts(self) -> list[str]:
+        """Sentences no training should have seen: the end of the local text file, or of STSBenchmark from the hub."""
+        if self._texts is None:
+            if self.data is not None:
+                files = sorted((self.data / "text").glob("*.txt*"))
+                if not files:
+                    raise ValueError(f"held-out text is read from {self.data / 'text'}/*.txt.gz, which has none")
+                self._texts = read_lines(files[0])[-5000:]
+            else:
+                task = make_task("STSBenchmark", None)
+                task.load_data()
+                self._texts = list(task.dataset["test"]["sentence1"])
+        return self._texts
+
+
+def _run(
+    cells: Sequence[_Cell],
+    *,
+    speed: Callable[[], float],
+    bar: bool,
+    on_estimate: Callable[[int, int, float], None] | None,
+) -> None:
+    pending = [cell for cell in cells if not cell.done()]
+    if on_estimate is not None:
+        total = sum(cell.tokens for cell in pending)
+        on_estimate(len(pending), len(cells), total / speed() if pending else 0.0)
+    failures: list[str] = []
+    with tqdm(
+        total=round(sum(cell.tokens for cell in pending) / 1000),
+        disable=not bar,
+        unit="k",
+        bar_format="{l_bar}{bar}| {elapsed} gone, about {remaining} left",
+    ) as progress:
+        for cell in pending:
+            progress.set_description(cell.title)
+            try:
+                cell.run()
+            except ValueError as error:
+                failures.append(f"{cell.title}: {str(error).splitlines()[0]}")
+                logger.warning("%s", failures[-1])
+            progress.update(round(cell.tokens / 1000))
+    if failures:
+        raise ValueError(
+            f"{len(failures)} of {len(cells)} cells failed, the rest is kept and the same command goes on from there;"
+            f" the first: {failures[0]}"
+        )
+
+
+def _speed(models: Contestants | None) -> float:
+    """Tokens a second of a short probe with the model to be measured (a stated guess where there is none)."""
+    if models is None or models.model is None:
+        return 1000.0
+    models.gem.encode(["A short text, to wake the machine."])
+    models.gem.encode(
+        [f"The {n}th of sixty-four texts of middling length, for a guess at the speed." for n in range(64)]
+    )
+    report = models.gem.meter.report()
+    return max(1.0, float(report["tokens_per_second"]))
+
+
+def _data_root(data: Path | None) -> Path | None:
+    """The directory that holds ``mteb/`` and ``lm/``; one of these two themselves is understood too."""
+    if data is None:
+        return None
+    if not data.is_dir():
+        raise ValueError(f"no such data directory: {data}")
+    if not (data / "mteb").is_dir() and not (data / "lm").is_dir() and data.resolve().name in ("mteb", "lm", "text"):
+        return data.resolve().parent
+    return data
+
+
+def _english_mteb() -> tuple[str, ...]:
+    import mteb
+
+    return tuple(_names(mteb.get_benchmark("MTEB(eng, v1)")))
+
+
+def _names(benchmark: Any) -> Iterator[str]:
+    for task in benchmark.tasks:
+        yield task.metadata.name

@@ -1,0 +1,232 @@
+"""Running a table: train each cell, evaluate it, write the table. What is finished is never run again.
+
+Layout of the output, which all tables may share (a cell that two tables have in common is run once)::
+
+    DIR/<table>.md              the table, written anew after every cell
+    DIR/runs/<cell>/            a training run (`gemify.training.trainer`), its checkpoints removed when it is complete
+    DIR/evaluation/             what was measured (`gemify.evaluation.store.Store`)
+    DIR/cells/<cell>.<measure>.json   a finished cell: what was asked, under which names it is in the store, seconds
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gemify.evaluation.store import Store, Subject, read_json
+from gemify.model.storage import atomic_file
+from gemify.reproduce.report import Finished, markdown
+from gemify.reproduce.scales import TABLE_NAMES, Scale, scale_of
+from gemify.reproduce.tables import Cell, cells_of
+from gemify.training.recipe import Recipe
+from gemify.training.trainer import CHECKPOINTS, train
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["TABLE_NAMES", "expected_seconds", "planned", "reproduce"]
+
+
+class Evaluate(Protocol):
+    """The evaluation suite, as a table calls it: measures one model into a store and says under which names."""
+
+    def __call__(
+        self,
+        model: str | None,
+        *,
+        vectors: tuple[str, ...],
+        language: tuple[str, ...],
+        recovery: int,
+        baselines: tuple[str, ...],
+        base: str | None,
+        output: Path,
+        data: Path | None,
+        limit: int | None,
+        dtype: str,
+        instructions: bool,
+        device: str | None,
+        show_progress_bar: bool,
+    ) -> Sequence[Subject]: ...
+
+
+def reproduce(
+    table: str,
+    *,
+    output: Path,
+    data: Path | None,
+    training_data: str,
+    scale: str = "starter",
+    base: str | None = None,
+    steps: int | None = None,
+    limit: int | None = None,
+    device: str | None = None,
+    show_progress_bar: bool = True,
+    on_cell: Callable[[Cell], None] | None = None,
+    evaluate: Evaluate | None = None,
+) -> Path:
+    """Run what is not finished of a table and return its Markdown.
+
+    ``data`` is the evaluation's directory, ``training_data`` as in a training recipe. ``on_cell`` hears of every cell
+    that is about to run. An interruption (`gemify.training.trainer.Stopped`, KeyboardInterrupt) or an error leaves what
+    is finished, and the table with it; the same call goes on from there. Raises ValueError for an unknown table or scale
+    and for anything else the user can mend.
+    """
+    chosen = scale_of(scale, base=base, steps=steps, limit=limit)
+    cells = cells_of(table, chosen)
+    for cell in cells:  # contradictions show before anything is trained
+        _recipe(cell, training_data)
+    path = output / f"{table}.md"
+
+    def write() -> None:
+        finished = {c: f for c in cells if (f := _finished(c, chosen, training_data, output)) is not None}
+        with atomic_file(path) as stage:
+            stage.write_text(
+                markdown(table, chosen, cells, finished, Store(output / "evaluation"), training_data), encoding="utf-8"
+            )
+
+    write()
+    for cell in cells:
+        if _finished(cell, chosen, training_data, output) is not None:
+            continue
+        if on_cell is not None:
+            on_cell(cell)
+        _run(
+            cell,
+            chosen,
+            training_data,
+            output,
+            data=data,
+            device=device,
+            show_progress_bar=show_progress_bar,
+            evaluate=evaluate or _suite,
+        )
+        write()
+    return path
+
+
+def planned(
+    table: str,
+    *,
+    output: Path | None = None,
+    training_data: str = "",
+    scale: str = "starter",
+    base: str | None = None,
+    steps: int | None = None,
+    limit: int | None = None,
+) -> list[Cell]:
+    """The cells that `reproduce` would run: all of the table, less those finished in ``output``."""
+    chosen = scale_of(scale, base=base, steps=steps, limit=limit)
+    cells = cells_of(table, chosen)
+    return [c for c in cells if output is None or _finished(c, chosen, training_data, output) is None]
+
+
+def expected_seconds(cells: Sequence[Cell], output: Path) -> float | None:
+    """How long cells will take, from what finished ones of the same measure took; None while there is none to go by."""
+    total = 0.0
+    for cell in cells:
+        records = [read_json(p) for p in sorted((output / "cells").glob(f"*.{cell.measure}.json"))]
+        trained = [r for r in records if r["steps"]]
+        if not records or (cell.steps and not trained):
+            return None
+        total += sum(r["seconds"]["evaluation"] for r in records) / len(records)
+        if cell.steps:
+            total += cell.steps * sum(r["seconds"]["training"] / r["steps"] for r in trained) / len(trained)
+    return total
+
+
+def _run(
+    cell: Cell,
+    scale: Scale,
+    training_data: str,
+    output: Path,
+    *,
+    data: Path | None,
+    device: str | None,
+    show_progress_bar: bool,
+    evaluate: Evaluate,
+) -> None:
+    """Train a cell (or go on with it), evaluate it, and write down that it is finished."""
+    run = output / "runs" / cell.name
+    recipe = _recipe(cell, training_data)
+    training: float = 0.0
+    if recipe is not None:
+        _, summary = train(recipe, run, resume=True, device=device, show_progress_bar=show_progress_bar)
+        training = summary["seconds"]
+        shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)  # of no use to a complete run, and gigabytes
+        gc.collect()  # the trainer and its model refer to each other: free the weights before others are loaded
+        torch.cuda.empty_cache()
+    began = time.perf_counter()
+    subjects = evaluate(
+        None if recipe is None else str(run),
+        **_measured(cell, scale),
+        baselines=("mean",) if recipe is None else (),
+        base=cell.base if recipe is None else None,
+        output=output / "evaluation",
+        data=data,
+        limit=scale.limit,
+        dtype=scale.dtype,
+        instructions=scale.instructions,
+        device=device,
+        show_progress_bar=show_progress_bar,
+    )
+    record = {
+        "asked": _asked(cell, scale, training_data),
+        "subjects": [[s.name, s.revision, s.facts["kind"]] for s in subjects],
+        "steps": cell.steps,
+        "seconds": {"training": training, "evaluation": round(time.perf_counter() - began, 3)},
+    }
+    with atomic_file(_record(cell, output)) as stage:
+        stage.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _suite(
+    model: str | None, *, vectors: tuple[str, ...], language: tuple[str, ...], recovery: int, **options: Any
+) -> Sequence[Subject]:
+    from gemify.evaluation.suite import Plan, evaluate
+
+    plan = Plan(vectors=vectors, language=language, recovery=recovery, cost=False)
+    return evaluate(model, plan=plan, **options)
+
+
+def _recipe(cell: Cell, training_data: str) -> Recipe | None:
+    return None if cell.recipe is None else Recipe.of({**cell.recipe, "data": training_data}, source=cell.name)
+
+
+def _measured(cell: Cell, scale: Scale) -> dict[str, Any]:
+    if cell.measure == "recovery":
+        return {"vectors": (), "language": (), "recovery": scale.recovery}
+    return {"vectors": scale.vectors, "language": scale.language, "recovery": 0}
+
+
+def _asked(cell: Cell, scale: Scale, training_data: str) -> dict[str, Any]:
+    """Everything that decides a cell's figures, as JSON gives it back."""
+    asked = {
+        "base": cell.base,
+        "recipe": None if cell.recipe is None else {**cell.recipe, "data": training_data},
+        **_measured(cell, scale),
+        "limit": scale.limit,
+        "dtype": scale.dtype,
+        "instructions": scale.instructions,
+    }
+    value: dict[str, Any] = json.loads(json.dumps(asked))
+    return value
+
+
+def _record(cell: Cell, output: Path) -> Path:
+    return output / "cells" / f"{cell.name}.{cell.measure}.json"
+
+
+def _finished(cell: Cell, scale: Scale, training_data: str, output: Path) -> Finished | None:
+    """What is known of a finished cell; None if it is not finished, or with other settings only."""
+    path = _record(cell, output)
+    if not path.is_file() or (record := read_json(path))["asked"] != _asked(cell, scale, training_data):
+        return None
+    subjects = [Subject(name, revision, {"kind": kind}) for name, revision, kind in record["subjects"]]
+    return Finished(subjects, record["seconds"]["training"], record["seconds"]["evaluation"])
