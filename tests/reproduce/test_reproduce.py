@@ -46,7 +46,8 @@ class Suite:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result))
         for name in [f"mmlu_{i}" for i in range(57)] if "mmlu" in options["language"] else []:
-            store.write("language", spoken, name, {"group": "mmlu", "metrics": {"acc": 0.25}, "main": "acc"})
+            group = "mmlu" if options["limit"] is None else f"mmlu, first {options['limit']}"
+            store.write("language", spoken, name, {"group": group, "metrics": {"acc": 0.25}, "main": "acc"})
         if "held_out" in options["language"]:
             loss = {"group": "held_out", "metrics": {"loss": 4.125}, "main": "loss"}
             store.write("language", spoken, "held_out", loss)

@@ -12,6 +12,7 @@ Sources: position-weighted mean, SGPT (arXiv 2202.08904); PromptEOL (arXiv 2307.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,10 @@ from gemify.model.passes import positions_of, right_pad
 
 Baseline = Literal["mean", "weighted-mean", "last", "prompteol", "echo"]
 BASELINES: tuple[Baseline, ...] = ("mean", "weighted-mean", "last", "prompteol", "echo")
-_AROUND = {"prompteol": ('This sentence : "', '" means in one word:"')}
-_ECHO = ("Rewrite the sentence: ", ", rewritten sentence: ")
+_AROUND = {
+    "prompteol": ('This sentence : "', '" means in one word:"'),
+    "echo": ("Rewrite the sentence: ", ", rewritten sentence: "),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class BaselineEncoder:
     tokenizer: Any
     method: Baseline
     max_length: int = 512
-    """Most tokens of a text; longer ones are cut at the end."""
+    """Most tokens of a text; longer ones are cut at the end, as are those that do not fit the model's positions."""
 
     def __post_init__(self) -> None:
         if self.method not in BASELINES:
@@ -86,13 +89,17 @@ class BaselineEncoder:
 
         before = plain(prompt or "")
         empty = plain("\n")  # a text without tokens still has a vector
-        bodies = [ids or empty for ids in tokenize(texts, max_tokens=self.max_length, head=False)]
-        if self.method == "echo":
-            first, second = (plain(words) for words in _ECHO)
-            fronts = [head + before + first + ids + second for ids in bodies]
-            return [(front + ids, len(front)) for front, ids in zip(fronts, bodies, strict=True)]
         left, right = (plain(words) for words in _AROUND.get(self.method, ("", "")))
         start = head + before + left
+        times = 2 if self.method == "echo" else 1
+        positions = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        room = min(self.max_length, (positions - len(start) - len(right)) // times)
+        if room < 1:
+            raise ValueError(f"the prompt leaves no room for a text in {positions} positions: shorten it")
+        bodies = [ids or empty for ids in tokenize(texts, max_tokens=int(room), head=False)]
+        if self.method == "echo":
+            fronts = [start + ids + right for ids in bodies]
+            return [(front + ids, len(front)) for front, ids in zip(fronts, bodies, strict=True)]
         return [(start + ids + right, len(start)) for ids in bodies]
 
     def _pool(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:

@@ -48,6 +48,8 @@ def text_losses(lm: Any, tokenizer: Any, texts: Sequence[str], *, max_length: in
     losses = [(0.0, 0)] * len(rows)
     for group in length_groups([len(r) for r in rows], max_tokens=4096):
         ids_BT, mask_BT = (t.to(device) for t in right_pad([rows[i] for i in group]))
+        if ids_BT.shape[1] < 2:  # nothing to predict
+            continue
         logits_BTV = lm(
             input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=positions_of(mask_BT), use_cache=False
         ).logits

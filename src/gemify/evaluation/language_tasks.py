@@ -50,14 +50,18 @@ class _Local:
     stock: str
 
 
-def _choice(file: str, ask: str, main: str, stock: str, target: str = "{{choices}}") -> _Local:
-    config = {"doc_to_text": ask, "doc_to_choice": target, "doc_to_target": "gold"}
+_TWO_SPACES = {"target_delimiter": "  "}
+"""lm-eval's COPA and WSC273 have a space of their own after the usual one."""
+
+
+def _choice(file: str, ask: str, main: str, stock: str, **more: Any) -> _Local:
+    config = {"doc_to_text": ask, "doc_to_choice": "choices", "doc_to_target": "gold", **more}
     return _Local(f"lm/lm_eval/{file}.jsonl.gz", {"query": str, "choices": list, "gold": int}, config, main, stock)
 
 
-def _contexts(file: str, stock: str) -> _Local:
+def _contexts(file: str, stock: str, **more: Any) -> _Local:
     """Two contexts, one continuation (partial evaluation, Trinh and Le 2018), as lm-eval has it."""
-    config = {"doc_to_text": "gold", "doc_to_choice": "{{context_options}}", "doc_to_target": "{{continuation}}"}
+    config = {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation", **more}
     columns = {"context_options": list, "continuation": str, "gold": int}
     return _Local(f"lm/lm_eval/{file}.jsonl.gz", columns, config, "acc", stock)
 
@@ -66,7 +70,7 @@ _LOCAL: dict[str, _Local] = {
     "hellaswag": _Local(
         "lm/hellaswag/val.jsonl.gz",
         {"ctx": str, "endings": list, "gold": int},
-        {"doc_to_text": "{{ctx}}", "doc_to_choice": "{{endings}}", "doc_to_target": "gold"},
+        {"doc_to_text": "{{ctx}}", "doc_to_choice": "endings", "doc_to_target": "gold"},
         "acc_norm",
         "hellaswag",
     ),
@@ -86,12 +90,13 @@ _LOCAL: dict[str, _Local] = {
     "piqa": _choice("piqa.val", "{{query}}Answer:", "acc_norm", "piqa"),
     "boolq": _choice("boolq.val", "{{query}}\nAnswer:", "acc", "boolq"),
     "openbookqa": _choice("openbookqa.test", "{{query}}", "acc_norm", "openbookqa"),
-    "copa": _choice("copa.val", "{{query}}", "acc", "copa"),
+    "copa": _choice("copa.val", "{{query}}", "acc", "copa", **_TWO_SPACES),
     "winogrande": _contexts("winogrande.val", "winogrande"),
-    "wsc273": _contexts("winograd_wsc.val", "wsc273"),
+    "wsc273": _contexts("winograd_wsc.val", "wsc273", **_TWO_SPACES),
 }
 LANGUAGE_TASKS: tuple[str, ...] = (HELD_OUT, "mmlu", *_LOCAL)
 _MMLU_FILE = "lm/mmlu/mmlu.jsonl.gz"
+_SHOTS = 5
 
 
 def local_file(name: str) -> str | None:
@@ -115,7 +120,8 @@ def language_tasks(name: str, data: Path | None) -> list[LanguageTask]:
         raise ValueError(f"{name} needs {data / local.file}, which does not exist: check --data")
 
     def rows() -> list[dict[str, Any]]:
-        return [_sound(row, data / local.file) for row in read_rows(data / local.file, local.columns)]
+        read = read_rows(data / local.file, local.columns)
+        return [_sound({column: row[column] for column in local.columns}, data / local.file) for row in read]
 
     metrics = ["acc", "acc_norm"] if local.main == "acc_norm" else ["acc"]
     config = {"output_type": "multiple_choice", **local.config, **_common(name, lambda: {"test": rows()}, metrics)}
@@ -138,9 +144,17 @@ def _mmlu(data: Path) -> list[LanguageTask]:
     kinds = {"subject": str, "split": str, "question": str, "choices": list, "answer": str}
     subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in read_rows(path, kinds):
-        if row["answer"] not in ("A", "B", "C", "D") or len(row["choices"]) != 4:
+        texts = all(isinstance(choice, str) for choice in row["choices"])
+        if row["answer"] not in ("A", "B", "C", "D") or len(row["choices"]) != 4 or not texts:
             raise ValueError(f"{path}: {row['subject']} has a row without four choices and an answer A-D: mend it")
-        subjects.setdefault(row["subject"], {}).setdefault(row["split"], []).append(row)
+        chosen = {column: row[column] for column in kinds}
+        subjects.setdefault(row["subject"], {}).setdefault(row["split"], []).append(chosen)
+    for subject, splits in subjects.items():
+        dev, test = (len(splits.get(split, [])) for split in ("dev", "test"))
+        if dev < _SHOTS or not test:
+            raise ValueError(
+                f"{path}: {subject} has {dev} dev and {test} test rows, at least {_SHOTS} and 1 are needed"
+            )
     return [_mmlu_subject(subject, splits) for subject, splits in sorted(subjects.items())]
 
 
@@ -156,7 +170,7 @@ def _mmlu_subject(subject: str, splits: dict[str, list[dict[str, Any]]]) -> Lang
         "doc_to_target": "{{['A', 'B', 'C', 'D'].index(answer)}}",
         **_common(f"mmlu_{subject}", lambda: splits, ["acc"]),
     }
-    return LanguageTask(f"mmlu_{subject}", "mmlu", "acc", config, num_fewshot=5)
+    return LanguageTask(f"mmlu_{subject}", "mmlu", "acc", config, num_fewshot=_SHOTS)
 
 
 def _common(name: str, splits: Callable[[], dict[str, list[dict[str, Any]]]], metrics: list[str]) -> dict[str, Any]:
@@ -180,11 +194,11 @@ def _stock(name: str) -> list[LanguageTask]:
         subjects = sorted(t for t in known.all_subtasks if t.startswith("mmlu_") and t.count("_") >= 1)
         groups = set(known.all_groups) | set(known.all_tags)
         stock = [t for t in subjects if t not in groups and _is_plain_mmlu(known, t)]
-        return [LanguageTask(t, "mmlu", "acc", t, num_fewshot=5) for t in stock]
+        return [LanguageTask(t, "mmlu", "acc", t, num_fewshot=_SHOTS) for t in stock]
     stock_name = _LOCAL[name].stock if name in _LOCAL else name
-    if stock_name not in known.all_tasks:
+    if stock_name not in known.all_subtasks:
         raise ValueError(
-            f"unknown language task {name!r}: choose from {', '.join(LANGUAGE_TASKS)} or a task of lm-eval's"
+            f"unknown language task {name!r}: choose from {', '.join(LANGUAGE_TASKS)} or a task (not a group) of lm-eval's"
         )
     return [LanguageTask(name, name, _LOCAL[name].main if name in _LOCAL else "acc", stock_name)]
 
@@ -216,17 +230,7 @@ def run_language_task(harness: Any, task: LanguageTask, *, limit: int | None = N
     with _quiet():
         from lm_eval.evaluator import evaluate
 
-        config = {"task": task.config} if isinstance(task.config, str) else task.config
-        try:
-            loaded = _task_manager(stock=isinstance(task.config, str)).load(
-                [{**config, "num_fewshot": task.num_fewshot}]
-            )
-            for loaded_task in loaded["tasks"].values():
-                loaded_task.set_fewshot_seed(seed=1234)  # lm-eval's default
-            results = evaluate(lm=harness, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
-        except (ConnectionError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"cannot load {task.name} from the hub ({reason}): connect, or give --data DIR") from error
+        results = evaluate(lm=harness, task_dict=_load(task), limit=limit, bootstrap_iters=0, log_samples=True)
     assert results is not None
     (name,) = results["results"]
     metrics = {
@@ -243,6 +247,27 @@ def run_language_task(harness: Any, task: LanguageTask, *, limit: int | None = N
         "main": task.main,
         "per_sample": [float(sample[task.main]) for sample in samples],
     }
+
+
+def _load(task: LanguageTask) -> Any:
+    """The task as lm-eval loads it; one of its stock tasks fetches its data here."""
+    if isinstance(task.config, str):
+        try:
+            loaded = _task_manager(stock=True).load([task.config])
+        except OSError as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"cannot load {task.name} from the hub ({reason}): connect, or give --data DIR") from error
+    else:
+        loaded = _task_manager(stock=False).load([task.config])
+    (made,) = loaded["tasks"].values()
+    if task.main not in made.aggregation():
+        raise ValueError(
+            f"{task.name} is not scored by {task.main} but by {', '.join(made.aggregation())}: leave it out"
+        )
+    if task.num_fewshot:
+        made.set_config(key="num_fewshot", value=task.num_fewshot)
+    made.set_fewshot_seed(seed=1234)  # lm-eval's default
+    return loaded
 
 
 @contextmanager

@@ -88,8 +88,8 @@ def vector_attack(gem: GemModel, known: Sequence[str], texts: Sequence[str], *, 
     names the tokens most frequent in the known texts.
     """
     tokenize = gem.text_tokenizer
-    known_ids = [set(ids) for ids in tokenize(known, max_tokens=gem.config.max_length)]
-    wanted_ids = [set(ids) for ids in tokenize(texts, max_tokens=gem.config.max_length)]
+    known_ids = [set(ids) for ids in tokenize(known, max_tokens=gem.config.max_length, head=False)]
+    wanted_ids = [set(ids) for ids in tokenize(texts, max_tokens=gem.config.max_length, head=False)]
     counts = Counter(i for ids in known_ids for i in ids)
     vocabulary = [i for i, n in counts.most_common() if n >= 3]
     if not vocabulary:

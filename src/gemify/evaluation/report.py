@@ -221,15 +221,14 @@ def language_rows(model: Model) -> list[LanguageRow]:
     base = model.base.cells["language"] if model.base else {}
     rows, groups = [], dict[str, list[str]]()
     for task, cell in mine.items():
-        group = str(cell.get("group") or task)
-        if group == task:
-            rows.append(_single(task, cell, base.get(task)))
-        else:
-            groups.setdefault(group, []).append(task)
+        groups.setdefault(str(cell.get("group") or task), []).append(task)
     for group, tasks in sorted(groups.items()):
+        if len(tasks) == 1 and not group.startswith("mmlu"):
+            rows.append(_single(group, mine[tasks[0]], base.get(tasks[0])))
+            continue
         both = [task for task in tasks if task in base]
         pairs = [(mine[task], base.get(task)) for task in both or tasks]
-        rows.extend(_grouped("MMLU" if group == "mmlu" else group, pairs))
+        rows.extend(_grouped(group.replace("mmlu", "MMLU"), pairs))
     return sorted(rows, key=lambda row: row.raw)
 
 

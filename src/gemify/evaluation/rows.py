@@ -39,7 +39,12 @@ def read_rows(path: Path, columns: Mapping[str, type | tuple[type, ...]]) -> lis
 
 def read_lines(path: Path) -> list[str]:
     """Texts of a .txt or .txt.gz file, a text a line, empty ones left out."""
-    return [line.strip() for _, line in _lines(path) if line.strip()]
+    return [line for _, line in numbered_lines(path)]
+
+
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
+    """Lines of a text file with their numbers, empty ones left out."""
+    return [(number, line.strip()) for number, line in _lines(path) if line.strip()]
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -9,12 +9,14 @@ and the head only where a continuation is scored::
                        | ending 2          contexts: once each, padded on the left
            | context B | ending 1          endings: on a copy of their context's KV, padded on the right
 
-The figures are lm-eval's own to rounding. Models with sliding windows share no header (padding would stand inside the
-window), and requests longer than the model's context go through lm-eval's own code, which cuts them.
+The figures are lm-eval's own to rounding. Models that measure distances in columns (sliding windows) share no header:
+padding would stand between it and the context. Through lm-eval's own code go requests longer than the model's context,
+which it cuts, and models with recurrent layers, whose state has no columns to go on from.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +25,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import DynamicCache
 
+from gemify.model.attention import require_maskable
 from gemify.model.batching import length_groups
 from gemify.model.cache import new_cache, select
-from gemify.model.passes import left_pad, right_pad
+from gemify.model.passes import left_pad, positions_of, right_pad
 
 Request = tuple[Any, list[int], list[int]]
 Answer = tuple[float, bool]
@@ -40,7 +43,11 @@ class _Context:
 
 
 def share_prefixes(harness: Any, *, max_tokens: int = 8192, show_progress_bar: bool = False) -> Any:
-    """Make an lm-eval ``HFLM`` compute log-likelihoods this way. Returns it."""
+    """Make an lm-eval ``HFLM`` compute log-likelihoods this way, if its model can. Returns it."""
+    try:
+        require_maskable(harness.model)
+    except ValueError:  # recurrent layers
+        return harness
     own = harness._loglikelihood_tokens
 
     def loglikelihood_tokens(
@@ -69,7 +76,9 @@ def score(
 
     ``max_tokens``: most columns, cached ones included, of one forward pass.
     """
-    header = 0 if _has_windows(lm) else _shared_length([context for context, _ in requests])
+    if empty := [at for at, (context, ending) in enumerate(requests) if not context or not ending]:
+        raise ValueError(f"request {empty[0]} has an empty context or continuation: nothing to score it from")
+    header = 0 if _counts_columns(lm) else _shared_length([context for context, _ in requests])
     contexts: dict[tuple[int, ...], _Context] = {}
     for at, (context, ending) in enumerate(requests):
         key = tuple(context[header:])
@@ -106,7 +115,7 @@ def _score_group(
     first_BV = lm(
         input_ids=ids_BT,
         attention_mask=seen_BT.long(),
-        position_ids=header + (mask_BT.long().cumsum(-1) - 1).clamp_(min=0),
+        position_ids=header + positions_of(mask_BT),
         past_key_values=past,
         use_cache=past is not None,
         logits_to_keep=1,
@@ -129,7 +138,7 @@ def _score_group(
         logits_BTV = lm(
             input_ids=inputs_BT,
             attention_mask=torch.cat([seen_BT[rows], real_BT], dim=1).long(),
-            position_ids=start_B1 + torch.arange(inputs_BT.shape[1], device=lm.device),
+            position_ids=start_B1 + positions_of(real_BT),  # padding's too must be positions that the model has
             past_key_values=select(past, rows),
             use_cache=True,
         ).logits.float()
@@ -153,7 +162,10 @@ def _shared_length(contexts: list[list[int]]) -> int:
     return max(0, min(same, min(len(c) for c in contexts) - 1))
 
 
-def _has_windows(lm: Any) -> bool:
+def _counts_columns(lm: Any) -> bool:
+    """Whether a gap of padding would change distances: in a window, or without position ids to tell them (MPT)."""
+    if "position_ids" not in inspect.signature(lm.forward).parameters:
+        return True
     config = lm.config.get_text_config()
     kinds = getattr(config, "layer_types", None) or []
     return bool(getattr(config, "sliding_window", None)) or any(kind != "full_attention" for kind in kinds)

@@ -107,6 +107,10 @@ class Contestants:
             else f"{directory.parents[1].name}-{directory.name}"
         )
         base = self.base_subject()
+        weights = weights_hash(directory)
+        if self.base_given is not None and self.config.tune != "full":
+            found = fingerprint(self.base[0])
+            weights += "" if found == self.config.base_fingerprint else f"-on-{found}"  # another model, then
         words = "SimCSE, no special token" if self.config.k == 0 else f"GEM {self.config.tune}"
         facts = {
             "label": f"{words}: {label}",
@@ -120,7 +124,7 @@ class Contestants:
             **_training(directory),
             **self.settings.facts(),
         }
-        return Subject(f"gem/{_plain(label)}", self.settings.revision(weights_hash(directory)), facts)
+        return Subject(f"gem/{_plain(label)}", self.settings.revision(weights), facts)
 
     def base_subject(self) -> Subject:
         """The base as a language model."""
@@ -136,6 +140,8 @@ class Contestants:
         weights = self.config.base_fingerprint if self.config is not None and self.base_given is None else None
         weights = weights or fingerprint(self.base[0])
         facts = {"label": label, "kind": kind, "tune": None, "base": self.base_name, **self.settings.facts()}
+        if language_only:
+            facts["instructions"] = False  # they are for vectors
         revision = self.settings.revision(weights, language_only=language_only)
         return Subject(f"{_plain(_short(self.base_name))}/{name}", revision, facts)
 
@@ -152,7 +158,8 @@ def encoder_subject(spec: str, settings: Settings) -> tuple[Subject, str]:
     weights = weights_hash(directory) if directory.is_dir() else "hub"
     label = directory.resolve().name if directory.is_dir() else path.rsplit("/", 1)[-1]
     facts = {"label": label, "kind": "encoder", "tune": None, "path": path, **settings.facts()}
-    return Subject(f"st/{_plain(label)}", settings.revision(weights), facts), path
+    name = label if directory.is_dir() else path  # of two models on the hub the owner may be all that differs
+    return Subject(f"st/{_plain(name)}", settings.revision(weights), facts), path
 
 
 def load_encoder(path: str, settings: Settings, device: str | None) -> Any:
@@ -162,7 +169,8 @@ def load_encoder(path: str, settings: Settings, device: str | None) -> Any:
 def weights_hash(directory: Path) -> str:
     """Twelve hex digits of the weights and configuration in a directory; long files are sampled at 64 places."""
     digest = hashlib.sha256()
-    files = sorted(p for p in directory.rglob("*.safetensors") if "checkpoints" not in p.relative_to(directory).parts)
+    weights = [p for ending in ("safetensors", "bin") for p in directory.rglob(f"*.{ending}")]
+    files = sorted(p for p in weights if "checkpoints" not in p.relative_to(directory).parts)
     for path in [*files, directory / CONFIG_FILE]:
         if not path.is_file():
             continue

@@ -145,10 +145,10 @@ def evaluate(
     store = Store(output)
     for name in plan.vectors:
         make_task(name, data)  # names and files are checked before anything is computed
-    build = _Builder(plan, store, data, settings, batch_size=batch_size, device=device, bar=show_progress_bar)
     contestants = None
     if model is not None or base is not None or baselines or not encoders:
         contestants = Contestants(model, base=base, settings=settings, device=device)
+    build = _Builder(plan, store, data, settings, batch_size=batch_size, device=device, bar=show_progress_bar)
     if contestants is not None and model is not None:
         build.gem(contestants)
     elif contestants is not None and plan.language:
@@ -158,6 +158,10 @@ def evaluate(
             build.baseline(contestants, method)  # type: ignore[arg-type]
     for spec in encoders:
         build.encoder(spec)
+    if not build.cells:
+        raise ValueError("nothing to measure: the suite has no task for these models (--base alone needs --baselines)")
+    if data is not None and build.reads_texts:
+        build.text_file()
     for subject in build.subjects:
         store.register(subject)
     _run(build.cells, speed=lambda: _speed(contestants), bar=show_progress_bar, on_estimate=on_estimate)
@@ -182,6 +186,8 @@ class _Builder:
         self.batch_size, self.device, self.bar = batch_size, device, bar
         self.cells: list[_Cell] = []
         self.subjects: list[Subject] = []
+        self.reads_texts = False
+        """Whether any cell reads held-out text."""
         self._tasks = [(n, t) for n in plan.language if n != HELD_OUT for t in language_tasks(n, data)]
         self._texts: list[str] | None = None
 
@@ -271,6 +277,7 @@ class _Builder:
             value = run()
             self.store.write(kind, subject, task, {**value, "seconds": round(time.perf_counter() - start, 2)})
 
+        self.reads_texts |= kind != "language" or task == HELD_OUT
         title = f"{subject.facts['label']}: {task}"
         self.cells.append(_Cell(title, tokens, lambda: self.store.path(kind, subject, task).is_file(), measured))
 
@@ -305,15 +312,20 @@ class _Builder:
         count = min(self.plan.prompts, self.settings.limit or self.plan.prompts)
         return compare_logits(models.base[0], models.gem.lm, models.gem.tokenizer, self.texts[-count:])
 
+    def text_file(self) -> Path:
+        """The local text file; ValueError if there is none."""
+        assert self.data is not None
+        files = sorted((self.data / "text").glob("*.txt*"))
+        if not files:
+            raise ValueError(f"held-out text is read from {self.data / 'text'}/*.txt.gz, which has none")
+        return files[0]
+
     @property
     def texts(self) -> list[str]:
         """Sentences no training should have seen: the end of the local text file, or of STSBenchmark from the hub."""
         if self._texts is None:
             if self.data is not None:
-                files = sorted((self.data / "text").glob("*.txt*"))
-                if not files:
-                    raise ValueError(f"held-out text is read from {self.data / 'text'}/*.txt.gz, which has none")
-                self._texts = read_lines(files[0])[-5000:]
+                self._texts = read_lines(self.text_file())[-5000:]
             else:
                 task = make_task("STSBenchmark", None)
                 task.load_data()
@@ -343,8 +355,9 @@ def _run(
             progress.set_description(cell.title)
             try:
                 cell.run()
-            except ValueError as error:
-                failures.append(f"{cell.title}: {str(error).splitlines()[0]}")
+            except (ValueError, OSError, RuntimeError) as error:  # out of memory, a full disk: the rest may still go
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                failures.append(f"{cell.title}: {reason}")
                 logger.warning("%s", failures[-1])
             progress.update(round(cell.tokens / 1000))
     if failures:

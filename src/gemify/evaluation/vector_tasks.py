@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemify.evaluation.rows import read_lines, read_rows
+from gemify.evaluation.rows import numbered_lines, read_rows
 
 NUMBER = (int, float)
 
@@ -214,6 +214,8 @@ def _reranking(paths: list[Path]) -> Any:
         queries.append({"id": query, "text": row["query"]})
         relevant[query], ranked[query] = {}, []
         for kind, worth in (("positive", 1), ("negative", 0)):
+            if not all(isinstance(text, str) for text in row[kind]):
+                raise ValueError(f"{paths[0]} row {at + 1}: {kind!r} must hold texts only: mend or remove the row")
             for number, text in enumerate(row[kind]):
                 document = f"{query}-{kind}-{number}"
                 corpus.append({"id": document, "title": "", "text": text})
@@ -227,14 +229,16 @@ def _beir(paths: list[Path]) -> Any:
     queries = read_rows(paths[1], {"_id": str, "text": str})
     known = {row["_id"] for row in corpus}
     relevant: dict[str, dict[str, int]] = defaultdict(dict)
-    for number, line in enumerate(read_lines(paths[2]), start=1):
+    for number, line in numbered_lines(paths[2]):
         parts = line.split("\t")
-        if number == 1 and parts[0] == "query-id":
+        if parts[0] == "query-id":
             continue
         if len(parts) != 3 or not parts[2].lstrip("-").isdigit():
             raise ValueError(f"{paths[2]} line {number}: expected query-id, corpus-id and score, got {line[:60]!r}")
         if parts[1] in known:
             relevant[parts[0]][parts[1]] = int(parts[2])
+    if not any(row["_id"] in relevant for row in queries):
+        raise ValueError(f"{paths[2]} names no query of {paths[1]} with a document of {paths[0]}: check the files")
     return _retrieval_data(
         [{"id": q["_id"], "text": q["text"]} for q in queries if q["_id"] in relevant],
         [{"id": d["_id"], "title": d["title"], "text": d["text"]} for d in corpus],
@@ -271,6 +275,8 @@ def _cut(task: Any, limit: int) -> Any:
                 made[name] = _cut_retrieval(part, limit)
             elif labels is not None and name == getattr(task, "train_split", None):
                 made[name] = _some_of_each(part, labels, task.samples_per_label * 2)
+            elif labels is not None:
+                made[name] = _many_labels(part.shuffle(seed=0), labels, limit)
             else:
                 made[name] = rows(part, limit)
         return made
@@ -302,6 +308,16 @@ def _some_of_each(data: Any, label: str, count: int) -> Any:
         if seen[value] <= count:
             keep.append(at)
     return data.select(keep)
+
+
+def _many_labels(data: Any, label: str, count: int) -> Any:
+    """Rows of as many labels as there can be, three at least: mteb takes rows of two labels for a binary task."""
+    seen: defaultdict[Any, int] = defaultdict(int)
+    rank = []
+    for value in data[label]:
+        rank.append(seen[value])
+        seen[value] += 1
+    return data.select(sorted(range(len(rank)), key=rank.__getitem__)[: max(3, count)])
 
 
 _BANKING = ("mteb/banking77/train.jsonl.gz", "mteb/banking77/test.jsonl.gz")

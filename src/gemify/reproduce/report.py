@@ -74,7 +74,8 @@ def figures(cell: Cell, finished: Finished, scale: Scale, store: Store) -> dict[
     language: dict[str, dict[str, Any]] = {}
     for subject in finished.of_kind("base", "baseline", "gem") if cell.untouched else finished.of_kind("gem"):
         language |= store.cells("language", subject)
-    accuracies = [c["metrics"]["acc"] for c in language.values() if c["group"] == "mmlu"]
+    benchmark = "mmlu" if scale.limit is None else f"mmlu, first {scale.limit}"
+    accuracies = [c["metrics"]["acc"] for c in language.values() if c["group"] == benchmark]
     if len(accuracies) == MMLU_SUBJECTS:
         means["MMLU"] = 100.0 * fmean(accuracies)
     if "held_out" in language:

@@ -187,12 +187,17 @@ def _run(
 
 
 def _suite(
-    model: str | None, *, vectors: tuple[str, ...], language: tuple[str, ...], recovery: int, **options: Any
+    model: str | None,
+    *,
+    vectors: tuple[str, ...],
+    language: tuple[str, ...],
+    recovery: int,
+    limit: int | None,
+    **options: Any,
 ) -> Sequence[Subject]:
     from gemify.evaluation.suite import Plan, evaluate
 
-    plan = Plan(vectors=vectors, language=language, recovery=recovery, cost=False)
-    return evaluate(model, plan=plan, **options)
+    return evaluate(model, plan=Plan(vectors, language, recovery, language_limit=limit), **options)
 
 
 def _recipe(cell: Cell, training_data: str) -> Recipe | None:

