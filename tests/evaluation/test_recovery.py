@@ -156,7 +156,9 @@ def attacked(encode: Any, *, bos: bool = False) -> Any:
 def telling(texts: list[str]) -> np.ndarray:
     """Vectors that determine the letters: which occur, turned and shifted."""
     turn = np.random.default_rng(0).normal(size=(26, 40)).astype(np.float32)
-    return np.array([[float(c in t) for c in "abcdefghijklmnopqrstuvwxyz"] for t in texts], dtype=np.float32) @ turn + np.linspace(-6, 6, 40, dtype=np.float32)
+    return np.array(
+        [[float(c in t) for c in "abcdefghijklmnopqrstuvwxyz"] for t in texts], dtype=np.float32
+    ) @ turn + np.linspace(-6, 6, 40, dtype=np.float32)
 
 
 def mute(texts: list[str]) -> np.ndarray:
@@ -182,6 +184,25 @@ def test_the_attack_reads_vectors_that_tell_and_no_others() -> None:
     assert row["text"] == texts[0]
     assert row["tokens"] == len(texts[0])
     assert row["token_f1"] == pytest.approx(len(set(row["guess"].split()) & set(texts[0])) / len(texts[0]))
+
+
+def test_the_attack_is_ridge_regression() -> None:
+    """Against scikit-learn's, on vectors that tell half of it."""
+    linear = pytest.importorskip("sklearn.linear_model")
+    known, texts = made_up(300, seed=1), made_up(60, seed=2)
+
+    def half(texts: list[str]) -> np.ndarray:
+        return telling(texts) + 3 * mute(texts)
+
+    gem = attacked(half)
+    cell = vector_attack(gem, known, texts, ridge=0.2)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    present = np.array([[float(c in t) for c in letters] for t in known])
+    fitted = linear.Ridge(alpha=0.2).fit(gem.encode(known, normalize_embeddings=True), present)
+    scores = fitted.predict(gem.encode(texts, normalize_embeddings=True))
+    guesses = [{letters[at] for at in np.argsort(-row)[: len(t)]} for row, t in zip(scores, texts, strict=True)]
+    assert [set(row["guess"].split()) for row in cell["rows"]] == guesses
+    assert cell["chance_token_f1"] + 0.05 < mean_f1(cell) < 0.9
 
 
 def test_a_beginning_that_every_text_has_is_no_guess() -> None:

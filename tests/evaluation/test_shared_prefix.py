@@ -56,10 +56,10 @@ def sample(lm: Any) -> Requests:
     """A header of 9 tokens, contexts of 1 to 40 more, endings of 1 to 30, of which some are the model's own."""
     contexts = [draw(0, 9) + draw(n, n) for n in (1, 17, 40, 39)]
     requests = [(c, draw(100 + n, n)) for c in contexts for n in (1, 4, 30)]
-    for context in contexts[1:3]:
-        own = greedy(lm, context, 4)
-        requests += [(context, own[:1]), (context, own), (context, [*own[:-1], (own[-1] + 1) % tiny.VOCABULARY])]
-        requests.append((context, [(own[0] + 1) % tiny.VOCABULARY, *own[1:]]))
+    context, own = contexts[1], greedy(lm, contexts[1], 4)
+    other = [(token + 1) % tiny.VOCABULARY for token in own]
+    answers = [own, own[:1], own[:3], [*own[:-1], other[-1]], [other[0], *own[1:]]]
+    requests += [(context, answer) for answer in answers]
     random.Random(5).shuffle(requests)
     return requests
 
@@ -88,7 +88,7 @@ def test_every_architecture_scores_as_one_by_one(name: str) -> None:
     lm = build(name)
     requests = sample(lm)
     expected = one_by_one(lm, requests)
-    assert 3 < sum(own for _, own in expected) < len(expected) - 3
+    assert 2 < sum(own for _, own in expected) < len(expected) - 3
     for max_tokens in (130, 8192):
         assert_same(score(lm, requests, max_tokens=max_tokens), expected)
 
@@ -114,7 +114,7 @@ def three() -> list[PreTrainedModel]:
 
 
 @given(requests=random_requests(), max_tokens=st.sampled_from([1, 40, 300]))
-@settings(max_examples=25)
+@settings(max_examples=12)
 def test_any_requests_score_as_one_by_one(three: list[PreTrainedModel], requests: Requests, max_tokens: int) -> None:
     for lm in three:
         assert_same(score(lm, requests, max_tokens=max_tokens), one_by_one(lm, requests))

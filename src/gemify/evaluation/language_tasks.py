@@ -1,4 +1,6 @@
-"""Language benchmarks through lm-eval: its stock tasks from the hub, or the same prompts over local files.
+"""Language benchmarks through lm-eval: its stock tasks from the hub, or its prompts over local files.
+
+(The rows decide the rest: a HellaSwag file whose contexts were joined without capitals differs from the hub's there.)
 
 Local files (``--data``), relative to the data directory::
 

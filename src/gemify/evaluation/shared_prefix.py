@@ -32,6 +32,7 @@ from gemify.model.passes import left_pad, positions_of, right_pad
 
 Request = tuple[Any, list[int], list[int]]
 Answer = tuple[float, bool]
+_LOGITS = 2**27  # most logits of one pass: half a GB in float32
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,11 @@ def _score_group(
         return
     assert past is not None
     width = seen_BT.shape[1]
-    for group in length_groups([width + len(e[2]) for e in longer], max_tokens=max_tokens, max_padding=1.0):
-        some = [longer[i] for i in group]
+    rows_at_once = max(1, _LOGITS // (first_BV.shape[1] * max(len(e[2]) for e in longer)))
+    groups = length_groups([width + len(e[2]) for e in longer], max_tokens=max_tokens, max_padding=1.0)
+    parts = [g[i : i + rows_at_once] for g in groups for i in range(0, len(g), rows_at_once)]
+    for part in parts:
+        some = [longer[i] for i in part]
         rows = torch.tensor([row for row, _, _ in some], device=lm.device)
         inputs_BT, real_BT = (t.to(lm.device) for t in right_pad([ending[:-1] for _, _, ending in some]))
         targets_BT, _ = right_pad([ending[1:] for _, _, ending in some])

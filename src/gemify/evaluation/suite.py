@@ -301,7 +301,8 @@ class _Builder:
 
     def _attack(self, models: Contestants) -> dict[str, Any]:
         count = self.settings.limit or 100
-        return vector_attack(models.gem, self.texts[: 20 * count], self.texts[-count:])
+        known = self.texts[: min(20 * count, len(self.texts) - count)]
+        return vector_attack(models.gem, known, self.texts[-count:])
 
     def _cost(self, models: Contestants) -> dict[str, Any]:
         texts = self.texts[-min(_COST_TEXTS, 4 * (self.settings.limit or _COST_TEXTS)) :]
