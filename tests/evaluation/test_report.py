@@ -38,7 +38,6 @@ def gem_subject(name: str = "gem/run1", revision: str = "bb-float32", **facts: A
             "base": "starter",
             "base_subject": {"name": BASE.name, "revision": BASE.revision},
             "special_tokens": 4,
-            "dimension": 576,
             "dtype": "float32",
             "limit": None,
             "instructions": False,

@@ -126,12 +126,12 @@ def _table(
 
 
 def _models(models: Sequence[Model]) -> Section:
-    columns = ("model", "kind", "tuning", "base", "special tokens", "dimension", "settings", "name and revision")
+    columns = ("model", "kind", "tuning", "base", "special tokens", "settings", "name and revision")
     rows = [
         Row(
             (
                 model.label,
-                *(shown(model.fact(n), "d") for n in ("kind", "tune", "base", "special_tokens", "dimension")),
+                *(shown(model.fact(n), "d") for n in ("kind", "tune", "base", "special_tokens")),
                 ", ".join(report.settings_in_words(model.subject.facts)),
                 f"{model.subject.name} {model.subject.revision}",
             )
