@@ -212,7 +212,7 @@ def test_a_store_with_almost_nothing_shows_no_figure(tmp_path: Path) -> None:
     assert [p.name for p in paths] == ["report.md", "report.html"]
     text = paths[0].read_text()
     assert [row for row in text.splitlines() if row.startswith("## ")] == ["## Models"]
-    assert line(text, "bare")[1:6] == ["–"] * 5
+    assert line(text, "bare")[1:5] == ["–"] * 4
 
 
 def test_missing_base_and_unmeasured_cells_are_dashes(store: Store, tmp_path: Path) -> None:
