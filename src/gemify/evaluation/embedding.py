@@ -110,7 +110,7 @@ def run_task(
             cache=mteb.ResultCache(cache_path=Path(store.directory)),
             overwrite_strategy="only-missing",
             co2_tracker=False,
-            encode_kwargs={"batch_size": batch_size},
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
             show_progress_bar=False,
         )
     return 100.0 * float(result.task_results[0].get_score())
