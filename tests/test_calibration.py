@@ -42,7 +42,7 @@ def test_minilm_scores_its_published_figure(minilm: Path, tmp_path: Path) -> Non
     assert Store(tmp_path).scores(subject)["STSBenchmark"]["score"] == pytest.approx(82.03, abs=0.05)
 
 
-def test_the_mean_pooled_base_scores_what_sentence_transformers_gives(tmp_path: Path) -> None:
+def test_the_mean_pooled_base_scores_what_it_did(tmp_path: Path) -> None:
     (subject,) = evaluate(
         None,
         plan=Plan(("STSBenchmark",)),
