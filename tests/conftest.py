@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +30,15 @@ SHARED = Path(os.environ.get("GEMIFY_TEST_DATA", Path(__file__).parents[2] / "sh
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Seconds-fast tests first, the real model's after."""
     items.sort(key=lambda item: ("real" in item.keywords, "training" in str(item.path)))
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Two threads of a tiny model wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

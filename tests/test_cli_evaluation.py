@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("mteb")
 pytest.importorskip("lm_eval")
@@ -23,6 +22,8 @@ import tiny_data
 from conftest import disturb
 from gemify import GemModel
 from gemify.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass
@@ -42,15 +43,6 @@ class Done:
 
 
 Command = Callable[..., Done]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads of a tiny model wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,10 @@ import torch
 import tiny
 from gemify.evaluation.encoders import BASELINES, BaselineEncoder, load_baseline, load_sentence_transformer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TEXTS = ["a text", "a rather longer text than the first one of them", "x", "", "a text", "q" * 70, "  two  spaces "]
 Encoders = Callable[..., BaselineEncoder]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads of a tiny model wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +29,12 @@ from gemify.evaluation.subjects import encoder_subject
 from gemify.evaluation.suite import SUITES, Plan, evaluate
 from gemify.evaluation.vector_tasks import LOCAL_TASKS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LANGUAGE = ("held_out", "hellaswag", "lambada")
 PLAN = Plan(("STSBenchmark", "Banking77Dev"), LANGUAGE, recovery=10, prompts=4)
 STS = Plan(("STSBenchmark",))
 CELLS = 2 + 2 + 2 * len(LANGUAGE) + 1  # vectors, recovery from one and from two tokens, language twice, gate
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads of a tiny model wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
