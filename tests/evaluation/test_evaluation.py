@@ -34,14 +34,15 @@ def test_pairs_are_read_and_bad_ones_named(tmp_path: Path) -> None:
         file.write(path.read_text())
     assert read_pairs(path) == read_pairs(tmp_path / "p.jsonl.gz")
     for content, message in (
-        ("", "at least two"),
-        ('{"sentence1": "a"}\n', "line 1: expected"),
+        ("", "holds no row"),
+        ('{"sentence1": "a", "sentence2": "b", "score": 1}\n', "at least two"),
+        ('{"sentence1": "a"}\n', "line 1: 'sentence2' must be str, got nothing"),
         ("\x00\xff", "line 1"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_pairs(path)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="no such data file"):
         read_pairs(tmp_path / "none.jsonl")
 
 

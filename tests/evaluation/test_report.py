@@ -205,6 +205,16 @@ def test_gate_recovery_cost_and_training(store: Store, tmp_path: Path) -> None:
     assert training == ["45", "38,259", "218", "–", "11.9%", "–", "–", "0.0648", "–", "–"]
 
 
+def test_recovery_from_fewer_special_tokens_is_shown_too(store: Store, tmp_path: Path) -> None:
+    gem = next(s for s in store.subjects() if s.facts["kind"] == "gem")
+    rows = [recovered("a cat", "a bat", 2, 0.375)]
+    store.write("recovery", gem, "special_tokens_first1", {"k": 1, "rows": rows})
+    text = write_report([store.directory], tmp_path / "out")[0].read_text()
+    one, four = (text.index(f"from the KV of {k}") for k in ("1 special token", "4 special tokens"))
+    assert one < four
+    assert "0.375" in text[one:four]
+
+
 def test_a_store_with_almost_nothing_shows_no_figure(tmp_path: Path) -> None:
     made = Store(tmp_path / "results")
     made.register(Subject("gem/bare", "cc", {"label": "bare"}))

@@ -41,8 +41,7 @@ def write_card(directory: Path, store: Store, subject: Subject) -> Path:
 def _description(name: str, config: GemConfig) -> str:
     base = STARTER_REPO if config.base == STARTER else config.base
     hub_name = base if base.count("/") == 1 and not Path(base).exists() else None
-    header = {"library_name": "gemify", "tags": ["embeddings", "feature-extraction", "gemify"]}
-    lines = ["---", f"library_name: {header['library_name']}", "tags:", *(f"- {tag}" for tag in header["tags"])]
+    lines = ["---", "library_name: gemify", "tags:", "- embeddings", "- feature-extraction", "- gemify"]
     lines += [f"base_model: {hub_name}"] if hub_name else []
     kept = (
         "The base model's weights are untouched: without a special token in the input, logits are the base's to the bit."

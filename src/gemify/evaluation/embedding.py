@@ -24,21 +24,17 @@ class MtebEncoder:
     LLM2Vec does (arXiv 2404.05961).
     """
 
-    def __init__(
-        self, encoder: Any, subject: Subject, *, instruction: str = "", show_progress_bar: bool = False
-    ) -> None:
+    def __init__(self, encoder: Any, subject: Subject, *, instruction: str = "") -> None:
         from mteb.models.model_meta import ModelMeta
 
-        self.encoder, self.show_progress_bar = encoder, show_progress_bar
+        self.encoder = encoder
         self.prompt = f"{instruction.strip().rstrip('.:')}: " if instruction else None
-        self.texts = 0
         self.mteb_model_meta = ModelMeta.create_empty({"name": subject.name, "revision": subject.revision})
 
     def encode(
         self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, batch_size: int = 64, **_: Any
     ) -> np.ndarray:
         texts = [text for batch in inputs for text in batch["text"]]
-        self.texts += len(texts)
         side = getattr(prompt_type, "value", prompt_type)
         encode = self.encoder.encode
         options: dict[str, Any] = {}
@@ -47,7 +43,7 @@ class MtebEncoder:
         elif side in ("query", "document") and hasattr(self.encoder, f"encode_{side}"):
             encode = getattr(self.encoder, f"encode_{side}")  # the model's own prompts, if it has any
         with _loud():
-            vectors = encode(texts, batch_size=batch_size, show_progress_bar=self.show_progress_bar, **options)
+            vectors = encode(texts, batch_size=batch_size, **options)
         return np.asarray(vectors, dtype=np.float32)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
@@ -91,7 +87,6 @@ def run_task(
     *,
     instructions: bool = False,
     batch_size: int = 64,
-    show_progress_bar: bool = False,
 ) -> float:
     """Evaluate one task, write its result, and return its main score times 100. What is there is not run again."""
     import mteb
@@ -100,7 +95,6 @@ def run_task(
         encoder,
         subject,
         instruction=instruction_of(task) if instructions else "",
-        show_progress_bar=show_progress_bar,
     )
     with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")

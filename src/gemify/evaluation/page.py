@@ -264,12 +264,12 @@ def _recovery(models: Sequence[Model], examples: bool) -> Section:
         " holds the stored KV of a text's special tokens can read that share of the text.",
     ]
     for model in models:
-        if cell := model.cell("recovery", "special_tokens"):
-            rows, k = cell["rows"], cell["k"]
+        from_kv = [cell for task, cell in model.cells["recovery"].items() if task.startswith("special_tokens")]
+        for rows, k in sorted(((cell["rows"], cell["k"]) for cell in from_kv), key=lambda found: found[1]):
             tokens = "1 special token" if k == 1 else f"{k} special tokens"
             tables += _buckets(f"{model.label}: from the KV of {tokens}", rows, model)
             if examples:
-                tables += _examples(f"{model.label}: examples", rows, "recovered", model)
+                tables += _examples(f"{model.label}: examples, from {tokens}", rows, "recovered", model)
         if cell := model.cell("recovery", "vector"):
             tables += _buckets(f"{model.label}: guessed from the vector alone", cell["rows"], model)
             if examples:

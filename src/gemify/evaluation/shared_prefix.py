@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 from transformers import DynamicCache
 
 from gemify.model.attention import require_maskable
@@ -43,7 +42,7 @@ class _Context:
     asked: list[tuple[int, list[int]]]
 
 
-def share_prefixes(harness: Any, *, max_tokens: int = 8192, show_progress_bar: bool = False) -> Any:
+def share_prefixes(harness: Any, *, max_tokens: int = 8192) -> Any:
     """Make an lm-eval ``HFLM`` compute log-likelihoods this way, if its model can. Returns it."""
     try:
         require_maskable(harness.model)
@@ -61,7 +60,7 @@ def share_prefixes(harness: Any, *, max_tokens: int = 8192, show_progress_bar: b
         if long:
             answers.update(zip(long, own([requests[i] for i in long], disable_tqdm=True), strict=True))
         chosen = [(requests[i][1], requests[i][2]) for i in short]
-        scored = score(harness.model, chosen, max_tokens=max_tokens, show_progress_bar=show_progress_bar)
+        scored = score(harness.model, chosen, max_tokens=max_tokens)
         answers.update(zip(short, scored, strict=True))
         return [answers[at] for at in range(len(requests))]
 
@@ -70,9 +69,7 @@ def share_prefixes(harness: Any, *, max_tokens: int = 8192, show_progress_bar: b
 
 
 @torch.inference_mode()
-def score(
-    lm: Any, requests: Sequence[tuple[list[int], list[int]]], *, max_tokens: int = 8192, show_progress_bar: bool = False
-) -> list[Answer]:
+def score(lm: Any, requests: Sequence[tuple[list[int], list[int]]], *, max_tokens: int = 8192) -> list[Answer]:
     """Of each (context ids, continuation ids): the continuation's log-probability, and whether greedy decoding gives it.
 
     ``max_tokens``: most columns, cached ones included, of one forward pass.
@@ -91,11 +88,8 @@ def score(
         lm.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
     answers: dict[int, Answer] = {}
     waiting = list(contexts.values())
-    bar = tqdm(total=len(waiting), desc="contexts", unit="context", disable=not show_progress_bar, leave=False)
     for group in length_groups([header + len(c.ids) for c in waiting], max_tokens=max_tokens):
         _score_group(lm, [waiting[i] for i in group], header, cache, answers, max_tokens)
-        bar.update(len(group))
-    bar.close()
     return [answers[at] for at in range(len(requests))]
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from scipy.stats import spearmanr
+
+from gemify.evaluation.rows import read_rows
 
 
 class Encoder(Protocol):
@@ -28,30 +27,10 @@ class Pair:
 
 def read_pairs(path: Path) -> list[Pair]:
     """Pairs from JSON lines with ``sentence1``, ``sentence2`` and ``score`` (.jsonl or .jsonl.gz)."""
-    if not path.is_file():
-        raise ValueError(f"no such file of STS pairs: {path}")
-    opener = gzip.open if path.suffix == ".gz" else open
-    pairs = []
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    pairs.append(_pair(line, f"{path} line {number}"))
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is not readable as text: {error}") from error
-    if len(pairs) < 2:
-        raise ValueError(f"{path} holds {len(pairs)} pairs: a correlation needs at least two")
-    return pairs
-
-
-def _pair(line: str, where: str) -> Pair:
-    try:
-        row = json.loads(line)
-        return Pair(str(row["sentence1"]), str(row["sentence2"]), float(row["score"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{where}: expected JSON with sentence1, sentence2 and score ({type(error).__name__})"
-        ) from error
+    rows = read_rows(path, {"sentence1": str, "sentence2": str, "score": (int, float)})
+    if len(rows) < 2:
+        raise ValueError(f"{path} holds {len(rows)} pair: a correlation needs at least two")
+    return [Pair(row["sentence1"], row["sentence2"], float(row["score"])) for row in rows]
 
 
 def spearman(encoder: Encoder, pairs: list[Pair], *, batch_size: int = 64) -> float:

@@ -59,7 +59,7 @@ class Settings:
 
 
 class Contestants:
-    """The models of one evaluation: loads each when it is first needed, and lets go of what is not needed together."""
+    """The models of one evaluation: loads each when it is first needed."""
 
     def __init__(self, model: str | None, *, base: str | None, settings: Settings, device: str | None) -> None:
         self.settings, self.device = settings, device
@@ -144,9 +144,6 @@ class Contestants:
             facts["instructions"] = False  # they are for vectors
         revision = self.settings.revision(weights, language_only=language_only)
         return Subject(f"{_plain(_short(self.base_name))}/{name}", revision, facts)
-
-    def release(self) -> None:
-        self._gem = self._base = None
 
 
 def encoder_subject(spec: str, settings: Settings) -> tuple[Subject, str]:

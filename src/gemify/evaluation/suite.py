@@ -71,7 +71,10 @@ class Plan:
         if tasks:
             language = tuple(t for t in tasks if t in LANGUAGE_TASKS)
             return Plan(tuple(t for t in tasks if t not in language), language)
-        everything = tuple(LOCAL_TASKS) if data is not None else _english_mteb
+
+        def everything() -> tuple[str, ...]:
+            return tuple(LOCAL_TASKS) if data is not None else _english_mteb()
+
         plans: dict[str, Callable[[], Plan]] = {
             "quick": lambda: Plan(
                 ("STSBenchmark", "Banking77Classification"),
@@ -83,10 +86,10 @@ class Plan:
             ),
             "gem16": lambda: Plan(GEM16),
             "llm2vec15": lambda: Plan(LLM2VEC15),
-            "mteb": lambda: Plan(everything() if callable(everything) else everything),
+            "mteb": lambda: Plan(everything()),
             "lm": lambda: Plan((), _LANGUAGE, prompts=200),
             "all": lambda: Plan(
-                everything() if callable(everything) else everything,
+                everything(),
                 _LANGUAGE,
                 recovery=200,
                 cost=True,
@@ -148,7 +151,7 @@ def evaluate(
     contestants = None
     if model is not None or base is not None or baselines or not encoders:
         contestants = Contestants(model, base=base, settings=settings, device=device)
-    build = _Builder(plan, store, data, settings, batch_size=batch_size, device=device, bar=show_progress_bar)
+    build = _Builder(plan, store, data, settings, batch_size=batch_size, device=device)
     if contestants is not None and model is not None:
         build.gem(contestants)
     elif contestants is not None and plan.language:
@@ -180,10 +183,9 @@ class _Builder:
         *,
         batch_size: int,
         device: str | None,
-        bar: bool,
     ) -> None:
         self.plan, self.store, self.data, self.settings = plan, store, data, settings
-        self.batch_size, self.device, self.bar = batch_size, device, bar
+        self.batch_size, self.device = batch_size, device
         self.cells: list[_Cell] = []
         self.subjects: list[Subject] = []
         self.reads_texts = False
@@ -244,7 +246,6 @@ class _Builder:
                     self.store,
                     instructions=self.settings.instructions,
                     batch_size=self.batch_size,
-                    show_progress_bar=False,
                 )
 
             tokens = vector_tokens(name, self.data, limit=self.settings.limit)
