@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +94,33 @@ def test_save_and_reload_without_a_copy_of_the_base(
 
 
 def test_a_short_training_learns_and_leaves_the_base_alone(base: Any, tmp_path: Path) -> None:
-    """A few steps on this repository's own documents: the loss falls, the language model stays."""
-    root = Path(__file__).parents[1]
-    text = " ".join(p.read_text() for p in [root / "README.md", *sorted((root / "docs").glob("*.md"))])
-    lines = [s.strip().replace("\n", " ") for s in text.split(".") if len(s) > 40]
-    (tmp_path / "t.txt").write_text("\n".join(lines))
+    """Five steps of the same eight reconstructions: their loss must fall; the language model stays."""
+    texts = [
+        "The river rises in the hills and runs west through four villages.",
+        "She wrote her first novel while working nights at a bakery.",
+        "Copper conducts heat better than iron but worse than silver.",
+        "The committee voted to postpone the decision until the spring.",
+        "A small observatory was built on the roof of the school.",
+        "Most of the islands can only be reached by boat in winter.",
+        "The engine was later used in two other models of the same maker.",
+        "He taught mathematics for thirty years before he retired.",
+    ]
+    (tmp_path / "t.txt").write_text("\n".join(texts))
     recipe = Recipe(
-        data=str(tmp_path / "t.txt"), max_steps=6, ntp_steps=4, batch_size=8, contrastive_batch_size=8, max_length=24
+        data=str(tmp_path / "t.txt"),
+        max_steps=6,
+        ntp_steps=5,
+        batch_size=8,
+        contrastive_batch_size=8,
+        max_length=24,
+        reconstruction=1.0,
     )
     gem, _ = train(recipe, tmp_path / "run", show_progress_bar=False)
     lm, tokenizer = base
     assert same_logits(lm, gem.lm, tokenizer, PROBES)
     assert np.isfinite(gem.encode(SENTENCES)).all()
-    import json
-
-    ntp = [
-        r["ntp"] for r in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) if "ntp" in r
-    ]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    ntp = [step["ntp"] for step in metrics if "ntp" in step]
     assert ntp[-1] < ntp[0]
 
 
