@@ -1,4 +1,4 @@
-"""The whole path in a few minutes on a CPU: train a gated GEM, embed, answer, recover, and check the language model.
+"""The whole path in a few minutes on a CPU: the GEM that comes with gemify, then one trained here.
 
 Run by `make demo`. The text to train on is what every Python has: the documentation strings of its standard library.
 An interrupted demo goes on where it stopped; a finished one is not trained again (delete runs/demo to do so).
@@ -64,10 +64,16 @@ def neighbours(gem: GemModel, title: str) -> None:
         print(f"  {query:30} -> {LIBRARY[best]:45} {float(scores[best]):.3f}")
 
 
-def main() -> None:
-    sentences = docstring_sentences()
-    held_out, training = sentences[::50], [s for i, s in enumerate(sentences) if i % 50]
-    print(f"{len(training):,} documentation strings of the standard library to train on, {len(held_out)} held out")
+def both_jobs(gem: GemModel) -> None:
+    question = "What is the capital of France?"
+    started = time.perf_counter()
+    handle = gem.prefill_chat([{"role": "user", "content": question}])
+    answer, vector = gem.generate(handle, max_new_tokens=30, do_sample=False), gem.embed(handle)
+    print(f"\nOne prefill, both jobs ({time.perf_counter() - started:.1f} s):\n  {question} -> {answer.strip()}")
+    print(f"  its embedding: {len(vector)} numbers, {[round(float(v), 2) for v in vector[:4]]} ...")
+
+
+def train_one(training: list[str]) -> GemModel:
     with atomic_file(TEXTS) as stage:
         stage.write_text("\n".join(training) + "\n", encoding="utf-8")
     recipe = Recipe(
@@ -81,45 +87,51 @@ def main() -> None:
     )
     if (RUN / "summary.json").is_file():
         print(f"found a finished run in {RUN}: not training again")
-        gem = GemModel.from_pretrained(RUN)
-    else:
-        print("training a gated GEM on SmolLM2-135M-Instruct (a few minutes on two CPU cores)")
-        try:
-            gem, summary = train(
-                recipe,
-                RUN,
-                resume=(RUN / RECIPE_FILE).is_file(),
-                on_ready=lambda fresh: neighbours(fresh, "Nearest neighbours before training:"),
-            )
-        except Stopped as stopped:
-            raise SystemExit(f"{str(stopped).split(';')[0]}; `make demo` goes on from there") from None
-        print(f"trained {summary['trainable_parameters']:,} parameters: {in_words(summary)}")
-    neighbours(gem, "Nearest neighbours after training:")
+        return GemModel.from_pretrained(RUN)
+    print(f"training a gated GEM on {len(training):,} documentation strings (a few minutes on two CPU cores)")
+    try:
+        gem, summary = train(
+            recipe,
+            RUN,
+            resume=(RUN / RECIPE_FILE).is_file(),
+            on_ready=lambda fresh: neighbours(fresh, "Nearest neighbours before training:"),
+        )
+    except Stopped as stopped:
+        raise SystemExit(f"{str(stopped).split(';')[0]}; `make demo` goes on from there") from None
+    print(f"trained {summary['trainable_parameters']:,} parameters: {in_words(summary)}")
+    return gem
 
-    question = "What is the capital of France?"
-    started = time.perf_counter()
-    handle = gem.prefill_chat([{"role": "user", "content": question}])
-    answer, vector = gem.generate(handle, max_new_tokens=30, do_sample=False), gem.embed(handle)
-    print(f"\nOne prefill, both jobs ({time.perf_counter() - started:.1f} s):")
-    print(
-        f"  {question} -> {answer.strip()}\n  its embedding: {len(vector)} numbers, {[round(float(v), 2) for v in vector[:4]]} ..."
-    )
 
-    text = "Return the number of items in a container."
-    print(f"\nDecoded from the special token alone:\n  {text}\n  {gem.recover(text, max_new_tokens=24).strip()}")
-
+def require_untouched(gem: GemModel, held_out: list[str]) -> None:
     base, tokenizer = load_base("starter", dtype=gem.lm.dtype)
     same = same_logits(base, gem.lm, tokenizer, [*PROBES, *held_out[:20]])
     before, after = (language_loss(lm, tokenizer, held_out[:100]) for lm in (base, gem.lm))
     print("\nIs the language model still the one it was?")
     print(f"  logits on {len(PROBES) + 20} texts equal to the base model's, bit for bit: {'yes' if same else 'NO'}")
     print(f"  held-out loss before {before!r}, after {after!r}")
-    print(f"\nThe GEM is in {RUN} ({sum(f.stat().st_size for f in RUN.iterdir() if f.is_file()) >> 20} MB). Try:")
-    print(
-        f'  .venv/bin/gemify embed "a text" --model {RUN}\n  .venv/bin/gemify generate "Tell me a joke." --model {RUN}'
-    )
     if not same or before != after:
         raise SystemExit("the language model has changed: this is a bug")
+
+
+def main() -> None:
+    print("The GEM that comes with gemify, on SmolLM2-135M-Instruct:")
+    shipped = GemModel.from_pretrained("starter")
+    neighbours(shipped, "Nearest neighbours:")
+    both_jobs(shipped)
+    del shipped
+
+    print("\nOne of your own:")
+    sentences = docstring_sentences()
+    held_out, training = sentences[::50], [s for i, s in enumerate(sentences) if i % 50]
+    gem = train_one(training)
+    neighbours(gem, "Nearest neighbours after training:")
+    text = "Return the number of items in a container."
+    print(f"\nDecoded from the special token alone:\n  {text}\n  {gem.recover(text, max_new_tokens=24).strip()}")
+    require_untouched(gem, held_out)
+    print(f"\nYour GEM is in {RUN} ({sum(f.stat().st_size for f in RUN.iterdir() if f.is_file()) >> 20} MB). Try:")
+    for name in ("starter", RUN):
+        print(f'  .venv/bin/gemify embed "a text" --model {name}')
+    print(f'  .venv/bin/gemify generate "Tell me a joke." --model {RUN}')
 
 
 if __name__ == "__main__":

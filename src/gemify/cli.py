@@ -24,7 +24,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A GEM directory or Hugging Face repo id.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="starter, starter-multi, a GEM directory or a Hugging Face repo id.")
+]
 Base = Annotated[str | None, typer.Option("--base", help="Look for the base model here instead.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... [default: the accelerator if there is one]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -118,6 +120,39 @@ def train(
     _say(f"trained {summary['trainable_parameters']:,} parameters for {summary['steps']} steps: {in_words(summary)}")
     if "sts_spearman" in summary:
         _say(f"STS Spearman {summary['sts_spearman']:.2f}")
+    typer.echo(str(output))
+
+
+@app.command()
+def pairs(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The .jsonl file to write: anchor, positive, task.")],
+    data: Annotated[str, typer.Option(help="Texts: .txt, .jsonl or .parquet file, or a Hugging Face data set name.")],
+    base: Annotated[
+        str, typer.Option("--base", "--model", "-m", help="Who writes: directory, repo id, .gguf, or starter.")
+    ] = "starter",
+    task: Annotated[
+        list[str] | None, typer.Option("--task", "-t", help="paraphrase, question or keywords; repeatable.")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Texts to write about.")] = 10_000,
+    skip: Annotated[int, typer.Option(help="Texts to leave out at the beginning.")] = 0,
+    min_length: Annotated[int, typer.Option(help="Fewest tokens of a text.")] = 8,
+    max_length: Annotated[int, typer.Option(help="Most tokens of a text; longer ones are left out.")] = 64,
+    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with OUTPUT.part.")] = False,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Let a language model write pairs for contrast: paraphrases, questions, search words of plain texts."""
+    from gemify.training.writing import Order, write_pairs
+
+    order = Order(base, data, tuple(task or ["paraphrase"]), count, skip, min_length, max_length, text_column)
+    counts = write_pairs(order, output, resume=resume, device=device, precision=precision, show_progress_bar=not quiet)
+    if as_json:
+        _print({"output": str(output), "pairs": counts})
+        return
+    _say(", ".join(f"{n:,} {name} pairs" for name, n in counts.items()))
     typer.echo(str(output))
 
 
@@ -242,7 +277,7 @@ def recover(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="A GEM directory or Hugging Face repo id.")],
+    model: Annotated[str, typer.Argument(help="starter, starter-multi, a GEM directory or a Hugging Face repo id.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare logits with the base model's, bit for bit.")
     ] = False,

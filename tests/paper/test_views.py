@@ -54,6 +54,26 @@ def test_the_same_seed_gives_the_same_views() -> None:
     assert views.pair(list(range(30)), Random(4)) == views.pair(list(range(30)), Random(4))
 
 
+@given(texts, texts, st.sampled_from(VIEW_KINDS), st.booleans(), st.integers())
+def test_the_views_of_a_pair_are_its_two_texts_less_what_is_dropped(
+    anchor: list[int], positive: list[int], kind: str, both: bool, seed: int
+) -> None:
+    first, second = Views(kind, 0.3, both).of_pair(anchor, positive, Random(seed))  # type: ignore[arg-type]
+    for view, text in ((first, anchor), (second, positive)):
+        assert any(view.seen)
+        rest = iter(text)
+        assert all(token in rest for token in view.ids)  # a subsequence
+    if not both:
+        assert (first.ids, all(first.seen)) == (tuple(anchor), True)
+    first, second = Views("delete", 0.0).of_pair(anchor, positive, Random(seed))
+    assert (first.ids, second.ids) == (tuple(anchor), tuple(positive))
+
+
+def test_a_pair_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one token"):
+        Views().of_pair([1], [], Random(0))
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 2.0])
 def test_a_bad_rate_is_refused(rate: float) -> None:
     with pytest.raises(ValueError, match="drop rate"):

@@ -75,10 +75,13 @@ def test_views_keep_what_the_tokenizer_puts_first(texts_file: Path) -> None:
     assert all(v.ids[0] == 1 and v.seen[0] and 1 not in v.ids[1:] for v in views)
 
 
-def test_pairs_become_summary_and_soft_prompt_examples(tmp_path: Path) -> None:
+def test_pairs_become_examples_of_their_kind(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"context": "long", "summary": "s"}\n{"prompt": "q", "answer": "a"}\n')
-    assert list(Source(str(path))) == [Example("long", "s", "summary"), Example("q", "a", "soft_prompt")]
+    path.write_text(
+        '{"context": "long", "summary": "s"}\n{"prompt": "q", "answer": "a"}\n{"anchor": "t", "positive": "u"}\n'
+    )
+    wanted = [Example("long", "s", "summary"), Example("q", "a", "soft_prompt"), Example("t", "u", "positive")]
+    assert list(Source(str(path))) == wanted
 
 
 @pytest.mark.parametrize(
@@ -158,6 +161,21 @@ def test_proportions_of_row_kinds(texts_file: Path) -> None:
     assert len(kinds) == 60 * 32
     assert kinds.count("raw") / len(kinds) == pytest.approx(0.8, abs=0.03)
     assert kinds.count("reconstruction") / len(kinds) == pytest.approx(0.05, abs=0.02)
+
+
+def test_pairs_are_the_views_and_their_anchors_the_rows(tmp_path: Path) -> None:
+    anchors = [f"the anchor number {i} {'a b c d '[: 2 * (i % 4) + 2]} of all of them" for i in range(40)]
+    lines = [json.dumps({"anchor": a, "positive": f"positive of {i}", "task": "x"}) for i, a in enumerate(anchors)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    made = list(batches(tmp_path / "pairs.jsonl", drop_rate=0.0, reconstruction=1.0, append_end=False))
+    known = dict(zip(map(tuple, tokenize()(anchors, max_tokens=None)), range(40), strict=True))
+    seen = set()
+    for first, second in (pair for b in made[6:] for pair in b["batch"].views):
+        at = known[first.ids]
+        assert second.ids == tuple(tokenize()([f"positive of {at}"], max_tokens=None)[0])
+        seen.add(at)
+    assert len(seen) == 40
+    assert all(row.prefix == row.suffix and row.prefix in known for b in made[:6] for row in b["batch"].rows)
 
 
 def test_the_papers_contrast_is_over_the_special_rows_of_the_batch(texts_file: Path) -> None:

@@ -89,6 +89,10 @@ class GemConfig:
         return GemConfig(**values)
 
 
+SHIPPED = {"starter": "one-token", "starter-multi": "multi-token"}
+"""GEMs on the starter model that come with gemify, by the name that loads them."""
+
+
 def require_special_tokens(k: int, *, tune: Tune, pooling: Pooling) -> None:
     """Refuse a number of special tokens that leaves nothing to train or to pool. None at all is the SimCSE baseline."""
     if k < 0 or (k == 0 and tune not in ("lora", "full")):
@@ -101,8 +105,10 @@ def require_special_tokens(k: int, *, tune: Tune, pooling: Pooling) -> None:
 
 
 def resolve_directory(path: str | Path) -> Path:
-    """The directory of a saved GEM; a Hugging Face repo id is fetched into the hub's cache."""
+    """The directory of a saved GEM: one of ours by name, a path, or a Hugging Face repo id (fetched to its cache)."""
     directory = Path(path)
+    if str(path) in SHIPPED and not directory.is_dir():
+        return Path(__file__).parents[1] / "starter" / SHIPPED[str(path)]
     if directory.is_dir() or directory.is_absolute() or str(path).count("/") != 1:
         return directory
     from huggingface_hub import snapshot_download

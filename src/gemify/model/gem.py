@@ -125,7 +125,7 @@ class GemModel:
         base: str | None = None,
         **loading: Unpack[Loading],
     ) -> GemModel:
-        """Load a saved GEM: a directory, or a Hugging Face repo id that holds one.
+        """Load a saved GEM: a directory, a Hugging Face repo id, or ``starter`` or ``starter-multi`` (shipped).
 
         ``base`` overrides where the base model is looked for. If its weights are not those the GEM was trained on, a
         warning says so.
@@ -152,7 +152,8 @@ class GemModel:
                 base or config.base,
                 found,
             )
-        tokenizer = type(tokenizer).from_pretrained(str(directory))
+        if (directory / "tokenizer_config.json").is_file():  # the shipped ones use their base's
+            tokenizer = type(tokenizer).from_pretrained(str(directory))
         rows = initial_rows(lm, config.special_ids)
         if config.tune == "lora":
             grow_table(lm, config.special_ids, rows)

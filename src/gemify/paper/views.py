@@ -6,6 +6,8 @@ The paper leaves open how a token is dropped. Four ways, all on token ids:
     mask    the token stays, but the special tokens may not see it: two views share one forward pass of the text
     span    a random run of tokens is kept, the rest deleted: views from differing parts of the text
     halves  the two views are the two sides of one random cut near the middle: nothing is shared
+
+Where the data holds pairs (an anchor and its positive), these are the two views, and tokens are dropped from them.
 """
 
 from __future__ import annotations
@@ -53,6 +55,15 @@ class Views:
             return self._halves(text, rng)
         first = self._drop(text, rng) if self.both else whole(text)
         return first, self._drop(text, rng)
+
+    def of_pair(self, anchor: Sequence[int], positive: Sequence[int], rng: Random) -> tuple[View, View]:
+        """Two views that are two non-empty texts, less what is dropped; ``halves`` drops nothing."""
+        if not anchor or not positive:
+            raise ValueError("a view needs at least one token, got an empty text")
+        if self.kind == "halves":
+            return whole(anchor), whole(positive)
+        first = self._drop(anchor, rng) if self.both else whole(anchor)
+        return first, self._drop(positive, rng)
 
     def _drop(self, text: Sequence[int], rng: Random) -> View:
         n = len(text)

@@ -18,7 +18,7 @@ from gemify.training.recipe import Recipe
 
 @dataclass(frozen=True)
 class Tokens:
-    """One tokenised example; ``second`` for the pairs (summary, soft prompt)."""
+    """One tokenised example; ``second`` for the pairs (summary, soft prompt, positive)."""
 
     ids: tuple[int, ...]
     second: tuple[int, ...] = ()
@@ -78,15 +78,19 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             rng = Random(f"{self.recipe.seed} {step} {index}")
             rows = [self._row(e, rng) for e in examples[: self.recipe.batch_size]] if with_rows else []
             chosen = self._contrasted(examples, rows) if alpha > 0.0 else []
-            views = [self._views(e.ids, rng) for e in chosen]
+            views = [self._views(e, rng) for e in chosen]
             made.append((rows if alpha < 1.0 else [], views))
         targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, _ in made for r in rows)
         for rows, views in made[self.rank :: self.world]:
             yield {"batch": MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made))}
 
-    def _views(self, ids: tuple[int, ...], rng: Random) -> tuple[View, View]:
-        """Two views of a text; what the tokenizer puts first (a BOS) is in both, as when texts are embedded."""
-        first, second = self.recipe.views.pair(ids[len(self.head) :], rng)
+    def _views(self, example: Tokens, rng: Random) -> tuple[View, View]:
+        """Two views of a text, or of the two of a pair; what the tokenizer puts first (a BOS) is in both."""
+        text = example.ids[len(self.head) :]
+        if example.kind == "positive":
+            first, second = self.recipe.views.of_pair(text, example.second, rng)
+        else:
+            first, second = self.recipe.views.pair(text, rng)
         seen = (True,) * len(self.head)
         return View(self.head + first.ids, seen + first.seen), View(self.head + second.ids, seen + second.seen)
 
@@ -99,7 +103,7 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
     def _row(self, example: Tokens, rng: Random) -> Row:
         if rng.random() < self.recipe.p:
-            return raw_row((*example.ids, *example.second))
+            return raw_row(example.ids if example.kind == "positive" else (*example.ids, *example.second))
         if example.kind == "summary":
             return summary_row(example.ids, (*example.second, *self.end))
         if example.kind == "soft_prompt":

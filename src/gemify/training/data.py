@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-_PAIRS = (("summary", "context", "summary"), ("soft_prompt", "prompt", "answer"))
+_PAIRS = (
+    ("summary", "context", "summary"),
+    ("soft_prompt", "prompt", "answer"),
+    ("positive", "anchor", "positive"),  # sentence-transformers' names
+)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training text; with ``second`` a pair that becomes a row of the given kind (summary, soft prompt)."""
+    """One training text; with ``second`` a pair: the row of the given kind (summary, soft prompt), or two views (positive)."""
 
     text: str
     second: str | None = None
@@ -29,7 +33,8 @@ class Source:
 
     ``name``: a .txt, .jsonl or .parquet file (.txt and .jsonl also .gz), or a Hugging Face data set: its name, or
     a directory laid out like one. JSONL and
-    Parquet rows hold a text in ``text_column``, or a pair: context and summary, or prompt and answer.
+    Parquet rows hold a text in ``text_column``, or a pair: context and summary, prompt and answer, or anchor and
+    positive.
     """
 
     name: str
@@ -94,7 +99,7 @@ class Source:
         try:
             file = pq.ParquetFile(path)
             columns = set(file.schema_arrow.names)
-            wanted = [c for c in (self.text_column, "context", "summary", "prompt", "answer") if c in columns]
+            wanted = [c for c in (self.text_column, *(n for _, *names in _PAIRS for n in names)) if c in columns]
             number = 0
             for batch in file.iter_batches(batch_size=1024, columns=wanted or None):
                 for row in batch.to_pylist():

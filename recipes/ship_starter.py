@@ -1,0 +1,33 @@
+"""Make a finished run the GEM that `--model starter` loads: its adapter in float16, its recipe and figures beside it.
+
+    python recipes/ship_starter.py runs/starter src/gemify/starter/one-token
+
+The tokenizer is the base's own, so it is left out.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from gemify.model.config import CONFIG_FILE
+from gemify.model.gate import ADAPTER_FILE
+from gemify.model.storage import atomic_directory
+
+
+def main(run: Path, target: Path) -> None:
+    with atomic_directory(target, last=CONFIG_FILE) as stage:
+        state = {name: tensor.to(torch.float16) for name, tensor in load_file(run / ADAPTER_FILE).items()}
+        save_file(state, stage / ADAPTER_FILE, metadata={"format": "pt"})
+        for name in ("adapter_config.json", "recipe.yaml", "summary.json", CONFIG_FILE):
+            shutil.copyfile(run / name, stage / name)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
