@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from conftest import disturb
 from gemify import GemModel
 from gemify.evaluation.language import PROBES, language_loss, same_logits
 from gemify.model.base import load_base
+from gemify.model.config import resolve_directory
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
 
@@ -70,6 +72,28 @@ def test_chat_knows_the_capital_of_france(starter_gem: GemModel) -> None:
         [{"role": "user", "content": "What is the capital of France?"}], max_new_tokens=20, do_sample=False
     )
     assert "Paris" in answer
+
+
+def test_the_shipped_gem_embeds_and_leaves_the_base_alone(base: Any, caplog: pytest.LogCaptureFixture) -> None:
+    shipped = GemModel.from_pretrained("starter")
+    assert caplog.text == ""  # made for these weights
+    guitar, instrument, market, water = shipped.encode(SENTENCES, normalize_embeddings=True)
+    assert guitar @ instrument > 0.6
+    assert max(guitar @ market, guitar @ water, market @ water) < 0.4
+    lm, tokenizer = base
+    assert same_logits(lm, shipped.lm, tokenizer, [*PROBES, *SENTENCES])
+
+
+def test_the_shipped_gem_is_small_and_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = resolve_directory("starter")
+    assert sum(f.stat().st_size for f in directory.iterdir()) < 12e6
+    root = Path(__file__).parents[1]
+    recipe = Recipe.of(Recipe.from_yaml(root / "recipes" / "starter.yaml"))
+    used = Recipe.of(Recipe.from_yaml(directory / "recipe.yaml"))
+    assert dataclasses.replace(used, data="", eval_pairs=None) == dataclasses.replace(recipe, eval_pairs=None)
+    (tmp_path / "starter").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve_directory("starter") == Path("starter")  # what lies in the user's directory is meant
 
 
 def test_handover(starter_gem: GemModel) -> None:
