@@ -44,7 +44,7 @@ starter: setup  ## an hour on two cores: the shipped GEM again, from the sentenc
 	test -f runs/starter-pairs.jsonl || $(BIN)/gemify pairs --data $(DATA) -t paraphrase -t question -t keywords --count 6144 \
 		--precision bf16 --resume --output runs/starter-pairs.jsonl
 	test -f runs/starter/summary.json || $(BIN)/gemify train --config recipes/starter.yaml --data runs/starter-pairs.jsonl --resume --output runs/starter
-	$(BIN)/python recipes/ship_starter.py runs/starter src/gemify/starter/one-token
+	$(BIN)/python recipes/ship_starter.py runs/starter src/gemify/shipped/starter
 
 clean:
 	rm -rf $(VENV) runs

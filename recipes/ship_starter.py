@@ -1,6 +1,6 @@
 """Make a finished run the GEM that `--model starter` loads: its adapter in float16, its recipe and figures beside it.
 
-    python recipes/ship_starter.py runs/starter src/gemify/starter/one-token
+    python recipes/ship_starter.py runs/starter src/gemify/shipped/starter
 
 The tokenizer is the base's own, so it is left out.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 def evaluate(
     output: Output,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="A GEM directory or repo id.")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id.")] = None,
     suite: Annotated[str, typer.Option(help="quick, gem16, llm2vec15, mteb, lm or all.")] = "quick",
     task: Annotated[
         list[str] | None, typer.Option("--task", "-t", help="A task by name instead of a suite's; may be repeated.")
@@ -77,10 +78,12 @@ def evaluate(
             show_progress_bar=not quiet,
             on_estimate=_estimate,
         )
-    finally:
+    except BaseException:
         if (output / "models").is_dir():
-            paths = write_report([output], output)
-    for path in paths:
+            with contextlib.suppress(Exception):  # a report that fails must not hide why the evaluation did
+                write_report([output], output)
+        raise
+    for path in write_report([output], output):
         if path.suffix in (".md", ".html"):
             typer.echo(str(path))
     if card and model is not None:

@@ -89,8 +89,8 @@ class GemConfig:
         return GemConfig(**values)
 
 
-SHIPPED = {"starter": "one-token", "starter-multi": "multi-token"}
-"""GEMs on the starter model that come with gemify, by the name that loads them."""
+SHIPPED = ("starter",)
+"""Names of the GEMs that come with gemify."""
 
 
 def require_special_tokens(k: int, *, tune: Tune, pooling: Pooling) -> None:
@@ -108,7 +108,7 @@ def resolve_directory(path: str | Path) -> Path:
     """The directory of a saved GEM: one of ours by name, a path, or a Hugging Face repo id (fetched to its cache)."""
     directory = Path(path)
     if str(path) in SHIPPED and not directory.is_dir():
-        return Path(__file__).parents[1] / "starter" / SHIPPED[str(path)]
+        return Path(__file__).parents[1] / "shipped" / directory
     if directory.is_dir() or directory.is_absolute() or str(path).count("/") != 1:
         return directory
     from huggingface_hub import snapshot_download

@@ -125,7 +125,7 @@ class GemModel:
         base: str | None = None,
         **loading: Unpack[Loading],
     ) -> GemModel:
-        """Load a saved GEM: a directory, a Hugging Face repo id, or ``starter`` or ``starter-multi`` (shipped).
+        """Load a saved GEM: a directory, a Hugging Face repo id, or ``starter``, which comes with gemify.
 
         ``base`` overrides where the base model is looked for. If its weights are not those the GEM was trained on, a
         warning says so.
