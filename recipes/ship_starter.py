@@ -17,14 +17,20 @@ from safetensors.torch import load_file, save_file
 from gemify.model.config import CONFIG_FILE
 from gemify.model.gate import ADAPTER_FILE
 from gemify.model.storage import atomic_directory
+from gemify.training.recipe import Recipe
+from gemify.training.trainer import RECIPE_FILE
 
 
 def main(run: Path, target: Path) -> None:
     with atomic_directory(target, last=CONFIG_FILE) as stage:
         state = {name: tensor.to(torch.float16) for name, tensor in load_file(run / ADAPTER_FILE).items()}
         save_file(state, stage / ADAPTER_FILE, metadata={"format": "pt"})
-        for name in ("adapter_config.json", "recipe.yaml", "summary.json", CONFIG_FILE):
+        for name in ("adapter_config.json", "summary.json", CONFIG_FILE):
             shutil.copyfile(run / name, stage / name)
+        recipe = Recipe.of(
+            {**Recipe.from_yaml(run / RECIPE_FILE), "eval_pairs": None}
+        )  # a path of the machine it ran on
+        (stage / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 
 if __name__ == "__main__":
