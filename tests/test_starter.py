@@ -78,8 +78,7 @@ def test_the_shipped_gem_embeds_and_leaves_the_base_alone(base: Any, caplog: pyt
     shipped = GemModel.from_pretrained("starter")
     assert caplog.text == ""  # made for these weights
     guitar, instrument, market, water = shipped.encode(SENTENCES, normalize_embeddings=True)
-    assert guitar @ instrument > 0.6
-    assert max(guitar @ market, guitar @ water, market @ water) < 0.4
+    assert guitar @ instrument > 0.1 + max(guitar @ market, guitar @ water, market @ water)
     lm, tokenizer = base
     assert same_logits(lm, shipped.lm, tokenizer, [*PROBES, *SENTENCES])
 
