@@ -66,13 +66,18 @@ def test_a_stopped_run_goes_on_where_it_stopped(starter: Any, tmp_path: Path, mo
     lines = [
         TEXT,
         "Copper conducts heat better than iron but worse than silver.",
-        "The committee voted to postpone the decision until spring.",
+        "The committee voted to postpone\u2028the decision until spring.",
         "A small observatory was built on the roof of the school.",
         "too short",
     ]
     (tmp_path / "t.txt").write_text("\n".join(lines))
     order = Order("starter", str(tmp_path / "t.txt"), ("keywords",), count=4)
     whole = write_pairs(order, tmp_path / "whole.jsonl", show_progress_bar=False)
+
+    (tmp_path / "short.txt").write_text("too short")
+    with pytest.raises(ValueError, match="holds no text of 8 to 64 tokens"):
+        write_pairs(Order("starter", str(tmp_path / "short.txt")), tmp_path / "none.jsonl", show_progress_bar=False)
+    assert not list(tmp_path.glob("none*"))
 
     append, saves = writing._append, []
 
@@ -99,7 +104,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(starter: Any, tmp_path: Path, mo
     with pytest.raises(ValueError, match="exists: choose another name"):
         write_pairs(order, tmp_path / "again.jsonl")
 
-    rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().strip().split("\n")]
     assert rows
     assert {r["anchor"] for r in rows} <= set(lines[:4])
     assert list(Source(str(tmp_path / "whole.jsonl"))) == [

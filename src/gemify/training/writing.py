@@ -211,7 +211,8 @@ def write_pairs(
     texts = islice(_texts(source, tokenizer, order), order.skip, order.skip + order.count)
     if next(islice(texts, done - 1, None) if done else iter([""]), None) is None:
         raise ValueError(f"{order.data} holds fewer texts than {part} has: it is not the data of that run")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    if not part.exists():  # only now: a base or data that cannot be read leaves nothing behind
+        _append(part, [{"order": asdict(order)}])
     with tqdm(
         total=order.count * len(writers), initial=done * len(writers), unit="piece", disable=not show_progress_bar
     ) as bar:
@@ -224,6 +225,11 @@ def write_pairs(
                     bar.update()
             done += len(block)
             _append(part, [*rows, {"done": done}])
+    if not done:
+        part.unlink()
+        raise ValueError(
+            f"{order.data} holds no text of {order.min_length} to {order.max_length} tokens after the first {order.skip}"
+        )
     return _finish(part, output, order)
 
 
@@ -237,7 +243,6 @@ def _texts(source: Source, tokenizer: PreTrainedTokenizerBase, order: Order) -> 
 def _done(part: Path, order: Order, *, resume: bool) -> int:
     """How many texts an earlier run is done with; rows of an unfinished block are cut off."""
     if not part.exists():
-        _append(part, [{"order": asdict(order)}])
         return 0
     if not resume:
         raise ValueError(f"{part} exists: add --resume to go on with it, or choose another --output")
@@ -264,7 +269,7 @@ def _append(part: Path, rows: list[dict[str, Any]]) -> None:
 def _finish(part: Path, output: Path, order: Order) -> dict[str, int]:
     counts = dict.fromkeys(order.tasks, 0)
     with atomic_file(output) as stage, stage.open("w", encoding="utf-8") as file:
-        for line in part.read_text(encoding="utf-8").splitlines():
+        for line in part.read_text(encoding="utf-8").split("\n"):  # not splitlines: a text may hold U+2028
             if line.startswith('{"anchor"'):
                 counts[json.loads(line)["task"]] += 1
                 file.write(line + "\n")
