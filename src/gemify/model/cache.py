@@ -66,3 +66,20 @@ def concatenate(lm: PreTrainedModel, caches: list[DynamicCache]) -> DynamicCache
             keys = torch.cat([c.layers[index].keys for c in caches])
             joined.update(keys, torch.cat([c.layers[index].values for c in caches]), index)
     return joined
+
+
+def from_key_values(lm: PreTrainedModel, pairs: list[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """The cache that `key_values` took apart. Layers that hold none of their own stay empty."""
+    made = new_cache(lm)
+    if len(pairs) != len(made.layers):
+        raise ValueError(f"a cache of {len(made.layers)} layers is wanted, got {len(pairs)}: it is another model's")
+    for index, (keys, values) in enumerate(pairs):
+        made.update(keys, values, index)
+    return made
+
+
+def columns_of(cache: DynamicCache, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of some of the columns; ValueError where sliding windows have dropped any."""
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise ValueError("this model's sliding windows drop old columns: its cache cannot be cut")
+    return [(keys[..., start:stop, :], values[..., start:stop, :]) for keys, values in key_values(cache)]

@@ -318,13 +318,18 @@ class GemModel:
         return handover.prefill(self.lm, ids_BT, mask_BT, single=isinstance(texts, str))
 
     @torch.no_grad()
-    def embed(self, handle: Handle) -> Tensor:
+    def embed(self, handle: Handle, *, since: int = 0) -> Tensor:
         """Embeddings of a handle's texts, [B, D] ([D] for one string): only the special tokens are computed.
 
-        The handle's cache stays as it was. Without special tokens the vector is not in the cache: ValueError.
+        The special tokens see the columns from ``since`` on, such as a question inside a prompt. The handle's cache
+        stays as it was. Without special tokens the vector is not in the cache: ValueError.
         """
         self.lm.eval()
-        hidden_BKD = self._specials(handle.text).hidden_BKD
+        columns = handle.ids_BT.shape[1]
+        if not 0 <= since < max(columns, 1):
+            raise ValueError(f"since must be a column of the handle, 0..{columns - 1}, got {since}")
+        seen_BT = (torch.arange(columns, device=self.device) >= since)[None] if since else None
+        hidden_BKD = self._specials(handle.text, seen_BT=seen_BT).hidden_BKD
         assert hidden_BKD is not None
         vectors_BD = pool(hidden_BKD, self.config.pooling).float().cpu()
         return vectors_BD[0] if handle.single else vectors_BD
@@ -348,18 +353,8 @@ class GemModel:
     @torch.no_grad()
     def generate_ids(self, handle: Handle | None, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Tensor:
         """`generate` on token ids, [B, T] padded on the left; returns prompts and continuations, [B, T + new]."""
-        suppressed = sorted({*(options.pop("suppress_tokens", None) or ()), *self.config.special_ids})
-        table = self.lm.get_output_embeddings().weight.shape[0]
-        options["suppress_tokens"] = [i for i in suppressed if i < table] or None
-        if "stop_strings" in options:
-            options.setdefault("tokenizer", self.tokenizer)
-        if (config := self.lm.generation_config).pad_token_id is None:
-            ends = config.eos_token_id if config.eos_token_id is not None else self.tokenizer.eos_token_id
-            options.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
-        if handle is None:
-            return self.lm.generate(input_ids=ids_BT, attention_mask=mask_BT.long(), **options)
-        with handover.resume(self.lm, handle):
-            return self.lm.generate(input_ids=ids_BT, attention_mask=mask_BT.long(), **options)
+        never = self.config.special_ids
+        return handover.generate_ids(self.lm, self.tokenizer, handle, ids_BT, mask_BT, never=never, **options)
 
     def chat(self, messages: Sequence[Message], *, max_new_tokens: int = 256, **options: Any) -> str:
         """Answer a conversation in the base model's own chat format."""
@@ -408,12 +403,13 @@ class GemModel:
 
     # Inside
 
-    def _specials(self, text: Text, *, with_logits: bool = False) -> Specials:
+    def _specials(self, text: Text, *, seen_BT: Tensor | None = None, with_logits: bool = False) -> Specials:
         return special_pass(
             self.lm,
             text,
             self.config.special_ids,
             shared_position=self.config.shared_position,
+            seen_BT=seen_BT,
             with_logits=with_logits,
         )
 

@@ -1,4 +1,4 @@
-"""From one prefill to both jobs: the only file that knows how transformers' `generate` starts.
+"""From one prefill to both jobs, and to longer prompts: the only file that knows how transformers' `generate` starts.
 
 `generate` runs the prompt once (`_prefill`) and decodes from what that returned. For a `Handle` the prompt has already
 run; while `resume` is open, `_prefill` hands back that run's cache (a fork) and last logits. So the continuation goes
@@ -8,14 +8,14 @@ through transformers' own code (sampling, stopping, streaming) and equals a plai
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gemify.model.cache import fork, new_cache, select, size_in_bytes
@@ -43,19 +43,58 @@ class Handle:
 _resumed: ContextVar[Handle | None] = ContextVar("gemify_handle", default=None)
 
 
-@torch.no_grad()
 def prefill(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, *, single: bool) -> Handle:
     """Run left-padded prompts just as `generate` would, and keep the cache and the last logits."""
-    cache = new_cache(lm)
+    none = ids_BT[:, :0]
+    return extend(lm, Text(new_cache(lm), mask_BT[:, :0]), none, ids_BT, mask_BT, single=single)
+
+
+@torch.no_grad()
+def extend(
+    lm: PreTrainedModel, text: Text, before_BT: Tensor, ids_BT: Tensor, mask_BT: Tensor, *, single: bool
+) -> Handle:
+    """Run more tokens (padded on the left) after texts that have run. ``text`` stays as it was.
+
+    ``before_BT`` are the ids that ``text`` was made of: the new handle is of both together.
+    """
+    cache = fork(text.cache)
+    whole_BT = torch.cat([text.mask_BT, mask_BT], dim=1)
     out = lm(
         input_ids=ids_BT,
-        attention_mask=mask_BT.long(),
-        position_ids=positions_of(mask_BT),
+        attention_mask=whole_BT.long(),
+        position_ids=positions_of(whole_BT)[:, -ids_BT.shape[1] :],
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
     )
-    return Handle(Text(cache, mask_BT), ids_BT, out.logits[:, -1], single)
+    return Handle(Text(cache, whole_BT), torch.cat([before_BT, ids_BT], dim=1), out.logits[:, -1], single)
+
+
+@torch.no_grad()
+def generate_ids(
+    lm: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    handle: Handle | None,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    never: Sequence[int],
+    **options: Any,
+) -> Any:
+    """What transformers' `generate` returns for left-padded prompts, run already (``handle``) or not.
+
+    ``never`` are ids that must not be emitted: the special tokens'.
+    """
+    suppressed = sorted({*(options.pop("suppress_tokens", None) or ()), *never})
+    table = lm.get_output_embeddings().weight.shape[0]
+    options["suppress_tokens"] = [i for i in suppressed if i < table] or None
+    if "stop_strings" in options:
+        options.setdefault("tokenizer", tokenizer)
+    if (config := lm.generation_config).pad_token_id is None:
+        ends = config.eos_token_id if config.eos_token_id is not None else tokenizer.eos_token_id
+        options.setdefault("pad_token_id", ends[0] if isinstance(ends, list) else ends)
+    with resume(lm, handle) if handle is not None else contextlib.nullcontext():
+        return lm.generate(input_ids=ids_BT, attention_mask=mask_BT.long(), **options)
 
 
 @contextlib.contextmanager
