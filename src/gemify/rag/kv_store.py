@@ -1,0 +1,169 @@
+"""Documents' KV caches on disk: safetensors files, read through a memory map, least recently used out first.
+
+A file is named by a hash of what it was computed from: the model's fingerprint, the token ids and the precision. So a
+file is never wrong, only missing; a damaged one is dropped and computed again. A kept KV gives its text away: it
+deserves the same protection as the documents themselves.
+
+Fewer bits: keys are scaled for each channel (their channels differ most), values for each token, in 8 or 4 bits with a
+zero point; 4-bit numbers lie two to a byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from gemify.model.cache import from_key_values, key_values
+from gemify.model.storage import atomic_file
+
+logger = logging.getLogger(__name__)
+
+Bits = Literal[32, 16, 8, 4]
+_SUFFIX = ".kv.safetensors"
+
+
+class KvStore:
+    """A directory of KV caches of at most ``budget_bytes``. Several processes may share it.
+
+    Args:
+        fingerprint: of the model's weights; caches of other weights are never found.
+        bits: 16 is exact for models that run in 16 bits, 32 for those that run in float32.
+    """
+
+    def __init__(
+        self, directory: str | Path, *, fingerprint: str, bits: int = 16, budget_bytes: int | None = None
+    ) -> None:
+        if bits not in get_args(Bits):
+            raise ValueError(f"bits must be one of {', '.join(map(str, get_args(Bits)))}, got {bits}")
+        if budget_bytes is not None and budget_bytes < 1:
+            raise ValueError(f"budget_bytes must be at least 1, got {budget_bytes}")
+        self.directory = Path(directory)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"cannot keep caches in {self.directory}: it is a file, give a directory")
+        self.bits, self.budget_bytes, self.fingerprint = bits, budget_bytes, fingerprint
+        self.hits, self.misses = 0, 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(size for _, size, _ in self._files())
+
+    def __len__(self) -> int:
+        return len(self._files())
+
+    def get(self, lm: PreTrainedModel, ids: Sequence[int]) -> DynamicCache | None:
+        """The cache of ``ids``, or None. What is damaged is removed, with a warning."""
+        path = self._path(ids)
+        try:
+            with safe_open(str(path), framework="pt", device=str(lm.device)) as file:
+                layers = int(file.metadata()["layers"])
+                pairs = [
+                    (_unpack(file, f"k{i}", self.bits, lm.dtype), _unpack(file, f"v{i}", self.bits, lm.dtype))
+                    for i in range(layers)
+                ]
+            if pairs[0][0].shape[-2] != len(ids):
+                raise ValueError(f"it holds {pairs[0][0].shape[-2]} columns, {len(ids)} are wanted")
+            cache = from_key_values(lm, pairs)
+        except FileNotFoundError:
+            self.misses += 1
+            return None
+        except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
+            logger.warning("dropped the damaged cache %s (%s): it is computed again", path, str(error).splitlines()[0])
+            path.unlink(missing_ok=True)
+            self.misses += 1
+            return None
+        self.hits += 1
+        _touch(path)
+        return cache
+
+    def put(self, ids: Sequence[int], cache: DynamicCache) -> None:
+        """Keep the cache of one text, then drop the least recently used beyond the budget."""
+        tensors: dict[str, Tensor] = {}
+        pairs = key_values(cache)
+        for i, (keys, values) in enumerate(pairs):
+            if keys.shape[0] != 1 or keys.shape[-2] != len(ids):
+                raise ValueError(f"one text of {len(ids)} tokens is wanted, got keys of {tuple(keys.shape)}")
+            tensors |= _pack(keys, f"k{i}", self.bits, over=-2) | _pack(values, f"v{i}", self.bits, over=-1)
+        size = sum(t.numel() * t.element_size() for t in tensors.values())
+        if self.budget_bytes is not None and size > self.budget_bytes:
+            logger.warning(
+                "a cache of %s bytes is larger than the whole budget (%s): not kept", size, self.budget_bytes
+            )
+            return
+        path = self._path(ids)
+        try:
+            with atomic_file(path) as stage:
+                save_file(tensors, stage, metadata={"layers": str(len(pairs))})
+        except SafetensorError as error:  # what a full disk looks like through safetensors
+            raise OSError(f"cannot write {path}: {error}") from error
+        self._evict(path)
+
+    def _path(self, ids: Sequence[int]) -> Path:
+        text = f"{self.fingerprint}|{self.bits}|{','.join(map(str, ids))}"
+        return self.directory / (hashlib.sha256(text.encode()).hexdigest()[:40] + _SUFFIX)
+
+    def _files(self) -> list[tuple[float, int, Path]]:
+        """Last use, size and path of what is kept."""
+        found = []
+        for path in self.directory.glob(f"*{_SUFFIX}"):
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # another process dropped it
+                continue
+            found.append((stat.st_mtime, stat.st_size, path))
+        return found
+
+    def _evict(self, newest: Path) -> None:
+        if self.budget_bytes is None:
+            return
+        files = sorted(self._files())
+        total = sum(size for _, size, _ in files)
+        for _, size, path in files:
+            if total <= self.budget_bytes:
+                return
+            if path != newest:
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def _touch(path: Path) -> None:
+    try:
+        os.utime(path)
+    except OSError:  # a read-only store keeps its order
+        pass
+
+
+def _pack(tensor: Tensor, name: str, bits: int, *, over: int) -> dict[str, Tensor]:
+    """A tensor's parts under a name; scaled over the dimension ``over`` where bits are few."""
+    tensor = tensor.detach().cpu()
+    if bits == 32:
+        return {name: tensor.float().contiguous()}
+    if bits == 16:
+        if tensor.dtype == torch.float32:
+            tensor = tensor.to(torch.float16 if float(tensor.abs().amax()) < 6e4 else torch.bfloat16)
+        return {name: tensor.contiguous()}
+    wide = tensor.float()
+    low, high = wide.amin(over, keepdim=True), wide.amax(over, keepdim=True)
+    step = ((high - low) / (2**bits - 1)).clamp_min(1e-8)
+    whole = ((wide - low) / step).round_().to(torch.uint8)
+    if bits == 4:
+        whole = whole[..., 0::2] | (whole[..., 1::2] << 4)
+    return {name: whole.contiguous(), f"{name}.low": low.contiguous(), f"{name}.step": step.contiguous()}
+
+
+def _unpack(file: Any, name: str, bits: int, dtype: torch.dtype) -> Tensor:
+    tensor: Tensor = file.get_tensor(name)
+    if bits in (32, 16):
+        return tensor.to(dtype)
+    if bits == 4:
+        tensor = torch.stack([tensor & 15, tensor >> 4], dim=-1).flatten(-2)
+    return (tensor.float() * file.get_tensor(f"{name}.step") + file.get_tensor(f"{name}.low")).to(dtype)

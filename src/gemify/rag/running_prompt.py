@@ -1,0 +1,126 @@
+"""One prompt that grows: what of it has run is not run again.
+
+A conversation's next prompt begins with the last one, a question's prompt with the question, a document's with the
+document. `reach` runs only what is new; where a prompt parts from what has run, the cache is cut there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache, TextStreamer
+
+from gemify.model.cache import columns_of, from_key_values, new_cache
+from gemify.model.gem import GemModel
+from gemify.model.handover import Handle, extend, generate_ids
+from gemify.model.passes import Text
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer: its text, its ids without the end token, and how many tokens were made."""
+
+    text: str
+    ids: tuple[int, ...]
+    tokens: int
+
+
+class RunningPrompt:
+    """A prompt of one row and its KV cache."""
+
+    def __init__(self, gem: GemModel) -> None:
+        self._gem = gem
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what has run."""
+        self.ids: tuple[int, ...] = ()
+        self._cache = new_cache(self._gem.lm)
+        self._handle: Handle | None = None
+        self.computed = 0
+        """Tokens run since."""
+
+    def adopt(self, ids: Sequence[int], cache: DynamicCache) -> None:
+        """Take a cache that was computed elsewhere: ``ids`` have run."""
+        self.ids, self._cache, self._handle = tuple(ids), cache, None
+
+    @property
+    def text(self) -> Text:
+        return Text(self._cache, torch.ones(1, len(self.ids), dtype=torch.bool, device=self._gem.device))
+
+    def reach(self, ids: Sequence[int]) -> Handle:
+        """Run what is new of ``ids`` after what has run already."""
+        target = tuple(ids)
+        if not target:
+            raise ValueError("no token given: a prompt must not be empty")
+        if self._handle is not None and self.ids == target:
+            return self._handle
+        common = next(
+            (i for i, (a, b) in enumerate(zip(self.ids, target, strict=False)) if a != b),
+            min(len(self.ids), len(target)),
+        )
+        self._cut(min(common, len(target) - 1))
+        return self._run(target[len(self.ids) :])
+
+    def append(self, ids: Sequence[int]) -> Handle:
+        """Run ``ids`` after all that has run, also where that is a joined cache."""
+        return self._run(tuple(ids))
+
+    def write(self, handle: Handle, *, on_text: Callable[[str], None] | None = None, **options: Any) -> Written:
+        """Answer the prompt, and keep the answer's cache too. ``on_text`` gets the pieces as they are made."""
+        gem = self._gem
+        if on_text is not None:
+            options["streamer"] = _Pieces(gem.tokenizer, on_text)
+        with torch.no_grad():
+            out = generate_ids(
+                gem.lm,
+                gem.tokenizer,
+                handle,
+                handle.ids_BT,
+                handle.text.mask_BT,
+                never=gem.special_ids,
+                return_dict_in_generate=True,
+                **options,
+            )
+        sequence = out.sequences[0].tolist()
+        new = sequence[handle.ids_BT.shape[1] :]
+        self.adopt(sequence[:-1], out.past_key_values)  # the last token was made, not run
+        ends = gem.lm.generation_config.eos_token_id
+        stops = {ends} if isinstance(ends, int) else set(ends or ()) | {gem.tokenizer.eos_token_id}
+        kept = new[:-1] if new and new[-1] in stops else new
+        return Written(str(gem.tokenizer.decode(kept, skip_special_tokens=True)), tuple(kept), len(new))
+
+    def _cut(self, columns: int) -> None:
+        if columns == len(self.ids):
+            return
+        try:
+            pairs = columns_of(self._cache, 0, columns) if columns else None
+        except ValueError:  # sliding windows: start over
+            pairs = None
+        lm = self._gem.lm
+        self._cache = from_key_values(lm, pairs) if pairs else new_cache(lm)
+        self.ids, self._handle = self.ids[: columns if pairs else 0], None
+
+    def _run(self, new: tuple[int, ...]) -> Handle:
+        gem = self._gem
+        gem.lm.eval()
+        before_BT, ids_BT = (torch.tensor(part, dtype=torch.long, device=gem.device)[None] for part in (self.ids, new))
+        handle = extend(gem.lm, self.text, before_BT, ids_BT, torch.ones_like(ids_BT).bool(), single=True)
+        self.ids, self._cache, self._handle = self.ids + new, handle.text.cache, handle
+        self.computed += len(new)
+        return handle
+
+
+class _Pieces(TextStreamer):
+    """transformers' streamer, with a function in place of stdout."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._on_text(text)
