@@ -60,18 +60,19 @@ class KvStore:
     def __len__(self) -> int:
         return len(self._files())
 
-    def get(self, lm: PreTrainedModel, ids: Sequence[int]) -> DynamicCache | None:
+    def get(self, lm: PreTrainedModel, ids: Sequence[int], *, kind: str = "text") -> DynamicCache | None:
         """The cache of ``ids``, or None. What is damaged is removed, with a warning."""
-        path = self._path(ids)
+        path = self._path(ids, kind)
         try:
             with safe_open(str(path), framework="pt", device=str(lm.device)) as file:
-                layers = int(file.metadata()["layers"])
+                found = file.metadata()
+                if found["name"] != path.name:
+                    raise ValueError("it is another text's")
+                layers = int(found["layers"])
                 pairs = [
                     (_unpack(file, f"k{i}", self.bits, lm.dtype), _unpack(file, f"v{i}", self.bits, lm.dtype))
                     for i in range(layers)
                 ]
-            if pairs[0][0].shape[-2] != len(ids):
-                raise ValueError(f"it holds {pairs[0][0].shape[-2]} columns, {len(ids)} are wanted")
             cache = from_key_values(lm, pairs)
         except FileNotFoundError:
             self.misses += 1
@@ -85,13 +86,16 @@ class KvStore:
         _touch(path)
         return cache
 
-    def put(self, ids: Sequence[int], cache: DynamicCache) -> None:
-        """Keep the cache of one text, then drop the least recently used beyond the budget."""
+    def put(self, ids: Sequence[int], cache: DynamicCache, *, kind: str = "text") -> None:
+        """Keep the cache of one text, then drop the least recently used beyond the budget.
+
+        ``kind`` says what of ``ids`` the cache is of: the text itself, or its special tokens.
+        """
         tensors: dict[str, Tensor] = {}
         pairs = key_values(cache)
         for i, (keys, values) in enumerate(pairs):
-            if keys.shape[0] != 1 or keys.shape[-2] != len(ids):
-                raise ValueError(f"one text of {len(ids)} tokens is wanted, got keys of {tuple(keys.shape)}")
+            if keys.shape[0] != 1:
+                raise ValueError(f"the cache of one text is wanted, got keys of {tuple(keys.shape)}")
             tensors |= _pack(keys, f"k{i}", self.bits, over=-2) | _pack(values, f"v{i}", self.bits, over=-1)
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         if self.budget_bytes is not None and size > self.budget_bytes:
@@ -99,16 +103,16 @@ class KvStore:
                 "a cache of %s bytes is larger than the whole budget (%s): not kept", size, self.budget_bytes
             )
             return
-        path = self._path(ids)
+        path = self._path(ids, kind)
         try:
             with atomic_file(path) as stage:
-                save_file(tensors, stage, metadata={"layers": str(len(pairs))})
+                save_file(tensors, stage, metadata={"layers": str(len(pairs)), "name": path.name})
         except SafetensorError as error:  # what a full disk looks like through safetensors
             raise OSError(f"cannot write {path}: {error}") from error
         self._evict(path)
 
-    def _path(self, ids: Sequence[int]) -> Path:
-        text = f"{self.fingerprint}|{self.bits}|{','.join(map(str, ids))}"
+    def _path(self, ids: Sequence[int], kind: str) -> Path:
+        text = f"{self.fingerprint}|{self.bits}|{kind}|{','.join(map(str, ids))}"
         return self.directory / (hashlib.sha256(text.encode()).hexdigest()[:40] + _SUFFIX)
 
     def _files(self) -> list[tuple[float, int, Path]]:

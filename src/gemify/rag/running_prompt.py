@@ -16,6 +16,7 @@ from transformers import DynamicCache, TextStreamer
 from gemify.model.cache import columns_of, from_key_values, new_cache
 from gemify.model.gem import GemModel
 from gemify.model.handover import Handle, extend, generate_ids
+from gemify.model.joining import join
 from gemify.model.passes import Text
 
 
@@ -33,6 +34,8 @@ class RunningPrompt:
 
     def __init__(self, gem: GemModel) -> None:
         self._gem = gem
+        self.computed = 0
+        """Tokens run so far."""
         self.clear()
 
     def clear(self) -> None:
@@ -40,8 +43,6 @@ class RunningPrompt:
         self.ids: tuple[int, ...] = ()
         self._cache = new_cache(self._gem.lm)
         self._handle: Handle | None = None
-        self.computed = 0
-        """Tokens run since."""
 
     def adopt(self, ids: Sequence[int], cache: DynamicCache) -> None:
         """Take a cache that was computed elsewhere: ``ids`` have run."""
@@ -69,11 +70,24 @@ class RunningPrompt:
         """Run ``ids`` after all that has run, also where that is a joined cache."""
         return self._run(tuple(ids))
 
-    def write(self, handle: Handle, *, on_text: Callable[[str], None] | None = None, **options: Any) -> Written:
-        """Answer the prompt, and keep the answer's cache too. ``on_text`` gets the pieces as they are made."""
+    def join(self, ids: Sequence[int], cache: DynamicCache) -> None:
+        """Put a cache that was computed elsewhere, and moved to this place, behind what has run."""
+        self.adopt((*self.ids, *ids), join(self._gem.lm, [self._cache, cache]) if self.ids else cache)
+
+    def write(
+        self,
+        handle: Handle,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        on_token: Callable[[], None] | None = None,
+        **options: Any,
+    ) -> Written:
+        """Answer the prompt, and keep the answer's cache too.
+
+        ``on_text`` gets the pieces of text as they are made (whole words, mostly), ``on_token`` is called for each token.
+        """
         gem = self._gem
-        if on_text is not None:
-            options["streamer"] = _Pieces(gem.tokenizer, on_text)
+        options["streamer"] = _Pieces(gem.tokenizer, on_text, on_token)
         with torch.no_grad():
             out = generate_ids(
                 gem.lm,
@@ -115,12 +129,21 @@ class RunningPrompt:
 
 
 class _Pieces(TextStreamer):
-    """transformers' streamer, with a function in place of stdout."""
+    """transformers' streamer, with functions in place of stdout."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+    def __init__(
+        self, tokenizer: Any, on_text: Callable[[str], None] | None, on_token: Callable[[], None] | None
+    ) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
+        self._on_text, self._on_token = on_text, on_token
+
+    def put(self, value: torch.Tensor) -> None:
+        prompt = self.next_tokens_are_prompt
+        if not prompt and self._on_token is not None:
+            self._on_token()
+        if prompt or self._on_text is not None:
+            super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
+        if text and self._on_text is not None:
             self._on_text(text)

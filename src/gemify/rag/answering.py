@@ -1,0 +1,272 @@
+"""`GemRag`: answers from an index, by the model that made the index, each text computed once.
+
+    question first     head | question S | passages | tail | answer      the question's cache goes on into the answer;
+                                                                         S embeds the question and leaves no trace
+    passages first     head | passage 1 | ... | question | tail | answer  passage 1's cache may come from disk
+
+``documents`` says what the answer sees of the passages:
+
+- ``text``: the passages themselves, one after the other. Exact. A kept cache serves the first passage.
+- ``joined``: caches of passages that ran apart, moved to their places (`gemify.model.joining`). Any number of kept
+  caches serve; the passages have not seen each other. An approximation.
+- ``special``: the passages' special tokens alone, k tokens each (GEM, Section 3.1). An approximation, and a strong one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+
+from gemify.model.gem import GemModel
+from gemify.model.handover import Handle
+from gemify.model.joining import require_shiftable
+from gemify.rag.kv_store import KvStore
+from gemify.rag.passage_caches import PassageCaches
+from gemify.rag.prompt import ChatFormat, Turn
+from gemify.rag.running_prompt import RunningPrompt
+
+Order = Literal["question-first", "passages-first"]
+Documents = Literal["text", "joined", "special"]
+SYSTEM = "You answer questions from the given passages, in a few words."
+
+
+class Found(Protocol):
+    """A passage that was found (`gemify.rag.index.Passage`)."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def title(self) -> str | None: ...
+    @property
+    def file(self) -> str: ...
+    @property
+    def place(self) -> str: ...
+    @property
+    def score(self) -> float: ...
+
+
+class Searchable(Protocol):
+    """What is searched (`gemify.rag.index.GemIndex`)."""
+
+    def search(
+        self, query: str, *, k: int = 10, mode: Any = "vector", vector: np.ndarray | None = None
+    ) -> Sequence[Any]: ...
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one answer, and the tokens that were run for it."""
+
+    embed: float
+    """From the question to its vector."""
+    search: float
+    first_token: float
+    """From the question to the answer's first token."""
+    total: float
+    computed: int
+    """Prompt tokens that were run."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and where it comes from: ``passages[0]`` is source [1]."""
+
+    text: str
+    passages: tuple[Found, ...]
+    timing: Timing
+
+    def sources(self) -> list[str]:
+        """A line a source: its number, file and place."""
+        return [f"[{n}] {p.file}{f' ({p.place})' if p.place else ''}" for n, p in enumerate(self.passages, 1)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are made; ValueError for what does not fit together."""
+
+    passages: int = 3
+    """How many go into the prompt."""
+    mode: str = "hybrid"
+    """Of the search: vector, fts or hybrid."""
+    order: Order = "question-first"
+    documents: Documents = "text"
+    handover: bool = True
+    """False: the question is run for its vector and run again for the answer (for comparison)."""
+    system: str = SYSTEM
+    max_new_tokens: int = 256
+    generate: dict[str, Any] = field(default_factory=lambda: {"do_sample": False})
+    """Further options of transformers' `generate`."""
+
+    def __post_init__(self) -> None:
+        for name, value, kinds in (("order", self.order, Order), ("documents", self.documents, Documents)):
+            if value not in get_args(kinds):
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(get_args(kinds))}")
+        if self.passages < 0:
+            raise ValueError(f"passages must be at least 0, got {self.passages}")
+        if self.documents != "text" and self.order == "question-first":
+            raise ValueError(f"documents {self.documents!r} need order 'passages-first': their caches know no question")
+
+
+class GemRag:
+    """Questions to an index, answered by the model that searches it.
+
+    Args:
+        gem: the model, of whose own embeddings ``index`` is made.
+        index: searched for passages; None: the model answers alone.
+        kv: where passages' caches are kept (order ``passages-first``); None: they are computed each time.
+    """
+
+    def __init__(
+        self,
+        gem: GemModel,
+        index: Searchable | None,
+        *,
+        kv: KvStore | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        self.gem, self.index, self.kv, self.settings = gem, index, kv, settings or Settings()
+        self.format = ChatFormat(gem.tokenizer)
+        head = [self.format.turn("system", self.settings.system)] if self.settings.system else []
+        empty = self.format.layout([*head, Turn("user", ())])
+        self.caches = PassageCaches(gem, kv, empty.ids[: empty.starts[-1]], label=self.format.plain("[1] "))
+        if kv is not None and self.settings.order == "question-first":
+            raise ValueError("kept caches need order 'passages-first': behind a question, a passage's cache is its own")
+        if self.settings.documents != "text":
+            require_shiftable(gem.lm)
+
+    def ask(self, question: str, *, on_text: Callable[[str], None] | None = None, **options: Any) -> Answer:
+        """One question, one answer. ``on_text`` gets the answer's pieces as they are made.
+
+        ``options`` are those of transformers' `generate`, over the settings'.
+        """
+        return self.conversation().ask(question, on_text=on_text, **options)
+
+    def conversation(self) -> Conversation:
+        """A conversation whose cache is carried over its turns."""
+        return Conversation(self)
+
+
+class Conversation:
+    """Questions and answers in one growing prompt (`RunningPrompt`): no turn is run twice."""
+
+    def __init__(self, rag: GemRag) -> None:
+        self.rag = rag
+        self._prompt = RunningPrompt(rag.gem)
+        self._turns: list[Turn] = [rag.format.turn("system", rag.settings.system)] if rag.settings.system else []
+
+    def ask(self, question: str, *, on_text: Callable[[str], None] | None = None, **options: Any) -> Answer:
+        """The next question, and its answer."""
+        if not question.strip():
+            raise ValueError("no question given: ask something")
+        gem, settings, prompt, caches = self.rag.gem, self.rag.settings, self._prompt, self.rag.caches
+        watch = _Watch()
+        self._make_room()
+        before = prompt.computed + caches.computed
+        asked = self.rag.format.plain(question)
+        first = settings.order == "question-first"
+        vector = self._embed_in_place(asked) if first else gem.encode_query(question)
+        embed = watch.lap()
+        passages = self._search(question, vector)
+        search = watch.lap()
+        if first:
+            content = asked + self._plain(self._as_context(passages, before="\n\n"))
+            self._turns.append(Turn("user", content))
+            if not settings.handover:
+                prompt.clear()
+            handle = prompt.reach(self.rag.format.layout(self._turns).ids)
+        else:
+            handle = self._passages_then(asked, passages)
+
+        generate = {"max_new_tokens": settings.max_new_tokens, **settings.generate, **options}
+        try:
+            written = prompt.write(handle, on_text=on_text, on_token=watch.token, **generate)
+        except BaseException:
+            self._turns.pop()
+            raise
+        self._turns.append(Turn("assistant", written.ids))
+        total = watch.total()
+        computed = prompt.computed + caches.computed - before
+        timing = Timing(embed, search, watch.first_token or total, total, computed)
+        return Answer(written.text, tuple(passages), timing)
+
+    # Inside
+
+    def _embed_in_place(self, asked: tuple[int, ...]) -> np.ndarray:
+        """The question's vector from the prompt that its answer goes on from."""
+        layout = self.rag.format.layout([*self._turns, Turn("user", asked)])
+        start = layout.starts[-1]
+        handle = self._prompt.reach(layout.ids[: start + len(asked)])
+        vector: np.ndarray = self.rag.gem.embed(handle, since=start).numpy()
+        return vector
+
+    def _search(self, question: str, vector: np.ndarray) -> list[Any]:
+        settings, index = self.rag.settings, self.rag.index
+        if index is None or settings.passages == 0:
+            return []
+        return list(index.search(question, k=settings.passages, mode=settings.mode, vector=vector))
+
+    def _plain(self, text: str) -> tuple[int, ...]:
+        return self.rag.format.plain(text) if text else ()
+
+    @staticmethod
+    def _as_context(passages: Sequence[Found], *, before: str = "", after: str = "") -> str:
+        if not passages:
+            return ""
+        return before + "\n\n".join(f"[{n}] {passage_text(p)}" for n, p in enumerate(passages, 1)) + after
+
+    def _passages_then(self, asked: tuple[int, ...], passages: Sequence[Found]) -> Handle:
+        """The prompt of passages, then the question; what is kept of the passages is not run."""
+        rag, prompt = self.rag, self._prompt
+        parts = [(self._plain(f"[{n}] "), self._plain(passage_text(p) + "\n\n")) for n, p in enumerate(passages, 1)]
+        if rag.settings.documents == "text":
+            self._turns.append(Turn("user", tuple(i for part in parts for ids in part for i in ids) + asked))
+            layout = rag.format.layout(self._turns)
+            first_turn = layout.starts[-1] == len(rag.caches.head)  # where a kept cache stood, too
+            if parts and first_turn and rag.kv is not None:
+                prompt.adopt(*rag.caches.exact(layout.ids[: layout.starts[-1] + len(parts[0][0]) + len(parts[0][1])]))
+            return prompt.reach(layout.ids)
+        layout = rag.format.layout([*self._turns, Turn("user", asked)])
+        start = layout.starts[-1]
+        prompt.reach(layout.ids[:start])
+        for label, text in parts:
+            prompt.append(label)
+            prompt.join(*rag.caches.moved(text, to=len(prompt.ids), special=rag.settings.documents == "special"))
+        self._turns.append(Turn("user", prompt.ids[start:] + asked))
+        return prompt.append(layout.ids[start:])
+
+    def _make_room(self) -> None:
+        """Forget the oldest turns of a conversation that the model has no room for."""
+        limit = getattr(self.rag.gem.lm.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            return
+        fixed = 1 if self._turns and self._turns[0].role == "system" else 0
+        room = limit - self.rag.settings.max_new_tokens - limit // 4
+        while len(self._turns) > fixed and sum(len(t.ids) for t in self._turns) > room:
+            del self._turns[fixed : fixed + 2]
+
+
+def passage_text(passage: Found) -> str:
+    """A passage as the prompt has it."""
+    return f"{passage.title}: {passage.text}" if passage.title else passage.text
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self._start = self._lap = time.perf_counter()
+        self.first_token: float | None = None
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        took, self._lap = now - self._lap, now
+        return took
+
+    def token(self) -> None:
+        if self.first_token is None:
+            self.first_token = time.perf_counter() - self._start
+
+    def total(self) -> float:
+        return time.perf_counter() - self._start

@@ -1,0 +1,57 @@
+"""Caches of passages, computed or kept, for the place in a prompt where they are wanted."""
+
+from __future__ import annotations
+
+import torch
+from transformers import DynamicCache
+
+from gemify.model.cache import columns_of, from_key_values
+from gemify.model.gem import GemModel
+from gemify.model.joining import shift
+from gemify.model.passes import Text, special_pass
+from gemify.rag.kv_store import KvStore
+from gemify.rag.running_prompt import RunningPrompt
+
+Ids = tuple[int, ...]
+
+
+class PassageCaches:
+    """A passage's cache is computed as the first passage of a first turn: ``head``, ``label``, passage."""
+
+    def __init__(self, gem: GemModel, kv: KvStore | None, head: Ids, *, label: Ids) -> None:
+        self._gem, self._kv, self.head, self._label = gem, kv, head, label
+        self.computed = 0
+        """Tokens run so far."""
+
+    def exact(self, ids: Ids) -> tuple[Ids, DynamicCache]:
+        """The cache of a prompt's beginning."""
+        kept = self._kv.get(self._gem.lm, ids) if self._kv is not None else None
+        if kept is None:
+            kept = self._run(ids).cache
+            if self._kv is not None:
+                self._kv.put(ids, kept)
+        return ids, kept
+
+    def moved(self, passage: Ids, *, to: int, special: bool) -> tuple[Ids, DynamicCache]:
+        """A passage's columns, or its special tokens' alone, as if they stood at column ``to``."""
+        lm = self._gem.lm
+        if special:
+            return tuple(self._gem.special_ids), shift(lm, self._special(passage), to - len(passage))
+        before = len(self.head) + len(self._label)
+        _, cache = self.exact(self.head + self._label + passage)
+        return passage, shift(lm, from_key_values(lm, columns_of(cache, before, before + len(passage))), to - before)
+
+    @torch.no_grad()
+    def _special(self, passage: Ids) -> DynamicCache:
+        gem, kv = self._gem, self._kv
+        kept = kv.get(gem.lm, passage, kind="special") if kv is not None else None
+        if kept is None:
+            text = self._run(passage)
+            kept = special_pass(gem.lm, text, gem.special_ids, shared_position=gem.config.shared_position).cache
+            if kv is not None:
+                kv.put(passage, kept, kind="special")
+        return kept
+
+    def _run(self, ids: Ids) -> Text:
+        self.computed += len(ids)
+        return RunningPrompt(self._gem).reach(ids).text

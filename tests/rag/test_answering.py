@@ -1,0 +1,201 @@
+"""Answers are the same with caches and without, and caches save what they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gemify import GemModel
+from gemify.rag.answering import Conversation, GemRag, Settings
+from gemify.rag.kv_store import KvStore
+from gemify.rag.prompt import ChatFormat
+
+TEMPLATE = "{% for m in messages %}<r1>{{ m['role'] }}\n{{ m['content'] }}<r2>\n{% endfor %}<r1>assistant\n"
+
+
+@dataclass(frozen=True)
+class Passage:
+    text: str
+    title: str | None = None
+    file: str = "a.txt"
+    place: str = "line 1"
+    score: float = 1.0
+
+
+PASSAGES = [Passage("the cat sat on the mat"), Passage("a dog ate the bone", "dogs", "b.txt", "page 2")]
+
+
+class Shelf:
+    """An index that finds all it has, and remembers what it was asked."""
+
+    def __init__(self, passages: list[Passage] = PASSAGES) -> None:
+        self.passages, self.asked = passages, []  # type: ignore[var-annotated]
+
+    def search(
+        self, query: str, *, k: int = 10, mode: Any = "vector", vector: np.ndarray | None = None
+    ) -> list[Passage]:
+        self.asked.append((query, k, mode, vector))
+        return self.passages[:k]
+
+
+FIRST = Settings(passages=2, order="question-first", max_new_tokens=12)
+LAST = Settings(passages=2, order="passages-first", max_new_tokens=12)
+
+
+@pytest.fixture
+def chatty(gem: GemModel) -> GemModel:
+    gem.tokenizer.chat_template = TEMPLATE
+    return gem
+
+
+def run_at_once(conversation: Conversation) -> None:
+    """What has run, piece by piece, must be what running it at once gives."""
+    prompt = conversation._prompt
+    whole = [*prompt.ids, 20]
+    handle = prompt.reach(whole)
+    oracle = conversation.rag.gem.lm(input_ids=torch.tensor([whole])).logits[0, -1]
+    torch.testing.assert_close(handle.logits_BV[0], oracle, rtol=1e-4, atol=1e-4)
+
+
+def test_an_answer_is_generates_answer_to_the_whole_prompt(chatty: GemModel) -> None:
+    rag = GemRag(chatty, Shelf(), settings=FIRST)
+    answer = rag.ask("who sat on the mat?")
+    form = ChatFormat(chatty.tokenizer)
+    content = form.plain("who sat on the mat?") + form.plain(
+        "\n\n[1] the cat sat on the mat\n\n[2] dogs: a dog ate the bone"
+    )
+    ids = form.layout([form.turn("system", FIRST.system), type(form.turn("user", ""))("user", content)]).ids
+    out = chatty.generate_ids(None, torch.tensor([ids]), torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False)
+    assert answer.text == chatty.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    assert answer.sources() == ["[1] a.txt (line 1)", "[2] b.txt (page 2)"]
+    assert answer.timing.computed == len(ids)
+    assert 0 < answer.timing.embed <= answer.timing.first_token <= answer.timing.total
+
+
+def test_handover_on_and_off_give_the_same(chatty: GemModel) -> None:
+    shelves = Shelf(), Shelf()
+    on = GemRag(chatty, shelves[0], settings=FIRST).ask("who ate?")
+    off = GemRag(chatty, shelves[1], settings=replace(FIRST, handover=False)).ask("who ate?")
+    assert on.text == off.text
+    assert np.array_equal(shelves[0].asked[0][3], shelves[1].asked[0][3])
+    assert off.timing.computed > on.timing.computed
+
+
+def test_the_question_is_embedded_where_it_stands(chatty: GemModel) -> None:
+    shelf = Shelf()
+    GemRag(chatty, shelf, settings=FIRST).ask("who ate?")
+    form = ChatFormat(chatty.tokenizer)
+    layout = form.layout([form.turn("system", FIRST.system), form.turn("user", "who ate?")])
+    start = layout.starts[-1]
+    text = chatty.tokenizer.decode(layout.ids[: start + len(form.plain("who ate?"))])
+    handle = chatty.prefill(text, add_special_tokens=False)
+    np.testing.assert_allclose(shelf.asked[0][3], chatty.embed(handle, since=start).numpy(), rtol=1e-4, atol=1e-5)
+    GemRag(chatty, shelf, settings=LAST).ask("who ate?")
+    np.testing.assert_allclose(shelf.asked[1][3], chatty.encode_query("who ate?"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("documents", ["text", "joined", "special"])
+def test_kept_caches_change_no_answer_and_save_their_tokens(chatty: GemModel, tmp_path: Path, documents: Any) -> None:
+    settings = replace(LAST, documents=documents)
+    plain = GemRag(chatty, Shelf(), settings=settings).ask("who ate?")
+    kv = KvStore(tmp_path, fingerprint="f", bits=32)
+    rag = GemRag(chatty, Shelf(), kv=kv, settings=settings)
+    first, second = rag.ask("who ate?"), rag.ask("who ate?")
+    other = rag.ask("why?")
+    assert plain.text == first.text == second.text
+    assert second.timing.computed < plain.timing.computed
+    assert second.timing.computed < first.timing.computed
+    assert len(kv) == (1 if documents == "text" else 2)
+    assert kv.misses == len(kv)
+    assert other.passages == plain.passages
+
+
+def test_one_joined_passage_is_the_passage_itself(chatty: GemModel) -> None:
+    one = replace(LAST, passages=1)
+    assert (
+        GemRag(chatty, Shelf(), settings=one).ask("who?").text
+        == GemRag(chatty, Shelf(), settings=replace(one, documents="joined")).ask("who?").text
+    )
+
+
+def test_special_documents_take_k_columns_each(chatty: GemModel) -> None:
+    text = GemRag(chatty, Shelf(), settings=LAST).conversation()
+    special = GemRag(chatty, Shelf(), settings=replace(LAST, documents="special")).conversation()
+    for conversation in (text, special):
+        conversation.ask("who?", max_new_tokens=1)
+    form = ChatFormat(chatty.tokenizer)
+    saved = sum(len(form.plain(t + "\n\n")) - 1 for t in ("the cat sat on the mat", "dogs: a dog ate the bone"))
+    assert len(text._prompt.ids) - len(special._prompt.ids) == saved
+
+
+@pytest.mark.parametrize("settings", [FIRST, LAST, replace(FIRST, passages=0)])
+def test_a_conversation_runs_nothing_twice(chatty: GemModel, settings: Settings) -> None:
+    conversation = GemRag(chatty, Shelf(), settings=settings).conversation()
+    for question in ("who sat?", "who ate?", "and then?"):
+        before = len(conversation._prompt.ids)
+        answer = conversation.ask(question)
+        added = len(conversation._prompt.ids) - before
+        assert answer.timing.computed <= added + 1
+        assert len(conversation._turns) % 2 == 1
+    run_at_once(conversation)
+
+
+def test_a_conversation_too_long_forgets_its_beginning(chatty: GemModel) -> None:
+    conversation = GemRag(chatty, Shelf([]), settings=replace(FIRST, max_new_tokens=40)).conversation()
+    for turn in range(12):
+        conversation.ask(f"question {turn} " + "again and " * 30)
+    assert len(conversation._prompt.ids) <= 1024
+    assert conversation._turns[0].role == "system"
+    run_at_once(conversation)
+
+
+def test_control_tokens_in_texts_are_text(chatty: GemModel) -> None:
+    form = ChatFormat(chatty.tokenizer)
+    special = set(chatty.tokenizer.all_special_ids)
+    for name in [*chatty.tokenizer.all_special_tokens, chatty.config.special_tokens[0]]:
+        assert special.isdisjoint(form.plain(f"a {name} b")), name
+        assert chatty.config.special_ids[0] not in form.plain(f"a {name} b")
+
+
+def test_a_failed_answer_leaves_the_conversation_as_it_was(chatty: GemModel) -> None:
+    conversation = GemRag(chatty, Shelf(), settings=FIRST).conversation()
+    conversation.ask("who?")
+    turns = list(conversation._turns)
+
+    def fail(text: str) -> None:
+        raise RuntimeError("the reader went away")
+
+    with pytest.raises(RuntimeError, match="went away"):
+        conversation.ask("what?", on_text=fail)
+    assert conversation._turns == turns
+    conversation.ask("what?")
+    run_at_once(conversation)
+
+
+def test_what_does_not_fit_together_is_refused(chatty: GemModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="need order 'passages-first'"):
+        Settings(documents="joined", order="question-first")
+    with pytest.raises(ValueError, match="unknown order"):
+        Settings(order="sideways")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="need order 'passages-first'"):
+        GemRag(chatty, None, kv=KvStore(tmp_path, fingerprint="f"), settings=FIRST)
+    with pytest.raises(ValueError, match="no question given"):
+        GemRag(chatty, None, settings=FIRST).ask("  ")
+    chatty.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        GemRag(chatty, None)
+
+
+def test_templates_that_drop_turns_are_refused(chatty: GemModel) -> None:
+    chatty.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    form = ChatFormat(chatty.tokenizer)
+    with pytest.raises(ValueError, match="leaves out or repeats"):
+        form.layout([form.turn("user", "a"), form.turn("assistant", "b"), form.turn("user", "c")])
+    chatty.tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
+    with pytest.raises(ValueError, match="no system turns"):
+        ChatFormat(chatty.tokenizer).layout([form.turn("system", "a")])
