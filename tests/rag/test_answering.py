@@ -67,7 +67,7 @@ def test_an_answer_is_generates_answer_to_the_whole_prompt(chatty: GemModel) -> 
     answer = rag.ask("who sat on the mat?")
     form = ChatFormat(chatty.tokenizer)
     content = form.plain("who sat on the mat?") + form.plain(
-        "\n\n[1] the cat sat on the mat\n\n[2] dogs: a dog ate the bone"
+        "\n\n[1] the cat sat on the mat\n\n[2] dogs: a dog ate the bone\n\n"
     )
     ids = form.layout([form.turn("system", FIRST.system), type(form.turn("user", ""))("user", content)]).ids
     out = chatty.generate_ids(None, torch.tensor([ids]), torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False)
@@ -99,9 +99,19 @@ def test_the_question_is_embedded_where_it_stands(chatty: GemModel) -> None:
     np.testing.assert_allclose(shelf.asked[1][3], chatty.encode_query("who ate?"), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("documents", ["text", "joined", "special"])
-def test_kept_caches_change_no_answer_and_save_their_tokens(chatty: GemModel, tmp_path: Path, documents: Any) -> None:
-    settings = replace(LAST, documents=documents)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LAST,
+        replace(LAST, documents="joined"),
+        replace(LAST, documents="special"),
+        replace(FIRST, documents="joined"),
+        replace(FIRST, documents="special"),
+    ],
+)
+def test_kept_caches_change_no_answer_and_save_their_tokens(
+    chatty: GemModel, tmp_path: Path, settings: Settings
+) -> None:
     plain = GemRag(chatty, Shelf(), settings=settings).ask("who ate?")
     kv = KvStore(tmp_path, fingerprint="f", bits=32)
     rag = GemRag(chatty, Shelf(), kv=kv, settings=settings)
@@ -110,7 +120,7 @@ def test_kept_caches_change_no_answer_and_save_their_tokens(chatty: GemModel, tm
     assert plain.text == first.text == second.text
     assert second.timing.computed < plain.timing.computed
     assert second.timing.computed < first.timing.computed
-    assert len(kv) == (1 if documents == "text" else 2)
+    assert len(kv) == (1 if settings.documents == "text" else 2)
     assert kv.misses == len(kv)
     assert other.passages == plain.passages
 
@@ -123,6 +133,17 @@ def test_one_joined_passage_is_the_passage_itself(chatty: GemModel) -> None:
     )
 
 
+def test_another_model_may_embed_the_question(chatty: GemModel) -> None:
+    class Ones:
+        def encode_query(self, inputs: str) -> np.ndarray:
+            return np.ones(3)
+
+    shelf = Shelf()
+    two = GemRag(chatty, shelf, embedder=Ones(), settings=FIRST).ask("who ate?")
+    assert np.array_equal(shelf.asked[0][3], np.ones(3))
+    assert two.text == GemRag(chatty, Shelf(), settings=FIRST).ask("who ate?").text
+
+
 def test_special_documents_take_k_columns_each(chatty: GemModel) -> None:
     text = GemRag(chatty, Shelf(), settings=LAST).conversation()
     special = GemRag(chatty, Shelf(), settings=replace(LAST, documents="special")).conversation()
@@ -133,7 +154,7 @@ def test_special_documents_take_k_columns_each(chatty: GemModel) -> None:
     assert len(text._prompt.ids) - len(special._prompt.ids) == saved
 
 
-@pytest.mark.parametrize("settings", [FIRST, LAST, replace(FIRST, passages=0)])
+@pytest.mark.parametrize("settings", [FIRST, LAST, replace(FIRST, passages=0), replace(LAST, passages=0)])
 def test_a_conversation_runs_nothing_twice(chatty: GemModel, settings: Settings) -> None:
     conversation = GemRag(chatty, Shelf(), settings=settings).conversation()
     for question in ("who sat?", "who ate?", "and then?"):
@@ -178,8 +199,6 @@ def test_a_failed_answer_leaves_the_conversation_as_it_was(chatty: GemModel) -> 
 
 
 def test_what_does_not_fit_together_is_refused(chatty: GemModel, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="need order 'passages-first'"):
-        Settings(documents="joined", order="question-first")
     with pytest.raises(ValueError, match="unknown order"):
         Settings(order="sideways")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="need order 'passages-first'"):

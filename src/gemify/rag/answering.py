@@ -1,8 +1,8 @@
 """`GemRag`: answers from an index, by the model that made the index, each text computed once.
 
-    question first     head | question S | passages | tail | answer      the question's cache goes on into the answer;
-                                                                         S embeds the question and leaves no trace
-    passages first     head | passage 1 | ... | question | tail | answer  passage 1's cache may come from disk
+    question first     head | question S | passage 1 | ... | tail | answer   the question's cache goes on into the
+                                                                             answer; S embeds it and leaves no trace
+    passages first     head | passage 1 | ... | question | tail | answer     passage 1's cache may come from disk
 
 ``documents`` says what the answer sees of the passages:
 
@@ -34,6 +34,9 @@ Documents = Literal["text", "joined", "special"]
 SYSTEM = "You answer questions from the given passages, in a few words."
 
 
+Ids = tuple[int, ...]
+
+
 class Found(Protocol):
     """A passage that was found (`gemify.rag.index.Passage`)."""
 
@@ -47,6 +50,12 @@ class Found(Protocol):
     def place(self) -> str: ...
     @property
     def score(self) -> float: ...
+
+
+class QueryEmbedder(Protocol):
+    """Whose vectors an index is made of."""
+
+    def encode_query(self, inputs: str) -> Any: ...
 
 
 class Searchable(Protocol):
@@ -107,8 +116,6 @@ class Settings:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(get_args(kinds))}")
         if self.passages < 0:
             raise ValueError(f"passages must be at least 0, got {self.passages}")
-        if self.documents != "text" and self.order == "question-first":
-            raise ValueError(f"documents {self.documents!r} need order 'passages-first': their caches know no question")
 
 
 class GemRag:
@@ -117,7 +124,8 @@ class GemRag:
     Args:
         gem: the model, of whose own embeddings ``index`` is made.
         index: searched for passages; None: the model answers alone.
-        kv: where passages' caches are kept (order ``passages-first``); None: they are computed each time.
+        kv: where passages' caches are kept; None: they are computed each time.
+        embedder: another model that embeds questions, of which ``index`` is made: for comparison with two models.
     """
 
     def __init__(
@@ -126,15 +134,21 @@ class GemRag:
         index: Searchable | None,
         *,
         kv: KvStore | None = None,
+        embedder: QueryEmbedder | None = None,
         settings: Settings | None = None,
     ) -> None:
         self.gem, self.index, self.kv, self.settings = gem, index, kv, settings or Settings()
+        self.embedder: QueryEmbedder = embedder or gem
+        self.in_place = embedder is None and self.settings.order == "question-first"
         self.format = ChatFormat(gem.tokenizer)
         head = [self.format.turn("system", self.settings.system)] if self.settings.system else []
         empty = self.format.layout([*head, Turn("user", ())])
         self.caches = PassageCaches(gem, kv, empty.ids[: empty.starts[-1]], label=self.format.plain("[1] "))
-        if kv is not None and self.settings.order == "question-first":
-            raise ValueError("kept caches need order 'passages-first': behind a question, a passage's cache is its own")
+        if kv is not None and self.settings.order == "question-first" and self.settings.documents == "text":
+            raise ValueError(
+                "kept caches need order 'passages-first' (exact) or documents 'joined' or 'special' (approximations):"
+                " behind a question, a passage's cache is another one"
+            )
         if self.settings.documents != "text":
             require_shiftable(gem.lm)
 
@@ -162,25 +176,18 @@ class Conversation:
         """The next question, and its answer."""
         if not question.strip():
             raise ValueError("no question given: ask something")
-        gem, settings, prompt, caches = self.rag.gem, self.rag.settings, self._prompt, self.rag.caches
+        settings, prompt, caches = self.rag.settings, self._prompt, self.rag.caches
         watch = _Watch()
         self._make_room()
         before = prompt.computed + caches.computed
         asked = self.rag.format.plain(question)
-        first = settings.order == "question-first"
-        vector = self._embed_in_place(asked) if first else gem.encode_query(question)
+        vector = self._embed_in_place(asked) if self.rag.in_place else self.rag.embedder.encode_query(question)
         embed = watch.lap()
         passages = self._search(question, vector)
         search = watch.lap()
-        if first:
-            content = asked + self._plain(self._as_context(passages, before="\n\n"))
-            self._turns.append(Turn("user", content))
-            if not settings.handover:
-                prompt.clear()
-            handle = prompt.reach(self.rag.format.layout(self._turns).ids)
-        else:
-            handle = self._passages_then(asked, passages)
-
+        if self.rag.in_place and not settings.handover:
+            prompt.clear()
+        handle = self._go_on(asked, passages)
         generate = {"max_new_tokens": settings.max_new_tokens, **settings.generate, **options}
         try:
             written = prompt.write(handle, on_text=on_text, on_token=watch.token, **generate)
@@ -195,7 +202,7 @@ class Conversation:
 
     # Inside
 
-    def _embed_in_place(self, asked: tuple[int, ...]) -> np.ndarray:
+    def _embed_in_place(self, asked: Ids) -> np.ndarray:
         """The question's vector from the prompt that its answer goes on from."""
         layout = self.rag.format.layout([*self._turns, Turn("user", asked)])
         start = layout.starts[-1]
@@ -209,34 +216,28 @@ class Conversation:
             return []
         return list(index.search(question, k=settings.passages, mode=settings.mode, vector=vector))
 
-    def _plain(self, text: str) -> tuple[int, ...]:
-        return self.rag.format.plain(text) if text else ()
-
-    @staticmethod
-    def _as_context(passages: Sequence[Found], *, before: str = "", after: str = "") -> str:
-        if not passages:
-            return ""
-        return before + "\n\n".join(f"[{n}] {passage_text(p)}" for n, p in enumerate(passages, 1)) + after
-
-    def _passages_then(self, asked: tuple[int, ...], passages: Sequence[Found]) -> Handle:
-        """The prompt of passages, then the question; what is kept of the passages is not run."""
-        rag, prompt = self.rag, self._prompt
-        parts = [(self._plain(f"[{n}] "), self._plain(passage_text(p) + "\n\n")) for n, p in enumerate(passages, 1)]
+    def _go_on(self, asked: Ids, passages: Sequence[Found]) -> Handle:
+        """The prompt of the question and its passages; what has run, here or in a kept cache, is not run."""
+        rag, prompt, plain = self.rag, self._prompt, self.rag.format.plain
+        parts = [(plain(f"[{n}] "), plain(passage_text(p) + "\n\n")) for n, p in enumerate(passages, 1)]
+        first = rag.settings.order == "question-first"
+        before, after = (asked + (plain("\n\n") if parts else ()), ()) if first else ((), asked)
         if rag.settings.documents == "text":
-            self._turns.append(Turn("user", tuple(i for part in parts for ids in part for i in ids) + asked))
+            context = tuple(i for label, text in parts for i in label + text)
+            self._turns.append(Turn("user", before + context + after))
             layout = rag.format.layout(self._turns)
-            first_turn = layout.starts[-1] == len(rag.caches.head)  # where a kept cache stood, too
-            if parts and first_turn and rag.kv is not None:
-                prompt.adopt(*rag.caches.exact(layout.ids[: layout.starts[-1] + len(parts[0][0]) + len(parts[0][1])]))
+            if parts and rag.kv is not None and layout.starts[-1] == len(rag.caches.head):
+                # a first turn's first passage: just where its kept cache stood
+                prompt.adopt(*rag.caches.exact(rag.caches.head + parts[0][0] + parts[0][1]))
             return prompt.reach(layout.ids)
-        layout = rag.format.layout([*self._turns, Turn("user", asked)])
+        layout = rag.format.layout([*self._turns, Turn("user", before + after)])
         start = layout.starts[-1]
-        prompt.reach(layout.ids[:start])
+        prompt.reach(layout.ids[: start + len(before)])
         for label, text in parts:
             prompt.append(label)
             prompt.join(*rag.caches.moved(text, to=len(prompt.ids), special=rag.settings.documents == "special"))
-        self._turns.append(Turn("user", prompt.ids[start:] + asked))
-        return prompt.append(layout.ids[start:])
+        self._turns.append(Turn("user", prompt.ids[start:] + after))
+        return prompt.append(layout.ids[start + len(before) :])
 
     def _make_room(self) -> None:
         """Forget the oldest turns of a conversation that the model has no room for."""
