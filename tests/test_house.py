@@ -19,6 +19,8 @@ MAY_KNOW = {
     "model": {"paper", "model"},
     "evaluation": {"evaluation", "model"},
     "training": {"paper", "model", "evaluation", "training"},
+    "rag": {"model", "rag"},
+    "bench": {"model", "evaluation", "rag", "bench"},
     "reproduce": {"paper", "model", "evaluation", "training", "reproduce"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gemify import __version__
+from gemify.cli_bench import bench
 from gemify.cli_evaluation import register
 
 app = typer.Typer(
@@ -307,6 +308,7 @@ def info(
 
 
 register(app)
+app.add_typer(bench, name="bench")
 
 
 def _verify(model: str, base: str, revision: str | None, device: str | None) -> bool:

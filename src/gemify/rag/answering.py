@@ -200,6 +200,10 @@ class Conversation:
         timing = Timing(embed, search, watch.first_token or total, total, computed)
         return Answer(written.text, tuple(passages), timing)
 
+    def read(self, question: str, passages: Sequence[Found]) -> Handle:
+        """Run the prompt of a question and of passages that are known, up to where the answer starts."""
+        return self._go_on(self.rag.format.plain(question), passages)
+
     # Inside
 
     def _embed_in_place(self, asked: Ids) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Paired timings of what gemify does against what one does without it."""

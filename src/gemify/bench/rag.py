@@ -1,0 +1,324 @@
+"""``gemify bench rag``: what caches save when one model retrieves and answers (after GritLM's Table 7, arXiv 2402.09906).
+
+Every question goes through every row before the next question does (A B C A B C), so that a busy moment of the machine
+falls on all rows alike; ratios are medians of each question's own ratio. Documents are passages lengthened by the ones
+after them in the file, so that all have the same number of tokens.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import statistics
+import string
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from gemify.model.gem import GemModel
+from gemify.rag.answering import Answer, GemRag, QueryEmbedder, Settings
+from gemify.rag.kv_store import KvStore
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document of the bench, as a passage that was found."""
+
+    text: str
+    passage: str
+    """Id of the passage that it begins with."""
+    title: str | None = None
+    file: str = ""
+    place: str = ""
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class Question:
+    text: str
+    answers: tuple[str, ...]
+    passage: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to answer; ``over`` names the row that it is compared with."""
+
+    name: str
+    settings: Settings
+    keeps: bool = False
+    """Whether documents' caches are kept."""
+    embeds: str = "self"
+    """self, peer (a second model), or nobody (the vector is known: generation alone)."""
+    over: str | None = None
+
+
+_ASK = Settings(passages=1, mode="vector")
+_FIRST, _LAST = replace(_ASK, order="question-first"), replace(_ASK, order="passages-first")
+ROWS = (
+    Row("no retrieval", replace(_FIRST, passages=0)),
+    Row("generation alone", _FIRST, embeds="nobody"),
+    Row("query, document", replace(_FIRST, handover=False), over="generation alone"),
+    Row("query cached, document", _FIRST, over="generation alone"),
+    Row("document, query", _LAST),
+    Row("document cached, query", _LAST, keeps=True, over="document, query"),
+    Row("both cached (joined)", replace(_FIRST, documents="joined"), keeps=True, over="document, query"),
+    Row("document's special tokens", replace(_LAST, documents="special"), keeps=True, over="document, query"),
+    Row("two models: document, query", _LAST, embeds="peer", over="document, query"),
+)
+
+
+@dataclass
+class Record:
+    """What was measured of one row at one length, a value a question."""
+
+    found: list[bool] = field(default_factory=list)
+    match: list[bool] = field(default_factory=list)
+    equal: list[bool] = field(default_factory=list)
+    """Whether the answer is that of the row it is compared with."""
+    divergence: list[float] = field(default_factory=list)
+    """KL divergence, in nats, of the first answer token's distribution from the exact prompt's."""
+    first_token: list[float] = field(default_factory=list)
+    total: list[float] = field(default_factory=list)
+    computed: list[int] = field(default_factory=list)
+    stored_bytes: float = 0.0
+    """A document, beside its text."""
+
+
+class Shelf:
+    """Exact search over a few documents' vectors, so that a row's time is the model's."""
+
+    def __init__(self, documents: Sequence[Document], vectors: np.ndarray) -> None:
+        self._documents = documents
+        self._vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    def search(
+        self, query: str, *, k: int = 10, mode: Any = "vector", vector: np.ndarray | None = None
+    ) -> list[Document]:
+        assert vector is not None
+        best = np.argsort(-(self._vectors @ vector), kind="stable")[:k]
+        return [self._documents[int(i)] for i in best]
+
+
+class _Known:
+    """Vectors of questions that were embedded before: an embedder that takes no time."""
+
+    def __init__(self, vectors: Mapping[str, np.ndarray]) -> None:
+        self._vectors = vectors
+
+    def encode_query(self, inputs: str) -> np.ndarray:
+        return self._vectors[inputs]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The second model of the two-model stack: a name for the table, and its `encode` (texts -> [N, D])."""
+
+    name: str
+    encode: Callable[[list[str]], np.ndarray]
+
+    def encode_query(self, inputs: str) -> np.ndarray:
+        return np.asarray(self.encode([inputs]))[0]
+
+
+def bench_rag(
+    gem: GemModel,
+    *,
+    passages: Sequence[Mapping[str, Any]],
+    questions: Sequence[Question],
+    lengths: Sequence[int],
+    peer: Peer | None = None,
+    bits: int = 16,
+    max_new_tokens: int = 24,
+    show_progress_bar: bool = True,
+) -> dict[str, Any]:
+    """Measure every row at every document length (tokens); a JSON-ready report.
+
+    Raises ValueError if the model has no room for a length.
+    """
+    limit = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
+    for length in lengths:
+        if length < 1 or (limit is not None and length + 256 + max_new_tokens > limit):
+            raise ValueError(f"documents of {length} tokens do not fit: this model takes {limit} tokens in all")
+    if not questions:
+        raise ValueError("no question given: the data has none")
+    rows = [row for row in ROWS if peer is not None or row.embeds != "peer"]
+    texts = [str(p["text"]) for p in passages]
+    own = gem.encode_document(texts)
+    asked = [q.text for q in questions]
+    known = _Known(dict(zip(asked, gem.encode_query(asked), strict=True)))
+    theirs = np.asarray(peer.encode(texts)) if peer is not None else None
+    report: dict[str, Any] = {
+        "questions": len(questions),
+        "max_new_tokens": max_new_tokens,
+        "kv_bits": bits,
+        "dtype": str(gem.lm.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "peer": peer.name if peer is not None else None,
+        "lengths": {},
+    }
+    bar = tqdm(total=len(lengths) * len(questions) * len(rows), unit="answer", disable=not show_progress_bar)
+    for length in lengths:
+        documents = list(lengthened(gem, passages, length))
+        with tempfile.TemporaryDirectory() as kept:
+            stacks: dict[str, GemRag] = {}
+            records = {row.name: Record(stored_bytes=own.shape[1] * 4) for row in rows}
+            for row in rows:
+                kv = KvStore(Path(kept) / row.name, fingerprint="bench", bits=bits) if row.keeps else None
+                vectors = theirs if row.embeds == "peer" and theirs is not None else own
+                embedder: QueryEmbedder | None = {"self": None, "nobody": known, "peer": peer}[row.embeds]
+                settings = replace(row.settings, max_new_tokens=max_new_tokens)
+                stacks[row.name] = GemRag(gem, Shelf(documents, vectors), kv=kv, embedder=embedder, settings=settings)
+            for question in questions:
+                answers: dict[str, Answer] = {}
+                for row in rows:
+                    rag = stacks[row.name]
+                    if row.keeps:  # the cache is made at indexing time, and not timed
+                        rag.ask(question.text, max_new_tokens=1)
+                    answer = answers[row.name] = rag.ask(question.text)
+                    _note(records[row.name], row, question, answer, answers)
+                    if row.settings.documents != "text":
+                        records[row.name].divergence.append(_divergence(rag, stacks[row.over or ""], question, answer))
+                    bar.update()
+            for row in rows:
+                if (kv := stacks[row.name].kv) is not None and len(kv):
+                    records[row.name].stored_bytes += kv.nbytes / len(kv)
+            report["lengths"][str(length)] = {
+                row.name: _summary(records[row.name], records.get(row.over or "")) for row in rows
+            }
+    bar.close()
+    return report
+
+
+def lengthened(gem: GemModel, passages: Sequence[Mapping[str, Any]], tokens: int) -> Iterator[Document]:
+    """A document a passage: the passage and the ones after it, cut to ``tokens``."""
+    rows = gem.text_tokenizer([str(p["text"]) + "\n" for p in passages], max_tokens=None, head=False)
+    if sum(map(len, rows)) < tokens:
+        raise ValueError(f"the passages have {sum(map(len, rows))} tokens in all, documents of {tokens} are wanted")
+    for at, passage in enumerate(passages):
+        ids: list[int] = []
+        step = 0
+        while len(ids) < tokens:
+            ids += rows[(at + step) % len(rows)]
+            step += 1
+        yield Document(str(gem.tokenizer.decode(ids[:tokens])), str(passage["_id"]))
+
+
+def matches(answer: str, gold: Sequence[str]) -> bool:
+    """Whether the answer contains one of the gold answers, case, articles and punctuation apart (as GritLM counts)."""
+    said = f" {_plain(answer)} "
+    return any(f" {_plain(g)} " in said for g in gold if _plain(g))
+
+
+def _plain(text: str) -> str:
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def _note(record: Record, row: Row, question: Question, answer: Answer, answers: Mapping[str, Answer]) -> None:
+    record.found.append(any(getattr(p, "passage", None) == question.passage for p in answer.passages))
+    record.match.append(matches(answer.text, question.answers))
+    record.first_token.append(answer.timing.first_token)
+    record.total.append(answer.timing.total)
+    record.computed.append(answer.timing.computed)
+    if row.over is not None:
+        record.equal.append(answer.text == answers[row.over].text)
+
+
+def _divergence(rag: GemRag, exact: GemRag, question: Question, answer: Answer) -> float:
+    """Of the approximation's first token from the exact prompt's, over the same passages, in the row's own order."""
+    same = GemRag(exact.gem, None, settings=replace(rag.settings, documents="text"))
+    wide = [r.conversation().read(question.text, answer.passages).logits_BV[0].float() for r in (same, rag)]
+    p, q = (torch.log_softmax(logits, dim=-1) for logits in wide)
+    return float((p.exp() * (p - q)).sum())
+
+
+def _summary(record: Record, over: Record | None) -> dict[str, Any]:
+    summary: dict[str, Any] = {
+        "recall_at_1": _percent(record.found),
+        "match": _percent(record.match),
+        "first_token_ms": round(1000 * statistics.median(record.first_token), 1),
+        "total_ms": round(1000 * statistics.median(record.total), 1),
+        "computed_tokens": statistics.median(record.computed),
+        "stored_bytes": round(record.stored_bytes),
+    }
+    if over is not None:
+        summary["first_token_ratio"] = _ratio(record.first_token, over.first_token)
+        summary["total_ratio"] = _ratio(record.total, over.total)
+        summary["equal_answers"] = _percent(record.equal)
+    if record.divergence:
+        summary["divergence_nats"] = round(statistics.median(record.divergence), 3)
+    return summary
+
+
+def _percent(values: Sequence[bool]) -> float:
+    return round(100 * sum(values) / len(values), 1)
+
+
+def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
+
+
+def read_questions(directory: Path, limit: int | None) -> tuple[list[dict[str, Any]], list[Question]]:
+    """Passages and questions of a directory in SQuAD form: corpus and queries, .jsonl or .jsonl.gz.
+
+    Of the questions, ``limit`` are taken evenly over the file. ValueError names a file or row that does not fit.
+    """
+    passages = list(_rows(directory, "corpus", ("_id", "text")))
+    found = list(_rows(directory, "queries", ("text", "answers", "passage")))
+    known = {str(p["_id"]) for p in passages}
+    questions = [Question(str(q["text"]), tuple(map(str, q["answers"])), str(q["passage"])) for q in found]
+    if lost := [q.passage for q in questions if q.passage not in known]:
+        raise ValueError(f"{directory}: the queries name a passage {lost[0]!r} that the corpus has not")
+    if limit is not None and limit < len(questions):
+        questions = [questions[i * len(questions) // limit] for i in range(limit)]
+    return passages, questions
+
+
+def _rows(directory: Path, name: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    path = next((p for suffix in (".jsonl", ".jsonl.gz") if (p := directory / f"{name}{suffix}").is_file()), None)
+    if path is None:
+        raise ValueError(f"{directory} has no {name}.jsonl or {name}.jsonl.gz: give a directory in SQuAD form")
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                missing = [c for c in columns if c not in row]
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path} row {number}: no JSON object ({str(error).splitlines()[0]})") from error
+            if missing:
+                raise ValueError(f"{path} row {number}: no {missing[0]!r}")
+            yield row
+
+
+def as_table(report: Mapping[str, Any]) -> str:
+    """The report in Markdown, a table a length."""
+    heads = {
+        "match": "match %",
+        "recall_at_1": "recall@1 %",
+        "first_token_ms": "first token, ms",
+        "first_token_ratio": "ratio",
+        "total_ms": "total, ms",
+        "total_ratio": "ratio",
+        "equal_answers": "equal answers %",
+        "divergence_nats": "first token, KL nats",
+        "computed_tokens": "tokens run",
+        "stored_bytes": "bytes a document",
+    }
+    lines = []
+    for length, rows in report["lengths"].items():
+        lines += [f"documents of {length} tokens", "", "| | " + " | ".join(heads.values()) + " |"]
+        lines.append("|---" * (len(heads) + 1) + "|")
+        over = {row.name: row.over for row in ROWS}
+        for name, row in rows.items():
+            label = f"{name} (over {over[name]})" if over[name] else name
+            lines.append(f"| {label} | " + " | ".join(str(row.get(head, "")) for head in heads) + " |")
+        lines.append("")
+    return "\n".join(lines)
