@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -30,6 +32,16 @@ SHARED = Path(os.environ.get("GEMIFY_TEST_DATA", Path(__file__).parents[2] / "sh
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Seconds-fast tests first, the real model's after."""
     items.sort(key=lambda item: ("real" in item.keywords, "training" in str(item.path)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run asynchronous tests (LangChain's standard ones) with no plugin to configure for all the others."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = inspect.signature(pyfuncitem.obj).parameters
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
+    return True
 
 
 @pytest.fixture(scope="module")
