@@ -94,6 +94,14 @@ def starter():  # type: ignore[no-untyped-def]
     return load_base("starter")
 
 
+@pytest.fixture(scope="session")
+def shipped() -> GemModel:
+    """The GEM that comes with gemify, loaded once: leave it as it is."""
+    if importlib.util.find_spec(STARTER_PACKAGE) is None:
+        pytest.skip(f"the package {STARTER_PACKAGE} is not installed: make setup installs it")
+    return GemModel.from_pretrained("starter")
+
+
 @pytest.fixture
 def shared() -> Path:
     """Real data, where it is at hand."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gemify.model.base import STARTER_PACKAGE
+
 README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.mark.real
-@pytest.mark.usefixtures("starter")
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.skipif(importlib.util.find_spec(STARTER_PACKAGE) is None, reason="make setup installs the starter model")
 def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     core = pytest.importorskip("llama_index.core")
     pytest.importorskip("langchain_core")

@@ -206,9 +206,8 @@ def test_four_threads_on_one_model(shared_gem: GemModel) -> None:
 
 
 @pytest.mark.real
-def test_the_starter_finds_and_answers() -> None:
-    gem = GemModel.from_pretrained("starter")
-    store = InMemoryVectorStore(GemEmbeddings(gem=gem))
+def test_the_starter_finds_and_answers(shipped: GemModel) -> None:
+    store = InMemoryVectorStore(GemEmbeddings(gem=shipped))
     store.add_texts(
         ["Zelda keeps bees behind the old mill.", "The museum opens at noon on Sundays.", "Copper conducts heat."]
     )
@@ -219,7 +218,7 @@ def test_the_starter_finds_and_answers() -> None:
             "question": RunnablePassthrough(),
         }
         | prompt
-        | ChatGem(gem=gem, temperature=0, max_tokens=30)
+        | ChatGem(gem=shipped, temperature=0, max_tokens=30)
         | StrOutputParser()
     )
     assert "noon" in chain.invoke("When does the museum open?")

@@ -195,13 +195,12 @@ def test_four_threads_on_one_model(shared_gem: GemModel) -> None:
 
 
 @pytest.mark.real
-def test_the_starter_finds_and_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    gem = GemModel.from_pretrained("starter")
+def test_the_starter_finds_and_answers(shipped: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Settings, "_tokenizer", None)
-    Settings.tokenizer = gem.tokenizer.encode
+    Settings.tokenizer = shipped.tokenizer.encode
     texts = ["Zelda keeps bees behind the old mill.", "The museum opens at noon on Sundays.", "Copper conducts heat."]
-    index = VectorStoreIndex.from_documents([Document(text=t) for t in texts], embed_model=GemEmbedding(gem=gem))
-    engine = index.as_query_engine(llm=GemLLM(gem=gem, temperature=0, max_tokens=30), similarity_top_k=1)
+    index = VectorStoreIndex.from_documents([Document(text=t) for t in texts], embed_model=GemEmbedding(gem=shipped))
+    engine = index.as_query_engine(llm=GemLLM(gem=shipped, temperature=0, max_tokens=30), similarity_top_k=1)
     answer = engine.query("When does the museum open?")
     assert answer.source_nodes[0].text == texts[1]
     assert "noon" in str(answer)
