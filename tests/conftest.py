@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Iterator
@@ -30,6 +32,16 @@ SHARED = Path(os.environ.get("GEMIFY_TEST_DATA", Path(__file__).parents[2] / "sh
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Seconds-fast tests first, the real model's after."""
     items.sort(key=lambda item: ("real" in item.keywords, "training" in str(item.path)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run asynchronous tests (LangChain's standard ones) with no plugin to configure for all the others."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    names = inspect.signature(pyfuncitem.obj).parameters
+    asyncio.run(pyfuncitem.obj(**{name: pyfuncitem.funcargs[name] for name in names}))
+    return True
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +92,14 @@ def starter():  # type: ignore[no-untyped-def]
     if importlib.util.find_spec(STARTER_PACKAGE) is None:
         pytest.skip(f"the package {STARTER_PACKAGE} is not installed: make setup installs it")
     return load_base("starter")
+
+
+@pytest.fixture(scope="session")
+def shipped() -> GemModel:
+    """The GEM that comes with gemify, loaded once: leave it as it is."""
+    if importlib.util.find_spec(STARTER_PACKAGE) is None:
+        pytest.skip(f"the package {STARTER_PACKAGE} is not installed: make setup installs it")
+    return GemModel.from_pretrained("starter")
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ MAY_KNOW = {
     "paper": {"paper"},
     "model": {"paper", "model"},
     "evaluation": {"evaluation", "model"},
+    "integrations": {"integrations", "model"},
     "training": {"paper", "model", "evaluation", "training"},
     "rag": {"model", "rag"},
     "bench": {"model", "evaluation", "rag", "bench"},
@@ -86,11 +87,16 @@ def test_files_hold_one_noun() -> None:
 
 
 def test_everything_imports_without_the_extras() -> None:
+    """The integrations are their frameworks' subclasses: only they need theirs, and they say so."""
     code = (
         "import sys, importlib, pkgutil, gemify\n"
-        "for name in ('datasets', 'pyarrow', 'tensorboard', 'sentence_transformers', 'mteb', 'lm_eval', 'rouge_score', 'matplotlib'): sys.modules[name] = None\n"
+        "for name in ('datasets', 'pyarrow', 'tensorboard', 'sentence_transformers', 'mteb', 'lm_eval', 'rouge_score', 'matplotlib', 'langchain_core', 'llama_index'): sys.modules[name] = None\n"
         "for m in pkgutil.walk_packages(gemify.__path__, 'gemify.'):\n"
-        "    if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"
+        "    try:\n"
+        "        if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"
+        "    except ModuleNotFoundError as error:\n"
+        "        extra = {'langchain': 'langchain', 'llama_index': 'llama-index'}[m.name.removeprefix('gemify.integrations.')]\n"
+        "        assert f\"pip install 'gemify[{extra}]'\" in str(error), error\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,168 @@
+"""LangChain's embeddings and chat model over one loaded GEM (``pip install 'gemify[langchain]'``).
+
+Both may be used from many threads; the model serves one call at a time. Asynchronous methods are LangChain's own, which
+run these in its thread pool. Tools and structured output are not offered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+try:
+    import langchain_core  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "langchain-core is not installed: pip install 'gemify[langchain]'", name=error.name
+    ) from error
+
+from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.embeddings import Embeddings
+from langchain_core.language_models import BaseChatModel, LangSmithParams
+from langchain_core.messages import (
+    AIMessage,
+    AIMessageChunk,
+    BaseMessage,
+    ChatMessage,
+    HumanMessage,
+    SystemMessage,
+)
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from pydantic import BaseModel, ConfigDict
+
+from gemify.integrations.one_model import SharedGem, SharesModel, embed, joined_text, sampling
+from gemify.model.streaming import TextStream, stream_chat
+
+
+class GemEmbeddings(SharesModel, BaseModel, Embeddings):
+    """Texts to vectors: `GemModel.encode_document` and `encode_query`, to the bit.
+
+    ``normalize_embeddings`` gives vectors of length 1, for stores that compare by inner product.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+    gem: SharedGem
+    batch_size: int = 32
+    normalize_embeddings: bool = False
+    truncate_dim: int | None = None
+
+    def embed_documents(self, texts: list[str]) -> list[list[float]]:
+        return embed(self.gem, texts, **self._options)
+
+    def embed_query(self, text: str) -> list[float]:
+        return embed(self.gem, [text], query=True, **self._options)[0]
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return self.model_dump(include={"batch_size", "normalize_embeddings", "truncate_dim"})
+
+
+class ChatGem(SharesModel, BaseChatModel):
+    """The language model in its own chat format. A gated GEM answers exactly as its base model does.
+
+    Every setting can be given for one call too (``chat.invoke(..., temperature=0)``, ``chat.bind(seed=1)``); further
+    options of a call are those of transformers' `generate`.
+    """
+
+    gem: SharedGem
+    temperature: float | None = None
+    """0: always the likeliest token. None: as the base model's generation settings say."""
+    top_p: float | None = None
+    max_tokens: int = 256
+    """Most tokens of an answer."""
+    stop: list[str] | None = None
+    """An answer ends before the first of these strings."""
+    seed: int | None = None
+
+    @property
+    def model_name(self) -> str:
+        return self.gem.config.base
+
+    @property
+    def _llm_type(self) -> str:
+        return "gemify"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """What an answer depends on: LangChain's caches compare it."""
+        settings = self.model_dump(include={"temperature", "top_p", "max_tokens", "stop", "seed"})
+        config = self.gem.config
+        return {"model_name": self.model_name, "weights": config.base_fingerprint, "tune": config.tune, **settings}
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        return LangSmithParams(**{**super()._get_ls_params(stop=stop, **kwargs), "ls_provider": "gemify"})
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Ids of a text, so that LangChain counts in this model's tokens."""
+        ids: list[int] = self.gem.text_tokenizer([text], max_tokens=None)[0]
+        return ids
+
+    def _start(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> TextStream:
+        given = {
+            name: options.pop(name, getattr(self, name)) for name in ("temperature", "top_p", "max_tokens", "seed")
+        }
+        return stream_chat(
+            self.gem,
+            [_message(m) for m in messages],
+            max_new_tokens=given["max_tokens"],
+            stop=self.stop if stop is None else stop,
+            seed=given["seed"],
+            **sampling(given["temperature"], given["top_p"]),
+            **options,
+        )
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        pieces = self._start(messages, stop, kwargs)
+        answer = AIMessage(content="".join(pieces), usage_metadata=_usage(pieces))
+        return ChatResult(generations=[ChatGeneration(message=answer, generation_info=self._info(pieces))])
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        pieces = self._start(messages, stop, kwargs)
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
+        last = AIMessageChunk(content="", usage_metadata=_usage(pieces), chunk_position="last")
+        yield ChatGenerationChunk(message=last, generation_info=self._info(pieces))
+
+    def _info(self, pieces: TextStream) -> dict[str, Any]:
+        return {"finish_reason": pieces.finish_reason, "model_name": self.model_name}
+
+
+def _usage(pieces: TextStream) -> UsageMetadata:
+    read, written = pieces.prompt_tokens, pieces.new_tokens
+    return UsageMetadata(input_tokens=read, output_tokens=written, total_tokens=read + written)
+
+
+def _message(message: BaseMessage) -> dict[str, str]:
+    match message:
+        case SystemMessage():
+            role = "system"
+        case HumanMessage():
+            role = "user"
+        case AIMessage():
+            role = "assistant"
+        case ChatMessage():
+            role = message.role
+        case _:
+            role = message.type
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"a message must be of the system, the user or the assistant, got {role!r}: leave it out")
+    if isinstance(message, AIMessage) and message.tool_calls:
+        raise ValueError("an assistant message calls tools, which this model cannot: leave the calls out")
+    content = message.content
+    return {"role": role, "content": content if isinstance(content, str) else joined_text(content, role=role)}

@@ -1,0 +1,194 @@
+"""Generated text in pieces, as it is made: transformers' `generate` in a thread of its own, read through a queue.
+
+The tokens are read by a stopping criterion, which transformers asks after every token. Its TextIteratorStreamer is told
+of a token only after that question, so a stop string would cost one token more; and it decodes every line for itself,
+so that a tokenizer whose words begin with their space loses one at each line break.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextvars import copy_context
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from gemify.model.gem import GemModel, Message
+from gemify.model.handover import Handle
+from gemify.model.recovery import end_ids
+from gemify.model.turn import turn
+
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes the first bytes of a character to."""
+
+
+class TextStream(Iterator[str]):
+    """Pieces of one answer. The counts are final when it is exhausted."""
+
+    def __init__(self, pieces: Generator[str, None, None], written: _Written) -> None:
+        self._pieces, self._written = pieces, written
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop generating after the token that is being computed."""
+        self._pieces.close()
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self._written.prompt_tokens
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens generated, an end token and the tokens of a stop string among them."""
+        return len(self._written.ids)
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]:
+        """``length``: cut at ``max_new_tokens``. ``stop``: an end token, a stop string or the caller ended it."""
+        return self._written.finish_reason
+
+
+def stream(
+    gem: GemModel,
+    prompt: str | Handle,
+    *,
+    max_new_tokens: int = 256,
+    stop: str | Sequence[str] | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> TextStream:
+    """Continue a prompt, or a `Handle` of one, in pieces that join to the text `GemModel.generate` gives.
+
+    Generation starts with the first piece asked for, and stops within one token when the stream is closed or dropped.
+    It holds the model's `turn` until its last token, whether the pieces are read or not.
+
+    Args:
+        stop: the text ends before the first of these strings.
+        seed: draw from this seed; torch's own random numbers stay as they were.
+        options: those of transformers' `generate`. torch's per-thread switches (autocast) do not reach it.
+
+    Raises:
+        ValueError: several prompts, or an empty stop string. What `generate` raises comes with the first piece.
+    """
+    if isinstance(prompt, Handle) and prompt.ids_BT.shape[0] != 1:
+        raise ValueError(f"one prompt can be streamed, got a handle of {prompt.ids_BT.shape[0]}: use generate")
+    if not isinstance(prompt, str | Handle):
+        raise ValueError(f"one prompt can be streamed, got a {type(prompt).__name__}: give a string, or use generate")
+    for name in ("num_beams", "num_return_sequences"):
+        if (options.get(name) or 1) != 1:
+            raise ValueError(f"one answer can be streamed, got {name}={options[name]}: use generate")
+    written = _Written(_strings(stop), max_new_tokens, end_ids(gem.lm, gem.tokenizer), gem.tokenizer)
+    options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), written])
+    options["max_new_tokens"] = max_new_tokens
+    return TextStream(_pieces(gem, prompt, written, seed, options), written)
+
+
+def stream_chat(gem: GemModel, messages: Sequence[Message], **options: Any) -> TextStream:
+    """`stream` of the answer to a conversation, as `GemModel.chat` gives it."""
+    with turn(gem):
+        handle = gem.prefill_chat(messages)
+    return stream(gem, handle, **options)
+
+
+def _pieces(
+    gem: GemModel, prompt: str | Handle, written: _Written, seed: int | None, options: dict[str, Any]
+) -> Generator[str, None, None]:
+    def work() -> None:
+        try:
+            with turn(gem), _drawing_from(seed, gem.device):
+                if not written.closed.is_set():
+                    handle = gem.prefill(prompt) if isinstance(prompt, str) else prompt
+                    written.prompt_tokens = handle.ids_BT.shape[1]
+                    text = gem.generate(handle, **options)
+                    written.finish(text if isinstance(text, str) else text[0])
+            written.queue.put(None)
+        except BaseException as error:
+            written.queue.put(error)
+
+    # Not a daemon: torch must not be computing while the interpreter takes itself down.
+    threading.Thread(target=copy_context().run, args=(work,), name="gemify-stream").start()
+    try:
+        while (item := written.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        # Not joined: the thread may be waiting for a turn that whoever drops this stream holds.
+        written.closed.set()
+
+
+class _Written(StoppingCriteria):
+    """What has been generated: token ids in, pieces of text out (whole characters, up to a stop string)."""
+
+    def __init__(self, stops: Sequence[str], max_new_tokens: int, ends: set[int], tokenizer: Any) -> None:
+        self.queue: SimpleQueue[str | BaseException | None] = SimpleQueue()
+        self.closed = threading.Event()
+        self.prompt_tokens = 0
+        self.ids: list[int] = []
+        self._stops, self._max_new_tokens, self._ends, self._tokenizer = stops, max_new_tokens, ends, tokenizer
+        # A token may decode differently at the start of a text, so new ones are decoded after those of the piece before.
+        self._from = self._read = 0
+        self._text = ""
+        self._sent = 0
+        self._stopped = False
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length"]:
+        full = len(self.ids) >= self._max_new_tokens and self.ids[-1] not in self._ends
+        return "length" if full and not self._stopped else "stop"
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        self.ids.extend(input_ids[0, self.prompt_tokens + len(self.ids) :].tolist())
+        before, now = self._decode(self._from, self._read), self._decode(self._from, len(self.ids))
+        if len(now) > len(before) and not now.endswith(_UNFINISHED):
+            self._from, self._read = self._read, len(self.ids)
+            self._send(now[len(before) :])
+        return torch.full((input_ids.shape[0],), self._stopped or self.closed.is_set(), device=input_ids.device)
+
+    def finish(self, text: str) -> None:
+        """Pass on what was held back of the whole text."""
+        if not self._stopped:
+            self._send(text[len(self._text) :], last=True)
+
+    def _decode(self, start: int, end: int) -> str:
+        return str(self._tokenizer.decode(self.ids[start:end], skip_special_tokens=True))
+
+    def _send(self, new: str, *, last: bool = False) -> None:
+        """Pass on all that cannot be the beginning of a stop string."""
+        self._text += new
+        found = [at for s in self._stops if (at := self._text.find(s, self._sent)) >= 0]
+        self._stopped = bool(found)
+        held = 0 if last else max((_begun(s, self._text[self._sent :]) for s in self._stops), default=0)
+        until = min(found) if found else len(self._text) - held
+        if until > self._sent:
+            self.queue.put(self._text[self._sent : until])
+            self._sent = until
+
+
+def _begun(stop: str, text: str) -> int:
+    """How much of the stop string the end of the text may be."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _strings(stop: str | Sequence[str] | None) -> list[str]:
+    stops = [stop] if isinstance(stop, str) else list(stop or ())
+    if odd := [s for s in stops if not isinstance(s, str) or not s]:
+        raise ValueError(f"a stop string must have at least one character, got {odd[0]!r}: leave it out")
+    return stops
+
+
+@contextlib.contextmanager
+def _drawing_from(seed: int | None, device: torch.device) -> Iterator[None]:
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

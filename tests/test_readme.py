@@ -1,0 +1,31 @@
+"""The README's Python blocks run, one after the other, as a reader would run them."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemify.model.base import STARTER_PACKAGE
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+@pytest.mark.real
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.skipif(importlib.util.find_spec(STARTER_PACKAGE) is None, reason="make setup installs the starter model")
+def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    core = pytest.importorskip("llama_index.core")
+    pytest.importorskip("langchain_core")
+    monkeypatch.setattr(core.Settings, "_tokenizer", None)
+    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
+    assert len(blocks) >= 3
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, names)
+    out = capsys.readouterr().out
+    assert "Paris" in out
+    assert out.count("noon") == 2
