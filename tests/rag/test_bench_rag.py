@@ -46,7 +46,9 @@ def test_every_row_is_measured_and_exact_rows_are_exact(gem: GemModel, tmp_path:
         assert list(rows) == [row.name for row in ROWS]
         assert rows["query cached, document"]["equal_answers"] == 100
         assert rows["document cached, query"]["equal_answers"] == 100
-        assert rows["document cached, query"]["computed_tokens"] < rows["document, query"]["computed_tokens"] - int(length)
+        assert rows["document cached, query"]["computed_tokens"] < rows["document, query"]["computed_tokens"] - int(
+            length
+        )
         assert rows["document, query"]["stored_bytes"] == 4 * 32
         assert rows["document cached, query"]["stored_bytes"] > 1000 * int(length) / 10
         assert rows["both cached (joined)"]["divergence_nats"] >= 0

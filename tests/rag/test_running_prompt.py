@@ -57,6 +57,18 @@ def test_a_written_answer_is_generates_and_is_kept(name: str, tmp_path) -> None:
     )
 
 
+def test_a_stop_string_ends_the_answer_before_it(gem: GemModel) -> None:
+    whole = RunningPrompt(gem)
+    text = whole.write(whole.reach([10, 11, 12]), max_new_tokens=20, do_sample=False).text
+    stop = text[3:5]
+    prompt, pieces = RunningPrompt(gem), []  # type: ignore[var-annotated]
+    written = prompt.write(
+        prompt.reach([10, 11, 12]), max_new_tokens=20, do_sample=False, stop=stop, on_text=pieces.append
+    )
+    assert written.text == text[: text.index(stop)] == "".join(pieces)
+    assert written.tokens < 20
+
+
 def test_an_empty_prompt_is_refused(gem: GemModel) -> None:
     with pytest.raises(ValueError, match="must not be empty"):
         RunningPrompt(gem).reach([])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import copy_context
 from queue import SimpleQueue
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from gemify.model.handover import Handle
 from gemify.model.recovery import end_ids
 from gemify.model.turn import turn
 
+_Queue = SimpleQueue[str | BaseException | None]
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a tokenizer decodes the first bytes of a character to."""
 
@@ -30,7 +31,7 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 class TextStream(Iterator[str]):
     """Pieces of one answer. The counts are final when it is exhausted."""
 
-    def __init__(self, pieces: Generator[str, None, None], written: _Written) -> None:
+    def __init__(self, pieces: Generator[str, None, None], written: Pieces) -> None:
         self._pieces, self._written = pieces, written
 
     def __next__(self) -> str:
@@ -84,10 +85,11 @@ def stream(
     for name in ("num_beams", "num_return_sequences"):
         if (options.get(name) or 1) != 1:
             raise ValueError(f"one answer can be streamed, got {name}={options[name]}: use generate")
-    written = _Written(_strings(stop), max_new_tokens, end_ids(gem.lm, gem.tokenizer), gem.tokenizer)
+    queue: _Queue = SimpleQueue()
+    written = Pieces(gem, sink=queue.put, stop=stop, max_new_tokens=max_new_tokens)
     options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), written])
     options["max_new_tokens"] = max_new_tokens
-    return TextStream(_pieces(gem, prompt, written, seed, options), written)
+    return TextStream(_pieces(gem, prompt, written, queue, seed, options), written)
 
 
 def stream_chat(gem: GemModel, messages: Sequence[Message], **options: Any) -> TextStream:
@@ -98,7 +100,7 @@ def stream_chat(gem: GemModel, messages: Sequence[Message], **options: Any) -> T
 
 
 def _pieces(
-    gem: GemModel, prompt: str | Handle, written: _Written, seed: int | None, options: dict[str, Any]
+    gem: GemModel, prompt: str | Handle, written: Pieces, queue: _Queue, seed: int | None, options: dict[str, Any]
 ) -> Generator[str, None, None]:
     def work() -> None:
         try:
@@ -108,14 +110,14 @@ def _pieces(
                     written.prompt_tokens = handle.ids_BT.shape[1]
                     text = gem.generate(handle, **options)
                     written.finish(text if isinstance(text, str) else text[0])
-            written.queue.put(None)
+            queue.put(None)
         except BaseException as error:
-            written.queue.put(error)
+            queue.put(error)
 
     # Not a daemon: torch must not be computing while the interpreter takes itself down.
     threading.Thread(target=copy_context().run, args=(work,), name="gemify-stream").start()
     try:
-        while (item := written.queue.get()) is not None:
+        while (item := queue.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -124,20 +126,39 @@ def _pieces(
         written.closed.set()
 
 
-class _Written(StoppingCriteria):
-    """What has been generated: token ids in, pieces of text out (whole characters, up to a stop string)."""
+class Pieces(StoppingCriteria):
+    """What is being generated: token ids in, pieces of text out (whole characters, up to a stop string).
 
-    def __init__(self, stops: Sequence[str], max_new_tokens: int, ends: set[int], tokenizer: Any) -> None:
-        self.queue: SimpleQueue[str | BaseException | None] = SimpleQueue()
+    Given to transformers' `generate` as a stopping criterion; `finish` takes the text that `generate` has made.
+    """
+
+    def __init__(
+        self,
+        gem: GemModel,
+        *,
+        sink: Callable[[str], None],
+        stop: str | Sequence[str] | None = None,
+        max_new_tokens: int,
+        prompt_tokens: int = 0,
+    ) -> None:
+        self._stops = [stop] if isinstance(stop, str) else list(stop or ())
+        if odd := [s for s in self._stops if not isinstance(s, str) or not s]:
+            raise ValueError(f"a stop string must have at least one character, got {odd[0]!r}: leave it out")
         self.closed = threading.Event()
-        self.prompt_tokens = 0
+        self.prompt_tokens = prompt_tokens
         self.ids: list[int] = []
-        self._stops, self._max_new_tokens, self._ends, self._tokenizer = stops, max_new_tokens, ends, tokenizer
+        self._sink, self._max_new_tokens, self._tokenizer = sink, max_new_tokens, gem.tokenizer
+        self._ends = end_ids(gem.lm, gem.tokenizer)
         # A token may decode differently at the start of a text, so new ones are decoded after those of the piece before.
         self._from = self._read = 0
         self._text = ""
         self._sent = 0
         self._stopped = False
+
+    @property
+    def text(self) -> str:
+        """What has been passed on."""
+        return self._text[: self._sent]
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:
@@ -168,20 +189,13 @@ class _Written(StoppingCriteria):
         held = 0 if last else max((_begun(s, self._text[self._sent :]) for s in self._stops), default=0)
         until = min(found) if found else len(self._text) - held
         if until > self._sent:
-            self.queue.put(self._text[self._sent : until])
+            self._sink(self._text[self._sent : until])
             self._sent = until
 
 
 def _begun(stop: str, text: str) -> int:
     """How much of the stop string the end of the text may be."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _strings(stop: str | Sequence[str] | None) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else list(stop or ())
-    if odd := [s for s in stops if not isinstance(s, str) or not s]:
-        raise ValueError(f"a stop string must have at least one character, got {odd[0]!r}: leave it out")
-    return stops
 
 
 @contextlib.contextmanager

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, TextStreamer
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from gemify.model.cache import columns_of, from_key_values, new_cache
 from gemify.model.gem import GemModel
 from gemify.model.handover import Handle, extend, generate_ids
 from gemify.model.joining import join
 from gemify.model.passes import Text
+from gemify.model.recovery import end_ids
+from gemify.model.streaming import Pieces
 
 
 @dataclass(frozen=True)
@@ -78,16 +80,20 @@ class RunningPrompt:
         self,
         handle: Handle,
         *,
+        max_new_tokens: int,
+        stop: str | Sequence[str] | None = None,
         on_text: Callable[[str], None] | None = None,
         on_token: Callable[[], None] | None = None,
         **options: Any,
     ) -> Written:
         """Answer the prompt, and keep the answer's cache too.
 
-        ``on_text`` gets the pieces of text as they are made (whole words, mostly), ``on_token`` is called for each token.
+        ``on_text`` gets the pieces of text as they are made, ``on_token`` is called for each token. ``stop`` ends the
+        text before the first of these strings; ``options`` are those of transformers' `generate`.
         """
-        gem = self._gem
-        options["streamer"] = _Pieces(gem.tokenizer, on_text, on_token)
+        gem, before = self._gem, handle.ids_BT.shape[1]
+        pieces = Pieces(gem, sink=on_text or _drop, stop=stop, max_new_tokens=max_new_tokens, prompt_tokens=before)
+        criteria = [pieces] if on_token is None else [_Watched(on_token), pieces]
         with torch.no_grad():
             out = generate_ids(
                 gem.lm,
@@ -96,16 +102,17 @@ class RunningPrompt:
                 handle.ids_BT,
                 handle.text.mask_BT,
                 never=gem.special_ids,
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=StoppingCriteriaList(criteria),
                 return_dict_in_generate=True,
                 **options,
             )
         sequence = out.sequences[0].tolist()
-        new = sequence[handle.ids_BT.shape[1] :]
+        new = sequence[before:]
+        pieces.finish(str(gem.tokenizer.decode(new, skip_special_tokens=True)))
         self.adopt(sequence[:-1], out.past_key_values)  # the last token was made, not run
-        ends = gem.lm.generation_config.eos_token_id
-        stops = {ends} if isinstance(ends, int) else set(ends or ()) | {gem.tokenizer.eos_token_id}
-        kept = new[:-1] if new and new[-1] in stops else new
-        return Written(str(gem.tokenizer.decode(kept, skip_special_tokens=True)), tuple(kept), len(new))
+        kept = new[:-1] if new and new[-1] in end_ids(gem.lm, gem.tokenizer) else new
+        return Written(pieces.text, tuple(kept), len(new))
 
     def _cut(self, columns: int) -> None:
         if columns == len(self.ids):
@@ -128,22 +135,16 @@ class RunningPrompt:
         return handle
 
 
-class _Pieces(TextStreamer):
-    """transformers' streamer, with functions in place of stdout."""
+class _Watched(StoppingCriteria):
+    """Asked after every token; never stops."""
 
-    def __init__(
-        self, tokenizer: Any, on_text: Callable[[str], None] | None, on_token: Callable[[], None] | None
-    ) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text, self._on_token = on_text, on_token
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token = on_token
 
-    def put(self, value: torch.Tensor) -> None:
-        prompt = self.next_tokens_are_prompt
-        if not prompt and self._on_token is not None:
-            self._on_token()
-        if prompt or self._on_text is not None:
-            super().put(value)
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self._on_token()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text and self._on_text is not None:
-            self._on_text(text)
+
+def _drop(text: str) -> None:
+    pass
