@@ -41,8 +41,12 @@ def join(lm: PreTrainedModel, caches: Sequence[DynamicCache]) -> DynamicCache:
 
 @torch.no_grad()
 def require_shiftable(lm: PreTrainedModel) -> None:
-    """Try it: a few tokens run at two places must have keys that differ by `shift` alone. ValueError if not."""
-    tokens = torch.arange(3, 7, device=lm.device)[None]
+    """Try it: a token run at two places must have keys that differ by `shift` alone. ValueError if not.
+
+    One token, because it attends to itself wherever it stands: what else differs is then the positions' doing, and in
+    low precision no rounding grows from layer to layer.
+    """
+    tokens = torch.full((1, 1), lm.get_input_embeddings().weight.shape[0] // 2, device=lm.device)
     try:
         here, there = (_run(lm, tokens, first) for first in (0, 9))
         moved = key_values(shift(lm, here, 9))
@@ -52,7 +56,7 @@ def require_shiftable(lm: PreTrainedModel) -> None:
         )
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"this model's caches cannot be joined: {str(error).splitlines()[0]}") from error
-    if worst > (1e-3 if lm.dtype == torch.float32 else 0.2):  # keys turned wrongly are off by about their own length
+    if worst > (1e-3 if lm.dtype == torch.float32 else 3e-2):  # keys turned wrongly are off by about their own length
         raise ValueError("this model's caches cannot be joined: its positions are not plain rotary ones")
 
 
