@@ -21,10 +21,11 @@ TEMPLATE = "{% for m in messages %}<r1>{{ m['role'] }}\n{{ m['content'] }}<r2>\n
 @dataclass(frozen=True)
 class Passage:
     text: str
-    title: str | None = None
+    title: str = ""
     file: str = "a.txt"
     place: str = "line 1"
     score: float = 1.0
+    heading: str = ""
 
 
 PASSAGES = [Passage("the cat sat on the mat"), Passage("a dog ate the bone", "dogs", "b.txt", "page 2")]

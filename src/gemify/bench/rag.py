@@ -34,7 +34,8 @@ class Document:
     text: str
     passage: str
     """Id of the passage that it begins with."""
-    title: str | None = None
+    title: str = ""
+    heading: str = ""
     file: str = ""
     place: str = ""
     score: float = 0.0

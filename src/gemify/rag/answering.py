@@ -43,7 +43,9 @@ class Found(Protocol):
     @property
     def text(self) -> str: ...
     @property
-    def title(self) -> str | None: ...
+    def title(self) -> str: ...
+    @property
+    def heading(self) -> str: ...
     @property
     def file(self) -> str: ...
     @property
@@ -256,7 +258,8 @@ class Conversation:
 
 def passage_text(passage: Found) -> str:
     """A passage as the prompt has it."""
-    return f"{passage.title}: {passage.text}" if passage.title else passage.text
+    about = passage.heading or passage.title
+    return f"{about}: {passage.text}" if about else passage.text
 
 
 class _Watch:
