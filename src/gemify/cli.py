@@ -13,7 +13,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from gemify import __version__, cli_evaluation, cli_rag
+from gemify import __version__
+from gemify.cli_evaluation import register as register_evaluation
+from gemify.cli_rag import register as register_rag
 
 app = typer.Typer(
     name="gemify",
@@ -305,8 +307,8 @@ def info(
         )
 
 
-cli_evaluation.register(app)
-cli_rag.register(app)
+register_evaluation(app)
+register_rag(app)
 
 
 def _verify(model: str, base: str, revision: str | None, device: str | None) -> bool:

@@ -57,5 +57,5 @@ def measure(
         wanted = f"row {question.row}"
         ranks.append(places.index(wanted) + 1 if wanted in places else 0)
     got = np.asarray(ranks)
-    recall = [float(np.mean((got > 0) & (got <= k))) for k in (1, 5, 10)]
-    return Quality(*recall, float(np.mean([1 / r if r else 0.0 for r in ranks])), len(ranks))
+    at_1, at_5, at_10 = (float(np.mean((got > 0) & (got <= k))) for k in (1, 5, _DEPTH))
+    return Quality(at_1, at_5, at_10, float(np.mean([1 / r if r else 0.0 for r in ranks])), len(ranks))

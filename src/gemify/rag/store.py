@@ -32,8 +32,9 @@ _META = b"gemify"
 _CHUNKS, _FILES = "chunks", "files"
 _SHOWN = ("version", "ordinal", "file", "text", "title", "heading", "place")
 _IVF_FROM = 20_000  # rows: up to here an exact scan takes under 30 ms of two cores
+_PROBES = 24  # partitions of the vector index that a search looks into
 _QUANTISE_FROM = 256
-_RESCORED = {"int8": 10, "binary": 30}  # candidates a result, rescored with their full vectors
+_RESCORED = {"int8": 100, "binary": 1000}  # candidates of a search, rescored with their full vectors
 _STALE = 0.2  # share of rows outside the vector index from which it is trained anew
 _FRAGMENTS = 8  # small ones, from which they are made one
 _PART = 500  # values of one SQL list
@@ -97,8 +98,7 @@ class Store:
 
     def __init__(self, uri: str, database: Any, meta: StoreMeta) -> None:
         self.uri, self.meta = uri, meta
-        with _readable(uri):
-            self._chunks, self._files = database.open_table(_CHUNKS), database.open_table(_FILES)
+        self._chunks, self._files = _table(database, _CHUNKS, uri), _table(database, _FILES, uri)
         self._seen: tuple[int, int] | None = None
         self._hidden: dict[str, int] = {}
 
@@ -111,20 +111,28 @@ class Store:
         if not _is_remote(uri) and not Path(uri).is_dir():
             raise ValueError(f"no store at {uri}: make one with `gemify index`")
         database = _connect(uri)
-        tables = _tables(database, uri)
-        if _FILES not in tables:
+        if _FILES not in _tables(database, uri):
             raise ValueError(f"no store in {uri}: make one with `gemify index`")
-        if _CHUNKS not in tables:
-            raise ValueError(f"the store {uri} has lost its chunks: restore it, or delete it and index again")
-        with _readable(uri):
-            written = database.open_table(_FILES).schema.metadata or {}
-        return cls(uri, database, _read_meta(written.get(_META), uri))
+        return cls(uri, database, _read_meta(_table(database, _FILES, uri).schema.metadata, uri))
 
     @classmethod
     def exists(cls, uri: str | Path) -> bool:
-        """Whether a store was made there."""
+        """Whether a store was made there, be it damaged. A creation that was killed made none."""
         uri = _resolved(uri)
-        return (_is_remote(uri) or Path(uri).is_dir()) and _FILES in _tables(_connect(uri), uri)
+        if not _is_remote(uri) and not Path(uri).is_dir():
+            return False
+        database = _connect(uri)
+        tables = _tables(database, uri)
+        if _FILES in tables:
+            with contextlib.suppress(ValueError):
+                _table(database, _FILES, uri)
+                return True
+        if _CHUNKS not in tables:
+            return False
+        try:
+            return bool(_table(database, _CHUNKS, uri).count_rows())
+        except ValueError:
+            return False
 
     @classmethod
     def create(cls, uri: str | Path, meta: StoreMeta) -> Store:
@@ -145,7 +153,7 @@ class Store:
         with _readable(uri):
             table = database.create_table(_CHUNKS, schema=pa.schema(chunks), mode="overwrite")
             table.create_index("words", config=FTS())
-            database.create_table(_FILES, schema=pa.schema(files, metadata=described))
+            database.create_table(_FILES, schema=pa.schema(files, metadata=described), mode="overwrite")
         return cls(uri, database, meta)
 
     @contextlib.contextmanager
@@ -208,21 +216,26 @@ class Store:
         with _readable(self.uri):
             for listed in _sql_lists(self.uncounted()):
                 self._chunks.delete(f"version IN ({listed})")
-            self._index_vectors()
-            stale = any(i.num_unindexed_rows for i in self._chunks.list_indices())
-            if stale or self._chunks.stats()["fragment_stats"]["num_small_fragments"] > _FRAGMENTS:
+            train = self._wants_training()
+            unindexed = any(i.num_unindexed_rows for i in self._chunks.list_indices())
+            if unindexed or self._chunks.stats()["fragment_stats"]["num_small_fragments"] > _FRAGMENTS:
                 self._chunks.optimize(cleanup_older_than=_KEEP)
                 self._files.optimize(cleanup_older_than=_KEEP)
+            if train:
+                self._index_vectors()
+
+    def _wants_training(self) -> bool:
+        """Whether there are rows enough for a vector index, and none that fits most of them."""
+        rows = self._chunks.count_rows()
+        if rows < (_QUANTISE_FROM if self.meta.precision in _RESCORED else _IVF_FROM):
+            return False
+        known = [i for i in self._chunks.list_indices() if i.columns == ["vector"]]
+        return not known or known[0].num_unindexed_rows > _STALE * rows
 
     def _index_vectors(self) -> None:
         from lancedb.index import IvfFlat, IvfRq, IvfSq
 
         rows, precision = self._chunks.count_rows(), self.meta.precision
-        if rows < (_QUANTISE_FROM if precision in _RESCORED else _IVF_FROM):
-            return
-        known = [i for i in self._chunks.list_indices() if i.columns == ["vector"]]
-        if known and known[0].num_unindexed_rows <= _STALE * rows:
-            return
         parts = 1 if rows < _IVF_FROM else round(rows**0.5 / 3)
         if precision == "int8":
             config: Any = IvfSq(distance_type="dot", num_partitions=parts)
@@ -262,9 +275,9 @@ class Store:
             raise ValueError(f"expected a vector of {self.meta.dimension} numbers, got {list(vector_D.shape)}")
         with _readable(self.uri):
             query = self._chunks.search(unit(vector_D[None])[0], vector_column_name="vector").distance_type("dot")
-            if factor := _RESCORED.get(self.meta.precision):
-                query = query.refine_factor(factor)
-            return self._hits(query.nprobes(24), k, "_distance")
+            if candidates := _RESCORED.get(self.meta.precision):
+                query = query.refine_factor(max(candidates // 100, candidates // k))
+            return self._hits(query.nprobes(_PROBES), k, "_distance")
 
     def matching(self, words: str, k: int) -> list[Hit]:
         """The chunks that match words best; the score is BM25."""
@@ -284,7 +297,7 @@ class Store:
         if hidden := [f"version NOT IN ({listed})" for listed in _sql_lists(self.uncounted())]:
             query = query.where(" AND ".join(hidden), prefilter=True)
         found = query.limit(k).select([*_SHOWN, score]).to_arrow().to_pylist()
-        return [
+        hits = [
             Hit(
                 id=f"{row.pop('version')}-{row.pop('ordinal')}",
                 score=1 - row.pop(score) if score == "_distance" else row.pop(score),
@@ -292,6 +305,7 @@ class Store:
             )
             for row in found
         ]
+        return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # equal scores in one order
 
 
 def unit(vectors_ND: np.ndarray) -> np.ndarray:
@@ -310,7 +324,7 @@ def _resolved(uri: str | Path) -> str:
 
 
 def _connect(uri: str) -> Any:
-    os.environ.setdefault("LANCE_LOG", "error")  # its warnings are for its developers
+    os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are for its developers
     import lancedb
 
     with _readable(uri):
@@ -322,9 +336,19 @@ def _tables(database: Any, uri: str) -> list[str]:
         return list(database.list_tables().tables)
 
 
-def _read_meta(written: bytes | None, uri: str) -> StoreMeta:
+def _table(database: Any, name: str, uri: str) -> Any:
     try:
-        values = json.loads(written or b"")
+        with _readable(uri):
+            return database.open_table(name)
+    except ValueError as error:
+        if "not found" not in str(error):
+            raise
+        raise ValueError(f"the store {uri} has lost its {name}: restore it, or delete it and index again") from error
+
+
+def _read_meta(metadata: dict[bytes, bytes] | None, uri: str) -> StoreMeta:
+    try:
+        values = json.loads((metadata or {})[_META])
         version = values["format_version"]
         if version == FORMAT_VERSION:
             return StoreMeta(**{**values, "chunk": ChunkSettings(**values["chunk"])})
