@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import inspect
+import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +21,7 @@ import torch
 from hypothesis import settings
 
 import tiny
+from bag_of_words import BagOfWords
 from gemify import GemModel
 from gemify.model.base import STARTER_PACKAGE, load_base
 
@@ -74,6 +77,19 @@ def disturb(gem: GemModel, seed: int = 1) -> None:
     with torch.no_grad():
         for p in [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD]:
             p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+
+
+@pytest.fixture
+def bag() -> BagOfWords:
+    return BagOfWords()
+
+
+@pytest.fixture(scope="session")
+def server() -> ForkServerContext:
+    """Children that start quickly: their imports are done once, and nothing else: a LanceDB that was used cannot be forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["gemify.model.gem", "gemify.rag.index", "lancedb.index", "children"])
+    return context
 
 
 @pytest.fixture(scope="session")

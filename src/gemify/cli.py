@@ -14,8 +14,10 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from gemify import __version__
+from gemify.cli_ask import register as register_ask
 from gemify.cli_bench import bench
-from gemify.cli_evaluation import register
+from gemify.cli_evaluation import register as register_evaluation
+from gemify.cli_rag import register as register_rag
 
 app = typer.Typer(
     name="gemify",
@@ -307,7 +309,9 @@ def info(
         )
 
 
-register(app)
+register_evaluation(app)
+register_rag(app)
+register_ask(app)
 app.add_typer(bench, name="bench")
 
 

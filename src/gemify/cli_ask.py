@@ -39,7 +39,9 @@ KeepKv = Annotated[
     bool, typer.Option("--keep-kv", help="Keep passages' KV caches on disk, and use them. They hold the text itself.")
 ]
 KvBits = Annotated[int, typer.Option(help="Of kept caches: 32, 16, 8 or 4.")]
-KvBudget = Annotated[str | None, typer.Option(help="Most bytes of kept caches, such as 500MB or 2GB. [default: no end]")]
+KvBudget = Annotated[
+    str | None, typer.Option(help="Most bytes of kept caches, such as 500MB or 2GB. [default: no end]")
+]
 KvStoreDir = Annotated[Path | None, typer.Option("--kv-store", help="Where they are kept. [default: STORE/kv]")]
 System = Annotated[str | None, typer.Option(help="System message.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]

@@ -32,6 +32,7 @@ from gemify.model.config import CONFIG_FILE, GemConfig, require_special_tokens, 
 from gemify.model.encode import TextTokenizer, encode_texts
 from gemify.model.gate import ADAPTER_FILE, Adapter, AdapterSettings, Tune, adapter_settings
 from gemify.model.handover import Handle
+from gemify.model.identity import embedding_fingerprint
 from gemify.model.meter import Meter
 from gemify.model.passes import Specials, Text, left_pad, special_pass, text_pass
 from gemify.model.pooling import Pooling, pool
@@ -118,13 +119,7 @@ class GemModel:
         return cls(lm, tokenizer, config, _attach(lm, config, rows, adapter or {}))
 
     @classmethod
-    def from_pretrained(
-        cls,
-        path: str | Path,
-        *,
-        base: str | None = None,
-        **loading: Unpack[Loading],
-    ) -> GemModel:
+    def from_pretrained(cls, path: str | Path, *, base: str | None = None, **loading: Unpack[Loading]) -> GemModel:
         """Load a saved GEM: a directory, a Hugging Face repo id, or ``starter``, which comes with gemify.
 
         ``base`` overrides where the base model is looked for. If its weights are not those the GEM was trained on, a
@@ -208,6 +203,16 @@ class GemModel:
         return width * (self.config.k if self.config.pooling == "concat" else 1)
 
     @property
+    def max_seq_length(self) -> int:
+        """Most tokens of a text that are read, special tokens not counted."""
+        return self.config.max_length - self.config.k
+
+    @property
+    def fingerprint(self) -> str:
+        """A short name for the vectors this model gives: see `embedding_fingerprint`."""
+        return embedding_fingerprint(self.lm, self.config, self.adapter)
+
+    @property
     def text_tokenizer(self) -> TextTokenizer:
         """The tokenizer as embedding uses it."""
         return TextTokenizer(self.tokenizer, frozenset(self.config.special_ids))
@@ -264,8 +269,7 @@ class GemModel:
             )
         else:
             vectors_ND = torch.empty(0, self.get_embedding_dim())
-        if truncate_dim is not None:
-            vectors_ND = vectors_ND[:, :truncate_dim]
+        vectors_ND = vectors_ND[:, :truncate_dim]
         if normalize_embeddings:
             vectors_ND = F.normalize(vectors_ND, dim=-1)
         result = vectors_ND[0] if single else vectors_ND
@@ -358,8 +362,7 @@ class GemModel:
 
     def chat(self, messages: Sequence[Message], *, max_new_tokens: int = 256, **options: Any) -> str:
         """Answer a conversation in the base model's own chat format."""
-        answer: str = self.generate(self.prefill_chat(messages), max_new_tokens=max_new_tokens, **options)
-        return answer
+        return str(self.generate(self.prefill_chat(messages), max_new_tokens=max_new_tokens, **options))
 
     def prefill_chat(self, messages: Sequence[Message]) -> Handle:
         """`prefill` of a conversation, laid out by the tokenizer's chat template up to the answer's start."""
@@ -440,5 +443,4 @@ def _attach(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: A
 
 
 def _matrix(vectors: np.ndarray | Tensor) -> Tensor:
-    tensor = torch.as_tensor(vectors).float()
-    return tensor[None] if tensor.ndim == 1 else tensor
+    return torch.as_tensor(vectors).float().reshape(-1, np.shape(vectors)[-1])

@@ -1,0 +1,35 @@
+"""Which vectors a model gives: the name by which a store of vectors knows the model that wrote it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from transformers import PreTrainedModel
+
+from gemify.model.base import fingerprint
+from gemify.model.config import GemConfig
+from gemify.model.gate import Adapter
+
+
+def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapter | None) -> str:
+    """A short hash of the base's fingerprint, the adapter, and every setting that shapes a vector.
+
+    Weights count in bfloat16: loading the same GEM in another precision keeps it. Without an adapter (``full``) the
+    weights themselves are hashed.
+    """
+    settings = [
+        config.base_fingerprint if adapter is not None else fingerprint(lm),
+        list(config.special_ids),
+        config.pooling,
+        config.shared_position,
+        config.max_length,
+        dict(sorted(config.prompts.items())),
+        config.default_prompt_name,
+    ]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for name, tensor in sorted(adapter.state().items()) if adapter is not None else ():
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.to(torch.bfloat16).float().numpy().tobytes())
+    return digest.hexdigest()[:16]
