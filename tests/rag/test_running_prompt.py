@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny
+from conftest import disturb
 from gemify import GemModel
 from gemify.rag.running_prompt import RunningPrompt
 
@@ -24,6 +27,24 @@ def test_reaching_equals_running_at_once(gem: GemModel, prompts: list[list[int]]
         oracle = gem.lm(input_ids=torch.tensor([whole])).logits[0, -1]
         torch.testing.assert_close(handle.logits_BV[0], oracle, rtol=1e-5, atol=1e-5)
         assert prompt.ids == tuple(whole)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
+@pytest.mark.parametrize("since", [0, 4])
+def test_embedding_on_the_way_equals_embedding_apart(tmp_path: Path, name: str, k: int, since: int) -> None:
+    gem = GemModel.from_base(str(tiny.save(tmp_path / name, name)), special_tokens=k)
+    disturb(gem)
+    ids = list(range(20, 31))
+    for begun in ([], ids[:3], ids):
+        apart, fused = RunningPrompt(gem), RunningPrompt(gem)
+        if begun:
+            fused.reach(begun)
+        vector = gem.embed(apart.reach(ids), since=since)
+        torch.testing.assert_close(fused.reach_and_embed(ids, since=since), vector, rtol=1e-5, atol=1e-5)
+        assert fused.ids == apart.ids
+        further = [*ids, 40, 41]
+        torch.testing.assert_close(fused.reach(further).logits_BV, apart.reach(further).logits_BV, rtol=1e-5, atol=1e-5)
 
 
 def test_only_what_is_new_is_run(gem: GemModel) -> None:

@@ -78,8 +78,13 @@ def from_key_values(lm: PreTrainedModel, pairs: list[tuple[Tensor, Tensor]]) -> 
     return made
 
 
+def keeps_all(cache: DynamicCache) -> bool:
+    """Whether every layer keeps all columns: sliding windows drop old ones."""
+    return not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
+
+
 def columns_of(cache: DynamicCache, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of some of the columns; ValueError where sliding windows have dropped any."""
-    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+    if not keeps_all(cache):
         raise ValueError("this model's sliding windows drop old columns: its cache cannot be cut")
     return [(keys[..., start:stop, :], values[..., start:stop, :]) for keys, values in key_values(cache)]

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gemify.model.attention import gem_mask
-from gemify.model.cache import concatenate, fork, new_cache, select, tail
+from gemify.model.cache import columns_of, concatenate, fork, from_key_values, new_cache, select, tail
 from gemify.model.gate import gate
 from gemify.paper.tokens import IGNORED, Columns, Segment
 
@@ -131,6 +131,44 @@ def special_pass(
             logits_BV = None
             hidden_BKD = lm.get_decoder()(**inputs).last_hidden_state
     return Specials(hidden_BKD, logits_BV, tail(lm, cache, K), start_B1[:, 0] + (1 if shared_position else K))
+
+
+def text_and_special_pass(
+    lm: PreTrainedModel,
+    before: Text,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    special_ids: Sequence[int],
+    *,
+    since: int,
+    shared_position: bool,
+) -> tuple[Text, Tensor]:
+    """Run more text (padded on the left) and the special tokens after it in one pass.
+
+    Gives the text without the special tokens, and their last hidden states [B, K, D]. They see the columns from
+    ``since`` on; no text column sees them. The layers' caches must keep all columns (`keeps_all`).
+    """
+    B, K, device = ids_BT.shape[0], len(special_ids), ids_BT.device
+    whole_BT = torch.cat([before.mask_BT, mask_BT], dim=1)
+    T, new = whole_BT.shape[1], ids_BT.shape[1]
+    ones_BK = torch.ones(B, K, dtype=torch.bool, device=device)
+    step_K = torch.zeros(K, dtype=torch.long, device=device) if shared_position else torch.arange(K, device=device)
+    position_BT = torch.cat([positions_of(whole_BT)[:, T - new :], whole_BT.sum(-1)[:, None] + step_K], dim=1)
+    cache = fork(before.cache)
+    masked: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if since or K > 1:
+        segments_BT = torch.cat([whole_BT.long() * Segment.TEXT, ones_BK.long() * Segment.SPECIAL], dim=1)
+        segments_BT[:, :since] *= int(Segment.HIDDEN)  # padding stays padding
+        masked = gem_mask(segments_BT, shared_position=shared_position)
+    with gate(torch.cat([torch.zeros_like(mask_BT), ones_BK], dim=1)), masked:
+        hidden_BTD = lm.get_decoder()(
+            input_ids=torch.cat([ids_BT, torch.tensor([list(special_ids)] * B, device=device)], dim=1),
+            attention_mask=torch.cat([whole_BT, ones_BK], dim=1).long(),
+            position_ids=position_BT,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+    return Text(from_key_values(lm, columns_of(cache, 0, T)), whole_BT), hidden_BTD[:, -K:]
 
 
 def suffix_pass(lm: PreTrainedModel, specials: Specials, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -172,6 +172,7 @@ class Conversation:
     def __init__(self, rag: GemRag) -> None:
         self.rag = rag
         self._prompt = RunningPrompt(rag.gem)
+        self._prompt.adopt(*rag.caches.start())
         self._turns: list[Turn] = [rag.format.turn("system", rag.settings.system)] if rag.settings.system else []
 
     def ask(self, question: str, *, on_text: Callable[[str], None] | None = None, **options: Any) -> Answer:
@@ -188,7 +189,7 @@ class Conversation:
         passages = self._search(question, vector)
         search = watch.lap()
         if self.rag.in_place and not settings.handover:
-            prompt.clear()
+            prompt.adopt(*caches.start())
         handle = self._go_on(asked, passages)
         generate = {"max_new_tokens": settings.max_new_tokens, **settings.generate, **options}
         try:
@@ -212,8 +213,7 @@ class Conversation:
         """The question's vector from the prompt that its answer goes on from."""
         layout = self.rag.format.layout([*self._turns, Turn("user", asked)])
         start = layout.starts[-1]
-        handle = self._prompt.reach(layout.ids[: start + len(asked)])
-        vector: np.ndarray = self.rag.gem.embed(handle, since=start).numpy()
+        vector: np.ndarray = self._prompt.reach_and_embed(layout.ids[: start + len(asked)], since=start).numpy()
         return vector
 
     def _search(self, question: str, vector: np.ndarray) -> list[Any]:

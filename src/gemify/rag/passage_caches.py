@@ -21,7 +21,14 @@ class PassageCaches:
     def __init__(self, gem: GemModel, kv: KvStore | None, head: Ids, *, label: Ids) -> None:
         self._gem, self._kv, self.head, self._label = gem, kv, head, label
         self.computed = 0
-        """Tokens run so far."""
+        """Tokens run so far, ``head`` apart."""
+        self._start: DynamicCache | None = None
+
+    def start(self) -> tuple[Ids, DynamicCache]:
+        """Where every conversation begins: the cache of ``head``, run once."""
+        if self._start is None:
+            self._start = RunningPrompt(self._gem).reach(self.head).text.cache
+        return self.head, self._start
 
     def exact(self, ids: Ids) -> tuple[Ids, DynamicCache]:
         """The cache of a prompt's beginning."""
@@ -46,12 +53,16 @@ class PassageCaches:
         gem, kv = self._gem, self._kv
         kept = kv.get(gem.lm, passage, kind="special") if kv is not None else None
         if kept is None:
-            text = self._run(passage)
+            text = RunningPrompt(self._gem).reach(passage).text
+            self.computed += len(passage)
             kept = special_pass(gem.lm, text, gem.special_ids, shared_position=gem.config.shared_position).cache
             if kv is not None:
                 kv.put(passage, kept, kind="special")
         return kept
 
     def _run(self, ids: Ids) -> Text:
-        self.computed += len(ids)
-        return RunningPrompt(self._gem).reach(ids).text
+        prompt = RunningPrompt(self._gem)
+        prompt.adopt(*self.start())
+        text = prompt.reach(ids).text
+        self.computed += prompt.computed
+        return text

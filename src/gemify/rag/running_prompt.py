@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from gemify.model.cache import columns_of, from_key_values, new_cache
+from gemify.model.cache import columns_of, from_key_values, keeps_all, new_cache
 from gemify.model.gem import GemModel
 from gemify.model.handover import Handle, extend, generate_ids
 from gemify.model.joining import join
-from gemify.model.passes import Text
+from gemify.model.passes import Text, text_and_special_pass
+from gemify.model.pooling import pool
 from gemify.model.recovery import end_ids
 from gemify.model.streaming import Pieces
 
@@ -57,16 +59,45 @@ class RunningPrompt:
     def reach(self, ids: Sequence[int]) -> Handle:
         """Run what is new of ``ids`` after what has run already."""
         target = tuple(ids)
-        if not target:
-            raise ValueError("no token given: a prompt must not be empty")
         if self._handle is not None and self.ids == target:
             return self._handle
+        return self._run(self._rest(target))
+
+    @torch.no_grad()
+    def reach_and_embed(self, ids: Sequence[int], *, since: int) -> Tensor:
+        """Run what is new of ``ids``, and with it the special tokens; their vector [D] or [K * D].
+
+        They see the prompt from column ``since`` on, and leave no trace in it.
+        """
+        gem, target = self._gem, tuple(ids)
+        config = gem.config
+        if not config.k or not keeps_all(self._cache):
+            return gem.embed(self.reach(target), since=since)
+        gem.lm.eval()
+        ids_BT = torch.tensor(self._rest(target), device=gem.device)[None]
+        text, hidden_BKD = text_and_special_pass(
+            gem.lm,
+            self.text,
+            ids_BT,
+            torch.ones_like(ids_BT).bool(),
+            gem.special_ids,
+            since=since,
+            shared_position=config.shared_position,
+        )
+        self.adopt(target, text.cache)
+        self.computed += ids_BT.shape[1]
+        return pool(hidden_BKD, config.pooling)[0].float().cpu()
+
+    def _rest(self, target: tuple[int, ...]) -> tuple[int, ...]:
+        """What of a prompt is still to run (one token at least), after what differs of what has run is cut off."""
+        if not target:
+            raise ValueError("no token given: a prompt must not be empty")
         common = next(
             (i for i, (a, b) in enumerate(zip(self.ids, target, strict=False)) if a != b),
             min(len(self.ids), len(target)),
         )
         self._cut(min(common, len(target) - 1))
-        return self._run(target[len(self.ids) :])
+        return target[len(self.ids) :]
 
     def append(self, ids: Sequence[int]) -> Handle:
         """Run ``ids`` after all that has run, also where that is a joined cache."""
@@ -141,7 +172,7 @@ class _Watched(StoppingCriteria):
     def __init__(self, on_token: Callable[[], None]) -> None:
         self._on_token = on_token
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         self._on_token()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
