@@ -1,12 +1,19 @@
-"""The verbs that time: `gemify bench rag`."""
+"""The verbs that compare: `gemify bench rag` and `bench retrieval`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+Data = Annotated[Path, typer.Option(help="Directory with corpus.jsonl and queries.jsonl (or .gz), in SQuAD form.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Output = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file of the record.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 
 bench = typer.Typer(no_args_is_help=True, help="Paired timings, medians and ratios.")
 
@@ -18,7 +25,7 @@ def _room() -> None:
 
 @bench.command()
 def rag(
-    data: Annotated[Path, typer.Option(help="Directory with corpus.jsonl and queries.jsonl (or .gz), in SQuAD form.")],
+    data: Data,
     model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id.")] = "starter",
     encoder: Annotated[
         str | None, typer.Option(help="st:PATH or st:NAME: the embedder of the two-model stack; none: left out.")
@@ -27,17 +34,17 @@ def rag(
     lengths: Annotated[str, typer.Option(help="Tokens of a document.")] = "250,1000,4000",
     bits: Annotated[int, typer.Option(help="Of kept caches: 32, 16, 8 or 4.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 24,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON file of the record.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for machines.")] = False,
+    dtype: Dtype = "float32",
+    output: Output = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Answers with and without retrieval, hand-over and kept caches, against a two-model stack."""
-    from gemify.bench.rag import Peer, as_table, bench_rag, read_questions
+    from gemify.bench.questions import read_questions
+    from gemify.bench.rag import Peer, as_table, bench_rag
     from gemify.evaluation.subjects import Settings, encoder_subject, load_encoder
     from gemify.model.gem import GemModel
-    from gemify.model.storage import atomic_file
 
     try:
         wanted = [int(length) for length in lengths.split(",")]
@@ -60,8 +67,41 @@ def rag(
         max_new_tokens=max_new_tokens,
         show_progress_bar=not quiet,
     )
+    _give(report, as_table(report), output, as_json)
+
+
+@bench.command()
+def retrieval(
+    store: Annotated[str, typer.Option("--store", "-s", help="An index of the corpus.jsonl in --data.")],
+    data: Data,
+    questions: Annotated[int | None, typer.Option(min=1, help="How many, evenly over the file. [default: all]")] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="[default: the store's]")] = None,
+    dtype: Dtype = "float32",
+    output: Output = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Recall and MRR of vector, full-text and hybrid search."""
+    from gemify.bench.questions import read_questions
+    from gemify.bench.retrieval import as_table, bench_retrieval
+    from gemify.evaluation.subjects import Settings
+    from gemify.model.gem import GemModel
+    from gemify.rag.index import GemIndex
+    from gemify.rag.store import Store
+
+    _, asked = read_questions(data, questions)
+    name = model or Store.open(store).meta.model or "starter"
+    gem = GemModel.from_pretrained(name, device=device, dtype=Settings(dtype).torch_dtype)
+    report = bench_retrieval(gem, GemIndex.open(store, gem, create=False), asked, show_progress_bar=not quiet)
+    _give(report, as_table(report), output, as_json)
+
+
+def _give(report: Any, table: str, output: Path | None, as_json: bool) -> None:
+    from gemify.model.storage import atomic_file
+
     if output is not None:
         with atomic_file(output) as stage:
             stage.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         typer.echo(str(output), err=True)
-    typer.echo(json.dumps(report) if as_json else as_table(report))
+    typer.echo(json.dumps(report) if as_json else table)

@@ -176,6 +176,22 @@ def test_a_conversation_too_long_forgets_its_beginning(chatty: GemModel) -> None
     run_at_once(conversation)
 
 
+def test_a_prompt_too_long_is_refused_and_forgotten(chatty: GemModel) -> None:
+    conversation = GemRag(chatty, Shelf([Passage("word " * 300)]), settings=FIRST).conversation()
+    with pytest.raises(ValueError, match="this model takes 1024 in all: use fewer passages"):
+        conversation.ask("who?")
+    conversation.rag.index = Shelf()
+    conversation.ask("who?")
+    run_at_once(conversation)
+
+
+def test_a_search_for_words_embeds_nothing(chatty: GemModel) -> None:
+    shelf = Shelf()
+    answer = GemRag(chatty, shelf, settings=replace(FIRST, mode="fts")).ask("who ate?")
+    assert shelf.asked[0][3] is None
+    assert answer.text == GemRag(chatty, Shelf(), settings=FIRST).ask("who ate?").text
+
+
 def test_control_tokens_in_texts_are_text(chatty: GemModel) -> None:
     form = ChatFormat(chatty.tokenizer)
     special = set(chatty.tokenizer.all_special_ids)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from gemify import GemModel
-from gemify.bench.rag import ROWS, Peer, as_table, bench_rag, lengthened, matches, read_questions
+from gemify.bench.questions import read_questions
+from gemify.bench.rag import ROWS, Peer, as_table, bench_rag, lengthened, matches
 
 PASSAGES = [{"_id": f"p{i}", "text": f"passage {i} says that {word} is number {i}"} for i, word in enumerate("abcdef")]
 

@@ -14,7 +14,6 @@ import pytest
 from bag_of_words import BagOfWords
 from gemify import GemModel
 from gemify.rag.index import GemIndex, Stopped
-from gemify.rag.retrieval_quality import Quality, measure, read_questions
 
 FACTS = {
     "owl.md": "# Owls\n\nOwls hunt mice at night.\n\n## Ears\n\nTheir ears sit at different heights.\n",
@@ -235,17 +234,6 @@ def test_wrong_inputs(tmp_path: Path, bag: BagOfWords) -> None:
         index.add(tmp_path, limit=0)
     with pytest.raises(ValueError, match="no such file"):
         index.add(tmp_path / "missing")
-
-
-def test_quality_is_counted_by_rows(tmp_path: Path, bag: BagOfWords) -> None:
-    index = GemIndex.open(tmp_path / "s", bag, tokens=16, overlap=0)
-    rows = [{"_id": f"r{i}", "text": f"thing{i} " * 6} for i in range(15)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    index.add(tmp_path / "a.jsonl")
-    (tmp_path / "q.jsonl").write_text('{"text": "thing3", "passage": "r3"}\n{"text": "thing4", "passage": "r9"}\n')
-    got = measure(index, read_questions(tmp_path / "q.jsonl"), mode="fts")
-    assert got == Quality(0.5, 0.5, 0.5, 0.5, 2)
-    assert measure(index, read_questions(tmp_path / "q.jsonl"), mode="vector").recall_1 == 0.5
 
 
 def test_a_gem_is_a_model_for_the_index(tmp_path: Path, gem: GemModel) -> None:

@@ -7,8 +7,6 @@ after them in the file, so that all have the same number of tokens.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 import statistics
 import string
@@ -22,6 +20,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from gemify.bench.questions import Question
 from gemify.model.gem import GemModel
 from gemify.rag.answering import Answer, GemRag, QueryEmbedder, Settings
 from gemify.rag.kv_store import KvStore
@@ -39,13 +38,6 @@ class Document:
     file: str = ""
     place: str = ""
     score: float = 0.0
-
-
-@dataclass(frozen=True)
-class Question:
-    text: str
-    answers: tuple[str, ...]
-    passage: str
 
 
 @dataclass(frozen=True)
@@ -265,38 +257,6 @@ def _percent(values: Sequence[bool]) -> float:
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
-
-
-def read_questions(directory: Path, limit: int | None) -> tuple[list[dict[str, Any]], list[Question]]:
-    """Passages and questions of a directory in SQuAD form: corpus and queries, .jsonl or .jsonl.gz.
-
-    Of the questions, ``limit`` are taken evenly over the file. ValueError names a file or row that does not fit.
-    """
-    passages = list(_rows(directory, "corpus", ("_id", "text")))
-    found = list(_rows(directory, "queries", ("text", "answers", "passage")))
-    known = {str(p["_id"]) for p in passages}
-    questions = [Question(str(q["text"]), tuple(map(str, q["answers"])), str(q["passage"])) for q in found]
-    if lost := [q.passage for q in questions if q.passage not in known]:
-        raise ValueError(f"{directory}: the queries name a passage {lost[0]!r} that the corpus has not")
-    if limit is not None and limit < len(questions):
-        questions = [questions[i * len(questions) // limit] for i in range(limit)]
-    return passages, questions
-
-
-def _rows(directory: Path, name: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    path = next((p for suffix in (".jsonl", ".jsonl.gz") if (p := directory / f"{name}{suffix}").is_file()), None)
-    if path is None:
-        raise ValueError(f"{directory} has no {name}.jsonl or {name}.jsonl.gz: give a directory in SQuAD form")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                missing = [c for c in columns if c not in row]
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} row {number}: no JSON object ({str(error).splitlines()[0]})") from error
-            if missing:
-                raise ValueError(f"{path} row {number}: no {missing[0]!r}")
-            yield row
 
 
 def as_table(report: Mapping[str, Any]) -> str:

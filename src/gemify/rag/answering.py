@@ -142,6 +142,7 @@ class GemRag:
         self.gem, self.index, self.kv, self.settings = gem, index, kv, settings or Settings()
         self.embedder: QueryEmbedder = embedder or gem
         self.in_place = embedder is None and self.settings.order == "question-first"
+        self.limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
         self.format = ChatFormat(gem.tokenizer)
         head = [self.format.turn("system", self.settings.system)] if self.settings.system else []
         empty = self.format.layout([*head, Turn("user", ())])
@@ -160,6 +161,10 @@ class GemRag:
         ``options`` are those of transformers' `generate`, over the settings'.
         """
         return self.conversation().ask(question, on_text=on_text, **options)
+
+    def embed_question(self, question: str) -> np.ndarray:
+        """A first question's vector [D], as `ask` takes it."""
+        return self.conversation().embed_question(question)
 
     def conversation(self) -> Conversation:
         """A conversation whose cache is carried over its turns."""
@@ -182,20 +187,19 @@ class Conversation:
         settings, prompt, caches = self.rag.settings, self._prompt, self.rag.caches
         watch = _Watch()
         self._make_room()
-        before = prompt.computed + caches.computed
-        asked = self.rag.format.plain(question)
-        vector = self._embed_in_place(asked) if self.rag.in_place else self.rag.embedder.encode_query(question)
+        before, turns = prompt.computed + caches.computed, list(self._turns)
+        vector = None if settings.mode == "fts" else self.embed_question(question)
         embed = watch.lap()
         passages = self._search(question, vector)
         search = watch.lap()
         if self.rag.in_place and not settings.handover:
             prompt.adopt(*caches.start())
-        handle = self._go_on(asked, passages)
         generate = {"max_new_tokens": settings.max_new_tokens, **settings.generate, **options}
         try:
+            handle = self.read(question, passages)
             written = prompt.write(handle, on_text=on_text, on_token=watch.token, **generate)
         except BaseException:
-            self._turns.pop()
+            self._turns = turns
             raise
         self._turns.append(Turn("assistant", written.ids))
         total = watch.total()
@@ -203,28 +207,23 @@ class Conversation:
         timing = Timing(embed, search, watch.first_token or total, total, computed)
         return Answer(written.text, tuple(passages), timing)
 
-    def read(self, question: str, passages: Sequence[Found]) -> Handle:
-        """Run the prompt of a question and of passages that are known, up to where the answer starts."""
-        return self._go_on(self.rag.format.plain(question), passages)
-
-    # Inside
-
-    def _embed_in_place(self, asked: Ids) -> np.ndarray:
-        """The question's vector from the prompt that its answer goes on from."""
+    def embed_question(self, question: str) -> np.ndarray:
+        """The next question's vector [D]: from the prompt that its answer goes on from, or of the question alone."""
+        if not self.rag.in_place:
+            return np.asarray(self.rag.embedder.encode_query(question))
+        asked = self.rag.format.plain(question)
         layout = self.rag.format.layout([*self._turns, Turn("user", asked)])
         start = layout.starts[-1]
         vector: np.ndarray = self._prompt.reach_and_embed(layout.ids[: start + len(asked)], since=start).numpy()
         return vector
 
-    def _search(self, question: str, vector: np.ndarray) -> list[Any]:
-        settings, index = self.rag.settings, self.rag.index
-        if index is None or settings.passages == 0:
-            return []
-        return list(index.search(question, k=settings.passages, mode=settings.mode, vector=vector))
+    def read(self, question: str, passages: Sequence[Found]) -> Handle:
+        """Run the prompt of the next question and its passages, up to where the answer starts.
 
-    def _go_on(self, asked: Ids, passages: Sequence[Found]) -> Handle:
-        """The prompt of the question and its passages; what has run, here or in a kept cache, is not run."""
+        What has run, here or in a kept cache, is not run again.
+        """
         rag, prompt, plain = self.rag, self._prompt, self.rag.format.plain
+        asked = plain(question)
         parts = [(plain(f"[{n}] "), plain(passage_text(p) + "\n\n")) for n, p in enumerate(passages, 1)]
         first = rag.settings.order == "question-first"
         before, after = (asked + (plain("\n\n") if parts else ()), ()) if first else ((), asked)
@@ -232,12 +231,15 @@ class Conversation:
             context = tuple(i for label, text in parts for i in label + text)
             self._turns.append(Turn("user", before + context + after))
             layout = rag.format.layout(self._turns)
+            self._require_room(len(layout.ids))
             if parts and rag.kv is not None and layout.starts[-1] == len(rag.caches.head):
                 # a first turn's first passage: just where its kept cache stood
                 prompt.adopt(*rag.caches.exact(rag.caches.head + parts[0][0] + parts[0][1]))
             return prompt.reach(layout.ids)
         layout = rag.format.layout([*self._turns, Turn("user", before + after)])
         start = layout.starts[-1]
+        if rag.settings.documents == "joined":
+            self._require_room(len(layout.ids) + sum(len(label + text) for label, text in parts))
         prompt.reach(layout.ids[: start + len(before)])
         for label, text in parts:
             prompt.append(label)
@@ -245,13 +247,28 @@ class Conversation:
         self._turns.append(Turn("user", prompt.ids[start:] + after))
         return prompt.append(layout.ids[start + len(before) :])
 
+    # Inside
+
+    def _search(self, question: str, vector: np.ndarray | None) -> list[Any]:
+        settings, index = self.rag.settings, self.rag.index
+        if index is None or settings.passages == 0:
+            return []
+        return list(index.search(question, k=settings.passages, mode=settings.mode, vector=vector))
+
+    def _require_room(self, tokens: int) -> None:
+        limit, wanted = self.rag.limit, self.rag.settings.max_new_tokens
+        if limit is not None and tokens + wanted > limit:
+            raise ValueError(
+                f"the prompt has {tokens} tokens and the answer may have {wanted}, this model takes {limit} in all: use"
+                " fewer passages or shorter answers"
+            )
+
     def _make_room(self) -> None:
-        """Forget the oldest turns of a conversation that the model has no room for."""
-        limit = getattr(self.rag.gem.lm.config.get_text_config(), "max_position_embeddings", None)
-        if limit is None:
+        """Forget the oldest turns, so that a quarter of the model's room is left for the next question's passages."""
+        if self.rag.limit is None:
             return
         fixed = 1 if self._turns and self._turns[0].role == "system" else 0
-        room = limit - self.rag.settings.max_new_tokens - limit // 4
+        room = self.rag.limit - self.rag.settings.max_new_tokens - self.rag.limit // 4
         while len(self._turns) > fixed and sum(len(t.ids) for t in self._turns) > room:
             del self._turns[fixed : fixed + 2]
 
