@@ -17,10 +17,15 @@ README = Path(__file__).parents[1] / "README.md"
 @pytest.mark.real
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.skipif(importlib.util.find_spec(STARTER_PACKAGE) is None, reason="make setup installs the starter model")
-def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_python_blocks_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     core = pytest.importorskip("llama_index.core")
     pytest.importorskip("langchain_core")
     monkeypatch.setattr(core.Settings, "_tokenizer", None)
+    pytest.importorskip("lancedb")
+    (tmp_path / "README.md").write_text(README.read_text())
+    monkeypatch.chdir(tmp_path)  # a block indexes this file into a new store
     blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
     assert len(blocks) >= 3
     names: dict[str, Any] = {}
@@ -28,4 +33,5 @@ def test_the_python_blocks_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
         exec(block, names)
     out = capsys.readouterr().out
     assert "Paris" in out
+    assert "README.md" in out
     assert out.count("noon") == 2
