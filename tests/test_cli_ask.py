@@ -12,7 +12,7 @@ import tiny
 from conftest import disturb
 from gemify import GemModel
 from gemify.cli import app
-from gemify.cli_ask import bytes_of
+from gemify.cli_rag import bytes_of
 
 RUNNER = CliRunner()
 
@@ -62,6 +62,25 @@ def test_kept_caches_serve_the_next_question(store: Path, tmp_path: Path) -> Non
     assert len(list((tmp_path / "kv").iterdir())) == 1
 
 
+def test_caches_may_be_kept_ahead(store: Path, tmp_path: Path) -> None:
+    docs, kv = store.parent / "docs", ["--kv-bits", 8, "--kv-store", tmp_path / "kv"]
+    code, out, err = run("index", docs, "-s", store, "-q", "--keep-kv", *kv, "--json")
+    assert code == 0, err
+    assert json.loads(out)["kv_added"] == 2
+    again = json.loads(run("index", docs, "-s", store, "-q", "--keep-kv", *kv, "--json")[1])
+    assert (again["kv_added"], again["kv_files"]) == (0, 2)
+    options = ["-s", store, "--max-new-tokens", 6, "-k", 1, "--json"]
+    with_kept = json.loads(run("ask", "owls?", *options, "--keep-kv", *kv)[1])
+    without = json.loads(run("ask", "owls?", *options, "--order", "passages-first")[1])
+    assert with_kept["timing"]["computed"] < without["timing"]["computed"]
+    small = json.loads(
+        run("index", docs, "-s", store, "-q", "--keep-kv", "--kv-store", tmp_path / "s", "--kv-budget", "9k", "--json")[
+            1
+        ]
+    )
+    assert small["kv_bytes"] <= 9000
+
+
 def test_chat_keeps_its_conversation(store: Path) -> None:
     code, out, err = run(
         "chat", "-s", store, "--max-new-tokens", 6, "--json", input="owls?\n\ntides?\n/quit\nnever read\n"
@@ -83,7 +102,8 @@ def test_chat_keeps_its_conversation(store: Path) -> None:
         (["ask", "owls?", "-s", "STORE", "--mode", "magic"], "unknown mode 'magic'"),
         (["ask", "owls?", "-s", "STORE", "--order", "sideways"], "unknown order 'sideways'"),
         (["ask", "owls?", "-s", "STORE", "--keep-kv", "--order", "question-first"], "need order 'passages-first'"),
-        (["ask", "owls?", "-s", "STORE", "--kv-budget", "lots"], "a number of bytes such as 500MB"),
+        (["ask", "owls?", "-s", "STORE", "--keep-kv", "--kv-budget", "lots"], "a number of bytes such as 500MB"),
+        (["ask", "owls?", "-s", "STORE", "--kv-budget", "1GB"], "they need --keep-kv"),
         (["ask", "owls?", "-s", "STORE", "--keep-kv", "--kv-bits", "5"], "bits must be one of"),
         (["ask", "owls?", "-s", "STORE", "--max-new-tokens", "5000"], "this model takes 1024 in all"),
         (["ask", "owls?", "-s", "STORE", "-m", "starterr"], "starterr"),

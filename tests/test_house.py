@@ -130,6 +130,9 @@ def test_the_readme_names_commands_and_files_that_exist() -> None:
             "reproduce",
             "index",
             "search",
+            "ask",
+            "chat",
+            "bench",
         }
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", readme, re.M):

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GemConfig", "GemModel", "__version__"]
+__all__ = ["GemConfig", "GemIndex", "GemModel", "GemRag", "__version__"]
 
 if TYPE_CHECKING:
     from gemify.model.config import GemConfig
     from gemify.model.gem import GemModel
+    from gemify.rag.answering import GemRag
+    from gemify.rag.index import GemIndex
+
+_ROOMS = {
+    "GemConfig": "gemify.model.config",
+    "GemModel": "gemify.model.gem",
+    "GemIndex": "gemify.rag.index",
+    "GemRag": "gemify.rag.answering",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import torch and transformers only when they are needed: `gemify --help` stays quick."""
-    if name == "GemModel":
-        from gemify.model.gem import GemModel
-
-        return GemModel
-    if name == "GemConfig":
-        from gemify.model.config import GemConfig
-
-        return GemConfig
+    if name in _ROOMS:
+        return getattr(importlib.import_module(_ROOMS[name]), name)
     raise AttributeError(f"module 'gemify' has no attribute {name!r}")

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemify.cli_rag import Base, Device, Dtype, Json, StoreUri, load_gem, say
+from gemify.cli_rag import (
+    Base,
+    Device,
+    Dtype,
+    Json,
+    KeepKv,
+    KvBits,
+    KvBudget,
+    KvStoreDir,
+    StoreUri,
+    kv_store_of,
+    load_gem,
+    say,
+)
 
 if TYPE_CHECKING:
     from gemify.rag.answering import Answer, GemRag
@@ -35,14 +46,6 @@ Documents = Annotated[
         " passages' special tokens alone)."
     ),
 ]
-KeepKv = Annotated[
-    bool, typer.Option("--keep-kv", help="Keep passages' KV caches on disk, and use them. They hold the text itself.")
-]
-KvBits = Annotated[int, typer.Option(help="Of kept caches: 32, 16, 8 or 4.")]
-KvBudget = Annotated[
-    str | None, typer.Option(help="Most bytes of kept caches, such as 500MB or 2GB. [default: no end]")
-]
-KvStoreDir = Annotated[Path | None, typer.Option("--kv-store", help="Where they are kept. [default: STORE/kv]")]
 System = Annotated[str | None, typer.Option(help="System message.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy.")]
@@ -118,6 +121,9 @@ def chat(
         except KeyboardInterrupt:  # ends the answer, not the conversation
             typer.echo()
             continue
+        except ValueError as error:
+            say(f"gemify: error: {error}")
+            continue
         _finish(answer, as_json=as_json)
 
 
@@ -132,7 +138,6 @@ def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
     """What answers, and the options of `generate`, from a verb's arguments."""
     from gemify.rag.answering import SYSTEM, GemRag, Settings
     from gemify.rag.index import GemIndex
-    from gemify.rag.kv_store import KvStore
     from gemify.rag.store import Store
 
     settings = Settings(
@@ -144,15 +149,10 @@ def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
         system=SYSTEM if given["system"] is None else given["system"],
         max_new_tokens=given["max_new_tokens"],
     )
-    budget = bytes_of(given["kv_budget"])
-    if given["keep_kv"] and given["kv_store"] is None and "://" in given["store"]:
-        raise ValueError(f"caches are kept on a disk, and {given['store']} is none: give --kv-store DIR")
+    keeping = kv_store_of(given)
     name = given["model"] or Store.open(given["store"]).meta.model or "starter"
     gem = load_gem(name, given["base"], given["dtype"], given["device"])
-    kv = None
-    if given["keep_kv"]:
-        directory = given["kv_store"] or Path(given["store"]) / "kv"
-        kv = KvStore(directory, fingerprint=gem.fingerprint, bits=given["kv_bits"], budget_bytes=budget)
+    kv = keeping(gem.fingerprint) if keeping is not None else None
     index = GemIndex.open(given["store"], gem, create=False)
     options: dict[str, Any] = {"do_sample": given["temperature"] > 0, "stop": given["stop"] or None}
     if given["temperature"] > 0:
@@ -162,16 +162,6 @@ def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
 
         torch.manual_seed(given["seed"])
     return GemRag(gem, index, kv=kv, settings=settings), options
-
-
-def bytes_of(text: str | None) -> int | None:
-    """Bytes of a size such as 500MB; ValueError for what is none."""
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
-    if not found or float(found[1]) <= 0:
-        raise ValueError(f"a size must be a number of bytes such as 500MB or 2GB, got {text!r}")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
 
 
 def _questions() -> Iterator[str]:

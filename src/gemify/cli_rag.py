@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from gemify.rag.index import GemIndex
+    from gemify.rag.kv_store import KvStore
 
 StoreUri = Annotated[str, typer.Option("--store", "-s", help="Directory of the index, or a URI such as s3://...")]
 Base = Annotated[str | None, typer.Option("--base", help="Look for the base model here instead.")]
@@ -16,6 +21,15 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... [default: the accelerator if there is one]")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
+
+KeepKv = Annotated[
+    bool, typer.Option("--keep-kv", help="Keep passages' KV caches on disk, and use them. They hold the text itself.")
+]
+KvBits = Annotated[int, typer.Option(help="Of kept caches: 32, 16, 8 or 4.")]
+KvBudget = Annotated[
+    str | None, typer.Option(help="Most bytes of kept caches, such as 500MB or 2GB. [default: no end]")
+]
+KvStoreDir = Annotated[Path | None, typer.Option("--kv-store", help="Where they are kept. [default: STORE/kv]")]
 
 _SHOWN_SKIPPED = 20
 
@@ -43,6 +57,10 @@ def index(
     title_column: Annotated[str, typer.Option(help="Column of .jsonl rows that holds the title.")] = "title",
     limit: Annotated[int | None, typer.Option(min=1, help="Most new or changed files to take in now.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Most passages a batch.")] = 32,
+    keep_kv: KeepKv = False,
+    kv_bits: KvBits = 16,
+    kv_budget: KvBudget = None,
+    kv_store: KvStoreDir = None,
     base: Base = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -57,7 +75,9 @@ def index(
     find_files(paths)  # a wrong path is said before a model is loaded
     name = model or (Store.open(store).meta.model if Store.exists(store) else "") or "starter"
     options: Any = {"tokens": chunk_tokens, "overlap": overlap, "context": context, "precision": precision}
-    opened = GemIndex.open(store, load_gem(name, base, dtype, device), model_name=_lasting(name), **options)
+    keeping = kv_store_of(locals())
+    gem = load_gem(name, base, dtype, device)
+    opened = GemIndex.open(store, gem, model_name=_lasting(name), **options)
     try:
         report = opened.add(
             paths,
@@ -73,8 +93,9 @@ def index(
         say(f"skipped {skipped.path}: {skipped.reason}")
     if (more := len(report.skipped) - _SHOWN_SKIPPED) > 0:
         say(f"skipped {more:,} more; --json names them all")
+    kept = _keep(gem, opened, keeping(gem.fingerprint), quiet) if keeping is not None else {}
     if as_json:
-        facts = dataclasses.asdict(report)
+        facts = {**dataclasses.asdict(report), **kept}
         _print({"store": store, "passages": len(opened), **facts, "tokens_per_second": report.tokens_per_second})
         return
     say(
@@ -82,7 +103,21 @@ def index(
         f" {report.unchanged:,} unchanged; {report.chunks:,} passages embedded"
         + (f" ({report.tokens_per_second:,.0f} tokens/s)" if report.seconds else "")
     )
+    if kept:
+        say(f"{kept['kv_added']:,} caches added; {kept['kv_files']:,} kept, {kept['kv_bytes'] / 1e6:,.0f} MB")
     typer.echo(f"{len(opened):,} passages in {store}")
+
+
+def _keep(gem: Any, index: GemIndex, kv: KvStore, quiet: bool) -> dict[str, int]:
+    """Compute the caches of all passages ahead; what there is afterwards."""
+    from tqdm.auto import tqdm
+
+    from gemify.rag.answering import GemRag, Settings
+
+    rag = GemRag(gem, index, kv=kv, settings=Settings(order="passages-first"))
+    passages = tqdm(index.passages(), total=len(index), desc="caches", unit=" passages", disable=quiet)
+    added = rag.keep(passages)
+    return {"kv_added": added, "kv_files": len(kv), "kv_bytes": kv.nbytes}
 
 
 def search(
@@ -125,6 +160,32 @@ def register(app: typer.Typer) -> None:
     verbs: dict[str, Callable[..., None]] = {"index": index, "search": search}
     for name, verb in verbs.items():
         app.command(name)(verb)
+
+
+def kv_store_of(given: Mapping[str, Any]) -> Callable[[str], KvStore] | None:
+    """What a verb's arguments say of kept caches, checked before a model is loaded: the store, given its fingerprint."""
+    from gemify.rag.kv_store import KvStore
+
+    if not given["keep_kv"]:
+        if given["kv_budget"] is not None or given["kv_store"] is not None:
+            raise ValueError("--kv-budget and --kv-store say where caches are kept: they need --keep-kv")
+        return None
+    if given["kv_store"] is None and "://" in given["store"]:
+        raise ValueError(f"caches are kept on a disk, and {given['store']} is none: give --kv-store DIR")
+    directory = given["kv_store"] or Path(given["store"]) / "kv"
+    bits, budget = given["kv_bits"], bytes_of(given["kv_budget"])
+    KvStore(directory, fingerprint="", bits=bits, budget_bytes=budget)
+    return lambda fingerprint: KvStore(directory, fingerprint=fingerprint, bits=bits, budget_bytes=budget)
+
+
+def bytes_of(text: str | None) -> int | None:
+    """Bytes of a size such as 500MB; ValueError for what is none."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
+    if not found or float(found[1]) <= 0:
+        raise ValueError(f"a size must be a number of bytes such as 500MB or 2GB, got {text!r}")
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
 
 
 def load_gem(model: str, base: str | None, dtype: str | None, device: str | None) -> Any:

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, get_args
 
@@ -165,6 +165,18 @@ class GemRag:
     def embed_question(self, question: str) -> np.ndarray:
         """A first question's vector [D], as `ask` takes it."""
         return self.conversation().embed_question(question)
+
+    def keep(self, passages: Iterable[Found]) -> int:
+        """Compute and keep the caches of passages ahead of the questions, as far as the budget goes. Gives how many."""
+        if self.kv is None:
+            raise ValueError("there is nowhere to keep caches: make GemRag with kv=KvStore(...)")
+        made, held, budget = 0, self.kv.nbytes, self.kv.budget_bytes
+        for passage in passages:
+            size = self.caches.keep(self.format.plain(passage_text(passage) + "\n\n"))
+            made, held = made + (size > 0), held + size
+            if budget is not None and held + size > budget:
+                break
+        return made
 
     def conversation(self) -> Conversation:
         """A conversation whose cache is carried over its turns."""

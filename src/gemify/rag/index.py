@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -135,6 +135,12 @@ class GemIndex:
             tqdm(desc="index", unit=" chunks", disable=not show_progress_bar) as bar,
         ):
             return Run(self.store, self.model, options, wish, bar).over(found)
+
+    def passages(self) -> Iterator[Passage]:
+        """All passages, in no order (score 0)."""
+        for row in self.store.rows():
+            shown = {name: row[name] for name in ("text", "file", "place", "title", "heading")}
+            yield Passage(f"{row['version']}-{row['ordinal']}", score=0.0, **shown)
 
     def search(
         self, query: str, *, k: int = 10, mode: Mode = "hybrid", vector: np.ndarray | None = None

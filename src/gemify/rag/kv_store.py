@@ -60,6 +60,9 @@ class KvStore:
     def __len__(self) -> int:
         return len(self._files())
 
+    def __contains__(self, ids: Sequence[int]) -> bool:
+        return self._path(ids, "text").is_file()
+
     def get(self, lm: PreTrainedModel, ids: Sequence[int], *, kind: str = "text") -> DynamicCache | None:
         """The cache of ``ids``, or None. What is damaged is removed, with a warning."""
         path = self._path(ids, kind)
@@ -86,8 +89,8 @@ class KvStore:
         _touch(path)
         return cache
 
-    def put(self, ids: Sequence[int], cache: DynamicCache, *, kind: str = "text") -> None:
-        """Keep the cache of one text, then drop the least recently used beyond the budget.
+    def put(self, ids: Sequence[int], cache: DynamicCache, *, kind: str = "text") -> int:
+        """Keep the cache of one text, then drop the least recently used beyond the budget. Gives the bytes it takes.
 
         ``kind`` says what of ``ids`` the cache is of: the text itself, or its special tokens.
         """
@@ -102,7 +105,7 @@ class KvStore:
             logger.warning(
                 "a cache of %s bytes is larger than the whole budget (%s): not kept", size, self.budget_bytes
             )
-            return
+            return 0
         path = self._path(ids, kind)
         try:
             with atomic_file(path) as stage:
@@ -110,6 +113,7 @@ class KvStore:
         except SafetensorError as error:  # what a full disk looks like through safetensors
             raise OSError(f"cannot write {path}: {error}") from error
         self._evict(path)
+        return size
 
     def _path(self, ids: Sequence[int], kind: str) -> Path:
         text = f"{self.fingerprint}|{self.bits}|{kind}|{','.join(map(str, ids))}"
