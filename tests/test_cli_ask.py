@@ -94,6 +94,16 @@ def test_chat_keeps_its_conversation(store: Path) -> None:
     assert "[1] " in out
 
 
+def test_searches_are_timed(store: Path, tmp_path: Path) -> None:
+    code, out, err = run("bench", "search", "-s", store, "--queries", 3, "-q", "-o", tmp_path / "record.json")
+    assert code == 0, err
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["passages"] == record["queries"] == 2
+    assert set(record["search_ms"]) == {"vector", "fts", "hybrid"}
+    assert all(0 < q["p50"] <= q["p95"] <= q["p99"] for q in record["search_ms"].values())
+    assert out.count("\n| ") == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -1,12 +1,16 @@
-"""The verbs that compare: `gemify bench rag` and `bench retrieval`."""
+"""The verbs that compare: `gemify bench rag`, `bench retrieval` and `bench search`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from gemify.model.gem import GemModel
+    from gemify.rag.index import GemIndex
 
 Data = Annotated[Path, typer.Option(help="Directory with corpus.jsonl and queries.jsonl (or .gz), in SQuAD form.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
@@ -85,16 +89,42 @@ def retrieval(
     """Recall and MRR of vector, full-text and hybrid search."""
     from gemify.bench.questions import read_questions
     from gemify.bench.retrieval import as_table, bench_retrieval
+
+    _, asked = read_questions(data, questions)
+    gem, index = _opened(store, model, dtype, device)
+    report = bench_retrieval(gem, index, asked, show_progress_bar=not quiet)
+    _give(report, as_table(report), output, as_json)
+
+
+@bench.command()
+def search(
+    store: Annotated[str, typer.Option("--store", "-s", help="Directory of the index, or a URI such as s3://...")],
+    queries: Annotated[int, typer.Option(min=1, help="How many searches of each kind.")] = 200,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many passages a search finds.")] = 10,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="[default: the store's]")] = None,
+    dtype: Dtype = "float32",
+    output: Output = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Milliseconds of vector, full-text and hybrid search, apart from embedding."""
+    from gemify.bench.search import as_table, bench_search
+
+    gem, index = _opened(store, model, dtype, device)
+    report = bench_search(gem, index, queries=queries, k=k, show_progress_bar=not quiet)
+    _give(report, as_table(report), output, as_json)
+
+
+def _opened(store: str, model: str | None, dtype: str, device: str | None) -> tuple[GemModel, GemIndex]:
     from gemify.evaluation.subjects import Settings
     from gemify.model.gem import GemModel
     from gemify.rag.index import GemIndex
     from gemify.rag.store import Store
 
-    _, asked = read_questions(data, questions)
     name = model or Store.open(store).meta.model or "starter"
     gem = GemModel.from_pretrained(name, device=device, dtype=Settings(dtype).torch_dtype)
-    report = bench_retrieval(gem, GemIndex.open(store, gem, create=False), asked, show_progress_bar=not quiet)
-    _give(report, as_table(report), output, as_json)
+    return gem, GemIndex.open(store, gem, create=False)
 
 
 def _give(report: Any, table: str, output: Path | None, as_json: bool) -> None:
