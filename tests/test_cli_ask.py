@@ -118,6 +118,13 @@ def test_wrong_use_is_one_line(store: Path, arguments: list[str], words: str) ->
     assert out == ""
 
 
+def test_a_question_of_odd_bytes_is_a_question(store: Path) -> None:
+    code, _, err = run("ask", "owls\udcff?", "-s", store, "--max-new-tokens", 2, "-k", 1)
+    assert code == 0, err
+    code, out, err = run("search", "owls\udcff?", "-s", store, "-k", 1)
+    assert (code, out[:3]) == (0, "[1]"), err
+
+
 def test_sizes_are_read_as_people_write_them() -> None:
     assert [bytes_of(t) for t in (None, "500", "2GB", "1.5 mb", "3k")] == [None, 500, 2 * 10**9, 1_500_000, 3000]
     for wrong in ("", "GB", "-1", "0", "1 XB"):

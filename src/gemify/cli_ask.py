@@ -82,11 +82,13 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer a question from the passages of a store, with sources."""
+    from gemify.rag.section import whole_characters
+
     asked = question if question is not None else sys.stdin.read()
     if not asked.strip():
         raise ValueError("no question given: pass one as an argument or on stdin")
     rag, options = _rag(locals())
-    answer = rag.ask(asked.strip(), on_text=None if as_json else _write, **options)
+    answer = rag.ask(whole_characters(asked.strip()), on_text=None if as_json else _write, **options)
     _finish(answer, as_json=as_json)
 
 

@@ -137,13 +137,14 @@ def search(
     from typing import get_args
 
     from gemify.rag.index import GemIndex, Mode
+    from gemify.rag.section import whole_characters
     from gemify.rag.store import Store
 
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
     name = model or Store.open(store).meta.model or "starter"
     needed = None if mode == "fts" and model is None else load_gem(name, base, dtype, device)
-    passages = GemIndex.open(store, needed, create=False).search(query, k=k, mode=mode)  # type: ignore[arg-type]
+    passages = GemIndex.open(store, needed, create=False).search(whole_characters(query), k=k, mode=mode)  # type: ignore[arg-type]
     for number, passage in enumerate(passages, start=1):
         if as_json:
             _print(dataclasses.asdict(passage))

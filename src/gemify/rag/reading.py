@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gemify.rag.documents import read_docx, read_html, read_markdown, read_pdf
-from gemify.rag.section import Section, Skipped
+from gemify.rag.section import Section, Skipped, whole_characters
 
 READING_VERSION = 1
 """Counted up when a reader changes what it yields: files read by an older one are then read again."""
@@ -196,9 +196,11 @@ def _row(line: str, number: int, columns: Columns) -> Section:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     if columns.text not in row:
-        raise ValueError(f"no column {columns.text!r} (there are {', '.join(sorted(row))}): set the text column")
+        there = whole_characters(", ".join(sorted(row)))
+        raise ValueError(f"no column {columns.text!r} (there are {there}): set the text column")
     text, title = row[columns.text], row.get(columns.title)
     if not isinstance(text, str):
         raise ValueError(f"{columns.text!r} must be text, got {type(text).__name__}")
     name = next((row[c] for c in ("_id", "id") if isinstance(row.get(c), str | int)), number)
-    return Section(text, title=title if isinstance(title, str) else "", unit="row", name=str(name))
+    title = title if isinstance(title, str) else ""
+    return Section(whole_characters(text), title=whole_characters(title), unit="row", name=whole_characters(str(name)))
