@@ -191,6 +191,24 @@ def test_half_characters_and_odd_names_stop_nothing(tmp_path: Path, bag: BagOfWo
     assert [(Path(s.path).name, s.reason) for s in report.skipped] == [("caf?.txt", "its name is not UTF-8: rename it")]
 
 
+def test_a_store_among_the_documents_is_none_of_them(tmp_path: Path, bag: BagOfWords) -> None:
+    root = write(tmp_path / "docs", {"lark.txt": "Larks sing at dawn.\n"})
+    index = GemIndex.open(root / "store", bag)
+    for added in ([str(root / "lark.txt")], []):
+        assert list(index.add([root, root / "store"]).added) == added
+    assert len(index) == 1
+
+
+def test_a_file_that_was_named_stays_as_long_as_it_is_there(tmp_path: Path, bag: BagOfWords) -> None:
+    root = write(tmp_path / "docs", {"notes": "Owls hunt.\n", "lark.txt": "Larks sing.\n"})
+    index = GemIndex.open(tmp_path / "store", bag)
+    index.add([root, root / "notes"])
+    assert index.add(root).removed == ()
+    assert len(index) == 2
+    (root / "notes").unlink()
+    assert index.add(root).removed == (str(root / "notes"),)
+
+
 def test_a_thread_may_index(tmp_path: Path, bag: BagOfWords) -> None:
     index = GemIndex.open(tmp_path / "s", bag)
     thread = threading.Thread(target=index.add, args=(write(tmp_path / "docs"),))

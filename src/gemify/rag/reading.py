@@ -69,13 +69,15 @@ class Found:
         """Whether a file seen in an earlier search is no longer there."""
         if path in self._known or not any(path.is_relative_to(d) for d in self.directories):
             return False
+        if os.path.isfile(path):  # of no known kind, or hidden: it was named itself
+            return False
         return not any(path.is_relative_to(s.path) for s in self.skipped)
 
 
 def find_files(paths: Sequence[str | Path]) -> Found:
     """The files behind paths: a file as it is, a directory with all it holds of known kinds, hidden ones left out.
 
-    Raises ValueError for a path that does not exist.
+    The tables of a store that lies among the documents are left out too. Raises ValueError for a path that does not exist.
     """
     if not paths:
         raise ValueError("no path given: give files or directories to index")
@@ -99,7 +101,7 @@ def _walk(root: Path, skipped: list[Skipped]) -> Iterator[Path]:
         skipped.append(Skipped(str(error.filename), f"cannot list the directory ({error.strerror}): allow it"))
 
     for directory, inner, names in os.walk(root, onerror=refuse):
-        inner[:] = sorted(n for n in inner if not n.startswith("."))
+        inner[:] = sorted(n for n in inner if not n.startswith(".") and not n.endswith(".lance"))
         for name in names:
             path = Path(directory) / name
             if not name.startswith(".") and _kind(path) is not None and (path.is_file() or path.is_symlink()):
