@@ -181,7 +181,9 @@ def test_a_stop_leaves_whole_commits_and_the_next_run_goes_on(
 
 
 def test_half_characters_and_odd_names_stop_nothing(tmp_path: Path, bag: BagOfWords) -> None:
-    root = write(tmp_path / "docs", {"rows.jsonl": '{"_id": "\\ud83d", "title": "\\ud83d", "text": "An owl \\ud83d."}\n'})
+    root = write(
+        tmp_path / "docs", {"rows.jsonl": '{"_id": "\\ud83d", "title": "\\ud83d", "text": "An owl \\ud83d."}\n'}
+    )
     odd = os.path.join(os.fsencode(root), b"caf\xe9.txt")
     with open(odd, "wb") as file:
         file.write(b"larks")
