@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gemify.rag.documents import read_docx, read_html, read_markdown, read_pdf
 from gemify.rag.section import Section, Skipped, whole_characters
@@ -38,7 +38,7 @@ _WHOLE: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {
     ".docx": read_docx,
 }
 _ROWS = frozenset([".jsonl", ".ndjson"])
-_PIECE = 1 << 20  # bytes of a plain text that are one section at most: a file of any size is read in flat memory
+_PIECE = 1 << 20  # bytes of a plain text after which a section ends, at the next line if it is near: a file of any size is read in flat memory
 _BROKEN_ROWS = 10  # of a file that are named one by one
 
 
@@ -149,7 +149,7 @@ def read_file(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
         ) from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedReader:
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"))
     return path.open("rb")
@@ -168,10 +168,13 @@ def _decode(raw: bytes, first_line: int) -> str:
 def _plain(path: Path) -> Iterator[Section]:
     first_line = 1
     with _open(path) as file:
-        while lines := file.readlines(_PIECE):
-            raw = b"".join(lines)
+        while raw := file.read(_PIECE):
+            raw += file.readline(_PIECE)
+            for _ in range(3):  # a line that goes on is cut between characters
+                if (ahead := file.peek(1)[:1]) and 0x80 <= ahead[0] < 0xC0:
+                    raw += file.read(1)
             yield Section(_decode(raw, first_line), unit="line", first=first_line)
-            first_line += len(lines)
+            first_line += raw.count(b"\n")
 
 
 def _rows(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
