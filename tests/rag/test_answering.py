@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 from gemify import GemModel
 from gemify.rag.answering import Conversation, GemRag, Settings
 from gemify.rag.kv_store import KvStore
@@ -183,6 +184,40 @@ def test_a_prompt_too_long_is_refused_and_forgotten(chatty: GemModel) -> None:
     conversation.rag.index = Shelf()
     conversation.ask("who?")
     run_at_once(conversation)
+
+
+@pytest.mark.parametrize("settings", [FIRST, LAST, replace(FIRST, documents="special")])
+def test_what_fits_in_no_prompt_is_refused_before_it_runs(tmp_path: Path, settings: Settings) -> None:
+    name = "llama" if settings.documents == "special" else "gpt2"  # its learned positions end
+    gem = GemModel.from_base(str(tiny.save(tmp_path / name, name)))
+    gem.tokenizer.chat_template = TEMPLATE
+    rag = GemRag(gem, Shelf(), settings=settings)
+    for question, options in (("why? " * 300, {}), ("why?", {"max_new_tokens": 1020})):
+        with pytest.raises(ValueError, match="this model takes 1024 in all"):
+            rag.ask(question, **options)
+
+
+def test_old_turns_make_room_for_long_passages(chatty: GemModel) -> None:
+    conversation = GemRag(chatty, Shelf([Passage("word " * 100)]), settings=FIRST).conversation()
+    for turn in range(5):
+        conversation.ask(f"question {turn}?")
+    run_at_once(conversation)
+
+
+def test_forgotten_special_documents_are_never_run_as_text(chatty: GemModel) -> None:
+    rag = GemRag(chatty, Shelf(), settings=replace(FIRST, documents="special"))
+    conversation = rag.conversation()
+    for turn in range(12):
+        conversation.ask(f"question {turn} " + "again and " * 15)
+        kept = conversation._prompt.ids.count(chatty.special_ids[0]), len(conversation._turns)
+        assert kept[0] == kept[1] - 1  # two passages a question
+        if kept[1] == 3 and turn:
+            alone = rag.conversation()
+            alone.ask(f"question {turn} " + "again and " * 15)
+            ours, theirs = (c._prompt.reach([*c._prompt.ids, 20]).logits_BV for c in (conversation, alone))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            return
+    raise AssertionError("nothing was forgotten")
 
 
 def test_a_search_for_words_embeds_nothing(chatty: GemModel) -> None:

@@ -38,7 +38,9 @@ _WHOLE: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {
     ".docx": read_docx,
 }
 _ROWS = frozenset([".jsonl", ".ndjson"])
-_PIECE = 1 << 20  # bytes of a plain text after which a section ends, at the next line if it is near: a file of any size is read in flat memory
+_PIECE = (
+    1 << 20
+)  # bytes of a plain text after which a section ends, at the next line if it is near: a file of any size is read in flat memory
 _BROKEN_ROWS = 10  # of a file that are named one by one
 
 
