@@ -62,6 +62,21 @@ def test_kept_caches_serve_the_next_question(store: Path, tmp_path: Path) -> Non
     assert len(list((tmp_path / "kv").iterdir())) == 1
 
 
+def test_caches_of_another_precision_or_base_are_not_used(store: Path, tmp_path: Path) -> None:
+    docs, kv = store.parent / "docs", ["--kv-bits", 32, "--kv-store", tmp_path / "kv", "--keep-kv"]
+    other = tiny.build("llama", seed=1)
+    other.save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    assert run("index", docs, "-s", store, "-q", "--dtype", "bfloat16", *kv)[0] == 0
+    assert run("index", docs, "-s", store, "-q", "--base", tmp_path / "other", *kv)[0] == 0
+    answers = [
+        json.loads(run("ask", "owls?", "-s", store, "--max-new-tokens", 6, "-k", 1, "--json", *more)[1])
+        for more in (["--order", "passages-first"], kv)
+    ]
+    assert answers[0]["answer"] == answers[1]["answer"]
+    assert answers[0]["timing"]["computed"] == answers[1]["timing"]["computed"]
+
+
 def test_caches_may_be_kept_ahead(store: Path, tmp_path: Path) -> None:
     docs, kv = store.parent / "docs", ["--kv-bits", 8, "--kv-store", tmp_path / "kv"]
     code, out, err = run("index", docs, "-s", store, "-q", "--keep-kv", *kv, "--json")

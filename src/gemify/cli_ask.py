@@ -154,7 +154,7 @@ def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
     keeping = kv_store_of(given)
     name = given["model"] or Store.open(given["store"]).meta.model or "starter"
     gem = load_gem(name, given["base"], given["dtype"], given["device"])
-    kv = keeping(gem.fingerprint) if keeping is not None else None
+    kv = keeping(gem) if keeping is not None else None
     index = GemIndex.open(given["store"], gem, create=False)
     options: dict[str, Any] = {"do_sample": given["temperature"] > 0, "stop": given["stop"] or None}
     if given["temperature"] > 0:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from gemify.model.gem import GemModel
     from gemify.rag.index import GemIndex
     from gemify.rag.kv_store import KvStore
 
@@ -93,7 +94,7 @@ def index(
         say(f"skipped {skipped.path}: {skipped.reason}")
     if (more := len(report.skipped) - _SHOWN_SKIPPED) > 0:
         say(f"skipped {more:,} more; --json names them all")
-    kept = _keep(gem, opened, keeping(gem.fingerprint), quiet) if keeping is not None else {}
+    kept = _keep(gem, opened, keeping(gem), quiet) if keeping is not None else {}
     if as_json:
         facts = {**dataclasses.asdict(report), **kept}
         _print({"store": store, "passages": len(opened), **facts, "tokens_per_second": report.tokens_per_second})
@@ -163,8 +164,9 @@ def register(app: typer.Typer) -> None:
         app.command(name)(verb)
 
 
-def kv_store_of(given: Mapping[str, Any]) -> Callable[[str], KvStore] | None:
-    """What a verb's arguments say of kept caches, checked before a model is loaded: the store, given its fingerprint."""
+def kv_store_of(given: Mapping[str, Any]) -> Callable[[GemModel], KvStore] | None:
+    """What a verb's arguments say of kept caches, checked before a model is loaded: the store, given the model."""
+    from gemify.model.identity import cache_fingerprint
     from gemify.rag.kv_store import KvStore
 
     if not given["keep_kv"]:
@@ -176,7 +178,12 @@ def kv_store_of(given: Mapping[str, Any]) -> Callable[[str], KvStore] | None:
     directory = given["kv_store"] or Path(given["store"]) / "kv"
     bits, budget = given["kv_bits"], bytes_of(given["kv_budget"])
     KvStore(directory, fingerprint="", bits=bits, budget_bytes=budget)
-    return lambda fingerprint: KvStore(directory, fingerprint=fingerprint, bits=bits, budget_bytes=budget)
+
+    def keeping(gem: GemModel) -> KvStore:
+        name = cache_fingerprint(gem.lm, gem.config, gem.adapter)
+        return KvStore(directory, fingerprint=name, bits=bits, budget_bytes=budget)
+
+    return keeping
 
 
 def bytes_of(text: str | None) -> int | None:

@@ -1,6 +1,6 @@
 """Documents' KV caches on disk: safetensors files, read through a memory map, least recently used out first.
 
-A file is named by a hash of what it was computed from: the model's fingerprint, the token ids and the precision. So a
+A file is named by a hash of what it was computed from: the model's fingerprint, the token ids and the bits. So a
 file is never wrong, only missing; a damaged one is dropped and computed again. A kept KV gives its text away: it
 deserves the same protection as the documents themselves.
 
@@ -36,7 +36,8 @@ class KvStore:
     """A directory of KV caches of at most ``budget_bytes``. Several processes may share it.
 
     Args:
-        fingerprint: of the model's weights; caches of other weights are never found.
+        fingerprint: of the model's weights and precision (`gemify.model.identity.cache_fingerprint`); caches of others
+            are never found.
         bits: 16 is exact for models that run in 16 bits, 32 for those that run in float32.
     """
 
