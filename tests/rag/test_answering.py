@@ -127,6 +127,16 @@ def test_kept_caches_change_no_answer_and_save_their_tokens(
     assert other.passages == plain.passages
 
 
+def test_caches_of_passages_that_are_gone_give_way(chatty: GemModel, tmp_path: Path) -> None:
+    old, new = ([Passage(f"{word} {i}") for i in range(6)] for word in ("was", "now"))
+    one = KvStore(tmp_path / "one", fingerprint="f", bits=32)
+    GemRag(chatty, Shelf(), kv=one, settings=LAST).keep(old[:1])
+    kv = KvStore(tmp_path / "kv", fingerprint="f", bits=32, budget_bytes=int(one.nbytes * 3.5))
+    rag = GemRag(chatty, Shelf(), kv=kv, settings=LAST)
+    assert [rag.keep(old), rag.keep(old), rag.keep(new), rag.keep(new)] == [3, 0, 3, 0]
+    assert kv.nbytes <= kv.budget_bytes  # type: ignore[operator]
+
+
 def test_one_joined_passage_is_the_passage_itself(chatty: GemModel) -> None:
     one = replace(LAST, passages=1)
     assert (

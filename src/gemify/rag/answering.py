@@ -170,10 +170,10 @@ class GemRag:
         """Compute and keep the caches of passages ahead of the questions, as far as the budget goes. Gives how many."""
         if self.kv is None:
             raise ValueError("there is nowhere to keep caches: make GemRag with kv=KvStore(...)")
-        made, held, budget = 0, self.kv.nbytes, self.kv.budget_bytes
+        made, held, budget = 0, 0, self.kv.budget_bytes  # caches of other passages give way to these
         for passage in passages:
-            size = self.caches.keep(self.format.plain(passage_text(passage) + "\n\n"))
-            made, held = made + (size > 0), held + size
+            size, new = self.caches.keep(self.kv, self.format.plain(passage_text(passage) + "\n\n"))
+            made, held = made + new, held + size
             if budget is not None and held + size > budget:
                 break
         return made

@@ -61,9 +61,6 @@ class KvStore:
     def __len__(self) -> int:
         return len(self._files())
 
-    def __contains__(self, ids: Sequence[int]) -> bool:
-        return self._path(ids, "text").is_file()
-
     def get(self, lm: PreTrainedModel, ids: Sequence[int], *, kind: str = "text") -> DynamicCache | None:
         """The cache of ``ids``, or None. What is damaged is removed, with a warning."""
         path = self._path(ids, kind)
@@ -90,6 +87,16 @@ class KvStore:
         _touch(path)
         return cache
 
+    def touch(self, ids: Sequence[int]) -> int:
+        """Count a text's cache as used now, so that others are dropped before it. Gives its bytes, 0 where none is."""
+        path = self._path(ids, "text")
+        try:
+            size = path.stat().st_size
+        except OSError:
+            return 0
+        _touch(path)
+        return size
+
     def put(self, ids: Sequence[int], cache: DynamicCache, *, kind: str = "text") -> int:
         """Keep the cache of one text, then drop the least recently used beyond the budget. Gives the bytes it takes.
 
@@ -111,6 +118,7 @@ class KvStore:
         try:
             with atomic_file(path) as stage:
                 save_file(tensors, stage, metadata={"layers": str(len(pairs)), "name": path.name})
+                size = stage.stat().st_size
         except SafetensorError as error:  # what a full disk looks like through safetensors
             raise OSError(f"cannot write {path}: {error}") from error
         self._evict(path)

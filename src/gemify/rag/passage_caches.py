@@ -39,12 +39,13 @@ class PassageCaches:
                 self._kv.put(ids, kept)
         return ids, kept
 
-    def keep(self, passage: Ids) -> int:
-        """Compute and keep a passage's cache, unless it is kept already. Gives the bytes it takes."""
+    def keep(self, kv: KvStore, passage: Ids) -> tuple[int, bool]:
+        """Compute and keep a passage's cache, unless it is kept already. Gives the bytes it takes, and if it is new."""
         ids = self.head + self._label + passage
-        if self._kv is None or ids in self._kv:
-            return 0
-        return self._kv.put(ids, self._run(ids).cache)
+        if size := kv.touch(ids):
+            return size, False
+        size = kv.put(ids, self._run(ids).cache)
+        return size, size > 0
 
     def moved(self, passage: Ids, *, to: int, special: bool) -> tuple[Ids, DynamicCache]:
         """A passage's columns, or its special tokens' alone, as if they stood at column ``to``."""
