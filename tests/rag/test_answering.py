@@ -137,6 +137,18 @@ def test_caches_of_passages_that_are_gone_give_way(chatty: GemModel, tmp_path: P
     assert kv.nbytes <= kv.budget_bytes  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("documents", ["text", "special"])
+def test_a_store_that_cannot_be_written_keeps_no_answer_back(
+    chatty: GemModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, documents: Any
+) -> None:
+    settings = replace(LAST, documents=documents)
+    (tmp_path / "file").write_text("in the way")
+    kv = KvStore(tmp_path / "file" / "kv", fingerprint="f", bits=32)
+    answer = GemRag(chatty, Shelf(), kv=kv, settings=settings).ask("who ate?")
+    assert answer.text == GemRag(chatty, Shelf(), settings=settings).ask("who ate?").text
+    assert "a cache is not kept" in caplog.text
+
+
 def test_one_joined_passage_is_the_passage_itself(chatty: GemModel) -> None:
     one = replace(LAST, passages=1)
     assert (

@@ -10,6 +10,7 @@ zero point; 4-bit numbers lie two to a byte.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -80,7 +81,8 @@ class KvStore:
             return None
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             logger.warning("dropped the damaged cache %s (%s): it is computed again", path, str(error).splitlines()[0])
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a read-only store keeps it
+                path.unlink(missing_ok=True)
             self.misses += 1
             return None
         self.hits += 1
