@@ -157,6 +157,18 @@ def test_one_joined_passage_is_the_passage_itself(chatty: GemModel) -> None:
     )
 
 
+def test_a_question_whose_vector_is_not_in_the_chat_is_embedded_apart(chatty: GemModel, base_dir: Path) -> None:
+    mean = GemModel.from_base(str(base_dir), tune="lora", special_tokens=0)
+    prompted = GemModel.from_base(str(base_dir), prompts={"query": "query: "})
+    for gem in (mean, prompted):
+        gem.tokenizer.chat_template = TEMPLATE
+        shelf = Shelf()
+        assert GemRag(gem, shelf, settings=FIRST).ask("who ate?").passages
+        assert np.array_equal(shelf.asked[0][3], gem.encode_query("who ate?"))
+    with pytest.raises(ValueError, match="has no special tokens: choose documents"):
+        GemRag(mean, Shelf(), settings=replace(FIRST, documents="special"))
+
+
 def test_another_model_may_embed_the_question(chatty: GemModel) -> None:
     class Ones:
         def encode_query(self, inputs: str) -> np.ndarray:

@@ -141,7 +141,10 @@ class GemRag:
     ) -> None:
         self.gem, self.index, self.kv, self.settings = gem, index, kv, settings or Settings()
         self.embedder: QueryEmbedder = embedder or gem
-        self.in_place = embedder is None and self.settings.order == "question-first"
+        config = gem.config
+        prompted = config.prompts.get("query", config.prompts.get(config.default_prompt_name or "", ""))
+        apart = embedder is not None or not config.k or bool(prompted)  # a question's vector is not in the chat's cache
+        self.in_place = self.settings.order == "question-first" and not apart
         self.limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
         self.format = ChatFormat(gem.tokenizer)
         head = [self.format.turn("system", self.settings.system)] if self.settings.system else []
@@ -152,6 +155,8 @@ class GemRag:
                 "kept caches need order 'passages-first' (exact) or documents 'joined' or 'special' (approximations):"
                 " behind a question, a passage's cache is another one"
             )
+        if self.settings.documents == "special" and not config.k:
+            raise ValueError("this model has no special tokens: choose documents text or joined")
         if self.settings.documents != "text":
             require_shiftable(gem.lm)
 
