@@ -26,7 +26,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 KeepKv = Annotated[
     bool, typer.Option("--keep-kv", help="Keep passages' KV caches on disk, and use them. They hold the text itself.")
 ]
-KvBits = Annotated[int, typer.Option(help="Of kept caches: 32, 16, 8 or 4.")]
+KvBits = Annotated[
+    int, typer.Option(help="Of kept caches: 32, 16, 8 or 4. 32 is exact; 16 is, for a model in 16 bits (--dtype).")
+]
 KvBudget = Annotated[
     str | None, typer.Option(help="Most bytes of kept caches, such as 500MB or 2GB. [default: no end]")
 ]
