@@ -82,13 +82,11 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer a question from the passages of a store, with sources."""
-    from gemify.rag.section import whole_characters
-
     asked = question if question is not None else sys.stdin.read()
     if not asked.strip():
         raise ValueError("no question given: pass one as an argument or on stdin")
     rag, options = _rag(locals())
-    answer = rag.ask(whole_characters(asked.strip()), on_text=None if as_json else _write, **options)
+    answer = rag.ask(_asked(asked), on_text=None if as_json else _write, **options)
     _finish(answer, as_json=as_json)
 
 
@@ -178,7 +176,13 @@ def _questions() -> Iterator[str]:
         if not line or line.strip() in ("/quit", "/exit"):
             return
         if line.strip():
-            yield line.strip()
+            yield _asked(line)
+
+
+def _asked(text: str) -> str:
+    from gemify.rag.section import whole_characters
+
+    return whole_characters(text.strip())
 
 
 def _write(text: str) -> None:
