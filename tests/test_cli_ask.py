@@ -12,6 +12,7 @@ import tiny
 from conftest import disturb
 from gemify import GemModel
 from gemify.cli import app
+from gemify.cli_ask import _asked
 from gemify.cli_rag import bytes_of
 
 RUNNER = CliRunner()
@@ -60,6 +61,21 @@ def test_kept_caches_serve_the_next_question(store: Path, tmp_path: Path) -> Non
     assert json.loads(plain)["answer"] == first["answer"] == second["answer"]
     assert second["timing"]["computed"] < first["timing"]["computed"]
     assert len(list((tmp_path / "kv").iterdir())) == 1
+
+
+def test_caches_of_another_precision_or_base_are_not_used(store: Path, tmp_path: Path) -> None:
+    docs, kv = store.parent / "docs", ["--kv-bits", 32, "--kv-store", tmp_path / "kv", "--keep-kv"]
+    other = tiny.build("llama", seed=1)
+    other.save_pretrained(tmp_path / "other")
+    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    assert run("index", docs, "-s", store, "-q", "--dtype", "bfloat16", *kv)[0] == 0
+    assert run("index", docs, "-s", store, "-q", "--base", tmp_path / "other", *kv)[0] == 0
+    answers = [
+        json.loads(run("ask", "owls?", "-s", store, "--max-new-tokens", 6, "-k", 1, "--json", *more)[1])
+        for more in (["--order", "passages-first"], kv)
+    ]
+    assert answers[0]["answer"] == answers[1]["answer"]
+    assert answers[0]["timing"]["computed"] == answers[1]["timing"]["computed"]
 
 
 def test_caches_may_be_kept_ahead(store: Path, tmp_path: Path) -> None:
@@ -126,6 +142,14 @@ def test_wrong_use_is_one_line(store: Path, arguments: list[str], words: str) ->
     assert code != 0
     assert words in err.replace("\n", " ").replace("  ", " ")
     assert out == ""
+
+
+def test_a_question_of_odd_bytes_is_a_question(store: Path) -> None:
+    code, _, err = run("ask", "owls\udcff?", "-s", store, "--max-new-tokens", 2, "-k", 1)
+    assert code == 0, err
+    assert _asked(" owls\udcff?\n") == "owls??"
+    code, out, err = run("search", "owls\udcff?", "-s", store, "-k", 1)
+    assert (code, out[:3]) == (0, "[1]"), err
 
 
 def test_sizes_are_read_as_people_write_them() -> None:

@@ -86,7 +86,7 @@ def ask(
     if not asked.strip():
         raise ValueError("no question given: pass one as an argument or on stdin")
     rag, options = _rag(locals())
-    answer = rag.ask(asked.strip(), on_text=None if as_json else _write, **options)
+    answer = rag.ask(_asked(asked), on_text=None if as_json else _write, **options)
     _finish(answer, as_json=as_json)
 
 
@@ -152,7 +152,7 @@ def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
     keeping = kv_store_of(given)
     name = given["model"] or Store.open(given["store"]).meta.model or "starter"
     gem = load_gem(name, given["base"], given["dtype"], given["device"])
-    kv = keeping(gem.fingerprint) if keeping is not None else None
+    kv = keeping(gem) if keeping is not None else None
     index = GemIndex.open(given["store"], gem, create=False)
     options: dict[str, Any] = {"do_sample": given["temperature"] > 0, "stop": given["stop"] or None}
     if given["temperature"] > 0:
@@ -176,7 +176,13 @@ def _questions() -> Iterator[str]:
         if not line or line.strip() in ("/quit", "/exit"):
             return
         if line.strip():
-            yield line.strip()
+            yield _asked(line)
+
+
+def _asked(text: str) -> str:
+    from gemify.rag.section import whole_characters
+
+    return whole_characters(text.strip())
 
 
 def _write(text: str) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from gemify.model.gem import GemModel
     from gemify.rag.index import GemIndex
     from gemify.rag.kv_store import KvStore
 
@@ -25,7 +26,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
 KeepKv = Annotated[
     bool, typer.Option("--keep-kv", help="Keep passages' KV caches on disk, and use them. They hold the text itself.")
 ]
-KvBits = Annotated[int, typer.Option(help="Of kept caches: 32, 16, 8 or 4.")]
+KvBits = Annotated[
+    int, typer.Option(help="Of kept caches: 32, 16, 8 or 4. 32 is exact; 16 is, for a model in 16 bits (--dtype).")
+]
 KvBudget = Annotated[
     str | None, typer.Option(help="Most bytes of kept caches, such as 500MB or 2GB. [default: no end]")
 ]
@@ -93,7 +96,7 @@ def index(
         say(f"skipped {skipped.path}: {skipped.reason}")
     if (more := len(report.skipped) - _SHOWN_SKIPPED) > 0:
         say(f"skipped {more:,} more; --json names them all")
-    kept = _keep(gem, opened, keeping(gem.fingerprint), quiet) if keeping is not None else {}
+    kept = _keep(gem, opened, keeping(gem), quiet) if keeping is not None else {}
     if as_json:
         facts = {**dataclasses.asdict(report), **kept}
         _print({"store": store, "passages": len(opened), **facts, "tokens_per_second": report.tokens_per_second})
@@ -137,13 +140,14 @@ def search(
     from typing import get_args
 
     from gemify.rag.index import GemIndex, Mode
+    from gemify.rag.section import whole_characters
     from gemify.rag.store import Store
 
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
     name = model or Store.open(store).meta.model or "starter"
     needed = None if mode == "fts" and model is None else load_gem(name, base, dtype, device)
-    passages = GemIndex.open(store, needed, create=False).search(query, k=k, mode=mode)  # type: ignore[arg-type]
+    passages = GemIndex.open(store, needed, create=False).search(whole_characters(query), k=k, mode=mode)  # type: ignore[arg-type]
     for number, passage in enumerate(passages, start=1):
         if as_json:
             _print(dataclasses.asdict(passage))
@@ -162,8 +166,9 @@ def register(app: typer.Typer) -> None:
         app.command(name)(verb)
 
 
-def kv_store_of(given: Mapping[str, Any]) -> Callable[[str], KvStore] | None:
-    """What a verb's arguments say of kept caches, checked before a model is loaded: the store, given its fingerprint."""
+def kv_store_of(given: Mapping[str, Any]) -> Callable[[GemModel], KvStore] | None:
+    """What a verb's arguments say of kept caches, checked before a model is loaded: the store, given the model."""
+    from gemify.model.identity import cache_fingerprint
     from gemify.rag.kv_store import KvStore
 
     if not given["keep_kv"]:
@@ -175,7 +180,12 @@ def kv_store_of(given: Mapping[str, Any]) -> Callable[[str], KvStore] | None:
     directory = given["kv_store"] or Path(given["store"]) / "kv"
     bits, budget = given["kv_bits"], bytes_of(given["kv_budget"])
     KvStore(directory, fingerprint="", bits=bits, budget_bytes=budget)
-    return lambda fingerprint: KvStore(directory, fingerprint=fingerprint, bits=bits, budget_bytes=budget)
+
+    def keeping(gem: GemModel) -> KvStore:
+        name = cache_fingerprint(gem.lm, gem.config, gem.adapter)
+        return KvStore(directory, fingerprint=name, bits=bits, budget_bytes=budget)
+
+    return keeping
 
 
 def bytes_of(text: str | None) -> int | None:

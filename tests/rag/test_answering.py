@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny
 from gemify import GemModel
 from gemify.rag.answering import Conversation, GemRag, Settings
 from gemify.rag.kv_store import KvStore
@@ -126,12 +127,46 @@ def test_kept_caches_change_no_answer_and_save_their_tokens(
     assert other.passages == plain.passages
 
 
+def test_caches_of_passages_that_are_gone_give_way(chatty: GemModel, tmp_path: Path) -> None:
+    old, new = ([Passage(f"{word} {i}") for i in range(6)] for word in ("was", "now"))
+    one = KvStore(tmp_path / "one", fingerprint="f", bits=32)
+    GemRag(chatty, Shelf(), kv=one, settings=LAST).keep(old[:1])
+    kv = KvStore(tmp_path / "kv", fingerprint="f", bits=32, budget_bytes=int(one.nbytes * 3.5))
+    rag = GemRag(chatty, Shelf(), kv=kv, settings=LAST)
+    assert [rag.keep(old), rag.keep(old), rag.keep(new), rag.keep(new)] == [3, 0, 3, 0]
+    assert kv.nbytes <= kv.budget_bytes  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("documents", ["text", "special"])
+def test_a_store_that_cannot_be_written_keeps_no_answer_back(
+    chatty: GemModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, documents: Any
+) -> None:
+    settings = replace(LAST, documents=documents)
+    (tmp_path / "file").write_text("in the way")
+    kv = KvStore(tmp_path / "file" / "kv", fingerprint="f", bits=32)
+    answer = GemRag(chatty, Shelf(), kv=kv, settings=settings).ask("who ate?")
+    assert answer.text == GemRag(chatty, Shelf(), settings=settings).ask("who ate?").text
+    assert "a cache is not kept" in caplog.text
+
+
 def test_one_joined_passage_is_the_passage_itself(chatty: GemModel) -> None:
     one = replace(LAST, passages=1)
     assert (
         GemRag(chatty, Shelf(), settings=one).ask("who?").text
         == GemRag(chatty, Shelf(), settings=replace(one, documents="joined")).ask("who?").text
     )
+
+
+def test_a_question_whose_vector_is_not_in_the_chat_is_embedded_apart(chatty: GemModel, base_dir: Path) -> None:
+    mean = GemModel.from_base(str(base_dir), tune="lora", special_tokens=0)
+    prompted = GemModel.from_base(str(base_dir), prompts={"query": "query: "})
+    for gem in (mean, prompted):
+        gem.tokenizer.chat_template = TEMPLATE
+        shelf = Shelf()
+        assert GemRag(gem, shelf, settings=FIRST).ask("who ate?").passages
+        assert np.array_equal(shelf.asked[0][3], gem.encode_query("who ate?"))
+    with pytest.raises(ValueError, match="has no special tokens: choose documents"):
+        GemRag(mean, Shelf(), settings=replace(FIRST, documents="special"))
 
 
 def test_another_model_may_embed_the_question(chatty: GemModel) -> None:
@@ -183,6 +218,40 @@ def test_a_prompt_too_long_is_refused_and_forgotten(chatty: GemModel) -> None:
     conversation.rag.index = Shelf()
     conversation.ask("who?")
     run_at_once(conversation)
+
+
+@pytest.mark.parametrize("settings", [FIRST, LAST, replace(FIRST, documents="special")])
+def test_what_fits_in_no_prompt_is_refused_before_it_runs(tmp_path: Path, settings: Settings) -> None:
+    name = "llama" if settings.documents == "special" else "gpt2"  # its learned positions end
+    gem = GemModel.from_base(str(tiny.save(tmp_path / name, name)))
+    gem.tokenizer.chat_template = TEMPLATE
+    rag = GemRag(gem, Shelf(), settings=settings)
+    for question, options in (("why? " * 300, {}), ("why?", {"max_new_tokens": 1020})):
+        with pytest.raises(ValueError, match="this model takes 1024 in all"):
+            rag.ask(question, **options)
+
+
+def test_old_turns_make_room_for_long_passages(chatty: GemModel) -> None:
+    conversation = GemRag(chatty, Shelf([Passage("word " * 100)]), settings=FIRST).conversation()
+    for turn in range(5):
+        conversation.ask(f"question {turn}?")
+    run_at_once(conversation)
+
+
+def test_forgotten_special_documents_are_never_run_as_text(chatty: GemModel) -> None:
+    rag = GemRag(chatty, Shelf(), settings=replace(FIRST, documents="special"))
+    conversation = rag.conversation()
+    for turn in range(12):
+        conversation.ask(f"question {turn} " + "again and " * 15)
+        kept = conversation._prompt.ids.count(chatty.special_ids[0]), len(conversation._turns)
+        assert kept[0] == kept[1] - 1  # two passages a question
+        if kept[1] == 3 and turn:
+            alone = rag.conversation()
+            alone.ask(f"question {turn} " + "again and " * 15)
+            ours, theirs = (c._prompt.reach([*c._prompt.ids, 20]).logits_BV for c in (conversation, alone))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            return
+    raise AssertionError("nothing was forgotten")
 
 
 def test_a_search_for_words_embeds_nothing(chatty: GemModel) -> None:

@@ -91,6 +91,9 @@ def test_what_does_not_fit_is_named(gem: GemModel, tmp_path: Path) -> None:
         read_questions(write(tmp_path / "lost", PASSAGES, [{**QUERIES[0], "passage": "p9"}]), None)
     with pytest.raises(ValueError, match="row 1: no 'answers'"):
         read_questions(write(tmp_path / "short", PASSAGES, [{"text": "?", "passage": "p0"}]), None)
+    for answers in ("yes", {"text": ["yes"]}):
+        with pytest.raises(ValueError, match="answers must be a list of texts"):
+            read_questions(write(tmp_path / "odd", PASSAGES, [{**QUERIES[0], "answers": answers}]), None)
     (tmp_path / "qa" / "queries.jsonl").write_text("{]\n")
     with pytest.raises(ValueError, match="row 1: no JSON object"):
         read_questions(tmp_path / "qa", None)

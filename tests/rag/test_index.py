@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import threading
 from pathlib import Path
@@ -177,6 +178,37 @@ def test_a_stop_leaves_whole_commits_and_the_next_run_goes_on(
     fresh = GemIndex.open(tmp_path / "fresh", bag)
     fresh.add(root)
     assert_same(again, fresh)
+
+
+def test_half_characters_and_odd_names_stop_nothing(tmp_path: Path, bag: BagOfWords) -> None:
+    root = write(
+        tmp_path / "docs", {"rows.jsonl": '{"_id": "\\ud83d", "title": "\\ud83d", "text": "An owl \\ud83d."}\n'}
+    )
+    odd = os.path.join(os.fsencode(root), b"caf\xe9.txt")
+    with open(odd, "wb") as file:
+        file.write(b"larks")
+    index = GemIndex.open(tmp_path / "store", bag)
+    report = index.add(root)
+    assert [p.text for p in index.search("owl", mode="fts")] == ["An owl ?."]
+    assert [(Path(s.path).name, s.reason) for s in report.skipped] == [("caf?.txt", "its name is not UTF-8: rename it")]
+
+
+def test_a_store_among_the_documents_is_none_of_them(tmp_path: Path, bag: BagOfWords) -> None:
+    root = write(tmp_path / "docs", {"lark.txt": "Larks sing at dawn.\n"})
+    index = GemIndex.open(root / "store", bag)
+    for added in ([str(root / "lark.txt")], []):
+        assert list(index.add([root, root / "store"]).added) == added
+    assert len(index) == 1
+
+
+def test_a_file_that_was_named_stays_as_long_as_it_is_there(tmp_path: Path, bag: BagOfWords) -> None:
+    root = write(tmp_path / "docs", {"notes": "Owls hunt.\n", "lark.txt": "Larks sing.\n"})
+    index = GemIndex.open(tmp_path / "store", bag)
+    index.add([root, root / "notes"])
+    assert index.add(root).removed == ()
+    assert len(index) == 2
+    (root / "notes").unlink()
+    assert index.add(root).removed == (str(root / "notes"),)
 
 
 def test_a_thread_may_index(tmp_path: Path, bag: BagOfWords) -> None:

@@ -66,6 +66,15 @@ def test_a_large_text_comes_in_pieces_that_know_their_lines(tmp_path: Path) -> N
         assert section.text.startswith(f"line number {section.first}\n")
 
 
+def test_a_line_of_any_length_comes_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("x" + "é" * 3_000_000 + "\nend\n", encoding="utf-8")
+    got = sections(path)
+    assert "".join(s.text for s in got) == path.read_text(encoding="utf-8")
+    assert max(len(s.text.encode()) for s in got) < 2_200_000
+    assert [s.first for s in got] == [1] * (len(got) - 1) + [2]
+
+
 def test_markdown_headings_are_a_path_and_code_is_not_one(tmp_path: Path) -> None:
     path = tmp_path / "a.md"
     path.write_text("intro\n\n# Top\n\n```\n# no heading\n```\n\nSub\n---\n\ntext\n\n# Next\nend\n")
@@ -75,6 +84,16 @@ def test_markdown_headings_are_a_path_and_code_is_not_one(tmp_path: Path) -> Non
     assert "# no heading" in got[1].text
     assert got[2].place(0, len(got[2].text.rstrip())) == "lines 9-12"
     assert "".join(s.text for s in got) == path.read_text()
+
+
+def test_markdown_lines_are_the_parsers(tmp_path: Path) -> None:
+    path = tmp_path / "a.md"
+    path.write_bytes("a\u2028b\x0cc\n\n# One\rone\r\n\n# Two\n\ntwo\n".encode())
+    assert [(s.headings, s.text.strip(), s.first) for s in sections(path)] == [
+        ((), "a\u2028b\x0cc", 1),
+        (("One",), "# One\none", 3),
+        (("Two",), "# Two\n\ntwo", 6),
+    ]
 
 
 def test_html_is_what_a_reader_sees(tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ def read_questions(directory: Path, limit: int | None) -> tuple[list[dict[str, A
     """
     passages = list(_rows(directory, "corpus", ("_id", "text")))
     found = list(_rows(directory, "queries", ("text", "answers", "passage")))
+    if odd := [q for q in found if not isinstance(q["answers"], list)]:
+        raise ValueError(f"{directory}: answers must be a list of texts, got {str(odd[0]['answers'])[:80]}")
     known = {str(p["_id"]) for p in passages}
     questions = [Question(str(q["text"]), tuple(map(str, q["answers"])), str(q["passage"])) for q in found]
     if lost := [q.passage for q in questions if q.passage not in known]:

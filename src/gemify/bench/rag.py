@@ -143,6 +143,7 @@ def bench_rag(
     if not questions:
         raise ValueError("no question given: the data has none")
     rows = [row for row in ROWS if peer is not None or row.embeds != "peer"]
+    rows = [row for row in rows if gem.config.k or row.settings.documents != "special"]
     texts = [str(p["text"]) for p in passages]
     own = gem.encode_document(texts)
     asked = [q.text for q in questions]

@@ -1,4 +1,4 @@
-"""Which vectors a model gives: the name by which a store of vectors knows the model that wrote it."""
+"""Which vectors and caches a model gives: the names by which stores of them know the model that wrote them."""
 
 from __future__ import annotations
 
@@ -33,3 +33,12 @@ def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapt
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.to(torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def cache_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapter | None) -> str:
+    """A short name for the KV caches a model computes: other than vectors, they depend on its precision to the bit.
+
+    The weights are the loaded ones, which ``base=`` may have made others than the GEM was trained on.
+    """
+    settings = [embedding_fingerprint(lm, config, adapter), fingerprint(lm), str(lm.dtype)]
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]

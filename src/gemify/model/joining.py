@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from gemify.model.cache import from_key_values, key_values, new_cache
+from gemify.model.cache import from_key_values, keeps_all, key_values, new_cache
 
 
 def shift(lm: PreTrainedModel, cache: DynamicCache, by: int) -> DynamicCache:
@@ -46,6 +46,8 @@ def require_shiftable(lm: PreTrainedModel) -> None:
     One token, because it attends to itself wherever it stands: what else differs is then the positions' doing, and in
     low precision no rounding grows from layer to layer.
     """
+    if not keeps_all(new_cache(lm)):
+        raise ValueError("this model's caches cannot be joined: its sliding windows drop old columns")
     tokens = torch.full((1, 1), lm.get_input_embeddings().weight.shape[0] // 2, device=lm.device)
     try:
         here, there = (_run(lm, tokens, first) for first in (0, 9))

@@ -26,7 +26,7 @@ from gemify.model.handover import Handle
 from gemify.model.joining import require_shiftable
 from gemify.rag.kv_store import KvStore
 from gemify.rag.passage_caches import PassageCaches
-from gemify.rag.prompt import ChatFormat, Turn
+from gemify.rag.prompt import ChatFormat, Layout, Turn
 from gemify.rag.running_prompt import RunningPrompt
 
 Order = Literal["question-first", "passages-first"]
@@ -141,7 +141,10 @@ class GemRag:
     ) -> None:
         self.gem, self.index, self.kv, self.settings = gem, index, kv, settings or Settings()
         self.embedder: QueryEmbedder = embedder or gem
-        self.in_place = embedder is None and self.settings.order == "question-first"
+        config = gem.config
+        prompted = config.prompts.get("query", config.prompts.get(config.default_prompt_name or "", ""))
+        apart = embedder is not None or not config.k or bool(prompted)  # a question's vector is not in the chat's cache
+        self.in_place = self.settings.order == "question-first" and not apart
         self.limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
         self.format = ChatFormat(gem.tokenizer)
         head = [self.format.turn("system", self.settings.system)] if self.settings.system else []
@@ -152,6 +155,8 @@ class GemRag:
                 "kept caches need order 'passages-first' (exact) or documents 'joined' or 'special' (approximations):"
                 " behind a question, a passage's cache is another one"
             )
+        if self.settings.documents == "special" and not config.k:
+            raise ValueError("this model has no special tokens: choose documents text or joined")
         if self.settings.documents != "text":
             require_shiftable(gem.lm)
 
@@ -170,10 +175,10 @@ class GemRag:
         """Compute and keep the caches of passages ahead of the questions, as far as the budget goes. Gives how many."""
         if self.kv is None:
             raise ValueError("there is nowhere to keep caches: make GemRag with kv=KvStore(...)")
-        made, held, budget = 0, self.kv.nbytes, self.kv.budget_bytes
+        made, held, budget = 0, 0, self.kv.budget_bytes  # caches of other passages give way to these
         for passage in passages:
-            size = self.caches.keep(self.format.plain(passage_text(passage) + "\n\n"))
-            made, held = made + (size > 0), held + size
+            size, new = self.caches.keep(self.kv, self.format.plain(passage_text(passage) + "\n\n"))
+            made, held = made + new, held + size
             if budget is not None and held + size > budget:
                 break
         return made
@@ -191,6 +196,8 @@ class Conversation:
         self._prompt = RunningPrompt(rag.gem)
         self._prompt.adopt(*rag.caches.start())
         self._turns: list[Turn] = [rag.format.turn("system", rag.settings.system)] if rag.settings.system else []
+        self._fixed = len(self._turns)
+        self._answer = rag.settings.max_new_tokens
 
     def ask(self, question: str, *, on_text: Callable[[str], None] | None = None, **options: Any) -> Answer:
         """The next question, and its answer."""
@@ -198,6 +205,8 @@ class Conversation:
             raise ValueError("no question given: ask something")
         settings, prompt, caches = self.rag.settings, self._prompt, self.rag.caches
         watch = _Watch()
+        generate = {"max_new_tokens": settings.max_new_tokens, **settings.generate, **options}
+        self._answer = int(generate["max_new_tokens"])
         self._make_room()
         before, turns = prompt.computed + caches.computed, list(self._turns)
         vector = None if settings.mode == "fts" else self.embed_question(question)
@@ -206,7 +215,6 @@ class Conversation:
         search = watch.lap()
         if self.rag.in_place and not settings.handover:
             prompt.adopt(*caches.start())
-        generate = {"max_new_tokens": settings.max_new_tokens, **settings.generate, **options}
         try:
             handle = self.read(question, passages)
             written = prompt.write(handle, on_text=on_text, on_token=watch.token, **generate)
@@ -224,7 +232,7 @@ class Conversation:
         if not self.rag.in_place:
             return np.asarray(self.rag.embedder.encode_query(question))
         asked = self.rag.format.plain(question)
-        layout = self.rag.format.layout([*self._turns, Turn("user", asked)])
+        layout = self._fitting(Turn("user", asked))
         start = layout.starts[-1]
         vector: np.ndarray = self._prompt.reach_and_embed(layout.ids[: start + len(asked)], since=start).numpy()
         return vector
@@ -241,21 +249,21 @@ class Conversation:
         before, after = (asked + (plain("\n\n") if parts else ()), ()) if first else ((), asked)
         if rag.settings.documents == "text":
             context = tuple(i for label, text in parts for i in label + text)
-            self._turns.append(Turn("user", before + context + after))
-            layout = rag.format.layout(self._turns)
-            self._require_room(len(layout.ids))
+            turn = Turn("user", before + context + after)
+            layout = self._fitting(turn)
+            self._turns.append(turn)
             if parts and rag.kv is not None and layout.starts[-1] == len(rag.caches.head):
                 # a first turn's first passage: just where its kept cache stood
                 prompt.adopt(*rag.caches.exact(rag.caches.head + parts[0][0] + parts[0][1]))
             return prompt.reach(layout.ids)
-        layout = rag.format.layout([*self._turns, Turn("user", before + after)])
+        special = rag.settings.documents == "special"
+        columns = sum(len(label) + (len(rag.gem.special_ids) if special else len(text)) for label, text in parts)
+        layout = self._fitting(Turn("user", before + after), columns=columns)
         start = layout.starts[-1]
-        if rag.settings.documents == "joined":
-            self._require_room(len(layout.ids) + sum(len(label + text) for label, text in parts))
         prompt.reach(layout.ids[: start + len(before)])
         for label, text in parts:
             prompt.append(label)
-            prompt.join(*rag.caches.moved(text, to=len(prompt.ids), special=rag.settings.documents == "special"))
+            prompt.join(*rag.caches.moved(text, to=len(prompt.ids), special=special))
         self._turns.append(Turn("user", prompt.ids[start:] + after))
         return prompt.append(layout.ids[start + len(before) :])
 
@@ -267,22 +275,33 @@ class Conversation:
             return []
         return list(index.search(question, k=settings.passages, mode=settings.mode, vector=vector))
 
-    def _require_room(self, tokens: int) -> None:
-        limit, wanted = self.rag.limit, self.rag.settings.max_new_tokens
-        if limit is not None and tokens + wanted > limit:
-            raise ValueError(
-                f"the prompt has {tokens} tokens and the answer may have {wanted}, this model takes {limit} in all: use"
-                " fewer passages or shorter answers"
-            )
+    def _fitting(self, turn: Turn, *, columns: int = 0) -> Layout:
+        """The prompt with one more turn, and room for further columns and the answer: old turns are forgotten for it."""
+        turns, limit = list(self._turns), self.rag.limit
+        while True:
+            layout = self.rag.format.layout([*turns, turn])
+            tokens = len(layout.ids) + columns
+            if limit is None or tokens + self._answer <= limit:
+                self._turns = turns
+                return layout
+            if len(turns) == self._fixed:
+                raise ValueError(
+                    f"the prompt has {tokens} tokens and the answer may have {self._answer}, this model takes {limit} in"
+                    " all: use fewer passages, a shorter question or shorter answers"
+                )
+            self._forget(turns)
 
     def _make_room(self) -> None:
         """Forget the oldest turns, so that a quarter of the model's room is left for the next question's passages."""
         if self.rag.limit is None:
             return
-        fixed = 1 if self._turns and self._turns[0].role == "system" else 0
-        room = self.rag.limit - self.rag.settings.max_new_tokens - self.rag.limit // 4
-        while len(self._turns) > fixed and sum(len(t.ids) for t in self._turns) > room:
-            del self._turns[fixed : fixed + 2]
+        room = self.rag.limit - self._answer - self.rag.limit // 4
+        while len(self._turns) > self._fixed and sum(len(t.ids) for t in self._turns) > room:
+            self._forget(self._turns)
+
+    def _forget(self, turns: list[Turn]) -> None:
+        """The oldest question and answer; all, where passages are special tokens, whose columns no ids give again."""
+        del turns[self._fixed : None if self.rag.settings.documents == "special" else self._fixed + 2]
 
 
 def passage_text(passage: Found) -> str:

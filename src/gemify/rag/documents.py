@@ -44,7 +44,7 @@ def read_markdown(path: Path) -> Iterator[Section | Skipped]:
     from markdown_it import MarkdownIt
 
     text = _utf8(path)
-    lines = text.splitlines(keepends=True)
+    lines = [line for line in re.split(r"(?<=\n)", text) if line]  # the parser's: str.splitlines knows more line ends
     tokens = MarkdownIt("commonmark").parse(text)
     starts: list[tuple[int, int, str]] = []
     for at, token in enumerate(tokens):
@@ -70,7 +70,7 @@ def _utf8(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = 1 + raw.count(b"\n", 0, error.start)
         raise ValueError(f"line {line} is not UTF-8 text: convert the file (iconv -t utf-8)") from error
-    return text.replace("\r\n", "\n")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_html(path: Path) -> Iterator[Section | Skipped]:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from gemify.rag.chunking import chunks
 from gemify.rag.reading import Columns, Found, content_hash, read_file
-from gemify.rag.section import Skipped
+from gemify.rag.section import Skipped, whole_characters
 from gemify.rag.stopping import Wish
 from gemify.rag.store import FileRecord, Row, Store
 
@@ -111,10 +111,13 @@ class Run:
     def _file(self, path: Path, old: FileRecord | None, begun: dict[str, int]) -> None:
         columns, limit = self.options.columns, self.options.limit
         version = ""
+        if (shown := whole_characters(str(path))) != str(path):
+            self.skipped.append(Skipped(shown, "its name is not UTF-8: rename it"))
+            return
         try:
             stat = path.stat()
             digest = content_hash(path, columns)
-            version = sha256(f"{path}\0{digest}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+            version = sha256(f"{path}\0{digest}".encode()).hexdigest()[:16]
             if old is not None and old.version == version:
                 self.unchanged += 1
                 return

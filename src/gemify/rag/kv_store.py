@@ -1,6 +1,6 @@
 """Documents' KV caches on disk: safetensors files, read through a memory map, least recently used out first.
 
-A file is named by a hash of what it was computed from: the model's fingerprint, the token ids and the precision. So a
+A file is named by a hash of what it was computed from: the model's fingerprint, the token ids and the bits. So a
 file is never wrong, only missing; a damaged one is dropped and computed again. A kept KV gives its text away: it
 deserves the same protection as the documents themselves.
 
@@ -10,6 +10,7 @@ zero point; 4-bit numbers lie two to a byte.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -36,7 +37,8 @@ class KvStore:
     """A directory of KV caches of at most ``budget_bytes``. Several processes may share it.
 
     Args:
-        fingerprint: of the model's weights; caches of other weights are never found.
+        fingerprint: of the model's weights and precision (`gemify.model.identity.cache_fingerprint`); caches of others
+            are never found.
         bits: 16 is exact for models that run in 16 bits, 32 for those that run in float32.
     """
 
@@ -60,9 +62,6 @@ class KvStore:
     def __len__(self) -> int:
         return len(self._files())
 
-    def __contains__(self, ids: Sequence[int]) -> bool:
-        return self._path(ids, "text").is_file()
-
     def get(self, lm: PreTrainedModel, ids: Sequence[int], *, kind: str = "text") -> DynamicCache | None:
         """The cache of ``ids``, or None. What is damaged is removed, with a warning."""
         path = self._path(ids, kind)
@@ -82,12 +81,23 @@ class KvStore:
             return None
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
             logger.warning("dropped the damaged cache %s (%s): it is computed again", path, str(error).splitlines()[0])
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a read-only store keeps it
+                path.unlink(missing_ok=True)
             self.misses += 1
             return None
         self.hits += 1
         _touch(path)
         return cache
+
+    def touch(self, ids: Sequence[int]) -> int:
+        """Count a text's cache as used now, so that others are dropped before it. Gives its bytes, 0 where none is."""
+        path = self._path(ids, "text")
+        try:
+            size = path.stat().st_size
+        except OSError:
+            return 0
+        _touch(path)
+        return size
 
     def put(self, ids: Sequence[int], cache: DynamicCache, *, kind: str = "text") -> int:
         """Keep the cache of one text, then drop the least recently used beyond the budget. Gives the bytes it takes.
@@ -110,6 +120,7 @@ class KvStore:
         try:
             with atomic_file(path) as stage:
                 save_file(tensors, stage, metadata={"layers": str(len(pairs)), "name": path.name})
+                size = stage.stat().st_size
         except SafetensorError as error:  # what a full disk looks like through safetensors
             raise OSError(f"cannot write {path}: {error}") from error
         self._evict(path)

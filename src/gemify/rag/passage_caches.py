@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from transformers import DynamicCache
 
@@ -11,6 +13,8 @@ from gemify.model.joining import shift
 from gemify.model.passes import Text, special_pass
 from gemify.rag.kv_store import KvStore
 from gemify.rag.running_prompt import RunningPrompt
+
+logger = logging.getLogger(__name__)
 
 Ids = tuple[int, ...]
 
@@ -35,16 +39,16 @@ class PassageCaches:
         kept = self._kv.get(self._gem.lm, ids) if self._kv is not None else None
         if kept is None:
             kept = self._run(ids).cache
-            if self._kv is not None:
-                self._kv.put(ids, kept)
+            self._put(ids, kept)
         return ids, kept
 
-    def keep(self, passage: Ids) -> int:
-        """Compute and keep a passage's cache, unless it is kept already. Gives the bytes it takes."""
+    def keep(self, kv: KvStore, passage: Ids) -> tuple[int, bool]:
+        """Compute and keep a passage's cache, unless it is kept already. Gives the bytes it takes, and if it is new."""
         ids = self.head + self._label + passage
-        if self._kv is None or ids in self._kv:
-            return 0
-        return self._kv.put(ids, self._run(ids).cache)
+        if size := kv.touch(ids):
+            return size, False
+        size = kv.put(ids, self._run(ids).cache)
+        return size, size > 0
 
     def moved(self, passage: Ids, *, to: int, special: bool) -> tuple[Ids, DynamicCache]:
         """A passage's columns, or its special tokens' alone, as if they stood at column ``to``."""
@@ -63,9 +67,16 @@ class PassageCaches:
             text = RunningPrompt(self._gem).reach(passage).text
             self.computed += len(passage)
             kept = special_pass(gem.lm, text, gem.special_ids, shared_position=gem.config.shared_position).cache
-            if kv is not None:
-                kv.put(passage, kept, kind="special")
+            self._put(passage, kept, kind="special")
         return kept
+
+    def _put(self, ids: Ids, cache: DynamicCache, *, kind: str = "text") -> None:
+        """Keep a cache for later questions; a full or read-only disk is no reason not to answer this one."""
+        if self._kv is not None:
+            try:
+                self._kv.put(ids, cache, kind=kind)
+            except OSError as error:
+                logger.warning("a cache is not kept: %s", error)
 
     def _run(self, ids: Ids) -> Text:
         prompt = RunningPrompt(self._gem)

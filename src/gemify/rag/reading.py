@@ -15,10 +15,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from gemify.rag.documents import read_docx, read_html, read_markdown, read_pdf
-from gemify.rag.section import Section, Skipped
+from gemify.rag.section import Section, Skipped, whole_characters
 
 READING_VERSION = 1
 """Counted up when a reader changes what it yields: files read by an older one are then read again."""
@@ -38,7 +38,9 @@ _WHOLE: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {
     ".docx": read_docx,
 }
 _ROWS = frozenset([".jsonl", ".ndjson"])
-_PIECE = 1 << 20  # bytes of a plain text that are one section at most: a file of any size is read in flat memory
+_PIECE = (
+    1 << 20
+)  # bytes of a plain text after which a section ends, at the next line if it is near: a file of any size is read in flat memory
 _BROKEN_ROWS = 10  # of a file that are named one by one
 
 
@@ -69,13 +71,15 @@ class Found:
         """Whether a file seen in an earlier search is no longer there."""
         if path in self._known or not any(path.is_relative_to(d) for d in self.directories):
             return False
+        if os.path.isfile(path):  # of no known kind, or hidden: it was named itself
+            return False
         return not any(path.is_relative_to(s.path) for s in self.skipped)
 
 
 def find_files(paths: Sequence[str | Path]) -> Found:
     """The files behind paths: a file as it is, a directory with all it holds of known kinds, hidden ones left out.
 
-    Raises ValueError for a path that does not exist.
+    The tables of a store that lies among the documents are left out too. Raises ValueError for a path that does not exist.
     """
     if not paths:
         raise ValueError("no path given: give files or directories to index")
@@ -99,7 +103,7 @@ def _walk(root: Path, skipped: list[Skipped]) -> Iterator[Path]:
         skipped.append(Skipped(str(error.filename), f"cannot list the directory ({error.strerror}): allow it"))
 
     for directory, inner, names in os.walk(root, onerror=refuse):
-        inner[:] = sorted(n for n in inner if not n.startswith("."))
+        inner[:] = sorted(n for n in inner if not n.startswith(".") and not n.endswith(".lance"))
         for name in names:
             path = Path(directory) / name
             if not name.startswith(".") and _kind(path) is not None and (path.is_file() or path.is_symlink()):
@@ -147,7 +151,7 @@ def read_file(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
         ) from error
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedReader:
     if path.suffix == ".gz":
         return io.BufferedReader(gzip.open(path, "rb"))
     return path.open("rb")
@@ -166,10 +170,13 @@ def _decode(raw: bytes, first_line: int) -> str:
 def _plain(path: Path) -> Iterator[Section]:
     first_line = 1
     with _open(path) as file:
-        while lines := file.readlines(_PIECE):
-            raw = b"".join(lines)
+        while raw := file.read(_PIECE):
+            raw += file.readline(_PIECE)
+            for _ in range(3):  # a line that goes on is cut between characters
+                if (ahead := file.peek(1)[:1]) and 0x80 <= ahead[0] < 0xC0:
+                    raw += file.read(1)
             yield Section(_decode(raw, first_line), unit="line", first=first_line)
-            first_line += len(lines)
+            first_line += raw.count(b"\n")
 
 
 def _rows(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
@@ -196,9 +203,11 @@ def _row(line: str, number: int, columns: Columns) -> Section:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     if columns.text not in row:
-        raise ValueError(f"no column {columns.text!r} (there are {', '.join(sorted(row))}): set the text column")
+        there = whole_characters(", ".join(sorted(row)))
+        raise ValueError(f"no column {columns.text!r} (there are {there}): set the text column")
     text, title = row[columns.text], row.get(columns.title)
     if not isinstance(text, str):
         raise ValueError(f"{columns.text!r} must be text, got {type(text).__name__}")
     name = next((row[c] for c in ("_id", "id") if isinstance(row.get(c), str | int)), number)
-    return Section(text, title=title if isinstance(title, str) else "", unit="row", name=str(name))
+    title = title if isinstance(title, str) else ""
+    return Section(whole_characters(text), title=whole_characters(title), unit="row", name=whole_characters(str(name)))

@@ -46,3 +46,8 @@ class Skipped:
 
     path: str
     reason: str
+
+
+def whole_characters(text: str) -> str:
+    """The text with half characters (lone surrogates, from JSON escapes or odd bytes) replaced: no tokenizer takes them."""
+    return text.encode("utf-8", "replace").decode()
