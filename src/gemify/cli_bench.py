@@ -38,6 +38,9 @@ def rag(
     lengths: Annotated[str, typer.Option(help="Tokens of a document.")] = "250,1000,4000",
     bits: Annotated[int, typer.Option(help="Of kept caches: 32, 16, 8 or 4.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 24,
+    row: Annotated[
+        list[str] | None, typer.Option(help="Only this row and those it is compared with; may be repeated.")
+    ] = None,
     dtype: Dtype = "float32",
     output: Output = None,
     device: Device = None,
@@ -69,6 +72,7 @@ def rag(
         peer=peer,
         bits=bits,
         max_new_tokens=max_new_tokens,
+        only=row or (),
         show_progress_bar=not quiet,
     )
     _give(report, as_table(report), output, as_json)

@@ -58,6 +58,15 @@ def test_every_row_is_measured_and_exact_rows_are_exact(gem: GemModel, tmp_path:
     json.dumps(report)
 
 
+def test_some_rows_bring_those_they_are_compared_with(gem: GemModel, tmp_path: Path) -> None:
+    passages, questions = read_questions(write(tmp_path / "qa", PASSAGES, QUERIES), 1)
+    options: dict[str, Any] = {"lengths": [40], "max_new_tokens": 2, "show_progress_bar": False}
+    report = bench_rag(gem, passages=passages, questions=questions, only=["query cached, document"], **options)
+    assert list(report["lengths"]["40"]) == ["generation alone", "query, document", "query cached, document"]
+    with pytest.raises(ValueError, match="unknown row 'magic': choose from 'no retrieval'"):
+        bench_rag(gem, passages=passages, questions=questions, only=["magic"], **options)
+
+
 def test_documents_have_their_length_and_begin_with_their_passage(gem: GemModel) -> None:
     documents = list(lengthened(gem, PASSAGES, 90))
     for passage, document in zip(PASSAGES, documents, strict=True):

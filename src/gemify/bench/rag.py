@@ -51,6 +51,8 @@ class Row:
     embeds: str = "self"
     """self, peer (a second model), or nobody (the vector is known: generation alone)."""
     over: str | None = None
+    same: str | None = None
+    """The row that should give the same answers; by default the one it is compared with."""
 
 
 _ASK = Settings(passages=1, mode="vector")
@@ -59,7 +61,7 @@ ROWS = (
     Row("no retrieval", replace(_FIRST, passages=0)),
     Row("generation alone", _FIRST, embeds="nobody"),
     Row("query, document", replace(_FIRST, handover=False), over="generation alone"),
-    Row("query cached, document", _FIRST, over="generation alone"),
+    Row("query cached, document", _FIRST, over="generation alone", same="query, document"),
     Row("document, query", _LAST),
     Row("document cached, query", _LAST, keeps=True, over="document, query"),
     Row("both cached (joined)", replace(_FIRST, documents="joined"), keeps=True, over="document, query"),
@@ -75,7 +77,7 @@ class Record:
     found: list[bool] = field(default_factory=list)
     match: list[bool] = field(default_factory=list)
     equal: list[bool] = field(default_factory=list)
-    """Whether the answer is that of the row it is compared with."""
+    """Whether the answer is that of the row that should give the same."""
     divergence: list[float] = field(default_factory=list)
     """KL divergence, in nats, of the first answer token's distribution from the exact prompt's."""
     first_token: list[float] = field(default_factory=list)
@@ -130,11 +132,12 @@ def bench_rag(
     peer: Peer | None = None,
     bits: int = 16,
     max_new_tokens: int = 24,
+    only: Sequence[str] = (),
     show_progress_bar: bool = True,
 ) -> dict[str, Any]:
-    """Measure every row at every document length (tokens); a JSON-ready report.
+    """Measure rows (``only`` these and the ones they are compared with) at every document length (tokens).
 
-    Raises ValueError if the model has no room for a length.
+    Gives a JSON-ready report. Raises ValueError if the model has no room for a length, or a row has no such name.
     """
     limit = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
     for length in lengths:
@@ -142,7 +145,7 @@ def bench_rag(
             raise ValueError(f"documents of {length} tokens do not fit: this model takes {limit} tokens in all")
     if not questions:
         raise ValueError("no question given: the data has none")
-    rows = [row for row in ROWS if peer is not None or row.embeds != "peer"]
+    rows = [row for row in _chosen(only) if peer is not None or row.embeds != "peer"]
     rows = [row for row in rows if gem.config.k or row.settings.documents != "special"]
     texts = [str(p["text"]) for p in passages]
     own = gem.encode_document(texts)
@@ -191,6 +194,17 @@ def bench_rag(
     return report
 
 
+def _chosen(names: Sequence[str]) -> list[Row]:
+    """The rows of these names (all if none is given) and those they are compared with, in the order of `ROWS`."""
+    known = {row.name: row for row in ROWS}
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(f"unknown row {wrong[0]!r}: choose from {', '.join(map(repr, known))}")
+    wanted = set(names or known)
+    wanted |= {other for name in wanted for other in (known[name].over, known[name].same) if other is not None}
+    wanted |= {over for name in wanted if (over := known[name].over) is not None}
+    return [row for row in ROWS if row.name in wanted]
+
+
 def lengthened(gem: GemModel, passages: Sequence[Mapping[str, Any]], tokens: int) -> Iterator[Document]:
     """A document a passage: the passage and the ones after it, cut to ``tokens``."""
     rows = gem.text_tokenizer([str(p["text"]) + "\n" for p in passages], max_tokens=None, head=False)
@@ -222,8 +236,8 @@ def _note(record: Record, row: Row, question: Question, answer: Answer, answers:
     record.first_token.append(answer.timing.first_token)
     record.total.append(answer.timing.total)
     record.computed.append(answer.timing.computed)
-    if row.over is not None:
-        record.equal.append(answer.text == answers[row.over].text)
+    if (same := row.same or row.over) is not None:
+        record.equal.append(answer.text == answers[same].text)
 
 
 def _divergence(rag: GemRag, exact: GemRag, question: Question, answer: Answer) -> float:
