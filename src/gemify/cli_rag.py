@@ -75,8 +75,9 @@ def index(
     from gemify.rag.reading import find_files
     from gemify.rag.store import Store
 
-    find_files(paths)  # a wrong path is said before a model is loaded
-    name = model or (Store.open(store).meta.model if Store.exists(store) else "") or "starter"
+    there = Store.open(store) if Store.exists(store) else None
+    find_files(paths, known=there.files() if there else ())  # a wrong path is said before a model is loaded
+    name = model or (there.meta.model if there else "") or "starter"
     options: Any = {"tokens": chunk_tokens, "overlap": overlap, "context": context, "precision": precision}
     keeping = kv_store_of(locals())
     gem = load_gem(name, base, dtype, device)

@@ -268,6 +268,20 @@ def test_wrong_inputs(tmp_path: Path, bag: BagOfWords) -> None:
         index.add(tmp_path / "missing")
 
 
+def test_a_file_that_was_named_and_is_no_more_is_removed(tmp_path: Path, bag: BagOfWords) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text(f"about {name}")
+    named = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    index = GemIndex.open(tmp_path / "s", bag, tokens=16, overlap=0)
+    index.add(named)
+    named[1].unlink()
+    report = index.add(named)
+    assert report.removed == (str(named[1]),)
+    assert len(index) == 1
+    with pytest.raises(ValueError, match=r"no such file or directory: .*b\.txt"):
+        index.add(named)  # nothing is known of it any more
+
+
 def test_a_gem_is_a_model_for_the_index(tmp_path: Path, gem: GemModel) -> None:
     index = GemIndex.open(tmp_path / "s", gem, tokens=64, overlap=8)
     index.add(write(tmp_path / "docs"))

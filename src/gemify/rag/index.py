@@ -107,8 +107,7 @@ class GemIndex:
     ) -> IndexReport:
         """Bring files and directories, as they are now, into the index.
 
-        Unchanged files (by content) are left alone, changed ones replaced, those that vanished from a directory
-        removed. A file that cannot be read is reported, and what was known of it stays. Killed at any point, the same
+        Unchanged files (by content) are left alone, changed ones replaced, those that are no more removed. A file that cannot be read is reported, and what was known of it stays. Killed at any point, the same
         call finishes the work and ends with the same index; Ctrl-C and SIGTERM end it after the commit under way.
 
         Args:
@@ -127,7 +126,8 @@ class GemIndex:
             raise ValueError(
                 f"commit_tokens, batch_size and limit must be at least 1, got {commit_tokens}, {batch_size} and {limit}"
             )
-        found = find_files([paths] if isinstance(paths, str | Path) else list(paths))
+        known = self.store.files()
+        found = find_files([paths] if isinstance(paths, str | Path) else list(paths), known=known)
         options = Options(Columns(text_column, title_column), limit, batch_size, commit_tokens)
         with (
             self.store.writing(),

@@ -12,7 +12,7 @@ import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Found:
     files: tuple[Path, ...]
     """Every file to read: absolute, sorted, each once."""
     directories: tuple[Path, ...]
-    """Those that were asked for: a file known from one of them and not found is gone."""
+    """Those that were asked for, and files that are no more: what is known from one of them and not found is gone."""
     skipped: tuple[Skipped, ...]
     """Directories that could not be listed: nothing is known about what lies in them."""
 
@@ -76,10 +76,12 @@ class Found:
         return not any(path.is_relative_to(s.path) for s in self.skipped)
 
 
-def find_files(paths: Sequence[str | Path]) -> Found:
+def find_files(paths: Sequence[str | Path], *, known: Container[str] = ()) -> Found:
     """The files behind paths: a file as it is, a directory with all it holds of known kinds, hidden ones left out.
 
-    The tables of a store that lies among the documents are left out too. Raises ValueError for a path that does not exist.
+    The tables of a store that lies among the documents are left out too. Raises ValueError for a path that does not
+    exist, unless it is one of the files ``known`` from an earlier search: that one is gone. (A directory may be missing
+    because its disk is.)
     """
     if not paths:
         raise ValueError("no path given: give files or directories to index")
@@ -93,6 +95,8 @@ def find_files(paths: Sequence[str | Path]) -> Found:
             files.update(_walk(path, skipped))
         elif path.is_file():
             files.add(path)
+        elif str(path) in known:
+            directories.append(path)
         else:
             raise ValueError(f"no such file or directory: {given}")
     return Found(tuple(sorted(files)), tuple(directories), tuple(skipped))
