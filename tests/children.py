@@ -5,20 +5,33 @@ from __future__ import annotations
 import os
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 
 def index(model: str, store: str, corpus: str, tell: Connection) -> None:
-    """Index a corpus; says so before it begins and after it ends."""
+    """Index a corpus; says before and after every step of writing to the store that it takes it."""
     import torch
 
     from gemify import GemModel
     from gemify.rag.index import GemIndex
+    from gemify.rag.store import Store
+
+    def told(name: str) -> None:
+        step = getattr(Store, name)
+
+        def taken(self: Store, *args: Any) -> Any:
+            tell.send(f"{name}")
+            result = step(self, *args)
+            tell.send(f"{name} done")
+            return result
+
+        setattr(Store, name, taken)
 
     torch.set_num_threads(1)
+    for name in ("append", "record", "forget", "finish"):
+        told(name)
     gem = GemModel.from_pretrained(model)
-    tell.send("ready")
     GemIndex.open(store, gem, tokens=48, overlap=8).add(corpus, commit_tokens=300)
-    tell.send("done")
 
 
 def read_as_nobody(root: str, tell: Connection) -> None:

@@ -86,9 +86,9 @@ def bag() -> BagOfWords:
 
 @pytest.fixture(scope="session")
 def server() -> ForkServerContext:
-    """Children that start quickly: their imports are done once, and nothing else: a LanceDB that was used cannot be forked."""
+    """Children that start quickly: the long imports are done once. LanceDB's is not: its threads do not survive a fork."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gemify.model.gem", "gemify.rag.index", "lancedb.index", "children"])
+    context.set_forkserver_preload(["gemify.model.gem", "gemify.rag.index", "children"])
     return context
 
 

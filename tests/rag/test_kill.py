@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import shutil
+import signal
 import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -39,6 +41,7 @@ def _corpus(root: Path, *, later: bool) -> Path:
 
 @pytest.mark.usefixtures("one_thread")
 def test_killed_anywhere(tmp_path: Path, base_dir: Path, server: ForkServerContext) -> None:
+    """Half of the stores are new, half are to be brought up to date. A moment is a step of writing and some time after."""
     gem = GemModel.from_base(str(base_dir))
     disturb(gem)
     gem.save_pretrained(tmp_path / "gem")
@@ -47,30 +50,46 @@ def test_killed_anywhere(tmp_path: Path, base_dir: Path, server: ForkServerConte
     old = tmp_path / "old"
     GemIndex.open(old, gem, **settings).add(corpus, commit_tokens=300)  # type: ignore[arg-type]
     _corpus(corpus, later=True)
-    begin = time.perf_counter()
-    whole = GemIndex.open(tmp_path / "whole", gem, **settings)  # type: ignore[arg-type]
-    whole.add(corpus, commit_tokens=300)
-    span = 1.3 * (time.perf_counter() - begin)
-    chance, finished, halves = random.Random(5), 0, 0
-    for point in range(POINTS):
-        store = tmp_path / f"store{point}"
-        if point % 2:  # a store to bring up to date, instead of a new one
-            shutil.copytree(old, store)
+
+    def run(store: Path, *, kill_after: int | None = None, wait: float = 0.0) -> tuple[int, int]:
+        """Index in a child, killed some time after one of its steps. Gives the number of its steps and its exit code."""
         ours, theirs = server.Pipe()
         child = server.Process(target=index_in_child, args=(str(tmp_path / "gem"), str(store), str(corpus), theirs))
         child.start()
         theirs.close()
-        assert ours.recv() == "ready"
-        if not ours.poll(chance.uniform(0, span)):
+        steps = 0
+        with contextlib.suppress(EOFError):
+            while steps != kill_after:
+                ours.recv()
+                steps += 1
+            time.sleep(wait)
             child.kill()
         child.join()
-        finished += child.exitcode == 0
+        assert child.exitcode is not None
+        return steps, child.exitcode
+
+    shutil.copytree(old, tmp_path / "updated")
+    all_steps = []
+    for name in ("new", "updated"):
+        steps, code = run(tmp_path / name)
+        assert code == 0
+        all_steps.append(steps)
+    whole = GemIndex.open(tmp_path / "new", gem)
+    assert_same(GemIndex.open(tmp_path / "updated", gem), whole, atol=1e-5)
+    words = [round(p.score, 4) for p in whole.search("changed words about 4", mode="fts", k=5)]
+
+    chance, killed, halves = random.Random(5), 0, 0
+    for point in range(POINTS):
+        store = tmp_path / f"store{point}"
+        if point % 2:
+            shutil.copytree(old, store)
+        _, code = run(store, kill_after=chance.randrange(1, all_steps[point % 2]), wait=chance.uniform(0, 0.02))
+        killed += code == -signal.SIGKILL
         again = GemIndex.open(store, gem, **settings)  # type: ignore[arg-type]
         halves += bool(again.store.uncounted())
         again.add(corpus, commit_tokens=300)
         assert_same(again, whole, atol=1e-5)
-        scores = [round(p.score, 4) for p in again.search("changed words about 4", mode="fts", k=5)]
-        assert scores == [round(p.score, 4) for p in whole.search("changed words about 4", mode="fts", k=5)]
+        assert [round(p.score, 4) for p in again.search("changed words about 4", mode="fts", k=5)] == words
         shutil.rmtree(store)
-    assert finished <= POINTS // 2, "most children were killed before they had done"
+    assert killed > POINTS // 2
     assert halves, "some were killed between a commit of chunks and that of their file"
