@@ -21,7 +21,6 @@ from conftest import disturb
 from gemify import GemModel, __version__
 from gemify.cli import main
 
-
 QUIETLY = {**os.environ, "NO_COLOR": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
 """Two threads of a tiny model wait for each other on a busy machine."""
 
