@@ -235,6 +235,8 @@ def test_old_turns_make_room_for_long_passages(chatty: GemModel) -> None:
     conversation = GemRag(chatty, Shelf([Passage("word " * 100)]), settings=FIRST).conversation()
     for turn in range(5):
         conversation.ask(f"question {turn}?")
+        assert len(conversation._prompt.ids) <= 1024
+    assert len(conversation._turns) < 1 + 2 * 5, "some turns were forgotten"
     run_at_once(conversation)
 
 
