@@ -199,9 +199,10 @@ def _chosen(names: Sequence[str]) -> list[Row]:
     known = {row.name: row for row in ROWS}
     if wrong := [name for name in names if name not in known]:
         raise ValueError(f"unknown row {wrong[0]!r}: choose from {', '.join(map(repr, known))}")
-    wanted = set(names or known)
-    wanted |= {other for name in wanted for other in (known[name].over, known[name].same) if other is not None}
-    wanted |= {over for name in wanted if (over := known[name].over) is not None}
+    wanted, new = set[str](), set(names or known)
+    while new:
+        wanted |= new
+        new = {other for name in new for other in (known[name].over, known[name].same) if other} - wanted
     return [row for row in ROWS if row.name in wanted]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,22 @@ _BLOCK = re.compile(
     "|header|hr|html|li|main|nav|ol|p|pre|section|summary|table|tbody|td|tfoot|th|thead|tr|ul)$"
 )
 _HEADING = re.compile(r"h([1-6])$")
+
+
+def _by_heading(blocks: Iterable[tuple[int, str]], *, title: str) -> Iterator[Section]:
+    """Sections of blocks with their heading levels (0: a paragraph); each heading begins one."""
+    outline = _Outline()
+    parts: list[str] = []
+    for level, text in blocks:
+        if level and parts:
+            yield Section("\n\n".join(parts), title=title, headings=outline.path)
+            parts = []
+        if level:
+            outline.enter(level, text)
+        if text.strip():
+            parts.append(text)
+    if parts:
+        yield Section("\n\n".join(parts), title=title, headings=outline.path)
 
 
 class _Outline:
@@ -88,17 +104,7 @@ def read_html(path: Path) -> Iterator[Section | Skipped]:
         blocks = list(_blocks(soup))
     except (RecursionError, AssertionError, LookupError) as error:
         raise ValueError(f"cannot be read as HTML ({type(error).__name__}): restore the file") from error
-    outline = _Outline()
-    parts: list[str] = []
-    for level, text in blocks:
-        if level and parts:
-            yield Section("\n\n".join(parts), title=title, headings=outline.path)
-            parts = []
-        if level:
-            outline.enter(level, text)
-        parts.append(text)
-    if parts:
-        yield Section("\n\n".join(parts), title=title, headings=outline.path)
+    yield from _by_heading(blocks, title=title)
 
 
 def _blocks(soup: Any) -> Iterator[tuple[int, str]]:
@@ -187,18 +193,7 @@ def read_docx(path: Path) -> Iterator[Section | Skipped]:
         raise
     except Exception as error:
         raise ValueError(f"cannot be read as a Word file ({_named(error)}): restore the file") from error
-    outline = _Outline()
-    paragraphs: list[str] = []
-    for level, text in parts:
-        if level and paragraphs:
-            yield Section("\n\n".join(paragraphs), title=title, headings=outline.path)
-            paragraphs = []
-        if level:
-            outline.enter(level, text)
-        if text.strip():
-            paragraphs.append(text)
-    if paragraphs:
-        yield Section("\n\n".join(paragraphs), title=title, headings=outline.path)
+    yield from _by_heading(parts, title=title)
 
 
 def _level(paragraph: Any) -> int:
