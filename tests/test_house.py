@@ -21,6 +21,7 @@ MAY_KNOW = {
     "integrations": {"integrations", "model"},
     "training": {"paper", "model", "evaluation", "training"},
     "rag": {"model", "rag"},
+    "serving": {"model", "rag", "serving"},
     "bench": {"model", "evaluation", "rag", "bench"},
     "reproduce": {"paper", "model", "evaluation", "training", "reproduce"},
 }
