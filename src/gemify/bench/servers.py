@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import psutil
@@ -29,7 +30,7 @@ class Server:
         """Memory of its own, and its part of what it shares with other processes (PSS; RSS where that is unknown)."""
         watched = psutil.Process(self.process.pid)
         try:
-            memory = watched.memory_full_info()
+            memory: Any = watched.memory_full_info()
         except psutil.AccessDenied:
             memory = watched.memory_info()
         return int(getattr(memory, "pss", memory.rss))
