@@ -26,10 +26,7 @@ def export(
     from gemify.model.export import export as write
     from gemify.model.export import require_exportable
 
-    directory = resolve_directory(model)
-    require_exportable(GemConfig.from_directory(directory))  # said before a model is loaded
-    if output.exists() and output.samefile(directory):
-        raise ValueError(f"{output} is the model itself: give another --output")
+    require_exportable(GemConfig.from_directory(resolve_directory(model)), output)  # said before a model is loaded
     written = write(load_gem(model, base, dtype, "cpu"), output)
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(written), "directory": str(output)}, ensure_ascii=False))

@@ -81,6 +81,25 @@ def test_a_tied_head_keeps_its_rows(tmp_path: Path, arch: str) -> None:
         assert torch.equal(base(ids).logits, lm(ids).logits)
 
 
+def test_an_added_token_is_not_likely_to_be_written(tmp_path: Path) -> None:
+    """A trained input row would be a loud output row, in an engine that does not know which tokens to leave out."""
+    base = tiny.build("qwen2")
+    base.config.tie_word_embeddings = True
+    base.tie_weights()
+    base.save_pretrained(tmp_path / "base")
+    added = tiny.tokenizer(reserved=0)
+    added.add_tokens([f"word{i}" for i in range(tiny.VOCABULARY - len(added))])  # no row of the table is free
+    added.save_pretrained(tmp_path / "base")
+    gem = made(tmp_path / "base", "gated")
+    (special,) = gem.special_ids
+    assert special >= tiny.VOCABULARY
+    export(gem, tmp_path / "out")
+    heads = [AutoModelForCausalLM.from_pretrained(tmp_path / name).get_output_embeddings() for name in ("base", "out")]
+    before, after = (head.weight.detach() for head in heads)
+    assert torch.equal(after[: tiny.VOCABULARY], before)
+    torch.testing.assert_close(after[special], before.mean(0))
+
+
 @pytest.mark.parametrize("pooling", ["mean", "concat"])
 @pytest.mark.parametrize("tune", ["full", "gated"])
 def test_several_special_tokens_are_several_texts(base_dir: Path, tmp_path: Path, tune: str, pooling: Any) -> None:
@@ -153,4 +172,4 @@ def test_the_command_does_not_write_over_the_model(
     monkeypatch.setattr("sys.argv", ["gemify", "export", "-m", str(tmp_path / "gem"), "-o", str(tmp_path / "gem")])
     with pytest.raises(SystemExit):
         main()
-    assert "give another --output" in capsys.readouterr().err
+    assert "holds files: give a new --output" in capsys.readouterr().err

@@ -106,7 +106,7 @@ class Server:
         settings = xllamacpp.CommonParams()
         settings.model.path = str(files.model)
         settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_parallel = 2048 * slots, 2048, 2048, slots
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 2
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
         settings.embedding, settings.warmup, settings.verbosity = True, False, 0
         settings.port, settings.hostnames = 0, ["127.0.0.1"]
         settings.pooling_type = getattr(xllamacpp.llama_pooling_type, f"LLAMA_POOLING_TYPE_{pooling.upper()}")

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from conftest import disturb
@@ -61,3 +63,37 @@ def test_several_tokens_are_several_models(base_dir: Path, tmp_path: Path) -> No
     assert written.embedding == ("embedding-1", "embedding-2")
     models = [sentence_transformers.SentenceTransformer(str(tmp_path / "out" / name)) for name in written.embedding]
     np.testing.assert_allclose(np.mean([m.encode(TEXTS[:4]) for m in models], axis=0), vectors, atol=2e-5)
+
+
+def test_a_beginning_token_stays_and_an_ending_one_goes(tmp_path: Path) -> None:
+    """Like Llama 3's and Gemma's tokenizers, which begin with one; the special token ends the text, nothing else does."""
+    base = tiny.save(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save_pretrained(base)
+    model, vectors = exported(base, tmp_path / "out", "tokens")
+    ids = model.tokenizer("hi")["input_ids"]
+    assert (ids[0], ids[-1], len(ids)) == (1, 3, 4)
+    np.testing.assert_allclose(model.encode(TEXTS), vectors, atol=2e-5)
+
+
+@pytest.mark.real
+def test_the_starters_tokenizer(tmp_path: Path, starter: Any) -> None:
+    """A real tokenizer, with merges and fourteen reserved tokens, on a small random model."""
+    _, tokenizer = starter
+    config = AutoConfig.for_model("llama", **{**tiny.ARCHITECTURES["llama"][1], "vocab_size": len(tokenizer)})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    gem = GemModel.from_base(str(tmp_path / "base"), tune="tokens", max_length=32)
+    disturb(gem)
+    assert gem.config.special_tokens == ("<repo_name>",)
+    texts = [*TEXTS, "Owls hunt at night.", "a <repo_name> in a text", "<|im_start|>user"]
+    vectors = gem.encode(texts)
+    export(gem, tmp_path / "out")
+    model = sentence_transformers.SentenceTransformer(str(tmp_path / "out" / "embedding"), device="cpu")
+    np.testing.assert_allclose(model.encode(texts), vectors, atol=2e-5)
+    ids = model.tokenizer("a <repo_name> in a text")["input_ids"]
+    assert ids.count(gem.special_ids[0]) == 1
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a")["input_ids"] == tokenizer("a")["input_ids"]

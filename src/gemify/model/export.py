@@ -52,10 +52,11 @@ class Exported:
 def export(gem: GemModel, output: Path) -> Exported:
     """Write a GEM for other engines, in the precision it was loaded in. Ends the use of ``gem``.
 
-    Raises ValueError for a GEM without special tokens, or with several at positions of their own.
+    Raises ValueError for a GEM without special tokens, or with several at positions of their own, and for a directory
+    that holds files: what an older export left there would be taken for a part of this one.
     """
     config = gem.config
-    require_exportable(config)
+    require_exportable(config, output)
     gated = config.tune == "gated"
     numbers = ["" if config.k == 1 else f"-{n}" for n in range(1, config.k + 1)]
     embedding = () if gated else tuple(f"embedding{n}" for n in numbers)
@@ -64,7 +65,7 @@ def export(gem: GemModel, output: Path) -> Exported:
     with atomic_directory(output, last="config.json") as stage:
         for name, special in zip(adapters, config.special_ids, strict=bool(adapters)):
             assert gem.adapter is not None
-            gem.adapter.save_without_rows(stage / name, base_name=str(output.absolute()), special_id=special)
+            gem.adapter.save_without_rows(stage / name, special_id=special)
         lm = plain_model(gem)
         with quiet():
             lm.save_pretrained(stage)
@@ -79,8 +80,10 @@ def export(gem: GemModel, output: Path) -> Exported:
     return written
 
 
-def require_exportable(config: GemConfig) -> None:
-    """Refuse what no sequence of ``text S`` gives."""
+def require_exportable(config: GemConfig, output: Path) -> None:
+    """Refuse what no sequence of ``text S`` gives, and an ``output`` that is in use."""
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ValueError(f"{output} {'is a file' if output.is_file() else 'holds files'}: give a new --output")
     if config.k == 0:
         raise ValueError("this model has no special tokens: to export it, use it as a mean-pooled model, it is one")
     if config.k > 1 and not config.shared_position:
@@ -93,19 +96,21 @@ def require_exportable(config: GemConfig) -> None:
 @torch.no_grad()
 def plain_model(gem: GemModel) -> PreTrainedModel:
     """The model with the special tokens' rows in its table. Its head stays as it is: a tied one is untied if it must be."""
-    lm, adapter = gem.lm, gem.adapter
+    lm, adapter, ids = gem.lm, gem.adapter, list(gem.config.special_ids)
+    if lm.generation_config is not None:
+        lm.generation_config.suppress_tokens = ids  # as `GemModel.generate` never emits them
     if adapter is None:
         return lm
     rows_KD = adapter.rows.rows_KD
     lm = adapter.unload(lm)
-    grow_table(lm, gem.config.special_ids, rows_KD)
+    old = lm.get_input_embeddings().weight.shape[0]
+    grow_table(lm, ids, rows_KD)
     table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
     if head.weight is table.weight:
         head.weight = nn.Parameter(table.weight.clone(), requires_grad=False)
+        head.weight[[i for i in ids if i >= old]] = head.weight[:old].mean(0)  # likely in no context
         lm.config.tie_word_embeddings = lm.config.get_text_config().tie_word_embeddings = False
-    table.weight[list(gem.config.special_ids)] = rows_KD.to(table.weight)
-    if lm.generation_config is not None:
-        lm.generation_config.suppress_tokens = list(gem.config.special_ids)  # as `GemModel.generate` never emits them
+    table.weight[ids] = rows_KD.to(table.weight)
     return lm
 
 

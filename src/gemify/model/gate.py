@@ -238,11 +238,11 @@ class Adapter(nn.Module):
     def load(self, directory: Path) -> None:
         self.load_state(load_file(directory / ADAPTER_FILE))
 
-    def save_without_rows(self, directory: Path, *, base_name: str, special_id: int) -> None:
+    def save_without_rows(self, directory: Path, *, special_id: int) -> None:
         """Write a gated adapter of one special token, for a base whose table holds its row: plain LoRA tensors only."""
         config = copy.copy(self._peft[0].peft_config[_NAME])
         config.alora_invocation_tokens, config.trainable_token_indices = [special_id], None
-        config.base_model_name_or_path, config.inference_mode = base_name, True
+        config.base_model_name_or_path, config.inference_mode = None, True
         config.save_pretrained(str(directory))
         state = self.state()
         del state[self._row_key()]
