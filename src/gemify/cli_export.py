@@ -26,8 +26,9 @@ def export(
     from gemify.model.export import export as write
     from gemify.model.export import require_exportable
 
-    require_exportable(GemConfig.from_directory(resolve_directory(model)), output)  # said before a model is loaded
-    written = write(load_gem(model, base, dtype, "cpu"), output)
+    config = GemConfig.from_directory(resolve_directory(model))
+    require_exportable(config, output, dtype)  # said before a model is loaded
+    written = write(load_gem(model, base, None, "cpu"), output, dtype=dtype)
     if as_json:
         typer.echo(json.dumps({**dataclasses.asdict(written), "directory": str(output)}, ensure_ascii=False))
         return

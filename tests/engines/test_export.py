@@ -138,6 +138,19 @@ def test_one_file_of_weights_and_a_card(base_dir: Path, tmp_path: Path) -> None:
     assert config["prompts"] == {"query": "find: "}
 
 
+def test_the_precision_asked_for(base_dir: Path, tmp_path: Path) -> None:
+    gem = made(base_dir, "lora")
+    vectors = gem.encode(TEXTS)
+    export(gem, tmp_path / "out", dtype="bfloat16")
+    lm = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert {p.dtype for p in lm.parameters()} == {torch.bfloat16}
+    other = GemModel.from_pretrained(tmp_path / "out").encode(TEXTS)
+    cosines = (other * vectors).sum(1) / np.linalg.norm(other, axis=1) / np.linalg.norm(vectors, axis=1)
+    assert cosines.min() > 0.99
+    with pytest.raises(ValueError, match="unknown dtype 'int3': choose one of float32, bfloat16, float16"):
+        export(made(base_dir, "full"), tmp_path / "other", dtype="int3")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

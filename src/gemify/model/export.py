@@ -36,6 +36,8 @@ from gemify.model.export_card import card
 from gemify.model.gem import GemModel
 from gemify.model.storage import atomic_directory
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Exported:
@@ -49,14 +51,14 @@ class Exported:
     """aLoRA adapters, one a special token (of a gated GEM only)."""
 
 
-def export(gem: GemModel, output: Path) -> Exported:
-    """Write a GEM for other engines, in the precision it was loaded in. Ends the use of ``gem``.
+def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported:
+    """Write a GEM for other engines, its weights in ``dtype`` (of `DTYPES`; default: as loaded). Ends the use of ``gem``.
 
     Raises ValueError for a GEM without special tokens, or with several at positions of their own, and for a directory
     that holds files: what an older export left there would be taken for a part of this one.
     """
     config = gem.config
-    require_exportable(config, output)
+    require_exportable(config, output, dtype)
     gated = config.tune == "gated"
     numbers = ["" if config.k == 1 else f"-{n}" for n in range(1, config.k + 1)]
     embedding = () if gated else tuple(f"embedding{n}" for n in numbers)
@@ -68,7 +70,7 @@ def export(gem: GemModel, output: Path) -> Exported:
             gem.adapter.save_without_rows(stage / name, special_id=special)
         lm = plain_model(gem)
         with quiet():
-            lm.save_pretrained(stage)
+            (lm if dtype is None else lm.to(DTYPES[dtype])).save_pretrained(stage)
         gem.tokenizer.save_pretrained(stage)
         if not gated:
             whole = dataclasses.replace(config, tune="full")
@@ -80,12 +82,17 @@ def export(gem: GemModel, output: Path) -> Exported:
     return written
 
 
-def require_exportable(config: GemConfig, output: Path) -> None:
-    """Refuse what no sequence of ``text S`` gives, and an ``output`` that is in use."""
+def require_exportable(config: GemConfig, output: Path, dtype: str | None) -> None:
+    """Refuse what no sequence of ``text S`` gives, an ``output`` that is in use, and an unknown ``dtype``."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ValueError(f"{output} {'is a file' if output.is_file() else 'holds files'}: give a new --output")
     if config.k == 0:
-        raise ValueError("this model has no special tokens: to export it, use it as a mean-pooled model, it is one")
+        raise ValueError(
+            "this model has no special tokens, there is nothing to append to a text: load it in sentence-transformers"
+            " with mean pooling"
+        )
     if config.k > 1 and not config.shared_position:
         raise ValueError(
             f"{config.k} special tokens at positions of their own are no {config.k} texts with one token each:"
