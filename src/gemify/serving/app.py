@@ -20,6 +20,7 @@ from gemify import __version__
 from gemify.serving import chat, completions, embeddings, health, models, page, recovery, search
 from gemify.serving.access import Access
 from gemify.serving.asking import Asking
+from gemify.serving.description import describe
 from gemify.serving.errors import ApiError, bad
 from gemify.serving.house import House, Searchable
 from gemify.serving.keys import KeyRing, Limits
@@ -83,6 +84,7 @@ def create_app(
     app.include_router(models.router, responses={s: _ERRORS[s] for s in (401, 404)})
     app.include_router(health.router)
     app.include_router(page.router)
+    app.openapi = describe(app, with_keys=len(house.keys) > 0)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_middleware(Access, house=house)
