@@ -98,6 +98,8 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
         (EMBED, {"input": ["a"] * 11}, "input", "at most 10 texts"),
         (EMBED, {"input": [[999_999]]}, None, "0..319"),
         (EMBED, {"input": "word " * 200}, None, "embeds up to 511"),
+        (EMBED, {"input": "word " * 10_000}, None, "cut it up"),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 10_000}]}, None, "cut it up"),
         (EMBED, {"input": "a", "encoding_format": "hex"}, "encoding_format", "base64"),
         (EMBED, {"input": "a", "dimensions": 0}, "dimensions", "greater than or equal to 1"),
         (EMBED, {"input": {"text": "a"}}, "input", "got an object"),
