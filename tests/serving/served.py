@@ -7,11 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 from openai import AsyncOpenAI, OpenAI
 
+import tiny
+from conftest import disturb
 from gemify import GemModel
 from gemify.serving.app import create_app
 from gemify.serving.engine import Engine
@@ -75,3 +78,10 @@ def serving(
             server.should_exit = True
             thread.join(60)
             assert not thread.is_alive(), "the server did not stop"
+
+
+def tiny_gem(directory: Path) -> GemModel:
+    """A tiny GEM with a chat template, its trained weights made large so that they matter."""
+    gem = GemModel.from_base(str(tiny.save(directory / "base")))
+    disturb(gem)
+    return gem

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -19,6 +20,7 @@ from gemify import __version__
 from gemify.serving import chat, completions, embeddings, health, models, page, recovery, search
 from gemify.serving.access import Access
 from gemify.serving.asking import Asking
+from gemify.serving.description import describe
 from gemify.serving.errors import ApiError, bad
 from gemify.serving.house import House, Searchable
 from gemify.serving.keys import KeyRing, Limits
@@ -82,6 +84,7 @@ def create_app(
     app.include_router(models.router, responses={s: _ERRORS[s] for s in (401, 404)})
     app.include_router(health.router)
     app.include_router(page.router)
+    app.openapi = describe(app, with_keys=len(house.keys) > 0)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_middleware(Access, house=house)
@@ -141,7 +144,7 @@ def _of_framework(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 404:
         return ApiError(404, f"there is no route {method} {path}: /openapi.json lists them", code="unknown_url")
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("allow", "")
+        allowed = Headers(error.headers or {}).get("allow", "")
         message = f"{path} does not take {method}" + (f", but {allowed}" if allowed else "")
         return ApiError(405, message, code="method_not_allowed", headers=error.headers)
     return ApiError(error.status_code, str(error.detail)[:200], headers=error.headers)

@@ -20,7 +20,12 @@ from gemify.serving.types import ChatRequest
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/v1/chat/completions", response_model=None, responses={200: {"model": Chat}}, tags=["OpenAI"])
+@router.post(
+    "/v1/chat/completions",
+    response_model=None,
+    responses={200: {"model": Chat, "content": {"text/event-stream": {}}}},
+    tags=["OpenAI"],
+)
 async def create_chat_completion(wish: ChatRequest, request: Request) -> Response:
     """Answer a conversation; with ``stream`` in server-sent events. ``gemify`` asks for the prompt's embedding from the
     same run, or for passages of the index to answer from."""

@@ -126,7 +126,9 @@ def _token(token: TokenLogprob) -> dict[str, Any]:
 
 
 def _name(token: TokenLogprob) -> str:
-    """A token's text; of a part of a character, its bytes, so that different ones have different names."""
+    """A token's text; its bytes where it is a part of a character, its id where it is nothing: different ones differ."""
+    if not token.data:
+        return f"token_id:{token.id}"
     if "\N{REPLACEMENT CHARACTER}" not in token.text:
         return token.text
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)

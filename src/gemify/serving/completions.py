@@ -16,7 +16,12 @@ from gemify.serving.types import CompletionsRequest
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/v1/completions", response_model=None, responses={200: {"model": Completions}}, tags=["OpenAI"])
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses={200: {"model": Completions, "content": {"text/event-stream": {}}}},
+    tags=["OpenAI"],
+)
 async def create_completion(wish: CompletionsRequest, request: Request) -> Response:
     """Continue prompts as they are, several at a time if asked; with ``stream`` in server-sent events."""
     house = house_of(request)

@@ -13,7 +13,7 @@ from gemify.serving.errors import error_body
 _PATIENCE = 30.0
 """Seconds in which a request's head must have arrived."""
 _LAST_CALL = 1.0
-"""Seconds that a connection made just before a shutdown has for its first request."""
+"""Seconds that an idle connection has for one more request after a shutdown has begun."""
 
 
 class Connection(H11Protocol):
@@ -40,14 +40,14 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def shutdown(self) -> None:
-        """End when the answer under way has been sent; a client that has only just connected may still ask."""
-        cycle: Any = self.cycle
-        if cycle is None and not self.transport.is_closing():
-            self._ending = True
-            self._stop_waiting()
-            self._patience = self.loop.call_later(_LAST_CALL, self._give_up)
-        else:
+        """End when the answer under way has been sent; one that is idle may still ask, as its request may be on the way."""
+        if self._is_answering or self.transport.is_closing():
             super().shutdown()
+            return
+        self._ending = True
+        self._unset_keepalive_if_required()
+        self._stop_waiting()
+        self._patience = self.loop.call_later(_LAST_CALL, self._give_up)
 
     def send_400_response(self, msg: str) -> None:
         """For bytes that are no HTTP. If an answer is under way, its client gets no second one."""

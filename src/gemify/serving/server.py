@@ -6,6 +6,7 @@ answered; exit code 0. A second signal ends at once.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -109,6 +110,27 @@ class Server(uvicorn.Server):
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
             self.should_exit = True
         return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door, but let in who has knocked: a connection that waits to be accepted would be reset."""
+        waiting: list[socket.socket] = []
+        for listener in sockets or []:
+            listener.listen(0)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    waiting.append(listener.accept()[0])
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for peer in waiting:
+            peer.setblocking(False)
+            with contextlib.suppress(OSError):  # gone again
+                await loop.connect_accepted_socket(self._connection, peer)
+        await asyncio.sleep(0.05)  # those that were accepted a moment ago become connections
+        await super().shutdown(sockets)
+
+    def _connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._house.stopping:
