@@ -21,8 +21,9 @@ MAY_KNOW = {
     "integrations": {"integrations", "model"},
     "training": {"paper", "model", "evaluation", "training"},
     "rag": {"model", "rag"},
-    "serving": {"model", "rag", "serving"},
-    "bench": {"model", "evaluation", "rag", "serving", "bench"},
+    "engine": {"model", "engine"},
+    "serving": {"model", "rag", "engine", "serving"},
+    "bench": {"model", "evaluation", "rag", "bench"},
     "reproduce": {"paper", "model", "evaluation", "training", "reproduce"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
