@@ -72,6 +72,9 @@ def train(
         int | None, typer.Option("--special-tokens", "-k", help="How many special tokens.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean or concat, over the special tokens.")] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Words around every text to embed, with {text} for the text.")
+    ] = None,
     mix: Annotated[float | None, typer.Option(help="p, the share of raw rows (lora, full).")] = None,
     reconstruction: Annotated[float | None, typer.Option(help="Share of reconstruction among special rows.")] = None,
     view: Annotated[
@@ -252,9 +255,10 @@ def generate(
         handle = gem.prefill_chat(messages)
     if not as_json:
         options["streamer"] = TextStreamer(gem.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    vector = {"embedding": gem.embed(handle).tolist()} if embedding else {}
     answer = gem.generate(handle, max_new_tokens=max_new_tokens, **options)
     if as_json:
-        _print({"text": answer, **({"embedding": gem.embed(handle).tolist()} if embedding else {})})
+        _print({"text": answer, **vector})
 
 
 @app.command()
@@ -292,6 +296,7 @@ def info(
     import dataclasses
 
     from gemify.model.config import GemConfig, resolve_directory
+    from gemify.model.template import PLAIN
 
     directory = resolve_directory(model)
     config = GemConfig.from_directory(directory)
@@ -305,6 +310,8 @@ def info(
     if as_json:
         _print(facts)
         return
+    if config.template == PLAIN:
+        del facts["template"]
     for name, value in facts.items():
         typer.echo(
             f"{name:20} {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | tuple | list) else value}"

@@ -131,8 +131,8 @@ class Engine:
         """
         if not 1 <= n <= self._max_rows:
             raise ValueError(f"n must lie in 1..{self._max_rows}, got {n}: ask again for more answers")
-        if embed_prompt and not self.gem.config.k:
-            raise ValueError("this model has no special tokens, so a prompt's cache has no embedding: embed the text")
+        if embed_prompt:
+            self.gem.require_in_place()
         self._require_ids("the prompt", ids)
         if not ids:
             raise ValueError("the prompt has no tokens: say something")
@@ -148,7 +148,7 @@ class Engine:
         return job
 
     def embed(self, rows: Sequence[Sequence[int]], listener: Listener) -> EmbeddingJob:
-        """Embed texts: ids of each, the tokenizer's head included, the special tokens not. Raises like `generate`."""
+        """Embed texts: ids of each, as `GemModel.text_tokenizer` gives them (head and template). Raises like `generate`."""
         if not rows:
             raise ValueError("no text given: give at least one")
         for at, ids in enumerate(rows):
@@ -186,10 +186,8 @@ class Engine:
 
     def _require_text(self, what: str, ids: Sequence[int]) -> None:
         self._require_ids(what, ids)
-        if len(ids) > self.gem.max_seq_length:
-            raise ValueError(
-                f"{what} has {len(ids)} tokens, this model embeds up to {self.gem.max_seq_length}: cut it up"
-            )
+        if len(ids) > self.gem.config.room:
+            raise ValueError(f"{what} has {len(ids)} tokens, this model embeds up to {self.gem.config.room}: cut it up")
 
     def _accept(self, job: Job) -> None:
         with self._change:

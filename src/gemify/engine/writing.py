@@ -16,7 +16,6 @@ from gemify.model.cache import size_in_bytes
 from gemify.model.gem import GemModel
 from gemify.model.handover import Handle, extend
 from gemify.model.passes import Text, special_pass, text_pass
-from gemify.model.pooling import pool
 
 
 class Writing:
@@ -122,10 +121,7 @@ class Writing:
             self.answers.append(Answer(self._gem, job, index, self._spelled))
 
     def _embedded(self, handle: Handle) -> np.ndarray:
-        config = self._gem.config
-        specials = special_pass(self._gem.lm, handle.text, config.special_ids, shared_position=config.shared_position)
-        assert specials.hidden_BKD is not None
-        vectors_1D: np.ndarray = pool(specials.hidden_BKD, config.pooling).float().cpu().numpy()
+        vectors_1D: np.ndarray = self._gem.embed(handle).numpy()[None]  # of one string: [D]
         return vectors_1D
 
     # Writing answers

@@ -27,13 +27,11 @@ from gemify.model.base import load_base
 from gemify.model.batching import length_groups
 from gemify.model.encode import TextTokenizer
 from gemify.model.passes import positions_of, right_pad
+from gemify.model.template import PLAIN, PROMPTEOL
 
 Baseline = Literal["mean", "weighted-mean", "last", "prompteol", "echo"]
 BASELINES: tuple[Baseline, ...] = ("mean", "weighted-mean", "last", "prompteol", "echo")
-_AROUND = {
-    "prompteol": ('This sentence : "', '" means in one word:"'),
-    "echo": ("Rewrite the sentence: ", ", rewritten sentence: "),
-}
+_TEMPLATES = {"prompteol": PROMPTEOL, "echo": "Rewrite the sentence: {text}, rewritten sentence: "}
 
 
 @dataclass(frozen=True)
@@ -81,22 +79,16 @@ class BaselineEncoder:
 
     def _rows(self, texts: Sequence[str], prompt: str | None) -> list[tuple[list[int], int]]:
         """Ids of each row, and the column at which its pooled span starts."""
-        tokenize = TextTokenizer(self.tokenizer, frozenset())
-        head = tokenize.head
-
-        def plain(words: str) -> list[int]:
-            return tokenize([words], max_tokens=None, head=False)[0] if words else []
-
-        before = plain(prompt or "")
-        empty = plain("\n")  # a text without tokens still has a vector
-        left, right = (plain(words) for words in _AROUND.get(self.method, ("", "")))
-        start = head + before + left
+        tokenize = TextTokenizer(self.tokenizer, frozenset(), _TEMPLATES.get(self.method, PLAIN))
+        before = tokenize.plain([prompt])[0] if prompt else []
+        empty = tokenize.plain(["\n"])[0]  # a text without tokens still has a vector
+        start, right = tokenize.head + before + tokenize.before, tokenize.after
         times = 2 if self.method == "echo" else 1
         positions = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
         room = min(self.max_length, (positions - len(start) - len(right)) // times)
         if room < 1:
             raise ValueError(f"the prompt leaves no room for a text in {positions} positions: shorten it")
-        bodies = [ids or empty for ids in tokenize(texts, max_tokens=int(room), head=False)]
+        bodies = [ids or empty for ids in tokenize.plain(texts, max_tokens=int(room))]
         if self.method == "echo":
             fronts = [start + ids + right for ids in bodies]
             return [(front + ids, len(front)) for front, ids in zip(fronts, bodies, strict=True)]

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from gemify.model.gate import TUNES, Tune
 from gemify.model.pooling import POOLINGS, Pooling
+from gemify.model.template import PLAIN, require_template
 
 CONFIG_FILE = "config_gemify.json"
 FORMAT_VERSION = 1
@@ -30,7 +31,9 @@ class GemConfig:
     pooling: Pooling = "mean"
     shared_position: bool = True
     max_length: int = 512
-    """Most tokens of a text that are read, special tokens included; longer texts are cut at the end."""
+    """Most tokens of a text that are read, template and special tokens included; longer texts are cut at the end."""
+    template: str = PLAIN
+    """What stands around every text that is embedded (`gemify.model.template`)."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     format_version: int = FORMAT_VERSION
@@ -41,6 +44,7 @@ class GemConfig:
         if self.pooling not in POOLINGS:
             raise ValueError(f"unknown pooling {self.pooling!r}: choose one of {', '.join(get_args(Pooling))}")
         require_special_tokens(len(self.special_ids), tune=self.tune, pooling=self.pooling)
+        require_template(self.template, k=len(self.special_ids))
         if len(set(self.special_ids)) != len(self.special_ids) or len(self.special_ids) != len(self.special_tokens):
             raise ValueError(
                 f"special tokens must be distinct, got {list(self.special_tokens)} = {list(self.special_ids)}"
@@ -56,12 +60,33 @@ class GemConfig:
         return len(self.special_ids)
 
     @property
+    def room(self) -> int:
+        """Most tokens before the special tokens: a text's, the template's and what the tokenizer puts first."""
+        return self.max_length - self.k
+
+    @property
     def frozen_base(self) -> bool:
         """Whether the base model's weights are left alone at ordinary positions."""
         return self.tune in ("gated", "tokens")
 
+    def chosen_prompt(self, name: str | None, prompt: str | None) -> str:
+        """The words to put before a text: ``prompt`` itself, the one of that name, or the default one."""
+        if prompt is not None and name is not None:
+            raise ValueError("give a prompt or a prompt_name, not both")
+        if prompt is not None:
+            return prompt
+        name = name if name is not None else self.default_prompt_name
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            raise ValueError(f"no prompt named {name!r}: this model has {sorted(self.prompts) or 'none'}")
+        return self.prompts[name]
+
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False) + "\n"
+        values = dataclasses.asdict(self)
+        if self.template == PLAIN:  # such files are as they were before there were templates
+            del values["template"]
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
     @staticmethod
     def from_directory(directory: Path) -> GemConfig:

@@ -4,8 +4,8 @@ Engines that know nothing of gemify run ``text S`` through plain weights and tak
 the GEM's vector wherever its weights act at every position, or its special token's row is all that was trained:
 
 - ``full``, ``lora``, ``tokens``: the language model with everything folded in, and ``embedding/`` for
-  sentence-transformers and those that read its layout: the same weights (a hard link), a tokenizer that ends every text
-  with the special token, last-token pooling.
+  sentence-transformers and those that read its layout: the same weights (a hard link), a tokenizer that puts the template
+  around every text and the special token after it, last-token pooling.
 - ``gated``: its LoRA acts at the special token alone, which no plain weights can say. The language model (the base, with
   the special token's row), and ``adapter/``, an aLoRA adapter on it.
 
@@ -122,7 +122,7 @@ def plain_model(gem: GemModel) -> PreTrainedModel:
 
 
 def _write_embedding(gem: GemModel, lm: PreTrainedModel, model: Path, directory: Path, special: int) -> None:
-    """A sentence-transformers directory on the weights beside it, whose tokenizer ends every text with ``special``."""
+    """A sentence-transformers directory on the weights beside it, whose tokenizer lays a row out as `encode` does."""
     directory.mkdir()
     for path in [model / "config.json", *model.glob("*.safetensors"), *model.glob("*.safetensors.index.json")]:
         try:
@@ -152,23 +152,28 @@ def _write_embedding(gem: GemModel, lm: PreTrainedModel, model: Path, directory:
     _write_json(directory / "config_sentence_transformers.json", settings)
     _write_json(
         directory / "sentence_bert_config.json",
-        {"max_seq_length": gem.config.max_length - gem.config.k + 1, "do_lower_case": False},
+        {"max_seq_length": gem.config.room + 1, "do_lower_case": False},
     )
 
 
 def _write_tokenizer(gem: GemModel, directory: Path, special: int) -> None:
-    """The tokenizer, with ``special`` after every text, and the special tokens' names read as ordinary text."""
+    """The tokenizer, with template and ``special`` around every text, and the special tokens' names as ordinary text."""
     tokenizer = copy.deepcopy(gem.tokenizer)
-    head = gem.text_tokenizer.head
-    ids = [*head, special]
-    names = tokenizer.convert_ids_to_tokens(ids)
+    texts = gem.text_tokenizer
+    # Of several ids each: what the tokenizer puts first and the template's words before a text; those after it and S.
+    pieces = {"before": [*texts.head, *texts.before], "after": [*texts.after, special]}
+    front = ["before"] if pieces["before"] else []
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[*names[:-1], "$A", names[-1]],
-        pair=[*names[:-1], "$A", "$B:0", names[-1]],
-        special_tokens=list(dict(zip(names, ids, strict=True)).items()),
+        single=[*front, "$A", "after"],
+        pair=[*front, "$A", "$B:0", "after"],
+        special_tokens=[
+            {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
+            for name, ids in pieces.items()
+            if ids
+        ],
     )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = gem.config.max_length - gem.config.k + 1
+    tokenizer.model_max_length = gem.config.room + 1
     tokenizer.save_pretrained(directory)
     _forget_names(directory, gem.config.special_tokens)
 

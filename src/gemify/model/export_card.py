@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from gemify.model.config import GemConfig
+from gemify.model.template import PLAIN, around
 
 DOCS = "docs/engines.md of gemify"
 
@@ -24,8 +25,15 @@ def card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequence[str]
         "A language model that also embeds: a text's vector is the last hidden state at its special token.",
         "",
         f"- Special token{'s' if config.k > 1 else ''}: {names}",
-        f"- Longest text: {config.max_length - config.k} tokens and the special token",
+        f"- Longest text: {config.room} tokens and the special token",
     ]
+    before, after = (json.dumps(words, ensure_ascii=False) for words in around(config.template))
+    plain = config.template == PLAIN
+    if not plain:
+        lines.append(
+            f"- Template: {before} before every text and {after} after it, then the special token. Tokenise the"
+            " three parts apart; the longest text counts them all"
+        )
     for name, prompt in config.prompts.items():
         default = ", before every text unless another is asked for" if name == config.default_prompt_name else ""
         lines.append(f"- Prompt `{name}`: {json.dumps(prompt, ensure_ascii=False)}{default}")
@@ -41,11 +49,15 @@ def card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequence[str]
     if config.k > 1:
         way = "averaged" if config.pooling == "mean" else "put one after the other, in this order"
         lines.append(f"- A text's vector: its {config.k} vectors, one with each special token alone, {way}")
+    filled, apart = (
+        ("", "") if plain else (" in its template", ", which also tokenise the template apart from the text")
+    )
     lines += [
         "",
-        f"Engines that tokenise for themselves (llama.cpp, Ollama) get the text with {'a' if config.k > 1 else 'the'}"
-        " special token's name appended, and no space before it. A user's text that spells the name is then read as the"
-        f" token: remove it, or send token ids. What each engine can do, with figures: {DOCS}.",
+        f"Engines that tokenise for themselves (llama.cpp, Ollama) get the text{filled} with"
+        f" {'a' if config.k > 1 else 'the'} special token's name appended, and no space before it. A user's text that"
+        f" spells the name is then read as the token: remove it, or send token ids{apart}. What each engine can do, with"
+        f" figures: {DOCS}.",
         "",
     ]
     return "\n".join(lines)

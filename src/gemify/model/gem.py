@@ -34,10 +34,11 @@ from gemify.model.gate import ADAPTER_FILE, Adapter, AdapterSettings, Tune, adap
 from gemify.model.handover import Handle
 from gemify.model.identity import embedding_fingerprint
 from gemify.model.meter import Meter
-from gemify.model.passes import Specials, Text, left_pad, special_pass, text_pass
+from gemify.model.passes import left_pad, special_pass, text_pass
 from gemify.model.pooling import Pooling, pool
 from gemify.model.recovery import end_ids, greedy_from_specials
 from gemify.model.storage import atomic_directory
+from gemify.model.template import PLAIN, require_template
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,13 @@ class GemModel:
         self.lm, self.tokenizer, self.config, self.adapter = lm, tokenizer, config, adapter
         self.meter = Meter()
         """What the last `encode` computed."""
+        self.text_tokenizer = TextTokenizer(tokenizer, frozenset(config.special_ids), config.template)
+        """The tokenizer as embedding uses it."""
+        if config.template != PLAIN and self.max_seq_length <= len(self.text_tokenizer.head):
+            raise ValueError(
+                f"the template {config.template!r} leaves no room for a text in {config.max_length} tokens"
+                " (max_length): shorten it"
+            )
 
     # Making, loading, saving
 
@@ -72,6 +80,7 @@ class GemModel:
         shared_position: bool = True,
         max_length: int = 512,
         prompts: Mapping[str, str] | None = None,
+        template: str = PLAIN,
         adapter: AdapterSettings | None = None,
         **loading: Unpack[Loading],
     ) -> GemModel:
@@ -84,7 +93,8 @@ class GemModel:
                 0: the SimCSE baseline, a mean over the text (``lora`` and ``full`` only).
             pooling: ``mean`` or ``concat`` over the special tokens (GEM, Section 3.1).
             shared_position: give all special tokens one position id.
-            max_length: most tokens of a text, special tokens included.
+            max_length: most tokens of a text, template and special tokens included.
+            template: words around every text that is embedded, such as ``In one word, "{text}" means:``.
             adapter: LoRA's rank, lora_alpha, lora_dropout and target_modules (`AdapterSettings`).
             loading: dtype, device, attn_implementation, revision, trust_remote_code (`Loading`).
 
@@ -94,6 +104,7 @@ class GemModel:
         names_given = None if isinstance(special_tokens, int) else list(special_tokens)
         k = special_tokens if isinstance(special_tokens, int) else len(special_tokens)
         require_special_tokens(k, tune=tune, pooling=pooling)
+        require_template(template, k=k)
         require_kernel(loading.get("attn_implementation"))
         lm, tokenizer = load_base(base, **loading)
         require_maskable(lm)
@@ -112,6 +123,7 @@ class GemModel:
             shared_position=shared_position,
             max_length=min(max_length, getattr(lm.config.get_text_config(), "max_position_embeddings", max_length)),
             prompts=dict(prompts or {}),
+            template=template,
         )
         rows = initial_rows(lm, ids)
         if tune in ("lora", "full"):
@@ -204,18 +216,13 @@ class GemModel:
 
     @property
     def max_seq_length(self) -> int:
-        """Most tokens of a text that are read, special tokens not counted."""
-        return self.config.max_length - self.config.k
+        """Most tokens of a text that are read, template and special tokens not counted."""
+        return self.config.room - len(self.text_tokenizer.before) - len(self.text_tokenizer.after)
 
     @property
     def fingerprint(self) -> str:
         """A short name for the vectors this model gives: see `embedding_fingerprint`."""
         return embedding_fingerprint(self.lm, self.config, self.adapter)
-
-    @property
-    def text_tokenizer(self) -> TextTokenizer:
-        """The tokenizer as embedding uses it."""
-        return TextTokenizer(self.tokenizer, frozenset(self.config.special_ids))
 
     # Embedding
 
@@ -253,7 +260,7 @@ class GemModel:
             raise ValueError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}")
         if truncate_dim is not None and not 1 <= truncate_dim <= self.get_embedding_dim():
             raise ValueError(f"truncate_dim must lie in 1..{self.get_embedding_dim()}, got {truncate_dim}")
-        before = self._prompt(prompt_name, prompt)
+        before = self.config.chosen_prompt(prompt_name, prompt)
         self.meter = Meter()
         if texts:
             self.lm.eval()
@@ -300,18 +307,6 @@ class GemModel:
             return options
         return {**options, "prompt_name": name}
 
-    def _prompt(self, name: str | None, prompt: str | None) -> str:
-        if prompt is not None and name is not None:
-            raise ValueError("give a prompt or a prompt_name, not both")
-        if prompt is not None:
-            return prompt
-        name = name if name is not None else self.config.default_prompt_name
-        if name is None:
-            return ""
-        if name not in self.config.prompts:
-            raise ValueError(f"no prompt named {name!r}: this model has {sorted(self.config.prompts) or 'none'}")
-        return self.config.prompts[name]
-
     # Generating
 
     @torch.no_grad()
@@ -323,20 +318,30 @@ class GemModel:
 
     @torch.no_grad()
     def embed(self, handle: Handle, *, since: int = 0) -> Tensor:
-        """Embeddings of a handle's texts, [B, D] ([D] for one string): only the special tokens are computed.
+        """Embeddings of a handle's texts, [B, D] ([D] for one string): only what comes after the texts is computed.
 
-        The special tokens see the columns from ``since`` on, such as a question inside a prompt. The handle's cache
-        stays as it was. Without special tokens the vector is not in the cache: ValueError.
+        These are the template's words after a text and the special tokens, which see the columns from ``since`` on, such
+        as a question inside a prompt. The handle's cache stays as it was. Without special tokens, or with a template that
+        has words before the text, the vector is not in the cache: ValueError (`require_in_place`).
         """
         self.lm.eval()
-        columns = handle.ids_BT.shape[1]
-        if not 0 <= since < max(columns, 1):
-            raise ValueError(f"since must be a column of the handle, 0..{columns - 1}, got {since}")
-        seen_BT = (torch.arange(columns, device=self.device) >= since)[None] if since else None
-        hidden_BKD = self._specials(handle.text, seen_BT=seen_BT).hidden_BKD
-        assert hidden_BKD is not None
+        self.require_in_place()
+        shared, after = self.config.shared_position, self.text_tokenizer.after
+        hidden_BKD = handover.embed(self.lm, handle, self.special_ids, shared_position=shared, since=since, after=after)
         vectors_BD = pool(hidden_BKD, self.config.pooling).float().cpu()
         return vectors_BD[0] if handle.single else vectors_BD
+
+    def require_in_place(self) -> None:
+        """Refuse to embed a text in its own cache where its vector is not of it."""
+        if not self.config.k:
+            raise ValueError(
+                "this model has no special tokens: nothing to recover a text from, and to embed use encode"
+            )
+        if self.text_tokenizer.before:
+            raise ValueError(
+                f"this model's template {self.config.template!r} has words before the text, which a cache of the text"
+                " alone has not seen: to embed use encode"
+            )
 
     @torch.no_grad()
     def generate(self, prompts: Texts | Handle, *, max_new_tokens: int = 256, **options: Any) -> Any:
@@ -383,15 +388,16 @@ class GemModel:
         """
         self.lm.eval()
         if isinstance(texts, Handle):
-            text, single = texts.text, texts.single
+            self.require_in_place()
+            text, single = handover.followed(self.lm, texts.text, self.text_tokenizer.after), texts.single
         else:
             single = isinstance(texts, str)
-            rows = self.text_tokenizer(
-                [texts] if isinstance(texts, str) else texts, max_tokens=self.config.max_length - self.config.k
-            )
+            listed = [texts] if isinstance(texts, str) else texts
+            rows = self.text_tokenizer(listed, max_tokens=self.config.room)
             ids_BT, mask_BT = (t.to(self.device) for t in left_pad(rows))
             text = text_pass(self.lm, ids_BT, mask_BT)
-        specials = self._specials(text, with_logits=True)
+        shared = self.config.shared_position
+        specials = special_pass(self.lm, text, self.special_ids, shared_position=shared, with_logits=True)
         out = [
             self.tokenizer.decode(ids, skip_special_tokens=True)
             for ids in greedy_from_specials(
@@ -405,16 +411,6 @@ class GemModel:
         return out[0] if single else out
 
     # Inside
-
-    def _specials(self, text: Text, *, seen_BT: Tensor | None = None, with_logits: bool = False) -> Specials:
-        return special_pass(
-            self.lm,
-            text,
-            self.config.special_ids,
-            shared_position=self.config.shared_position,
-            seen_BT=seen_BT,
-            with_logits=with_logits,
-        )
 
     def _prompt_ids(self, texts: Texts, *, add_special_tokens: bool = True) -> tuple[Tensor, Tensor]:
         listed = [texts] if isinstance(texts, str) else list(texts)

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from gemify.model.cache import fork, new_cache, select, size_in_bytes
-from gemify.model.passes import Text, positions_of
+from gemify.model.cache import fork, keeps_all, new_cache, select, size_in_bytes
+from gemify.model.passes import Text, positions_of, special_pass, text_and_special_pass
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,41 @@ def extend(
         logits_to_keep=1,
     )
     return Handle(Text(cache, whole_BT), torch.cat([before_BT, ids_BT], dim=1), out.logits[:, -1], single)
+
+
+def followed(lm: PreTrainedModel, text: Text, after: Sequence[int]) -> Text:
+    """Texts that have run with the same tokens after each. ``text`` stays as it was."""
+    if not after:
+        return text
+    ids_BT = torch.tensor([list(after)] * text.mask_BT.shape[0], device=text.mask_BT.device)
+    return extend(lm, text, ids_BT[:, :0], ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), single=False).text
+
+
+@torch.no_grad()
+def embed(
+    lm: PreTrainedModel,
+    handle: Handle,
+    special_ids: Sequence[int],
+    *,
+    shared_position: bool,
+    since: int = 0,
+    after: Sequence[int] = (),
+) -> Tensor:
+    """Last hidden states [B, K, D] of the special tokens on a handle's cache, which stays as it was.
+
+    ``after`` are the ids of a template's words between the text and them. They see the columns from ``since`` on.
+    """
+    text, columns = handle.text, handle.ids_BT.shape[1]
+    if not 0 <= since < max(columns, 1):
+        raise ValueError(f"since must be a column of the handle, 0..{columns - 1}, got {since}")
+    if after and special_ids and keeps_all(text.cache):
+        none, shared = (handle.ids_BT[:, :0], text.mask_BT[:, :0]), shared_position
+        return text_and_special_pass(lm, text, *none, special_ids, since=since, shared_position=shared, after=after)[1]
+    text = followed(lm, text, after)
+    seen_BT = (torch.arange(text.mask_BT.shape[1], device=text.mask_BT.device) >= since)[None] if since else None
+    hidden_BKD = special_pass(lm, text, special_ids, shared_position=shared_position, seen_BT=seen_BT).hidden_BKD
+    assert hidden_BKD is not None
+    return hidden_BKD
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from gemify.model.base import fingerprint
 from gemify.model.config import GemConfig
 from gemify.model.gate import Adapter
+from gemify.model.template import PLAIN
 
 
 def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapter | None) -> str:
@@ -27,6 +28,7 @@ def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapt
         config.max_length,
         dict(sorted(config.prompts.items())),
         config.default_prompt_name,
+        *([config.template] if config.template != PLAIN else []),  # without one the name is what it always was
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(adapter.state().items()) if adapter is not None else ():

@@ -142,12 +142,17 @@ def text_and_special_pass(
     *,
     since: int,
     shared_position: bool,
+    after: Sequence[int] = (),
 ) -> tuple[Text, Tensor]:
-    """Run more text (padded on the left) and the special tokens after it in one pass.
+    """Run more text (padded on the left), a template's words ``after`` it and the special tokens in one pass.
 
-    Gives the text without the special tokens, and their last hidden states [B, K, D]. They see the columns from
+    Gives the text up to these words, and the special tokens' last hidden states [B, K, D]. They see the columns from
     ``since`` on; no text column sees them. The layers' caches must keep all columns (`keeps_all`).
     """
+    kept = before.mask_BT.shape[1] + ids_BT.shape[1]
+    if after:
+        after_BT = torch.tensor([list(after)] * ids_BT.shape[0], device=ids_BT.device)
+        ids_BT, mask_BT = torch.cat([ids_BT, after_BT], 1), torch.cat([mask_BT, torch.ones_like(after_BT).bool()], 1)
     B, K, device = ids_BT.shape[0], len(special_ids), ids_BT.device
     whole_BT = torch.cat([before.mask_BT, mask_BT], dim=1)
     T, new = whole_BT.shape[1], ids_BT.shape[1]
@@ -168,7 +173,7 @@ def text_and_special_pass(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-    return Text(from_key_values(lm, columns_of(cache, 0, T)), whole_BT), hidden_BTD[:, -K:]
+    return Text(from_key_values(lm, columns_of(cache, 0, kept)), whole_BT[:, :kept]), hidden_BTD[:, -K:]
 
 
 def suffix_pass(lm: PreTrainedModel, specials: Specials, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

@@ -143,7 +143,8 @@ class GemRag:
         self.embedder: QueryEmbedder = embedder or gem
         config = gem.config
         prompted = config.prompts.get("query", config.prompts.get(config.default_prompt_name or "", ""))
-        apart = embedder is not None or not config.k or bool(prompted)  # a question's vector is not in the chat's cache
+        # Where a question's vector is not in the chat's cache, the question is run for it apart.
+        apart = embedder is not None or not config.k or bool(prompted) or bool(gem.text_tokenizer.before)
         self.in_place = self.settings.order == "question-first" and not apart
         self.limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
         self.format = ChatFormat(gem.tokenizer)

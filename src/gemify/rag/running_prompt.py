@@ -67,12 +67,13 @@ class RunningPrompt:
     def reach_and_embed(self, ids: Sequence[int], *, since: int) -> Tensor:
         """Run what is new of ``ids``, and with it the special tokens; their vector [D] or [K * D].
 
-        They see the prompt from column ``since`` on, and leave no trace in it.
+        They see the prompt from column ``since`` on, and leave no trace in it, nor do the template's words before them.
         """
         gem, target = self._gem, tuple(ids)
         config = gem.config
         if not config.k or not keeps_all(self._cache):
             return gem.embed(self.reach(target), since=since)
+        gem.require_in_place()
         gem.lm.eval()
         ids_BT = torch.tensor(self._rest(target), device=gem.device)[None]
         text, hidden_BKD = text_and_special_pass(
@@ -83,6 +84,7 @@ class RunningPrompt:
             gem.special_ids,
             since=since,
             shared_position=config.shared_position,
+            after=gem.text_tokenizer.after,
         )
         self.adopt(target, text.cache)
         self.computed += ids_BT.shape[1]

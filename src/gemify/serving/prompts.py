@@ -11,7 +11,7 @@ import copy
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -41,13 +41,12 @@ class Prompts:
     """Reads what requests say. Give it back with `close`."""
 
     def __init__(self, gem: GemModel) -> None:
-        specials = frozenset(gem.config.special_ids)
         self._copies: SimpleQueue[_Tools] = SimpleQueue()
         for _ in range(_THREADS):
             tokenizer = copy.deepcopy(gem.tokenizer)
-            self._copies.put(_Tools(tokenizer, TextTokenizer(tokenizer, specials)))
+            self._copies.put(_Tools(tokenizer, replace(gem.text_tokenizer, tokenizer=tokenizer)))
         self._table = int(gem.lm.get_input_embeddings().weight.shape[0])
-        self._room = gem.max_seq_length
+        self._room, self._columns = gem.max_seq_length, gem.config.room
         self._limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
         self._longest = max(map(len, gem.tokenizer.get_vocab()))  # characters of a token
         self._tools = threading.local()
@@ -84,7 +83,7 @@ class Prompts:
     async def query(self, text: str) -> list[int]:
         """Ids of a question to an index, cut at the end as the library does."""
         cut = text[: self._room * self._longest]
-        return (await self.run(self._texts, [self._before_query + cut]))[0][: self._room]
+        return (await self.run(self._texts, [self._before_query + cut], self._columns))[0]
 
     async def prompts(self, given: Input) -> list[list[int]]:
         """Ids of prompts to continue, as the base's own tokenizer reads them."""
@@ -103,7 +102,7 @@ class Prompts:
 
     async def ids(self, text: str) -> list[int]:
         """Ids of a text, nothing before it."""
-        return await self.run(lambda: list(self._own().texts([text], max_tokens=None, head=False)[0]))
+        return await self.run(lambda: list(self._own().texts.plain([text])[0]))
 
     def _require_room(self, text: str, tokens: int | None) -> None:
         """Refuse at once what cannot fit, instead of reading megabytes to find out."""
@@ -121,8 +120,8 @@ class Prompts:
             tools = self._tools.own = self._copies.get_nowait()
         return tools
 
-    def _texts(self, texts: list[str]) -> list[list[int]]:
-        return self._own().texts(texts, max_tokens=None)
+    def _texts(self, texts: list[str], max_tokens: int | None = None) -> list[list[int]]:
+        return self._own().texts(texts, max_tokens=max_tokens)
 
     def _prompt(self, text: str) -> list[int]:
         return self._own().texts.prompts([text], add_special_tokens=True, table=self._table)[0]

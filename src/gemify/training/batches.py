@@ -85,14 +85,18 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             yield {"batch": MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made))}
 
     def _views(self, example: Tokens, rng: Random) -> tuple[View, View]:
-        """Two views of a text, or of the two of a pair; what the tokenizer puts first (a BOS) is in both."""
+        """Two views of a text, or of the two of a pair; template and what the tokenizer puts first (a BOS) are in both."""
         text = example.ids[len(self.head) :]
         if example.kind == "positive":
             first, second = self.recipe.views.of_pair(text, example.second, rng)
         else:
             first, second = self.recipe.views.pair(text, rng)
-        seen = (True,) * len(self.head)
-        return View(self.head + first.ids, seen + first.seen), View(self.head + second.ids, seen + second.seen)
+        return self._whole(first), self._whole(second)
+
+    def _whole(self, view: View) -> View:
+        """A view as it runs: nothing is dropped or hidden of what stands around the text."""
+        before, after = self.head + tuple(self.tokenize.before), tuple(self.tokenize.after)
+        return View(before + view.ids + after, (True,) * len(before) + view.seen + (True,) * len(after))
 
     def _contrasted(self, examples: list[Tokens], rows: list[Row]) -> list[Tokens]:
         """The examples to contrast: a batch of their own, or as in the paper the special rows of the same batch."""
@@ -149,10 +153,11 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             yield pool
 
     def _tokens(self, examples: list[Example]) -> list[Tokens]:
-        first = self.tokenize([e.text for e in examples], max_tokens=self.recipe.max_length)
-        second = self.tokenize([e.second or "" for e in examples], max_tokens=self.recipe.max_length, head=False)
+        most = self.recipe.max_length
+        first = self.tokenize.plain([e.text for e in examples], max_tokens=most - len(self.head))
+        second = self.tokenize.plain([e.second or "" for e in examples], max_tokens=most)
         made = []
         for example, ids, more in zip(examples, first, second, strict=True):
-            if len(ids) - len(self.head) >= self.recipe.min_length and (example.second is None or more):
-                made.append(Tokens(tuple(ids), tuple(more), example.kind))
+            if len(ids) >= self.recipe.min_length and (example.second is None or more):
+                made.append(Tokens((*self.head, *ids), tuple(more), example.kind))
         return made

@@ -15,6 +15,7 @@ import yaml
 from gemify.model.config import require_special_tokens
 from gemify.model.gate import TUNES, Tune
 from gemify.model.pooling import POOLINGS, Pooling
+from gemify.model.template import PLAIN, require_template
 from gemify.paper.schedule import Schedule
 from gemify.paper.views import VIEW_KINDS, ViewKind, Views
 
@@ -38,6 +39,8 @@ class Recipe:
     special_names: tuple[str, ...] | None = None
     pooling: Pooling = "mean"
     shared_position: bool = True
+    template: str = PLAIN
+    """Words around every text that is embedded, also in the contrastive rows; ``{text}`` is the text. Not in the paper."""
 
     # LoRA (gated, lora)
     rank: int = 16
@@ -94,6 +97,7 @@ class Recipe:
         _one_of("view", self.view, VIEW_KINDS)
         _one_of("precision", self.precision, get_args(Precision))
         require_special_tokens(self.special_tokens, tune=self.tune, pooling=self.pooling)
+        require_template(self.template, k=self.special_tokens)
         if self.special_names is not None and len(self.special_names) != self.special_tokens:
             raise ValueError(f"special_tokens is {self.special_tokens}, but {len(self.special_names)} names are given")
         positive = ("rank", "batch_size", "gradient_accumulation_steps", "group_tokens", "shuffle_buffer", "save_steps")

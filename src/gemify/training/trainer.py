@@ -281,6 +281,7 @@ def _model(recipe: Recipe, device: str | None) -> GemModel:
         special_tokens=list(recipe.special_names) if recipe.special_names is not None else recipe.special_tokens,
         pooling=recipe.pooling,
         shared_position=recipe.shared_position,
+        template=recipe.template,
         adapter={
             "rank": recipe.rank,
             "lora_alpha": recipe.lora_alpha,
@@ -302,13 +303,14 @@ def _device(device: str | None) -> str | None:
 
 
 def _require_room(recipe: Recipe, gem: GemModel) -> None:
-    """A reconstruction row holds its text twice: refuse texts that outrun the model's positions."""
-    longest = 2 * recipe.max_length + gem.config.k + 1
+    """A reconstruction row holds its text twice, a contrastive one the template: refuse what outruns the positions."""
+    k, template = gem.config.k, gem.config.room - gem.max_seq_length
+    longest = recipe.max_length + k + max(recipe.max_length + 1, template)
     room = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", longest)
     if longest > room:
         raise ValueError(
             f"rows of max_length {recipe.max_length} take up to {longest} positions, {recipe.base} has {room}:"
-            f" set --max-length to at most {(room - gem.config.k - 1) // 2}"
+            f" set --max-length to at most {min((room - k - 1) // 2, room - k - template)}"
         )
 
 
