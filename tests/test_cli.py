@@ -192,6 +192,7 @@ def test_bad_input_is_one_line(fails: Fails, saved: Path, base_dir: Path, texts_
     assert "k must be at least 1" in fails("train", *ok, "-k", 0)
     assert "unknown tune 'half'" in fails("train", *ok, "--tune", "half")
     assert "contradicts tune" in fails("train", *ok, "--mix", 0.5)
+    assert "template must hold {text} exactly once" in fails("train", *ok, "--template", "in a word:")
     assert "unknown preset" in fails("train", *ok, "--preset", "best")
     assert "cannot load the model" in fails("train", "--base", "no/such", "--data", texts_file, "-o", out)
     assert "it is no GEM" in fails("embed", "x", "-m", base_dir)

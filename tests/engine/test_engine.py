@@ -87,6 +87,36 @@ def one_recovery(gem: GemModel, ids: list[int], new: int) -> str:
     return gem.recover(prefill(gem.lm, ids_1T, torch.ones_like(ids_1T).bool(), single=True), max_new_tokens=new)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window"])
+def test_a_template_is_in_texts_and_behind_prompts(name: str, tmp_path: Path) -> None:
+    base = str(tiny.save(tmp_path, name))
+    around, behind, plain = (
+        GemModel.from_base(base, special_tokens=2, max_length=64, template=t)
+        for t in ('say : "{text}" is:"', '{text} is:"', "{text}")
+    )
+    for made in (around, behind, plain):
+        disturb(made)
+    texts = ["a text", "x" * 99, ""]
+    rows = around.text_tokenizer(texts, max_tokens=around.config.room)
+    assert len(rows[1]) == 62
+    with running(around) as asker:
+        np.testing.assert_allclose(asker.embed(rows).vectors(), around.encode(texts), atol=1e-5)
+        assert asker.recover(rows[0], max_tokens=6).text() == around.recover(texts[0], max_new_tokens=6)
+        with pytest.raises(ValueError, match="has words before the text"):
+            asker.write(some_ids(1, 9), embed_prompt=True)
+        assert asker.write(some_ids(1, 9)).text() == greedy(plain, some_ids(1, 9), 12)
+        with pytest.raises(ValueError, match="63 tokens, this model embeds up to 62"):
+            asker.embed([some_ids(1, 63)])
+    words = plain.tokenizer(' is:"')["input_ids"]
+    with running(behind, step_tokens=8) as asker:
+        for _ in range(2):  # the second time from the cache of the first
+            heard = asker.write(some_ids(1, 21), embed_prompt=True)
+            assert heard.text() == greedy(plain, some_ids(1, 21), 12)
+            np.testing.assert_allclose(heard.vectors()[0], one_vector(plain, [*some_ids(1, 21), *words]), atol=1e-5)
+        with pytest.raises(ValueError, match="1018 tokens and its embedding takes 7 more, this model takes 1024"):
+            asker.write(some_ids(1, 1018), Sampling(max_tokens=1), embed_prompt=True)
+
+
 def test_a_prefix_is_run_once_and_changes_nothing(shared_gem: GemModel) -> None:
     start = some_ids(1, 40)
     asked = [start + some_ids(2, 5), start + some_ids(3, 9), start + some_ids(2, 5)]

@@ -65,6 +65,21 @@ def test_plain_engines_get_the_librarys_vectors_and_text(tmp_path: Path, tune: s
     np.testing.assert_allclose(last_states(lm, tokenizer, TEXTS, special), vectors, atol=2e-5)
 
 
+@pytest.mark.parametrize("tune", ["tokens", "gated"])
+def test_plain_engines_are_told_of_the_template(base_dir: Path, tmp_path: Path, tune: str) -> None:
+    gem = made(base_dir, tune, template='say : "{text}" is:"')
+    vectors, special = gem.encode(TEXTS), gem.special_ids[0]
+    export(gem, tmp_path / "out")
+    lm, tokenizer = (c.from_pretrained(tmp_path / "out") for c in (AutoModelForCausalLM, AutoTokenizer))
+    if tune == "gated":
+        lm = PeftModel.from_pretrained(lm, tmp_path / "out" / "adapter")
+    filled = [f'say : "{text}" is:"' for text in TEXTS]  # bytes: the same ids, tokenised at once or in parts
+    np.testing.assert_allclose(last_states(lm, tokenizer, filled, special), vectors, atol=2e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert r'- Template: "say : \"" before every text and "\" is:\"" after it, then the special token.' in card
+    assert "get the text in its template with the special token's name appended" in card
+
+
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "qwen2"])
 def test_a_tied_head_keeps_its_rows(tmp_path: Path, arch: str) -> None:
     """The special token's trained row is an input: logits stay the base's, bit for bit, where head and table were one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import tiny
 from conftest import disturb
 from gemify import GemModel
 from gemify.model.export import export
+from gemify.model.template import PROMPTEOL
 
 sentence_transformers = pytest.importorskip(
     "sentence_transformers", reason="sentence-transformers is not installed: pip install 'gemify[eval]'"
@@ -45,6 +47,25 @@ def test_vectors_equal_the_librarys(tmp_path: Path, tune: str, reserved: int) ->
 def test_on_other_architectures(tmp_path: Path, arch: str) -> None:
     model, vectors = exported(tiny.save(tmp_path / "base", arch), tmp_path / "out", "tokens")
     np.testing.assert_allclose(model.encode(TEXTS), vectors, atol=2e-5)
+
+
+@pytest.mark.parametrize("template", ['{text} is:"', "<|reserved_1|>say : {text}", 'This : "{text}" is: in a word:"'])
+@pytest.mark.parametrize("bos", [False, True])
+def test_a_template_comes_along(tmp_path: Path, template: str, bos: bool) -> None:
+    """Also around texts that are cut; a token spelled with a colon is one of its words."""
+    base = tiny.save(tmp_path / "base")
+    if bos:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.save_pretrained(base)
+    model, vectors = exported(base, tmp_path / "out", "lora", template=template)
+    np.testing.assert_allclose(model.encode(TEXTS), vectors, atol=2e-5)
+    np.testing.assert_allclose(model.encode(TEXTS, batch_size=1), vectors, atol=2e-5)
+    again = GemModel.from_pretrained(tmp_path / "out")  # the directory is a GEM too
+    np.testing.assert_allclose(again.encode(TEXTS), vectors, atol=2e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    before, after = (json.dumps(words) for words in template.split("{text}"))
+    assert f"- Template: {before} before every text and {after} after it" in card
 
 
 def test_prompts_come_along(base_dir: Path, tmp_path: Path) -> None:
@@ -80,13 +101,14 @@ def test_a_beginning_token_stays_and_an_ending_one_goes(tmp_path: Path) -> None:
 
 
 @pytest.mark.real
-def test_the_starters_tokenizer(tmp_path: Path, starter: Any) -> None:
+@pytest.mark.parametrize("template", ["{text}", PROMPTEOL])
+def test_the_starters_tokenizer(tmp_path: Path, starter: Any, template: str) -> None:
     """A real tokenizer, with merges and fourteen reserved tokens, on a small random model."""
     _, tokenizer = starter
     config = AutoConfig.for_model("llama", **{**tiny.ARCHITECTURES["llama"][1], "vocab_size": len(tokenizer)})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    gem = GemModel.from_base(str(tmp_path / "base"), tune="tokens", max_length=32)
+    gem = GemModel.from_base(str(tmp_path / "base"), tune="tokens", max_length=32, template=template)
     disturb(gem)
     assert gem.config.special_tokens == ("<repo_name>",)
     texts = [*TEXTS, "Owls hunt at night.", "a <repo_name> in a text", "<|im_start|>user"]

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import tiny
+from conftest import disturb
 from gemify import GemModel
+from gemify.model.handover import prefill
 from gemify.rag.answering import Conversation, GemRag, Settings
 from gemify.rag.kv_store import KvStore
 from gemify.rag.prompt import ChatFormat
+from gemify.rag.running_prompt import RunningPrompt
 
 TEMPLATE = "{% for m in messages %}<r1>{{ m['role'] }}\n{{ m['content'] }}<r2>\n{% endfor %}<r1>assistant\n"
 
@@ -99,6 +102,33 @@ def test_the_question_is_embedded_where_it_stands(chatty: GemModel) -> None:
     np.testing.assert_allclose(shelf.asked[0][3], chatty.embed(handle, since=start).numpy(), rtol=1e-4, atol=1e-5)
     GemRag(chatty, shelf, settings=LAST).ask("who ate?")
     np.testing.assert_allclose(shelf.asked[1][3], chatty.encode_query("who ate?"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("template", ['{text} is:"', 'say : "{text}" is:"'])
+def test_a_template_goes_with_the_question_or_has_it_embedded_apart(base_dir: Path, template: str) -> None:
+    gem = GemModel.from_base(str(base_dir), template=template)
+    disturb(gem)
+    gem.tokenizer.chat_template = TEMPLATE
+    shelf, plain = Shelf(), Shelf()
+    rag = GemRag(gem, shelf, settings=FIRST)
+    assert rag.in_place == template.startswith("{text}")
+    answer = rag.ask("who ate?")
+    bare = GemModel.from_base(str(base_dir))
+    disturb(bare)
+    bare.tokenizer.chat_template = TEMPLATE
+    assert answer.text == GemRag(bare, plain, settings=FIRST).ask("who ate?").text  # the words are not in the prompt
+    vector = torch.tensor(shelf.asked[0][3])
+    if rag.in_place:
+        form = ChatFormat(gem.tokenizer)
+        layout = form.layout([form.turn("system", FIRST.system), form.turn("user", "who ate?")])
+        start, asked = layout.starts[-1], form.plain("who ate?")
+        ids = torch.tensor([[*layout.ids[: start + len(asked)], *form.plain(' is:"')]])
+        handle = prefill(bare.lm, ids, torch.ones_like(ids).bool(), single=True)
+        torch.testing.assert_close(vector, bare.embed(handle, since=start), rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(vector, torch.tensor(gem.encode_query("who ate?")), rtol=1e-4, atol=1e-5)
+        with pytest.raises(ValueError, match="has words before the text"):
+            RunningPrompt(gem).reach_and_embed([20, 21], since=0)
 
 
 @pytest.mark.parametrize(

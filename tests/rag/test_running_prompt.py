@@ -47,6 +47,27 @@ def test_embedding_on_the_way_equals_embedding_apart(tmp_path: Path, name: str, 
         torch.testing.assert_close(fused.reach(further).logits_BV, apart.reach(further).logits_BV, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
+def test_a_templates_words_after_a_text_leave_no_trace(tmp_path: Path, name: str, k: int) -> None:
+    base = str(tiny.save(tmp_path / name, name))
+    gem, plain = (GemModel.from_base(base, special_tokens=k, template=t) for t in ('{text} is:"', "{text}"))
+    disturb(gem)
+    disturb(plain)
+    ids, words = list(range(20, 31)), gem.tokenizer(' is:"')["input_ids"]
+    for since in (0, 4):
+        for begun in ([], ids[:3], ids):
+            apart, fused = RunningPrompt(plain), RunningPrompt(gem)
+            if begun:
+                fused.reach(begun)
+            vector = plain.embed(apart.reach([*ids, *words]), since=since)  # the words as if they were the text's
+            torch.testing.assert_close(fused.reach_and_embed(ids, since=since), vector, rtol=1e-5, atol=1e-5)
+            assert fused.ids == tuple(ids)
+            further = [*ids, 40, 41]
+            alone = RunningPrompt(plain).reach(further).logits_BV
+            torch.testing.assert_close(fused.reach(further).logits_BV, alone, rtol=1e-5, atol=1e-5)
+
+
 def test_only_what_is_new_is_run(gem: GemModel) -> None:
     prompt = RunningPrompt(gem)
     prompt.reach([10, 11, 12])

@@ -75,6 +75,56 @@ def test_views_keep_what_the_tokenizer_puts_first(texts_file: Path) -> None:
     assert all(v.ids[0] == 1 and v.seen[0] and 1 not in v.ids[1:] for v in views)
 
 
+@pytest.mark.parametrize("view", ["delete", "mask", "span", "halves"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_template_stands_around_views_and_nothing_of_it_is_dropped(tmp_path: Path, view: str, both: bool) -> None:
+    """Texts are of letters a to h, the template's words of others: what is whose shows."""
+    letters = {i for c in "abcdefgh" for i in tiny.tokenizer()(c)["input_ids"]}
+    (tmp_path / "a.txt").write_text("".join("abcdefgh"[i % 8 :] + "abcdefgh" * 3 + "\n" for i in range(40)))
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps({"anchor": "abcdefgh" * 2, "positive": "hgfedcba" * (1 + i % 2)}) + "\n" for i in range(40))
+    )
+    bos = tiny.tokenizer()
+    bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    words = "<|reserved_1|>X {text} YZ"
+    before, after = (
+        (1, *bos("<|reserved_1|>X ", add_special_tokens=False)["input_ids"]),
+        tuple(tiny.tokenizer()(" YZ")["input_ids"]),
+    )
+    for name in ("a.txt", "p.jsonl"):
+        entries = {
+            "data": str(tmp_path / name),
+            "batch_size": 8,
+            "contrastive_batch_size": 16,
+            "max_steps": 6,
+            "ntp_steps": 2,
+            "ramp_steps": 2,
+            "max_length": 20,
+            "drop_rate": 0.5,
+            "view": view,
+            "drop_both": both,
+            "template": words,
+        }
+        bare = Batches(
+            Recipe.of({**entries, "template": "{text}"}),
+            Source(entries["data"]),
+            TextTokenizer(bos, frozenset([3])),
+            end_id=2,
+        )
+        made = Batches(Recipe.of(entries), Source(entries["data"]), TextTokenizer(bos, frozenset([3]), words), end_id=2)
+        seen = 0
+        for plain, batch in zip((b["batch"] for b in bare), (b["batch"] for b in made), strict=True):
+            assert batch.rows == plain.rows  # next-token rows are the paper's
+            for theirs, ours in zip(itertools.chain(*plain.views), itertools.chain(*batch.views), strict=True):
+                text, flags = theirs.ids[1:], theirs.seen[1:]
+                assert letters.issuperset(text)
+                assert len(text) <= 20 - (name == "a.txt")
+                assert ours.ids == (*before, *text, *after)
+                assert ours.seen == ((True,) * len(before) + flags + (True,) * len(after))
+                seen += 1
+        assert seen
+
+
 def test_pairs_become_examples_of_their_kind(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text(
@@ -218,6 +268,10 @@ def test_too_little_text_is_named(tmp_path: Path) -> None:
         ({"drop_rate": 1.5}, "drop rate"),
         ({"min_length": 300}, "max_length"),
         ({"special_names": ["<a>", "<b>"]}, "2 names"),
+        ({"template": "no place"}, r"template must hold \{text\} exactly once, got 'no place'"),
+        ({"template": "{text}{text}"}, "exactly once"),
+        ({"template": 7}, "template must be text, got 7"),
+        ({"template": "{text}:", "special_tokens": 0, "tune": "full"}, "needs special tokens to read it"),
     ],
 )
 def test_contradicting_recipes_are_refused(values: dict[str, object], message: str) -> None:
@@ -227,7 +281,8 @@ def test_contradicting_recipes_are_refused(values: dict[str, object], message: s
 
 def test_a_recipe_survives_yaml(tmp_path: Path) -> None:
     for preset in PRESETS.values():
-        recipe = Recipe.of({**preset, "data": "x.txt", "special_tokens": 2, "special_names": ["<a>", "<b>"]})
+        given = {"data": "x.txt", "special_tokens": 2, "special_names": ["<a>", "<b>"], "template": 'a : "{text}" é:\n'}
+        recipe = Recipe.of({**preset, **given})
         path = tmp_path / "r.yaml"
         path.write_text(recipe.to_yaml())
         assert Recipe.of(Recipe.from_yaml(path)) == recipe

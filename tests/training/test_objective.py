@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import torch
 
 from conftest import disturb
 from gemify import GemModel
+from gemify.model.encode import TextTokenizer
 from gemify.model.passes import MaskedBatch, masked_pass
 from gemify.paper.objectives import info_nce
 from gemify.paper.tokens import columns, raw_row, reconstruction_row, split_row
 from gemify.paper.views import View, whole
-from gemify.training.objective import MicroBatch, Objective, target_count
+from gemify.training.batches import Batches
+from gemify.training.data import Source
+from gemify.training.objective import Computed, MicroBatch, Objective, target_count
+from gemify.training.recipe import Recipe
 
 ROWS = [
     split_row(list(range(20, 32)), 5),
@@ -41,21 +46,30 @@ def objective(gem: GemModel, *, frozen: bool, **options: Any) -> Objective:
     ).eval()
 
 
+def templated(gem: GemModel, template: str) -> list[tuple[View, View]]:
+    """`VIEWS` as `Batches` lays them out."""
+    tokenize = TextTokenizer(gem.tokenizer, frozenset(gem.special_ids), template)
+    batches = Batches(Recipe.of({"template": template}), Source("a-data-set"), tokenize, end_id=None)
+    return [(batches._whole(first), batches._whole(second)) for first, second in VIEWS]
+
+
 def batch(alpha: float, **options: Any) -> MicroBatch:
     targets = sum(target_count(r, frozen_base=True) for r in ROWS)
     return MicroBatch(alpha, list(ROWS), list(VIEWS), step_targets=targets, **options)
 
 
+@pytest.mark.parametrize("template", ["{text}", 'say : "{text}" is:"'])
 @pytest.mark.parametrize(("k", "pooling", "shared"), [(1, "mean", True), (3, "mean", True), (2, "concat", False)])
 def test_cache_surgery_has_the_losses_and_gradients_of_the_masked_pass(
-    base_dir: Path, k: int, pooling: Any, shared: bool
+    base_dir: Path, k: int, pooling: Any, shared: bool, template: str
 ) -> None:
     gem = GemModel.from_base(str(base_dir), special_tokens=k, pooling=pooling, shared_position=shared)
     disturb(gem)
     assert gem.adapter is not None
     trained = [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD]
     frozen = objective(gem, frozen=True)
-    surgery = frozen(batch(0.5))
+    views = templated(gem, template)
+    surgery = frozen(replace(batch(0.5), views=views))
     surgery.total.backward()
     ours = [p.grad.clone() for p in trained if p.grad is not None]
     assert len(ours) == len(trained)
@@ -72,13 +86,27 @@ def test_cache_surgery_has_the_losses_and_gradients_of_the_masked_pass(
         picked = logits[at - 1 : at - 1 + len(row.suffix)].log_softmax(-1)
         ntp = ntp - picked.gather(1, torch.tensor(row.suffix)[:, None]).sum()
     ntp = ntp / sum(len(r.suffix) for r in ROWS)
-    contrastive = masked(MicroBatch(1.0, views=list(VIEWS))).contrastive
+    contrastive = masked(MicroBatch(1.0, views=views)).contrastive
     torch.testing.assert_close(surgery.ntp, ntp, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(surgery.contrastive, contrastive, atol=1e-5, rtol=1e-5)
     (0.5 * ntp + 0.5 * contrastive).backward()
     for mine, p in zip(ours, trained, strict=True):
         assert p.grad is not None
         torch.testing.assert_close(mine, p.grad, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_what_is_trained_is_what_encode_gives(base_dir: Path, k: int) -> None:
+    """A whole text's view, as a training step embeds it, has the vector that `encode` gives the text."""
+    words = 'say : "{text}" is:"'
+    gem = GemModel.from_base(str(base_dir), special_tokens=k, template=words)
+    disturb(gem)
+    texts = ["a cat sat", "the dog"]
+    recipe = Recipe.of({"template": words, "special_tokens": k})
+    batches = Batches(recipe, Source("a-data-set"), gem.text_tokenizer, end_id=None)
+    views = [batches._whole(whole(gem.tokenizer(t)["input_ids"])) for t in texts]
+    for embed in (objective(gem, frozen=True)._embed_frozen, objective(gem, frozen=False)._embed_masked):
+        torch.testing.assert_close(embed(views, Computed()), torch.tensor(gem.encode(texts)), atol=1e-5, rtol=1e-5)
 
 
 def test_grouping_changes_nothing(gem: GemModel) -> None:
@@ -122,8 +150,6 @@ def test_contrast_is_over_the_other_rows(gem: GemModel) -> None:
     assert vectors.shape == (1, 32)
     assert losses.ntp is None
     embed = objective(gem, frozen=True)._embed_frozen
-    from gemify.training.objective import Computed
-
     both = embed([v for pair in VIEWS for v in pair], Computed())
     torch.testing.assert_close(losses.total, info_nce(both[0::2], both[1::2], 20.0), atol=1e-5, rtol=1e-5)
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import gemify.training.trainer
+import tiny
 from gemify import GemModel
 from gemify.training.batches import Batches
 from gemify.training.objective import MicroBatch
@@ -271,9 +272,34 @@ def test_the_output_directory_is_guarded(base_dir: Path, texts_file: Path, tmp_p
         train(made, texts_file)
 
 
+def test_a_template_is_trained_saved_and_kept_on_resuming(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    words = 'say : "{text}" is:"'
+    gem, _ = train(recipe(base_dir, texts_file, template=words), tmp_path / "run", show_progress_bar=False)
+    assert gem.config.template == words
+    plain, _ = train(recipe(base_dir, texts_file), tmp_path / "plain", show_progress_bar=False)
+    ours, theirs = (curve(tmp_path / name) for name in ("run", "plain"))
+    assert ours[:4] == theirs[:4]  # next-token steps have no template
+    assert all(a["contrastive"] != b["contrastive"] for a, b in zip(ours[4:8], theirs[4:8], strict=True))
+    again = GemModel.from_pretrained(tmp_path / "run")
+    assert (again.encode("hello") == gem.encode("hello")).all()
+    assert not (plain.encode("hello") == gem.encode("hello")).all()
+    with pytest.raises(ValueError, match="cannot resume with another recipe: template was 'say"):
+        train(recipe(base_dir, texts_file), tmp_path / "run", resume=True)
+    path = tmp_path / "plain" / "recipe.yaml"
+    path.write_text("".join(x for x in path.read_text().splitlines(keepends=True) if not x.startswith("template")))
+    train(recipe(base_dir, texts_file), tmp_path / "plain", resume=True)  # a run of before there were templates
+
+
 def test_rows_that_outrun_the_models_positions_are_refused(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="set --max-length to at most 511"):
         train(recipe(base_dir, texts_file, max_length=600), tmp_path / "run", show_progress_bar=False)
+    narrow = tiny.build("llama")
+    narrow.config.max_position_embeddings = 650
+    narrow.save_pretrained(tmp_path / "narrow")
+    tiny.tokenizer().save_pretrained(tmp_path / "narrow")
+    made = recipe(tmp_path / "narrow", texts_file, max_length=300, template="x" * 400 + "{text}")
+    with pytest.raises(ValueError, match=r"up to 701 positions, .* has 650: set --max-length to at most 249"):
+        train(made, tmp_path / "run", show_progress_bar=False)
     assert not (tmp_path / "run").exists()
 
 

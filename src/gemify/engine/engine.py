@@ -133,6 +133,12 @@ class Engine:
             raise ValueError(f"n must lie in 1..{self._max_rows}, got {n}: ask again for more answers")
         if embed_prompt:
             self.gem.require_in_place()
+            behind = len(self.gem.text_tokenizer.after) + self.gem.config.k
+            if self.limit is not None and len(ids) + behind > self.limit:
+                raise ValueError(
+                    f"the prompt has {len(ids)} tokens and its embedding takes {behind} more, this model takes"
+                    f" {self.limit} in all: shorten the prompt"
+                )
         self._require_ids("the prompt", ids)
         if not ids:
             raise ValueError("the prompt has no tokens: say something")
