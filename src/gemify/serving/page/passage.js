@@ -1,0 +1,37 @@
+// A passage of the index, as a card: where it stands, how well it fits, its text (long ones cut until asked for).
+
+import { element } from "./element.js";
+
+const LONG = { characters: 320, lines: 5 };
+
+export function passageCard(passage, number) {
+  const name = passage.heading || passage.title || passage.file || passage.id;
+  const where = [passage.file, passage.place].filter(Boolean).join(", ");
+  const text = element("p", { class: "passage-text" }, passage.text);
+  const card = element(
+    "li",
+    { class: "card passage", tabindex: "-1" },
+    element("h3", {}, element("span", { class: "number" }, `[${number}]`), ` ${name}`),
+    element("p", { class: "muted where" }, [where, score(passage)].filter(Boolean).join(" · ")),
+    text,
+  );
+  if (passage.text.length > LONG.characters || passage.text.split("\n").length > LONG.lines) {
+    text.classList.add("cut");
+    card.append(more(text));
+  }
+  return card;
+}
+
+function score(passage) {
+  return typeof passage.score === "number" ? `score ${passage.score.toFixed(3)}` : "";
+}
+
+function more(text) {
+  const button = element("button", { type: "button", class: "small", "aria-expanded": "false" }, "Show all");
+  button.addEventListener("click", () => {
+    const cut = text.classList.toggle("cut");
+    button.setAttribute("aria-expanded", String(!cut));
+    button.textContent = cut ? "Show all" : "Show less";
+  });
+  return button;
+}
