@@ -21,7 +21,8 @@ MAY_KNOW = {
     "integrations": {"integrations", "model"},
     "training": {"paper", "model", "evaluation", "training"},
     "rag": {"model", "rag"},
-    "bench": {"model", "evaluation", "rag", "bench"},
+    "serving": {"model", "rag", "serving"},
+    "bench": {"model", "evaluation", "rag", "serving", "bench"},
     "reproduce": {"paper", "model", "evaluation", "training", "reproduce"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -83,6 +84,25 @@ def _code(path: Path) -> str:
     return ast.unparse(tree)
 
 
+def test_the_web_stays_in_serving() -> None:
+    for path in FILES:
+        outside = {n.split(".")[0] for n in imports(path)} & {
+            "fastapi",
+            "starlette",
+            "uvicorn",
+            "h11",
+            "limits",
+            "prometheus_client",
+        }
+        assert not outside or path.parent.name == "serving", f"{path.name} imports {outside}"
+    known = {
+        p.name
+        for p in FILES
+        if any(n.startswith("gemify.serving") for n in imports(p)) and p.parent.name not in ("serving", "bench")
+    }
+    assert known == {"cli_serve.py"}
+
+
 def test_files_hold_one_noun() -> None:
     assert not [p for p in FILES if p.stem in {"utils", "common", "helpers", "misc"}]
     assert not [p for p in FILES if len(p.read_text().splitlines()) > 450]
@@ -92,11 +112,12 @@ def test_everything_imports_without_the_extras() -> None:
     """The integrations are their frameworks' subclasses: only they need theirs, and they say so."""
     code = (
         "import sys, importlib, pkgutil, gemify\n"
-        "for name in ('datasets', 'pyarrow', 'tensorboard', 'sentence_transformers', 'mteb', 'lm_eval', 'rouge_score', 'matplotlib', 'langchain_core', 'llama_index', 'lancedb', 'pypdf', 'docx', 'bs4'): sys.modules[name] = None\n"
+        "for name in ('datasets', 'pyarrow', 'tensorboard', 'sentence_transformers', 'mteb', 'lm_eval', 'rouge_score', 'matplotlib', 'langchain_core', 'llama_index', 'lancedb', 'pypdf', 'docx', 'bs4', 'fastapi', 'starlette', 'uvicorn', 'h11', 'limits', 'prometheus_client'): sys.modules[name] = None\n"
         "for m in pkgutil.walk_packages(gemify.__path__, 'gemify.'):\n"
         "    try:\n"
         "        if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"
         "    except ModuleNotFoundError as error:\n"
+        "        if m.name.startswith('gemify.serving.'): continue  # the verb says what to install\n"
         "        extra = {'langchain': 'langchain', 'llama_index': 'llama-index'}[m.name.removeprefix('gemify.integrations.')]\n"
         "        assert f\"pip install 'gemify[{extra}]'\" in str(error), error\n"
     )
@@ -133,6 +154,7 @@ def test_the_readme_names_commands_and_files_that_exist() -> None:
             "ask",
             "chat",
             "bench",
+            "serve",
         }
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", readme, re.M):

@@ -18,6 +18,7 @@ from gemify.cli_ask import register as register_ask
 from gemify.cli_bench import bench
 from gemify.cli_evaluation import register as register_evaluation
 from gemify.cli_rag import register as register_rag
+from gemify.cli_serve import register as register_serve
 
 app = typer.Typer(
     name="gemify",
@@ -312,6 +313,7 @@ def info(
 register_evaluation(app)
 register_rag(app)
 register_ask(app)
+register_serve(app)
 app.add_typer(bench, name="bench")
 
 

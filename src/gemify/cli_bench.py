@@ -1,4 +1,4 @@
-"""The verbs that compare: `gemify bench rag`, `bench retrieval` and `bench search`."""
+"""The verbs that compare: `gemify bench rag`, `retrieval`, `search` and `serve`."""
 
 from __future__ import annotations
 
@@ -117,6 +117,39 @@ def search(
 
     gem, index = _opened(store, model, dtype, device)
     report = bench_search(gem, index, queries=queries, k=k, show_progress_bar=not quiet)
+    _give(report, as_table(report), output, as_json)
+
+
+@bench.command()
+def serve(
+    model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id.")] = "starter",
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory or name of a sentence-transformers model: the second server. [default: the model]"
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Look for the base model here instead.")] = None,
+    requests: Annotated[int, typer.Option(min=2, help="How many, half chats and half embeddings.")] = 200,
+    clients: Annotated[int, typer.Option(min=1, help="How many ask at a time.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 24,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each set-up is loaded.")] = 2,
+    dtype: Dtype = "float32",
+    output: Output = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """One server for both jobs against two servers: throughput, latency, memory."""
+    from gemify.bench.serve import Setup, as_table, bench_serve
+
+    report = bench_serve(
+        Setup(model, dtype, encoder, base),
+        requests=requests,
+        clients=clients,
+        max_tokens=max_new_tokens,
+        rounds=rounds,
+        show_progress_bar=not quiet,
+    )
     _give(report, as_table(report), output, as_json)
 
 

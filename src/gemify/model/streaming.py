@@ -148,7 +148,7 @@ class Pieces(StoppingCriteria):
         self.prompt_tokens = prompt_tokens
         self.ids: list[int] = []
         self._sink, self._max_new_tokens, self._tokenizer = sink, max_new_tokens, gem.tokenizer
-        self._ends = end_ids(gem.lm, gem.tokenizer)
+        self.ends = end_ids(gem.lm, gem.tokenizer)
         # A token may decode differently at the start of a text, so new ones are decoded after those of the piece before.
         self._from = self._read = 0
         self._text = ""
@@ -162,21 +162,27 @@ class Pieces(StoppingCriteria):
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:
-        full = len(self.ids) >= self._max_new_tokens and self.ids[-1] not in self._ends
+        full = len(self.ids) >= self._max_new_tokens and self.ids[-1] not in self.ends
         return "length" if full and not self._stopped else "stop"
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        self.ids.extend(input_ids[0, self.prompt_tokens + len(self.ids) :].tolist())
+        ended = self.add(input_ids[0, self.prompt_tokens + len(self.ids) :].tolist())
+        return torch.full((input_ids.shape[0],), ended, device=input_ids.device)
+
+    def add(self, ids: Sequence[int]) -> bool:
+        """Take new tokens and pass on what they complete; whether a stop string or the reader ends the text here."""
+        self.ids.extend(ids)
         before, now = self._decode(self._from, self._read), self._decode(self._from, len(self.ids))
         if len(now) > len(before) and not now.endswith(_UNFINISHED):
             self._from, self._read = self._read, len(self.ids)
             self._send(now[len(before) :])
-        return torch.full((input_ids.shape[0],), self._stopped or self.closed.is_set(), device=input_ids.device)
+        return self._stopped or self.closed.is_set()
 
-    def finish(self, text: str) -> None:
-        """Pass on what was held back of the whole text."""
+    def finish(self, text: str | None = None) -> None:
+        """Pass on what was held back of the whole text (None: decoded here)."""
         if not self._stopped:
-            self._send(text[len(self._text) :], last=True)
+            whole = self._decode(0, len(self.ids)) if text is None else text
+            self._send(whole[len(self._text) :], last=True)
 
     def _decode(self, start: int, end: int) -> str:
         return str(self._tokenizer.decode(self.ids[start:end], skip_special_tokens=True))

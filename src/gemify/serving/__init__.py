@@ -1,0 +1,1 @@
+"""One server, both jobs: chat and embeddings from one set of weights."""

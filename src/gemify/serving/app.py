@@ -1,0 +1,160 @@
+"""The web application: routes over one engine, and OpenAI's errors for all that goes wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from gemify import __version__
+from gemify.serving import chat, completions, embeddings, health, models, page, recovery, search
+from gemify.serving.access import Access
+from gemify.serving.asking import Asking
+from gemify.serving.description import describe
+from gemify.serving.errors import ApiError, bad
+from gemify.serving.house import House, Searchable
+from gemify.serving.keys import KeyRing, Limits
+from gemify.serving.metrics import Metrics
+from gemify.serving.prompts import Prompts
+from gemify.serving.responses import Error
+from gemify.serving.sampling import Sampling
+from gemify.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from gemify.serving.engine import Engine
+
+logger = logging.getLogger("gemify.serving")
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Error, "description": what}
+    for status, what in {
+        400: "What was asked cannot be done.",
+        401: "No API key, or an unknown one.",
+        404: "No such model or route.",
+        408: "The body came too slowly.",
+        413: "The body is too large.",
+        415: "The body is not JSON.",
+        429: "Too much; Retry-After says when to come again.",
+        503: "The server is stopping.",
+        504: "It took too long.",
+    }.items()
+}
+
+
+def create_app(
+    engine: Engine, settings: Settings, index: Searchable | None = None, *, keys: KeyRing | None = None
+) -> FastAPI:
+    """The application over an engine, which it starts, warms up and stops.
+
+    ``keys`` are those of the settings' file, or of the environment, if not given.
+    """
+    house = House(
+        engine=engine,
+        settings=settings,
+        index=index,
+        keys=KeyRing.read(settings.api_keys) if keys is None else keys,
+        limits=Limits(settings.requests_per_minute, settings.tokens_per_minute),
+        metrics=Metrics(engine.stats),
+        prompts=Prompts(engine.gem),
+    )
+    app = FastAPI(
+        title="gemify",
+        version=__version__,
+        summary="One language model that writes and embeds, behind OpenAI's routes and some of its own.",
+        docs_url=None,  # they would load scripts from elsewhere
+        redoc_url=None,
+        lifespan=_lifespan,
+        redirect_slashes=False,
+    )
+    app.state.house, app.state.settings = house, settings
+    for part in (chat, completions, embeddings):
+        app.include_router(part.router, responses=_ERRORS)
+    for part in (search, recovery):
+        app.include_router(part.router, responses=_ERRORS)
+    app.include_router(models.router, responses={s: _ERRORS[s] for s in (401, 404)})
+    app.include_router(health.router)
+    app.include_router(page.router)
+    app.openapi = describe(app, with_keys=len(house.keys) > 0)  # type: ignore[method-assign]
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_middleware(Access, house=house)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Start the engine and warm it up; at the end let it finish what it accepted."""
+    house: House = app.state.house
+    house.engine.start()
+    warming = asyncio.create_task(_warm_up(house))
+    try:
+        yield
+    finally:
+        house.stopping = True
+        warming.cancel()
+        finished = await asyncio.to_thread(partial(house.engine.stop, timeout=house.settings.stop_timeout))
+        house.prompts.close()
+        logger.info("stopped" if finished else "stopped; the last requests were cancelled")
+
+
+async def _warm_up(house: House) -> None:
+    """Embed and write something, so that the first client does not wait for what is made once; then be ready."""
+    try:
+        rows = await house.prompts.texts(["ready"])
+        with Asking() as asking:
+            asking.start(partial(house.engine.embed, rows))
+            if rows[0]:
+                asking.start(partial(house.engine.generate, rows[0], Sampling(max_tokens=2, temperature=0.0)))
+            async for _ in asking.events():
+                pass
+    except Exception as error:
+        logger.error("the model did not answer: never ready", exc_info=error)
+        return
+    house.ready = True
+    logger.info("ready")
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if not isinstance(error, ApiError):
+        error = _of_framework(request, error)
+    return Response(error.body, error.status_code, dict(error.headers or {}), "application/json")
+
+
+def _of_framework(request: Request, error: HTTPException) -> ApiError:
+    path, method = request.url.path[:200], request.method[:16]
+    if error.status_code == 404:
+        return ApiError(404, f"there is no route {method} {path}: /openapi.json lists them", code="unknown_url")
+    if error.status_code == 405:
+        allowed = Headers(error.headers or {}).get("allow", "")
+        message = f"{path} does not take {method}" + (f", but {allowed}" if allowed else "")
+        return ApiError(405, message, code="method_not_allowed", headers=error.headers)
+    return ApiError(error.status_code, str(error.detail)[:200], headers=error.headers)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """The first thing that is wrong with a body: 400, as OpenAI says, not 422."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first.get("loc", ())[1:])[:120]
+    said = str(first.get("msg", "invalid")).removeprefix("Value error, ")[:300]
+    refused = bad(f"{where}: {said}" if where else said, where or None)
+    return Response(refused.body, 400, media_type="application/json")

@@ -1,0 +1,83 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from starlette.requests import Request
+
+from gemify.serving.errors import ApiError
+from gemify.serving.keys import NOBODY, KeyRing, Limits
+from gemify.serving.metrics import Metrics
+from gemify.serving.prompts import Prompts
+from gemify.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from gemify.serving.engine import Engine
+
+
+class Searchable(Protocol):
+    """What /v1/search searches (`gemify.rag.index.GemIndex`)."""
+
+    def search(
+        self, query: str, *, k: int = 10, mode: Any = "hybrid", vector: np.ndarray | None = None
+    ) -> Sequence[Any]: ...
+
+
+@dataclass
+class House:
+    """The engine, the index, and what is known about those who ask."""
+
+    engine: Engine
+    settings: Settings
+    index: Searchable | None
+    keys: KeyRing
+    limits: Limits
+    metrics: Metrics
+    prompts: Prompts
+    ready: bool = False
+    """The model has answered."""
+    stopping: bool = False
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model(self) -> str:
+        return self.settings.model_name
+
+    def require_model(self, name: str | None) -> None:
+        if name is not None and name != self.model:
+            raise ApiError(
+                404,
+                f"the model {name[:200]!r} is not here: this server has {self.model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def require_index(self) -> Searchable:
+        if self.index is None:
+            raise ApiError(
+                404,
+                "this server has no index: start it with --store DIR (`gemify index` makes one)",
+                code="no_index",
+            )
+        return self.index
+
+
+def house_of(request: Request) -> House:
+    """The house a request came to."""
+    house: House = request.app.state.house
+    return house
+
+
+def key_of(request: Request) -> str:
+    """The name of the key a request came with."""
+    return str(request.scope.get("gemify.key", NOBODY))
+
+
+def note(request: Request, **facts: Any) -> None:
+    """Add to what the log says of this request."""
+    request.scope.setdefault("gemify.notes", {}).update(facts)

@@ -1,0 +1,132 @@
+"""Who may ask, and how much: API keys, compared in constant time, and limits a minute for each."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+import re
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from limits import RateLimitItemPerMinute
+from limits.storage import MemoryStorage
+from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
+
+from gemify.serving.errors import ApiError, busy
+
+ENVIRONMENT = "GEMIFY_API_KEYS"
+NOBODY = "anonymous"
+"""The name of all askers where there are no keys."""
+_SHORTEST = 8
+_NAME = re.compile(r"[\w.@-]{1,64}")
+
+
+class KeyRing:
+    """API keys by name. Only their hashes are kept."""
+
+    def __init__(self, keys: Iterable[tuple[str, str]] = ()) -> None:
+        self._hashes: dict[str, bytes] = {}
+        for name, key in keys:
+            if len(key) < _SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
+                raise ValueError(
+                    f"the API key {name!r} must be at least {_SHORTEST} printable ASCII characters without spaces, got"
+                    f" {len(key)}"
+                )
+            if name in self._hashes or _hash(key) in self._hashes.values():
+                raise ValueError(f"the API key {name!r} is given twice: leave one out")
+            self._hashes[name] = _hash(key)
+
+    @classmethod
+    def read(cls, path: Path | None) -> KeyRing:
+        """The keys of a file, or of the environment's GEMIFY_API_KEYS (separated by commas or lines)."""
+        if path is None:
+            return cls(_parsed(re.split(r"[,\n]", os.environ.get(ENVIRONMENT, ""))))
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text file: write `name: key` lines") from error
+        found = _parsed(lines)
+        if not found:
+            raise ValueError(f"{path} holds no API key: write `name: key` lines")
+        return cls(found)
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def name_of(self, key: str) -> str | None:
+        """Whose key it is. Takes as long for any key of none."""
+        hashed, found = _hash(key), None
+        for name, known in self._hashes.items():
+            if hmac.compare_digest(hashed, known):
+                found = name
+        return found
+
+    def require(self, authorization: str | None) -> str:
+        """Whose request it is, by its Authorization header; ApiError 401."""
+        if not self._hashes:
+            return NOBODY
+        scheme, _, key = (authorization or "").partition(" ")
+        name = self.name_of(key.strip()) if scheme.lower() == "bearer" else None
+        if name is None:
+            said = "no API key was given" if not authorization else "the API key is not known here"
+            raise ApiError(
+                401,
+                f"{said}: send the header Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return name
+
+
+class Limits:
+    """Requests and tokens a minute of each key."""
+
+    def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
+        storage = MemoryStorage()
+        self._moving, self._fixed = MovingWindowRateLimiter(storage), FixedWindowRateLimiter(storage)
+        self._requests = RateLimitItemPerMinute(requests_per_minute) if requests_per_minute else None
+        self._tokens = RateLimitItemPerMinute(tokens_per_minute, namespace="TOKENS") if tokens_per_minute else None
+
+    def take_request(self, name: str) -> None:
+        """ApiError 429 where there were too many."""
+        if self._requests is not None and not self._moving.hit(self._requests, name):
+            until = self._moving.get_window_stats(self._requests, name).reset_time
+            raise busy(
+                f"more than {self._requests.amount} requests a minute: wait", until - time.time(), code=_EXCEEDED
+            )
+
+    def take_tokens(self, name: str, tokens: int) -> None:
+        """Count a prompt's tokens; ApiError 429 where the minute has no room for them."""
+        if self._tokens is None:
+            return
+        if not self._fixed.test(self._tokens, name, cost=min(tokens, self._tokens.amount)):
+            until = self._fixed.get_window_stats(self._tokens, name).reset_time
+            raise busy(f"more than {self._tokens.amount} tokens a minute: wait", until - time.time(), code=_EXCEEDED)
+        self._fixed.hit(self._tokens, name, cost=tokens)
+
+    def add_tokens(self, name: str, tokens: int) -> None:
+        """Count an answer's tokens, which nobody knew before."""
+        if self._tokens is not None and tokens:
+            self._fixed.hit(self._tokens, name, cost=tokens)
+
+
+_EXCEEDED = "rate_limit_exceeded"
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
+
+
+def _parsed(lines: Iterable[str]) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    for line in (line.strip() for line in lines):
+        if not line or line.startswith("#"):
+            continue
+        name, colon, key = line.rpartition(":")
+        named = name.strip() if colon else f"key-{len(found) + 1}"
+        if not _NAME.fullmatch(named):
+            raise ValueError(f"the name of API key {len(found) + 1} must be letters, digits, . @ _ or -: `name: key`")
+        found.append((named, key.strip()))
+    return found

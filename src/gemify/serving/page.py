@@ -1,0 +1,43 @@
+"""GET / and /page/*: a small web page that uses the routes. It loads nothing from anywhere else."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import PurePosixPath
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from gemify.serving.errors import ApiError
+
+router = APIRouter(include_in_schema=False)
+
+_KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@router.get("/")
+async def index(request: Request) -> Response:
+    return _file("index.html")
+
+
+@router.get("/page/{name}")
+async def part(name: str, request: Request) -> Response:
+    return _file(name)
+
+
+def _file(name: str) -> Response:
+    kind = _KINDS.get(PurePosixPath(name).suffix)
+    path = files("gemify.serving") / "page" / name
+    if kind is None or name != PurePosixPath(name).name or not path.is_file():
+        raise ApiError(404, f"there is no {name[:80]!r} in the page", code="not_found")
+    headers = {
+        "Content-Security-Policy": _POLICY,
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cache-Control": "no-cache",
+    }
+    return Response(path.read_bytes(), media_type=f"{kind}; charset=utf-8", headers=headers)

@@ -1,0 +1,131 @@
+"""Texts and conversations as token ids: in threads of their own, with tokenizers of their own.
+
+The engine holds the model's `turn` for most of the time, and a loaded model's tokenizer belongs to whoever has it. So
+requests are read with copies of it, one for each thread, and never wait for a step of the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from gemify.model.encode import TextTokenizer
+from gemify.model.gem import GemModel
+from gemify.rag.answering import SYSTEM, Found, passage_text
+from gemify.rag.prompt import ChatFormat, Turn
+from gemify.serving.errors import bad
+
+if TYPE_CHECKING:
+    from gemify.serving.types import ChatMessage, Input
+
+T = TypeVar("T")
+_THREADS = 2
+_AT_A_TIME = 1 << 16  # characters, after which another request has its turn
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """What one thread reads with."""
+
+    tokenizer: Any
+    texts: TextTokenizer
+
+
+class Prompts:
+    """Reads what requests say. Give it back with `close`."""
+
+    def __init__(self, gem: GemModel) -> None:
+        specials = frozenset(gem.config.special_ids)
+        self._copies: SimpleQueue[_Tools] = SimpleQueue()
+        for _ in range(_THREADS):
+            tokenizer = copy.deepcopy(gem.tokenizer)
+            self._copies.put(_Tools(tokenizer, TextTokenizer(tokenizer, specials)))
+        self._table = int(gem.lm.get_input_embeddings().weight.shape[0])
+        self._room = gem.max_seq_length
+        self._tools = threading.local()
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="gemify-prompts")
+        self.has_chat = bool(gem.tokenizer.chat_template)
+        prompts = gem.config.prompts
+        self._before = prompts.get(gem.config.default_prompt_name or "", "")
+        self._before_query = prompts.get("query", self._before)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def run(self, work: Callable[..., T], *args: Any) -> T:
+        """Run something short in a reading thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    async def texts(self, given: Input) -> list[list[int]]:
+        """Ids of texts to embed: in them, every control token's name that is a special token's is text."""
+        rows: list[list[int]] = []
+        some: list[str] = []
+        size = 0
+        for item in given:
+            if isinstance(item, list):
+                rows.append(item)
+                continue
+            some.append(self._before + item)
+            size += len(item)
+            if size > _AT_A_TIME:
+                rows += await self.run(self._texts, some)
+                some, size = [], 0
+        return rows + (await self.run(self._texts, some) if some else [])
+
+    async def query(self, text: str) -> list[int]:
+        """Ids of a question to an index, cut at the end as the library does."""
+        return (await self.run(self._texts, [self._before_query + text]))[0][: self._room]
+
+    async def prompts(self, given: Input) -> list[list[int]]:
+        """Ids of prompts to continue, as the base's own tokenizer reads them."""
+        return [item if isinstance(item, list) else await self.run(self._prompt, item) for item in given]
+
+    async def chat(self, messages: Sequence[ChatMessage], passages: Sequence[Found] | None = None) -> tuple[int, ...]:
+        """Ids of a conversation up to the answer; passages go into its last message, as `gemify ask` puts them."""
+        if not self.has_chat:
+            raise bad("this model has no chat template: use /v1/completions", code="no_chat_template")
+        return await self.run(self._chat, messages, passages)
+
+    async def ids(self, text: str) -> list[int]:
+        """Ids of a text, nothing before it."""
+        return await self.run(lambda: list(self._own().texts([text], max_tokens=None, head=False)[0]))
+
+    # In a reading thread
+
+    def _own(self) -> _Tools:
+        tools: _Tools | None = getattr(self._tools, "own", None)
+        if tools is None:
+            tools = self._tools.own = self._copies.get_nowait()
+        return tools
+
+    def _texts(self, texts: list[str]) -> list[list[int]]:
+        return self._own().texts(texts, max_tokens=None)
+
+    def _prompt(self, text: str) -> list[int]:
+        return self._own().texts.prompts([text], add_special_tokens=True, table=self._table)[0]
+
+    def _chat(self, messages: Sequence[ChatMessage], passages: Sequence[Found] | None) -> tuple[int, ...]:
+        chat = ChatFormat(self._own().tokenizer)  # a new one each time: it keeps every sequence of roles it has seen
+        turns = [chat.turn(_role(m), m.content) for m in messages]
+        if passages is not None:
+            asked = list(turns[-1].ids)
+            for number, passage in enumerate(passages, start=1):
+                asked += chat.plain("\n\n") if number == 1 else ()
+                asked += chat.plain(f"[{number}] ") + chat.plain(passage_text(passage) + "\n\n")
+            turns[-1] = Turn("user", tuple(asked))
+            if all(turn.role != "system" for turn in turns):
+                turns.insert(0, chat.turn("system", SYSTEM))
+        try:
+            return chat.layout(turns).ids
+        except ValueError as error:
+            raise bad(str(error).splitlines()[0], "messages") from error
+
+
+def _role(message: ChatMessage) -> Any:
+    return "system" if message.role == "developer" else message.role

@@ -1,0 +1,110 @@
+"""How the next token is chosen: the parameters of OpenAI's API, for each answer its own."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_NONE: Mapping[int, float] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a request may say about its answer's tokens; ValueError for what is out of range."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    """0: the likeliest token each time."""
+    top_p: float = 1.0
+    seed: int | None = None
+    """The same request with the same seed gives the same answer."""
+    stop: tuple[str, ...] = ()
+    presence_penalty: float = 0.0
+    """Taken from the logit of every token the answer has already."""
+    frequency_penalty: float = 0.0
+    """The same, times how often."""
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NONE)
+    top_logprobs: int | None = None
+    """None: no log probabilities; else so many of the likeliest tokens beside the chosen one."""
+
+    def __post_init__(self) -> None:
+        _require("max_tokens", self.max_tokens, 1, math.inf)
+        _require("temperature", self.temperature, 0.0, 2.0)
+        _require("top_p", self.top_p, 0.0, 1.0)
+        _require("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _require("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _require("top_logprobs", self.top_logprobs or 0, 0, 20)
+        for token, bias in self.logit_bias.items():
+            _require(f"logit_bias of token {token}", bias, -100.0, 100.0)
+        if any(not s for s in self.stop):
+            raise ValueError("a stop string must have at least one character, got '': leave it out")
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the likeliest token of the bare logits, each time."""
+        return self.temperature == 0 and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
+
+
+def _require(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # refuses NaN too
+        raise ValueError(f"{name} must lie in {low:g}..{high:g}, got {value}")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, and how likely it was (natural logarithm)."""
+
+    id: int
+    text: str
+    data: bytes
+    logprob: float
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class Sampler:
+    """Draws the tokens of one answer, by its own random numbers."""
+
+    def __init__(self, sampling: Sampling, *, answer: int = 0) -> None:
+        self.sampling = sampling
+        self._counts: Counter[int] = Counter()
+        self._random = torch.Generator()
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed((sampling.seed + answer) % 2**63)
+
+    def draw(self, logits_V: Tensor) -> int:
+        """The next token, of the model's own logits."""
+        wish = self.sampling
+        logits_V = logits_V.float().cpu().clone()
+        if self._counts and (wish.presence_penalty or wish.frequency_penalty):
+            ids, counts = torch.tensor(list(self._counts)), torch.tensor(list(self._counts.values()))
+            logits_V[ids] -= wish.presence_penalty + wish.frequency_penalty * counts
+        for token, bias in wish.logit_bias.items():
+            logits_V[token] += bias
+        token = int(logits_V.argmax()) if wish.temperature == 0 else self._drawn(logits_V / wish.temperature)
+        self._counts[token] += 1
+        return token
+
+    def _drawn(self, logits_V: Tensor) -> int:
+        p_V = F.softmax(logits_V, dim=-1)
+        if self.sampling.top_p >= 1.0:
+            return int(torch.multinomial(p_V, 1, generator=self._random))
+        p_V, ids_V = p_V.sort(descending=True)
+        before_V = p_V.cumsum(-1) - p_V
+        kept = max(1, int((before_V < self.sampling.top_p).sum()))
+        return int(ids_V[torch.multinomial(p_V[:kept], 1, generator=self._random)])
+
+
+def likeliest(logits_V: Tensor, chosen: int, top: int) -> list[tuple[int, float]]:
+    """Ids and log probabilities: the chosen token's, then those of the ``top`` likeliest."""
+    logprobs_V = F.log_softmax(logits_V.float(), dim=-1)
+    ids: Sequence[int] = logprobs_V.topk(top).indices.tolist() if top else []
+    return [(i, float(logprobs_V[i])) for i in [chosen, *ids]]

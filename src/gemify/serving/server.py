@@ -1,0 +1,169 @@
+"""The process: a socket, a model, uvicorn, and an orderly end.
+
+SIGTERM or SIGINT: /ready says no; after ``drain_seconds`` no more connections are accepted; what was accepted is
+answered; exit code 0. A second signal ends at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Generator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+
+from gemify.serving.app import create_app
+from gemify.serving.connections import Connection
+from gemify.serving.engine import Engine
+from gemify.serving.keys import ENVIRONMENT, KeyRing
+from gemify.serving.logs import set_up_logs
+from gemify.serving.settings import Settings
+
+if TYPE_CHECKING:
+    from gemify.model.gem import GemModel
+    from gemify.rag.index import GemIndex
+
+logger = logging.getLogger("gemify.serving")
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_BACKLOG = 2048
+
+
+def serve(settings: Settings) -> None:
+    """Load the model and serve until a signal. ValueError or OSError, one line, for what cannot be."""
+    keys = KeyRing.read(settings.api_keys)
+    require_keys(settings, keys)
+    with listen(settings) as listener:
+        gem = _load(settings)
+        index = _open_index(settings, gem)
+        set_up_logs(log_prompts=settings.log_prompts)
+        engine = Engine(
+            gem, max_rows=settings.max_rows, max_waiting=settings.max_waiting, prefix_bytes=settings.prefix_bytes
+        )
+        app = create_app(engine, settings, index, keys=keys)
+        host, port = listener.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        logger.info(f"serving {settings.model_name} at http://{shown}:{port}")
+        Server(app, settings).run(sockets=[listener])
+
+
+def require_keys(settings: Settings, keys: KeyRing) -> None:
+    """Refuse to serve other machines to everybody."""
+    if not settings.is_local and not len(keys) and not settings.allow_no_key:
+        raise ValueError(
+            f"--host {settings.host} lets other machines in and there are no API keys: give --api-keys FILE or"
+            f" {ENVIRONMENT}, or say --allow-no-key"
+        )
+
+
+def listen(settings: Settings) -> socket.socket:
+    """The socket, before the model is loaded: a port that is taken is said at once."""
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError) as error:
+        raise ValueError(
+            f"cannot listen at {settings.host}: no such address; --host 127.0.0.1 is this machine"
+        ) from error
+    family, kind, protocol, _, address = found[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(
+            f"cannot listen at {settings.host}:{settings.port}: {reason}; choose another --port"
+        ) from error
+    return listener
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with our signals."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            backlog=_BACKLOG,
+            timeout_keep_alive=30,
+        )
+        super().__init__(config)
+        self._house, self._settings = app.state.house, settings
+        self._stop_at: float | None = None
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._stop_at is not None and time.monotonic() >= self._stop_at:
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the door, but let in who has knocked: a connection that waits to be accepted would be reset."""
+        waiting: list[socket.socket] = []
+        for listener in sockets or []:
+            listener.listen(0)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    waiting.append(listener.accept()[0])
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for peer in waiting:
+            peer.setblocking(False)
+            with contextlib.suppress(OSError):  # gone again
+                await loop.connect_accepted_socket(self._connection, peer)
+        await asyncio.sleep(0.05)  # those that were accepted a moment ago become connections
+        await super().shutdown(sockets)
+
+    def _connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._house.stopping:
+            os._exit(128 + sig)
+        self._house.stopping = True
+        self._stop_at = time.monotonic() + self._settings.drain_seconds
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Ours from start to end, and not raised again afterwards: an orderly end has exit code 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {sig: signal.signal(sig, self.handle_exit) for sig in _SIGNALS}
+        try:
+            yield
+        finally:
+            for sig, handler in before.items():
+                signal.signal(sig, handler)
+
+
+def _load(settings: Settings) -> GemModel:
+    from gemify.model.gem import GemModel
+
+    loading = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
+    if settings.dtype is not None:
+        loading["dtype"] = settings.dtype
+    return GemModel.from_pretrained(settings.model, base=settings.base, **loading)  # type: ignore[arg-type]
+
+
+def _open_index(settings: Settings, gem: GemModel) -> GemIndex | None:
+    if settings.store is None:
+        return None
+    from gemify.rag.index import GemIndex
+
+    return GemIndex.open(settings.store, gem, create=False)

@@ -1,0 +1,171 @@
+"""The writing half of the engine: prompts are read, their answers join the rows, every row gets a token a step."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import torch
+
+from gemify.model.cache import size_in_bytes
+from gemify.model.gem import GemModel
+from gemify.model.handover import Handle, extend
+from gemify.model.passes import Text, special_pass, text_pass
+from gemify.model.pooling import pool
+from gemify.serving.answer import Answer
+from gemify.serving.decoding import Decoding
+from gemify.serving.jobs import Closed, Failed, Vectors, WritingJob
+from gemify.serving.prefixes import Prefixes
+from gemify.serving.token_bytes import TokenBytes
+
+
+class Writing:
+    """Prompts that wait, and answers being written."""
+
+    def __init__(self, gem: GemModel, *, max_rows: int, kv_bytes: int, prefix_bytes: int, step_tokens: int) -> None:
+        self._gem, self._max_rows, self._kv_bytes, self._step_tokens = gem, max_rows, kv_bytes, step_tokens
+        self.waiting: deque[WritingJob] = deque()
+        self.answers: list[Answer] = []
+        """Of the rows of `_decoding`, in order."""
+        self._decoding = Decoding(gem.lm)
+        self.prefixes = Prefixes(gem.lm, prefix_bytes)
+        self._spelled = TokenBytes(gem.tokenizer)
+        self._bytes_per_column = 0
+        table = gem.lm.get_output_embeddings().weight.shape[0]
+        self._never = [i for i in gem.config.special_ids if i < table]
+        self.prompt_tokens = self.reused_tokens = self.generated_tokens = self.finished = self.failed = (
+            self.cancelled
+        ) = 0
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.answers)
+
+    def jobs(self) -> list[WritingJob]:
+        return [*self.waiting, *dict.fromkeys(answer.job for answer in self.answers)]
+
+    def step(self) -> None:
+        """Read up to ``step_tokens`` of what waits, then one token for each answer."""
+        self._drop_cancelled()
+        budget = self._step_tokens
+        while budget > 0 and self.waiting and self._has_room(self.waiting[0]):
+            job = self.waiting[0]
+            try:
+                budget -= self._read(job, budget)
+            except Exception as error:
+                self._fail(job, error)
+        if self.answers:
+            try:
+                self._write()
+            except Exception as error:
+                for job in dict.fromkeys(answer.job for answer in self.answers):
+                    self._fail(job, error)
+                self.answers, self._decoding = [], Decoding(self._gem.lm)
+
+    def drop_all(self) -> None:
+        """Forget everything; whoever asked is told."""
+        for job in self.jobs():
+            job.cancel()
+        self._drop_cancelled()
+
+    # Reading prompts
+
+    def _has_room(self, job: WritingJob) -> bool:
+        if not self.answers:
+            return True
+        rows = len(self.answers) + job.n
+        columns = max(
+            len(job.ids) + job.sampling.max_tokens,
+            *(self._decoding.columns + a.job.sampling.max_tokens - len(a.ids) for a in self.answers),
+        )
+        return rows <= self._max_rows and rows * columns * self._bytes_per_column <= self._kv_bytes
+
+    def _read(self, job: WritingJob, budget: int) -> int:
+        """Run the next part of the first prompt that waits; how many tokens it was."""
+        if job.recovering:
+            self._recover(job)
+            return len(job.ids)
+        lm, device = self._gem.lm, self._gem.device
+        if job.read is None:
+            job.read = self.prefixes.longest(job.ids, job.scope)
+            job.reused_tokens = job.read.mask_BT.shape[1]
+            self.reused_tokens += job.reused_tokens
+        done = job.read.mask_BT.shape[1]
+        ids_BT = torch.tensor([job.ids[done : done + budget]], device=device)
+        handle = extend(lm, job.read, ids_BT[:, :0], ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), single=True)
+        job.read = handle.text
+        self.prompt_tokens += ids_BT.shape[1]
+        if handle.text.mask_BT.shape[1] == len(job.ids):
+            self.waiting.popleft()
+            self.prefixes.keep(job.ids, handle.text, job.scope)
+            self._bytes_per_column = size_in_bytes(handle.text.cache) // len(job.ids)
+            if job.embed_prompt:
+                job.tell(Vectors(self._embedded(handle)))
+            self._start(job, handle.text, handle.logits_BV)
+            job.read = None
+        return ids_BT.shape[1]
+
+    def _recover(self, job: WritingJob) -> None:
+        lm, config, device = self._gem.lm, self._gem.config, self._gem.device
+        ids_BT = torch.tensor([job.ids], dtype=torch.long, device=device).view(1, -1)
+        text = text_pass(lm, ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+        specials = special_pass(lm, text, config.special_ids, shared_position=config.shared_position, with_logits=True)
+        self.waiting.popleft()
+        self.prompt_tokens += len(job.ids)
+        assert specials.logits_BV is not None
+        seen_BK = torch.ones(1, config.k, dtype=torch.bool, device=device)
+        self._start(job, Text(specials.cache, seen_BK), specials.logits_BV, position=int(specials.next_position_B[0]))
+
+    def _start(self, job: WritingJob, text: Text, logits_BV: torch.Tensor, *, position: int | None = None) -> None:
+        for index in range(job.n):
+            self._decoding.join(text, logits_BV, position=position)
+            self.answers.append(Answer(self._gem, job, index, self._spelled))
+
+    def _embedded(self, handle: Handle) -> np.ndarray:
+        config = self._gem.config
+        specials = special_pass(self._gem.lm, handle.text, config.special_ids, shared_position=config.shared_position)
+        assert specials.hidden_BKD is not None
+        vectors_1D: np.ndarray = pool(specials.hidden_BKD, config.pooling).float().cpu().numpy()
+        return vectors_1D
+
+    # Writing answers
+
+    def _write(self) -> None:
+        logits_BV = self._decoding.logits_BV
+        logits_BV[:, self._never] = -torch.inf
+        likeliest = logits_BV.argmax(-1).tolist()
+        ended = [answer.take(logits_BV[row], likeliest[row]) for row, answer in enumerate(self.answers)]
+        self.generated_tokens += len(ended)
+        for row in reversed(range(len(ended))):
+            if ended[row]:
+                self.finished += 1
+                self._leave(row, keep=True)
+        if self.answers:
+            self._decoding.step([answer.ids[-1] for answer in self.answers])
+
+    def _leave(self, row: int, *, keep: bool = False) -> None:
+        answer = self.answers[row]
+        if keep and not answer.job.recovering:
+            written = answer.job.ids + tuple(answer.ids[:-1])
+            self.prefixes.keep(written, self._decoding.text(row), answer.job.scope)
+        self._decoding.leave(row)
+        self.answers[row] = self.answers[-1]
+        self.answers.pop()
+
+    def _drop_cancelled(self) -> None:
+        for job in [job for job in self.jobs() if job.cancelled]:
+            self.cancelled += not job.closed
+            job.tell(Closed())
+        for row in reversed(range(len(self.answers))):
+            if self.answers[row].job.cancelled:
+                self._leave(row)
+        for job in [job for job in self.waiting if job.cancelled]:
+            self.waiting.remove(job)
+
+    def _fail(self, job: WritingJob, error: Exception) -> None:
+        self.failed += 1
+        if job in self.waiting:
+            self.waiting.remove(job)
+        job.tell(Failed(error))
+        job.tell(Closed())
+        job.cancel()  # rows that it may have had already

@@ -1,0 +1,70 @@
+"""The OpenAPI description says what the routes do: schemathesis asks by it, and gets neither surprises nor a 5xx."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+from served import Served, serving, tiny_gem
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Served]:
+    with serving(tiny_gem(tmp_path_factory.mktemp("model")), default_max_tokens=8) as running:
+        yield running
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda m: m.value)
+def test_described_requests_get_described_answers(served: Served, mode: GenerationMode) -> None:
+    described = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    operations = [found.ok() for found in described.get_all_operations()]
+    assert len(operations) == 11
+    for operation in operations:
+        if mode is GenerationMode.NEGATIVE and operation.method == "get":
+            continue  # there is nothing to get wrong
+
+        @settings(
+            max_examples=30,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+            derandomize=True,
+            database=None,
+        )
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case: Any) -> None:
+            if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
+                case.body.pop("model", None)  # only one name is right
+            if isinstance(case.body, dict):  # any number of tokens may be asked for; a few are enough
+                for name in ("max_tokens", "max_completion_tokens"):
+                    if isinstance(case.body.get(name), int) and not isinstance(case.body[name], bool):
+                        case.body[name] = min(case.body[name], 8)
+            response = case.call(timeout=60)
+            case.validate_response(
+                response, checks=[not_a_server_error, status_code_conformance, response_schema_conformance]
+            )
+
+        ask()
+
+
+def test_every_route_is_described(served: Served) -> None:
+    described = served.http().get("/openapi.json").json()
+    routes = {(path, method) for path, some in described["paths"].items() for method in some}
+    assert routes == {
+        *((f"/v1/{name}", "post") for name in ("embeddings", "completions", "chat/completions", "search", "recover")),
+        *((path, "get") for path in ("/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics", "/v1/stats")),
+    }
+    for path, some in described["paths"].items():
+        for facts in some.values():
+            assert facts["description"], path
+            assert "422" not in facts["responses"], path
+
+
+def test_it_answers_afterwards(served: Served) -> None:
+    assert served.post("/v1/embeddings", {"input": "a"}).status_code == 200
+    assert served.engine.stats().failed == 0

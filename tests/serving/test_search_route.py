@@ -1,0 +1,126 @@
+"""The index behind the server: /v1/search finds what the library finds, and chats answer from it as `gemify ask` does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from served import Served, serving, tiny_gem
+
+from gemify.rag.answering import GemRag, Settings
+from gemify.rag.index import GemIndex
+
+CORPUS = {
+    "birds.md": "# Birds\n\nOwls hunt at night.\n\n# Bees\n\nBees dance.\n",
+    "sea.txt": "Tides follow the moon.\n",
+    "stone.txt": "Granite is old and hard.\n",
+}
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> GemIndex:
+    root: Path = tmp_path_factory.mktemp("rag")
+    for name, text in CORPUS.items():
+        (root / name).write_text(text)
+    index = GemIndex.open(root / "store", tiny_gem(root / "model"), tokens=48, overlap=8)
+    index.add([root / name for name in CORPUS])
+    return index
+
+
+@pytest.fixture(scope="module")
+def served(index: GemIndex) -> Iterator[Served]:
+    assert index.model is not None
+    with serving(index.model, index=index, keys={"ann": "secret-of-ann"}) as running:  # type: ignore[arg-type]
+        yield running
+
+
+KEY = {"authorization": "Bearer secret-of-ann"}
+
+
+@pytest.mark.parametrize("mode", ["vector", "fts", "hybrid"])
+def test_search_is_the_librarys(served: Served, index: GemIndex, mode: Any) -> None:
+    got = served.post("/v1/search", {"query": "owls hunt", "k": 2, "mode": mode}, **KEY).json()
+    expected = index.search("owls hunt", k=2, mode=mode)
+    assert [d["id"] for d in got["data"]] == [p.id for p in expected]
+    assert [d["score"] for d in got["data"]] == pytest.approx([p.score for p in expected], abs=1e-5)
+    first = {**got["data"][0], "score": 0.0}
+    assert first == dataclasses.asdict(expected[0]) | {"score": 0.0}
+    assert got["usage"]["prompt_tokens"] == (0 if mode == "fts" else len("owls hunt"))
+
+
+def test_a_chat_answers_from_the_index_as_the_library_does(served: Served, index: GemIndex) -> None:
+    question = "when do owls hunt?"
+    library = GemRag(served.gem, index, settings=Settings(passages=2, mode="fts", max_new_tokens=10))
+    expected = library.ask(question)
+    wish: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 10,
+        "temperature": 0,
+        "extra_body": {"gemify": {"search": {"k": 2, "mode": "fts"}, "return_embedding": True}},
+    }
+    client = served.client("secret-of-ann")
+    got: Any = client.chat.completions.create(**wish)
+    assert got.choices[0].message.content == expected.text
+    assert [s["id"] for s in got.gemify["sources"]] == [p.id for p in expected.passages]  # type: ignore[attr-defined]
+    assert np.linalg.norm(got.gemify["embedding"]) == pytest.approx(1.0, abs=1e-5)
+    chunks: list[Any] = list(client.chat.completions.create(stream=True, **wish))
+    assert chunks[0].gemify["sources"] == got.gemify["sources"]
+    np.testing.assert_allclose(chunks[0].gemify["embedding"], got.gemify["embedding"], atol=1e-5)
+    assert not any(hasattr(chunk, "gemify") for chunk in chunks[1:])
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected.text
+
+
+def test_an_earlier_turn_and_a_system_message_stay(served: Served) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"},
+        {"role": "user", "content": "bees?"},
+    ]
+    bare = served.post("/v1/chat/completions", {"messages": messages, "max_tokens": 1}, **KEY).json()
+    found = served.post(
+        "/v1/chat/completions",
+        {"messages": messages, "max_tokens": 1, "gemify": {"search": {"k": 1, "mode": "fts"}}},
+        **KEY,
+    ).json()
+    (source,) = found["gemify"]["sources"]
+    put_in = f"\n\n[1] {source['heading']}: {source['text']}\n\n"
+    assert found["usage"]["prompt_tokens"] == bare["usage"]["prompt_tokens"] + len(put_in.encode())
+
+
+@pytest.mark.parametrize(
+    "body", [{"query": "   "}, {"query": "a", "k": 0}, {"query": "a", "k": 101}, {"query": "a", "mode": "magic"}, {}]
+)
+def test_what_cannot_be_searched(served: Served, body: Any) -> None:
+    refused = served.post("/v1/search", body, **KEY)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"]
+
+
+def test_odd_queries_find_something_or_nothing(served: Served) -> None:
+    for query in ("\0", '"', "a AND (", "* OR *", "猫", "'; DROP TABLE passages; --", "x" * 20_000):
+        for mode in ("vector", "fts", "hybrid"):
+            got = served.post("/v1/search", {"query": query, "mode": mode}, **KEY)
+            assert got.status_code in (200, 400), (query, mode, got.text)
+    last = [{"role": "assistant", "content": "a"}]
+    assert served.post("/v1/chat/completions", {"messages": last, "gemify": {"search": {}}}, **KEY).status_code == 400
+
+
+def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(served: Served) -> None:
+    with served.http() as http:
+        page = http.get("/")
+        if page.status_code == 404:
+            pytest.skip("the page is not there")
+        assert page.headers["content-type"] == "text/html; charset=utf-8"
+        policy = page.headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "unsafe" not in policy
+        assert "http" not in policy
+        assert page.headers["x-content-type-options"] == "nosniff"
+        assert http.get("/page/page.js").headers["content-type"] == "text/javascript; charset=utf-8"
+        assert http.get("/page/page.css").headers["content-type"] == "text/css; charset=utf-8"
