@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import torch
 
 from conftest import disturb
 from gemify import GemModel
-from gemify.evaluation.language import PROBES, language_loss, same_logits
+from gemify.evaluation.language import PROBES, compare_logits, language_loss, same_logits
 from gemify.model.base import load_base
 from gemify.model.config import resolve_directory
 from gemify.training.recipe import Recipe
@@ -81,6 +83,27 @@ def test_the_shipped_gem_embeds_and_leaves_the_base_alone(base: Any, caplog: pyt
     assert guitar @ instrument > 0.1 + max(guitar @ market, guitar @ water, market @ water)
     lm, tokenizer = base
     assert same_logits(lm, shipped.lm, tokenizer, [*PROBES, *SENTENCES])
+
+
+@pytest.mark.long
+def test_200_real_prompts_are_answered_as_by_the_base(base: Any, shipped: GemModel, shared: Path) -> None:
+    """Logits at every token of questions, stories and encyclopedia sentences, to the bit."""
+    files = {
+        "lm/mmlu/mmlu.jsonl.gz": "question",
+        "lm/hellaswag/val.jsonl.gz": "ctx",
+        "lm/lambada/test.jsonl.gz": "text",
+    }
+    prompts = [str(row[name]) for file, name in files.items() for row in read_rows(shared / file, 50)]
+    with gzip.open(shared / "text" / "wiki_sentences.txt.gz", "rt", encoding="utf-8") as lines:
+        prompts += [line.strip() for line in itertools.islice(lines, 50)]
+    lm, tokenizer = base
+    found = compare_logits(lm, shipped.lm, tokenizer, prompts)
+    assert found == {"prompts": 200, "identical": 200, "max_difference": 0.0}
+
+
+def read_rows(path: Path, count: int) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in itertools.islice(file, count)]
 
 
 def test_the_shipped_gem_is_small_and_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
