@@ -16,6 +16,13 @@ export function startChat() {
   byId("forget").addEventListener("click", forget);
 }
 
+/** Say so where the model has no chat template. */
+export function offerChat(available) {
+  byId("chat-none").hidden = available;
+  byId("chat-form").hidden = !available;
+  if (!available) byId("chat-hint").hidden = true;
+}
+
 /** Offer sources where the server has an index. */
 export function offerSources(available) {
   byId("grounded-label").hidden = !available;

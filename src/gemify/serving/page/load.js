@@ -52,15 +52,15 @@ function again(heard, wait) {
 
 function show(stats) {
   const now = { at: performance.now(), ...stats };
-  byId("load-running").textContent = count(stats.rows_running);
-  byId("load-waiting").textContent = count(stats.waiting);
+  byId("load-running").textContent = count(stats.rows);
+  byId("load-waiting").textContent = count(stats.waiting_answers + stats.waiting_texts);
   if (last) {
     const rate = (name) => Math.max(0, ((now[name] - last[name]) / (now.at - last.at)) * 1000); // 0 where it started anew
-    byId("load-writing").textContent = count(rate("tokens_generated"));
-    byId("load-embedding").textContent = count(rate("tokens_embedded"));
-    byId("load-texts").textContent = count(rate("texts_embedded"));
-    keep("writing", rate("tokens_generated"));
-    keep("embedding", rate("tokens_embedded"));
+    byId("load-writing").textContent = count(rate("generated_tokens"));
+    byId("load-embedding").textContent = count(rate("embedded_tokens"));
+    byId("load-texts").textContent = count(rate("embedded_texts"));
+    keep("writing", rate("generated_tokens"));
+    keep("embedding", rate("embedded_tokens"));
   }
   last = now;
 }

@@ -1,7 +1,7 @@
 // The page of `gemify serve`: each part in a file of its own, over the server's public routes.
 
-import { modelName, onRefused, useKey } from "./api.js";
-import { offerSources, startChat } from "./chat.js";
+import { onRefused, useKey } from "./api.js";
+import { offerChat, offerSources, startChat } from "./chat.js";
 import { byId } from "./element.js";
 import { poll, startLoad } from "./load.js";
 import { startRecovery } from "./recovery.js";
@@ -18,9 +18,10 @@ startKey();
 startLoad(heard);
 
 function heard(stats) {
-  offerSources(Boolean(stats.index));
-  offerSearch(Boolean(stats.index), stats.passages ?? 0);
-  if (!byId("model").textContent) modelName().then((name) => (byId("model").textContent = name), () => {});
+  offerChat(stats.has_chat);
+  offerSources(stats.has_index);
+  offerSearch(stats.has_index, stats.passages);
+  byId("model").textContent = stats.model;
 }
 
 function startKey() {

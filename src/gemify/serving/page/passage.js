@@ -5,14 +5,15 @@ import { element } from "./element.js";
 const LONG = { characters: 320, lines: 5 };
 
 export function passageCard(passage, number) {
-  const name = passage.heading || passage.title || passage.file || passage.id;
-  const where = [passage.file, passage.place].filter(Boolean).join(", ");
+  const file = passage.file.split(/[\\/]/).slice(-2).join("/"); // the whole path is in the title
+  const name = passage.heading || passage.title || file || passage.id;
+  const where = [file, passage.place, score(passage)].filter(Boolean).join(" · ");
   const text = element("p", { class: "passage-text" }, passage.text);
   const card = element(
     "li",
     { class: "card passage", tabindex: "-1" },
     element("h3", {}, element("span", { class: "number" }, `[${number}]`), ` ${name}`),
-    element("p", { class: "muted where" }, [where, score(passage)].filter(Boolean).join(" · ")),
+    element("p", { class: "muted where", title: passage.file }, where),
     text,
   );
   if (passage.text.length > LONG.characters || passage.text.split("\n").length > LONG.lines) {

@@ -12,7 +12,7 @@ export function startSearch() {
 export function offerSearch(available, passages) {
   byId("search-none").hidden = available;
   byId("search-form").hidden = !available;
-  if (available && !byId("found").children.length && !byId("search-status").textContent) {
+  if (passages && !byId("found").children.length && !byId("search-status").textContent) {
     byId("search-status").textContent = `${passages.toLocaleString("en")} passages in the index`;
   }
 }
@@ -27,7 +27,7 @@ async function search() {
     const { data } = await post("v1/search", body);
     byId("found").replaceChildren(...data.map((passage, i) => passageCard(passage, i + 1)));
     const took = Math.round(performance.now() - started);
-    status.textContent = data.length ? `${data.length} passages in ${took} ms` : "nothing found";
+    status.textContent = data.length ? `${data.length} ${data.length === 1 ? "passage" : "passages"} in ${took} ms` : "nothing found";
   } catch (error) {
     byId("found").replaceChildren();
     status.textContent = "";
