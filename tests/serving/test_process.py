@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -17,9 +18,11 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 from served import tiny_gem
 from typer.testing import CliRunner
 
+from gemify import cli_serve
 from gemify.cli import app
 from gemify.serving.keys import ENVIRONMENT
 from gemify.serving.settings import Settings
@@ -218,3 +221,17 @@ def test_flags_beat_the_file(tmp_path: Path) -> None:
     assert not Settings(host="0.0.0.0").is_local
     assert not Settings(host="example.com").is_local
     assert Settings(host="::1").is_local
+
+
+def test_the_documentation_names_every_option() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+    flags = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)", rows)}
+    others = set(re.findall(r"`(\w+)`\*", rows))
+    fields = set(vars(Settings()))
+    verb = inspect.signature(cli_serve.serve).parameters
+    assert flags - {"cors_origin", "config"} == (set(verb) & fields) - {"allow_no_key"}
+    assert flags | others | {"cors_origins", "allow_no_key"} == fields | {"cors_origin"}
+    defaults = re.search(r"```yaml\n(.*?)```", text, re.S)
+    assert defaults is not None
+    assert Settings.of({k.replace("-", "_"): v for k, v in yaml.safe_load(defaults[1]).items()}, source="docs")

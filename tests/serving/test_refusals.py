@@ -13,7 +13,7 @@ import openai
 import pytest
 from served import Served, serving, tiny_gem
 
-from gemify.serving.jobs import QueueFull
+from gemify.serving.jobs import Closed, Failed, Job, Piece, QueueFull
 
 ASK: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -98,6 +98,8 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
         (EMBED, {"input": ["a"] * 11}, "input", "at most 10 texts"),
         (EMBED, {"input": [[999_999]]}, None, "0..319"),
         (EMBED, {"input": "word " * 200}, None, "embeds up to 511"),
+        (EMBED, {"input": "word " * 10_000}, None, "cut it up"),
+        (CHAT, {"messages": [{"role": "user", "content": "word " * 10_000}]}, None, "cut it up"),
         (EMBED, {"input": "a", "encoding_format": "hex"}, "encoding_format", "base64"),
         (EMBED, {"input": "a", "dimensions": 0}, "dimensions", "greater than or equal to 1"),
         (EMBED, {"input": {"text": "a"}}, "input", "got an object"),
@@ -299,6 +301,28 @@ def test_an_engines_own_failure_is_500_and_says_nothing(gem: Any, monkeypatch: p
         assert facts["type"] == "server_error"
         monkeypatch.undo()
         assert served.post(CHAT, {"messages": ASK, "max_tokens": 1}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"), [(RuntimeError("secret"), "see its log"), (ValueError("too odd"), "too odd")]
+)
+def test_a_stream_that_fails_midway_says_so(
+    gem: Any, monkeypatch: pytest.MonkeyPatch, raised: Exception, words: str
+) -> None:
+    with serving(gem) as served:
+
+        def failing(ids: Any, sampling: Any, listener: Any, **_: Any) -> Job:
+            for event in (Piece(0, "so far"), Failed(raised), Closed()):
+                listener(event)
+            return Job(listener)
+
+        monkeypatch.setattr(served.engine, "generate", failing)
+        chunks = iter(served.client().chat.completions.create(model="tiny", messages=ASK, stream=True))
+        assert [next(chunks).choices[0].delta.content for _ in range(2)] == ["", "so far"]
+        with pytest.raises(openai.APIError, match=words) as told:
+            next(chunks)
+        assert "secret" not in str(told.value)
+        error(served.post(CHAT, {"messages": ASK}), 400 if isinstance(raised, ValueError) else 500)
 
 
 def test_a_request_has_its_time(gem: Any) -> None:

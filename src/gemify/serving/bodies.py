@@ -72,7 +72,7 @@ async def _read(request: Request, settings: Settings) -> bytes:
 
 
 def _too_large(most: int) -> NoReturn:
-    raise ApiError(413, f"the body is larger than {most:,} bytes: send less at a time", headers={"Connection": "close"})
+    raise ApiError(413, f"the body is larger than {most:,} bytes: send less at a time")
 
 
 def read_json(raw: bytes, max_depth: int) -> dict[str, Any]:

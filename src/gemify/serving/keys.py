@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import time
@@ -15,6 +16,8 @@ from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
 
 from gemify.serving.errors import ApiError, busy
+
+logger = logging.getLogger("gemify.serving")
 
 ENVIRONMENT = "GEMIFY_API_KEYS"
 NOBODY = "anonymous"
@@ -47,6 +50,8 @@ class KeyRing:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no text file: write `name: key` lines") from error
+        if path.stat().st_mode & 0o077 and os.name == "posix":
+            logger.warning("%s can be read by other users of this machine: chmod 600 it", path)
         found = _parsed(lines)
         if not found:
             raise ValueError(f"{path} holds no API key: write `name: key` lines")

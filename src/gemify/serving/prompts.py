@@ -48,6 +48,8 @@ class Prompts:
             self._copies.put(_Tools(tokenizer, TextTokenizer(tokenizer, specials)))
         self._table = int(gem.lm.get_input_embeddings().weight.shape[0])
         self._room = gem.max_seq_length
+        self._limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
+        self._longest = max(map(len, gem.tokenizer.get_vocab()))  # characters of a token
         self._tools = threading.local()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="gemify-prompts")
         self.has_chat = bool(gem.tokenizer.chat_template)
@@ -71,6 +73,7 @@ class Prompts:
             if isinstance(item, list):
                 rows.append(item)
                 continue
+            self._require_room(item, self._room)
             some.append(self._before + item)
             size += len(item)
             if size > _AT_A_TIME:
@@ -80,21 +83,35 @@ class Prompts:
 
     async def query(self, text: str) -> list[int]:
         """Ids of a question to an index, cut at the end as the library does."""
-        return (await self.run(self._texts, [self._before_query + text]))[0][: self._room]
+        cut = text[: self._room * self._longest]
+        return (await self.run(self._texts, [self._before_query + cut]))[0][: self._room]
 
     async def prompts(self, given: Input) -> list[list[int]]:
         """Ids of prompts to continue, as the base's own tokenizer reads them."""
+        for item in given:
+            if isinstance(item, str):
+                self._require_room(item, self._limit)
         return [item if isinstance(item, list) else await self.run(self._prompt, item) for item in given]
 
     async def chat(self, messages: Sequence[ChatMessage], passages: Sequence[Found] | None = None) -> tuple[int, ...]:
         """Ids of a conversation up to the answer; passages go into its last message, as `gemify ask` puts them."""
         if not self.has_chat:
             raise bad("this model has no chat template: use /v1/completions", code="no_chat_template")
+        for message in messages:
+            self._require_room(message.content, self._limit)
         return await self.run(self._chat, messages, passages)
 
     async def ids(self, text: str) -> list[int]:
         """Ids of a text, nothing before it."""
         return await self.run(lambda: list(self._own().texts([text], max_tokens=None, head=False)[0]))
+
+    def _require_room(self, text: str, tokens: int | None) -> None:
+        """Refuse at once what cannot fit, instead of reading megabytes to find out."""
+        if tokens is not None and len(text) > tokens * self._longest:
+            raise bad(
+                f"a text has {len(text):,} characters, more than the {tokens:,} tokens that this model takes can hold:"
+                " cut it up"
+            )
 
     # In a reading thread
 

@@ -29,9 +29,9 @@ class EventStream(Response):
         self._asking, self._chunks, self._timeout = asking, chunks, timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         with self._asking:
             try:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 await while_there(receive, self._send(send), self._timeout)
             except ClientGone:
                 scope.setdefault("gemify.notes", {})["gone"] = True
