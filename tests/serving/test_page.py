@@ -64,8 +64,8 @@ def visit(browser: Any, served: Served) -> Iterator[Visiting]:
 def ask(seen: Visit, question: str, *, tokens: int = 12) -> None:
     """Send a question by the keyboard and wait for the end of its answer."""
     before = seen.page.locator(".exchange").count()
-    if tokens != 256:
-        seen.page.locator("#max-tokens").evaluate("(field, value) => (field.value = value)", str(tokens))
+    seen.page.locator("#max-tokens").evaluate("(field, value) => (field.value = value)", str(tokens))
+    seen.page.locator("#temperature").evaluate("field => (field.value = 0)")
     seen.page.fill("#message", question)
     seen.page.press("#message", "Control+Enter")
     seen.page.locator(".exchange").nth(before).locator(".facts", has_not_text="writing").wait_for()
@@ -82,6 +82,7 @@ def test_every_part(visit: Visiting, served: Served, width: int, scheme: str) ->
     assert seen.text("#model") == "tiny"
     page.click("summary:text('Settings')")
     page.fill("#max-tokens", "10")
+    page.fill("#temperature", "0")
     page.fill("#sources", "2")
     page.fill("#message", "When do owls hunt?")
     page.click("button:text('Send')")
@@ -189,6 +190,7 @@ def test_stop_frees_the_row(visit: Visiting, served: Served) -> None:
         seen = visit()
         seen.page.locator("#grounded").uncheck()
         seen.page.locator("#max-tokens").evaluate("field => (field.value = 900)")
+        seen.page.locator("#temperature").evaluate("field => (field.value = 0)")
         seen.page.fill("#message", "count")
         seen.page.press("#message", "Control+Enter")
         seen.page.locator(".answer .said", has_text=re.compile(".")).wait_for()
@@ -229,9 +231,10 @@ def test_memory_marks_what_differs(visit: Visiting, served: Served) -> None:
     seen = visit()
     seen.page.click("#tab-recovery")
     seen.page.fill("#original", text)
-    seen.page.press("#original", "Control+Enter")
+    with seen.page.expect_request("**/v1/recover") as asked:
+        seen.page.press("#original", "Control+Enter")
     seen.page.locator("#recovered").wait_for()
-    output = served.post("/v1/recover", {"input": text}).json()["output"]
+    output = served.post("/v1/recover", asked.value.post_data_json).json()["output"]
     plain = "p => { const copy = p.cloneNode(true); copy.querySelectorAll('.hidden').forEach((s) => s.remove()); return copy.textContent; }"
     assert seen.page.locator("#given").evaluate(plain) == text
     assert "".join(seen.page.locator("#remembered").evaluate(plain).split()) == "".join(output.split())

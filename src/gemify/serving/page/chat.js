@@ -124,7 +124,7 @@ class Exchange {
 
   show(passages) {
     this.sources.hidden = false;
-    if (passages.length) this.cards.replaceChildren(...passages.map((passage, i) => passageCard(passage, i + 1)));
+    if (passages.length) this.cards.replaceChildren(...passages.map((passage, i) => passageCard(passage, i + 1, true)));
     else this.cards.replaceWith(element("p", { class: "muted" }, "Nothing in the index fits."));
     this.summary.textContent = `Sources (${passages.length})`;
   }

@@ -22,8 +22,8 @@ export function drawMap(svg, texts, places) {
   spread(labels, height);
   svg.replaceChildren(
     ...labels.filter((label) => Math.abs(label.y - points[label.i][1]) > 3).map((label) => leader(label, points[label.i])),
-    ...points.map(([x, y], i) => shape("circle", { cx: x, cy: y, r: 5 }, shape("title", {}, texts[i]))),
     ...labels.map(written),
+    ...points.map(([x, y], i) => shape("circle", { cx: x, cy: y, r: 5 }, shape("title", {}, texts[i]))),
   );
 }
 

@@ -3,8 +3,11 @@
 import { element } from "./element.js";
 
 const LONG = { characters: 320, lines: 5 };
+const LONG_BESIDE = { characters: 120, lines: 3 };
 
-export function passageCard(passage, number) {
+/** A card; one that stands beside an answer shows less at first. */
+export function passageCard(passage, number, beside = false) {
+  const long = beside ? LONG_BESIDE : LONG;
   const file = passage.file.split(/[\\/]/).slice(-2).join("/"); // the whole path is in the title
   const name = passage.heading || passage.title || file || passage.id;
   const where = [file, passage.place, score(passage)].filter(Boolean).join(" · ");
@@ -16,7 +19,7 @@ export function passageCard(passage, number) {
     element("p", { class: "muted where", title: passage.file }, where),
     text,
   );
-  if (passage.text.length > LONG.characters || passage.text.split("\n").length > LONG.lines) {
+  if (passage.text.length > long.characters || passage.text.split("\n").length > long.lines) {
     text.classList.add("cut");
     card.append(more(text));
   }

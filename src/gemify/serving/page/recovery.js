@@ -2,9 +2,10 @@
 
 import { post } from "./api.js";
 import { byId, element, onSubmit, sendsByKey } from "./element.js";
-import { compare } from "./words.js";
+import { compare, words } from "./words.js";
 
 const MOST_WORDS = 2000; // compared, each with each
+const MOST_TOKENS = 512;
 
 export function startRecovery() {
   sendsByKey(byId("original"));
@@ -17,9 +18,11 @@ async function recover() {
   status.textContent = "remembering …";
   byId("recovered").hidden = true;
   try {
-    if (input.split(/\s+/).length > MOST_WORDS) throw new Error(`the text is too long to compare: give at most ${MOST_WORDS} words`);
-    const { output } = await post("v1/recover", { input });
-    const { before, after, shared } = compare(input, output);
+    const length = words(input).length;
+    if (length > MOST_WORDS) throw new Error(`the text is too long to compare: give at most ${MOST_WORDS} words`);
+    const max_tokens = Math.min(MOST_TOKENS, 2 * length + 4); // room for all of it, and an end for a model that repeats itself
+    const { output } = await post("v1/recover", { input, max_tokens });
+    const { before, after, shared } = compare(input, output.trim());
     mark(byId("given"), before, "del", "lost: ");
     mark(byId("remembered"), after, "ins", "new: ");
     byId("recovered").hidden = false;
@@ -31,10 +34,10 @@ async function recover() {
 }
 
 /** Write words, those not shared in runs of `tag`: struck out or underlined, named for those who listen. */
-function mark(target, words, tag, spoken) {
+function mark(target, found, tag, spoken) {
   const parts = [];
   let run = null;
-  for (const { space, word, shared } of words) {
+  for (const { space, word, shared } of found) {
     if (shared) {
       run = null;
       parts.push(space + word);
