@@ -21,8 +21,9 @@ MAY_KNOW = {
     "integrations": {"integrations", "model"},
     "training": {"paper", "model", "evaluation", "training"},
     "rag": {"model", "rag"},
-    "serving": {"model", "rag", "serving"},
-    "bench": {"model", "evaluation", "rag", "serving", "bench"},
+    "engine": {"model", "engine"},
+    "serving": {"model", "rag", "engine", "serving"},
+    "bench": {"model", "evaluation", "rag", "bench"},
     "reproduce": {"paper", "model", "evaluation", "training", "reproduce"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -48,7 +49,9 @@ def test_imports_point_one_way() -> None:
             if parts[0] == "gemify" and len(parts) > 1:
                 assert parts[1] in MAY_KNOW[room], f"{path.name} in {room}/ must not import {name}"
     knows_the_command = {p.name for p in FILES if any(n.startswith("gemify.cli") for n in imports(p))}
-    assert knows_the_command == {"__main__.py", "cli.py", "cli_ask.py"}, "only the command knows the command"
+    assert knows_the_command == {"__main__.py", "cli.py", "cli_ask.py", "cli_export.py"}, (
+        "only the command knows the command"
+    )
 
 
 def test_the_method_needs_torch_alone() -> None:
@@ -156,6 +159,7 @@ def test_the_readme_names_commands_and_files_that_exist() -> None:
             "chat",
             "bench",
             "serve",
+            "export",
         }
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", readme, re.M):

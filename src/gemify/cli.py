@@ -17,6 +17,7 @@ from gemify import __version__
 from gemify.cli_ask import register as register_ask
 from gemify.cli_bench import bench
 from gemify.cli_evaluation import register as register_evaluation
+from gemify.cli_export import register as register_export
 from gemify.cli_rag import register as register_rag
 from gemify.cli_serve import register as register_serve
 
@@ -314,6 +315,7 @@ register_evaluation(app)
 register_rag(app)
 register_ask(app)
 register_serve(app)
+register_export(app)
 app.add_typer(bench, name="bench")
 
 

@@ -16,8 +16,8 @@ from openai import AsyncOpenAI, OpenAI
 import tiny
 from conftest import disturb
 from gemify import GemModel
+from gemify.engine.engine import Engine
 from gemify.serving.app import create_app
-from gemify.serving.engine import Engine
 from gemify.serving.keys import KeyRing
 from gemify.serving.server import Server, listen
 from gemify.serving.settings import Settings

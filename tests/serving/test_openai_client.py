@@ -287,7 +287,7 @@ def test_completions_streamed_with_logprobs(client: OpenAI) -> None:
         assert len(choice.logprobs.tokens or []) == 6
         assert choice.logprobs.top_logprobs is not None
         assert all(len(top) == 2 for top in choice.logprobs.top_logprobs)
-    bare = client.completions.create(model="tiny", prompt="one", max_tokens=2, logprobs=0)
+    bare = client.completions.create(model="tiny", prompt="one", max_tokens=2, logprobs=0, temperature=0)
     assert bare.choices[0].logprobs is not None
     assert bare.choices[0].logprobs.top_logprobs == [{}, {}]
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 from served import Served, serving, tiny_gem
 
-from gemify.serving.jobs import Closed, Failed, Job, Piece, QueueFull
+from gemify.engine.jobs import Closed, Failed, Job, Piece, QueueFull
 
 ASK: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"

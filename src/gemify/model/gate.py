@@ -16,6 +16,7 @@ LoRA, PEFT's trainable tokens), so that PEFT alone gives the same embedding for 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -236,6 +237,24 @@ class Adapter(nn.Module):
 
     def load(self, directory: Path) -> None:
         self.load_state(load_file(directory / ADAPTER_FILE))
+
+    def save_without_rows(self, directory: Path, *, special_id: int) -> None:
+        """Write a gated adapter of one special token, for a base whose table holds its row: plain LoRA tensors only."""
+        config = copy.copy(self._peft[0].peft_config[_NAME])
+        config.alora_invocation_tokens, config.trainable_token_indices = [special_id], None
+        config.base_model_name_or_path, config.inference_mode = None, True
+        config.save_pretrained(str(directory))
+        state = self.state()
+        del state[self._row_key()]
+        save_file(state, directory / ADAPTER_FILE, metadata={"format": "pt"})
+
+    def unload(self, lm: PreTrainedModel) -> PreTrainedModel:
+        """The plain language model, its adapter (not gated ones) folded in, its table as it was. Ends the adapter."""
+        if not self._peft:
+            return lm
+        peft = self._peft.pop()
+        plain: PreTrainedModel = peft.merge_and_unload() if self.tune == "lora" else peft.unload()
+        return plain
 
     def merge(self) -> PreTrainedModel:
         """The plain language model with ordinary LoRA folded in and the special rows written to its table."""

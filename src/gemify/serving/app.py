@@ -17,6 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from gemify import __version__
+from gemify.engine.sampling import Sampling
 from gemify.serving import chat, completions, embeddings, health, models, page, recovery, search
 from gemify.serving.access import Access
 from gemify.serving.asking import Asking
@@ -27,11 +28,10 @@ from gemify.serving.keys import KeyRing, Limits
 from gemify.serving.metrics import Metrics
 from gemify.serving.prompts import Prompts
 from gemify.serving.responses import Error
-from gemify.serving.sampling import Sampling
 from gemify.serving.settings import Settings
 
 if TYPE_CHECKING:
-    from gemify.serving.engine import Engine
+    from gemify.engine.engine import Engine
 
 logger = logging.getLogger("gemify.serving")
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.types import Receive
 
+from gemify.engine.jobs import Closed, Event, Failed, Finished, Job, Piece, Vectors
 from gemify.serving.errors import ApiError, of_engine
-from gemify.serving.jobs import Closed, Event, Failed, Finished, Job, Piece, Vectors
 
 T = TypeVar("T")
 

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gemify.serving.jobs import Finished, Piece
-from gemify.serving.sampling import TokenLogprob
+from gemify.engine.jobs import Finished, Piece
+from gemify.engine.sampling import TokenLogprob
 
 _LEAST = -9999.0  # JSON has no -infinity
 Kind = Literal["chat", "completion"]

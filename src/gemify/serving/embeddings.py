@@ -12,11 +12,11 @@ import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from gemify.engine.jobs import Vectors
 from gemify.serving.asking import Asking, while_there
 from gemify.serving.bodies import JsonRoute
 from gemify.serving.errors import bad
 from gemify.serving.house import house_of, key_of, note
-from gemify.serving.jobs import Vectors
 from gemify.serving.replies import unit
 from gemify.serving.responses import Embeddings
 from gemify.serving.types import EmbeddingsRequest

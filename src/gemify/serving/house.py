@@ -17,7 +17,7 @@ from gemify.serving.prompts import Prompts
 from gemify.serving.settings import Settings
 
 if TYPE_CHECKING:
-    from gemify.serving.engine import Engine
+    from gemify.engine.engine import Engine
 
 
 class Searchable(Protocol):

@@ -8,11 +8,11 @@ from functools import partial
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from gemify.engine.jobs import Vectors
 from gemify.serving.asking import Asking, while_there
 from gemify.serving.bodies import JsonRoute
 from gemify.serving.choices import Choice, usage
 from gemify.serving.house import house_of, key_of, note
-from gemify.serving.jobs import Vectors
 from gemify.serving.responses import Recovery
 from gemify.serving.types import RecoverRequest
 

@@ -12,12 +12,12 @@ import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from gemify.engine.jobs import Finished, Piece, Vectors
+from gemify.engine.sampling import Sampling
 from gemify.serving.asking import Asking, while_there
 from gemify.serving.choices import Choice, Form, usage
 from gemify.serving.errors import bad
 from gemify.serving.house import House, house_of, key_of, note
-from gemify.serving.jobs import Finished, Piece, Vectors
-from gemify.serving.sampling import Sampling
 from gemify.serving.streams import EventStream
 from gemify.serving.types import ChatRequest, CompletionsRequest
 

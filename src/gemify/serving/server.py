@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
+from gemify.engine.engine import Engine
 from gemify.serving.app import create_app
 from gemify.serving.connections import Connection
-from gemify.serving.engine import Engine
 from gemify.serving.keys import ENVIRONMENT, KeyRing
 from gemify.serving.logs import set_up_logs
 from gemify.serving.settings import Settings

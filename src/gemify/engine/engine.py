@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from gemify.engine.embedding import Embedding
+from gemify.engine.jobs import EmbeddingJob, Job, Listener, QueueFull, Stopping, WritingJob
+from gemify.engine.sampling import Sampling
+from gemify.engine.writing import Writing
 from gemify.model.gem import GemModel
 from gemify.model.turn import turn
-from gemify.serving.embedding import Embedding
-from gemify.serving.jobs import EmbeddingJob, Job, Listener, QueueFull, Stopping, WritingJob
-from gemify.serving.sampling import Sampling
-from gemify.serving.writing import Writing
 
 logger = logging.getLogger(__name__)
 

@@ -7,16 +7,16 @@ from collections import deque
 import numpy as np
 import torch
 
+from gemify.engine.answer import Answer
+from gemify.engine.decoding import Decoding
+from gemify.engine.jobs import Closed, Failed, Vectors, WritingJob
+from gemify.engine.prefixes import Prefixes
+from gemify.engine.token_bytes import TokenBytes
 from gemify.model.cache import size_in_bytes
 from gemify.model.gem import GemModel
 from gemify.model.handover import Handle, extend
 from gemify.model.passes import Text, special_pass, text_pass
 from gemify.model.pooling import pool
-from gemify.serving.answer import Answer
-from gemify.serving.decoding import Decoding
-from gemify.serving.jobs import Closed, Failed, Vectors, WritingJob
-from gemify.serving.prefixes import Prefixes
-from gemify.serving.token_bytes import TokenBytes
 
 
 class Writing:

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from gemify import GemModel
-from gemify.serving.engine import Engine
-from gemify.serving.jobs import Closed, Event, Failed, Finished, Job, Piece, Vectors
-from gemify.serving.sampling import Sampling
+from gemify.engine.engine import Engine
+from gemify.engine.jobs import Closed, Event, Failed, Finished, Job, Piece, Vectors
+from gemify.engine.sampling import Sampling
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 

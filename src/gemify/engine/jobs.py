@@ -8,8 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from gemify.engine.sampling import Sampling, TokenLogprob
 from gemify.model.passes import Text
-from gemify.serving.sampling import Sampling, TokenLogprob
 
 
 @dataclass(frozen=True)

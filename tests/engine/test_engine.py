@@ -17,12 +17,12 @@ from transformers import GenerationConfig
 import tiny
 from conftest import disturb
 from gemify import GemModel
+from gemify.engine.engine import Engine
+from gemify.engine.jobs import Closed, Failed, Piece, QueueFull, Stopping
+from gemify.engine.sampling import Sampling
 from gemify.model.encode import encode_ids
 from gemify.model.handover import prefill
 from gemify.model.turn import turn
-from gemify.serving.engine import Engine
-from gemify.serving.jobs import Closed, Failed, Piece, QueueFull, Stopping
-from gemify.serving.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

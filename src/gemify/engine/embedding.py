@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 
+from gemify.engine.jobs import Closed, EmbeddingJob, Failed
 from gemify.model.batching import length_groups
 from gemify.model.encode import encode_ids
 from gemify.model.gem import GemModel
-from gemify.serving.jobs import Closed, EmbeddingJob, Failed
 
 Row = tuple[int, ...]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from gemify.engine.jobs import Closed, Finished, Piece, WritingJob
+from gemify.engine.sampling import Sampler, TokenLogprob, likeliest
+from gemify.engine.token_bytes import TokenBytes
 from gemify.model.gem import GemModel
 from gemify.model.streaming import Pieces
-from gemify.serving.jobs import Closed, Finished, Piece, WritingJob
-from gemify.serving.sampling import Sampler, TokenLogprob, likeliest
-from gemify.serving.token_bytes import TokenBytes
 
 
 class Answer:

@@ -1,0 +1,191 @@
+"""A GEM as plain directories that other engines read: a language model, and beside it what makes its vectors.
+
+Engines that know nothing of gemify run ``text S`` through plain weights and take the last token's hidden state. That is
+the GEM's vector wherever its weights act at every position, or its special token's row is all that was trained:
+
+- ``full``, ``lora``, ``tokens``: the language model with everything folded in, and ``embedding/`` for
+  sentence-transformers and those that read its layout: the same weights (a hard link), a tokenizer that ends every text
+  with the special token, last-token pooling.
+- ``gated``: its LoRA acts at the special token alone, which no plain weights can say. The language model (the base, with
+  the special token's row), and ``adapter/``, an aLoRA adapter on it.
+
+Several special tokens share a position and do not see each other, so that they are as many texts with one token each:
+``embedding-1/``, ``embedding-2/``, ... (``adapter-1/``, ...), whose vectors are to be averaged or concatenated.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.processors import TemplateProcessing
+from torch import nn
+from transformers import PreTrainedModel
+
+from gemify.model.base import grow_table, quiet
+from gemify.model.config import CONFIG_FILE, GemConfig
+from gemify.model.export_card import card
+from gemify.model.gem import GemModel
+from gemify.model.storage import atomic_directory
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, the paths within the directory."""
+
+    directory: Path
+    special_tokens: tuple[str, ...]
+    embedding: tuple[str, ...]
+    """Directories for sentence-transformers, one a special token (none of a gated GEM)."""
+    adapters: tuple[str, ...]
+    """aLoRA adapters, one a special token (of a gated GEM only)."""
+
+
+def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported:
+    """Write a GEM for other engines, its weights in ``dtype`` (of `DTYPES`; default: as loaded). Ends the use of ``gem``.
+
+    Raises ValueError for a GEM without special tokens, or with several at positions of their own, and for a directory
+    that holds files: what an older export left there would be taken for a part of this one.
+    """
+    config = gem.config
+    require_exportable(config, output, dtype)
+    gated = config.tune == "gated"
+    numbers = ["" if config.k == 1 else f"-{n}" for n in range(1, config.k + 1)]
+    embedding = () if gated else tuple(f"embedding{n}" for n in numbers)
+    adapters = tuple(f"adapter{n}" for n in numbers) if gated else ()
+    written = Exported(output, config.special_tokens, embedding, adapters)
+    with atomic_directory(output, last="config.json") as stage:
+        for name, special in zip(adapters, config.special_ids, strict=bool(adapters)):
+            assert gem.adapter is not None
+            gem.adapter.save_without_rows(stage / name, special_id=special)
+        lm = plain_model(gem)
+        with quiet():
+            (lm if dtype is None else lm.to(DTYPES[dtype])).save_pretrained(stage)
+        gem.tokenizer.save_pretrained(stage)
+        if not gated:
+            whole = dataclasses.replace(config, tune="full")
+            (stage / CONFIG_FILE).write_text(whole.to_json(), encoding="utf-8")
+        for name, special in zip(embedding, config.special_ids, strict=bool(embedding)):
+            _write_embedding(gem, lm, stage, stage / name, special)
+        text = card(config, embedding=embedding, adapters=adapters)
+        (stage / "README.md").write_text(text, encoding="utf-8")
+    return written
+
+
+def require_exportable(config: GemConfig, output: Path, dtype: str | None) -> None:
+    """Refuse what no sequence of ``text S`` gives, an ``output`` that is in use, and an unknown ``dtype``."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise ValueError(f"{output} {'is a file' if output.is_file() else 'holds files'}: give a new --output")
+    if config.k == 0:
+        raise ValueError(
+            "this model has no special tokens, there is nothing to append to a text: load it in sentence-transformers"
+            " with mean pooling"
+        )
+    if config.k > 1 and not config.shared_position:
+        raise ValueError(
+            f"{config.k} special tokens at positions of their own are no {config.k} texts with one token each:"
+            " other engines cannot embed with this model, use `gemify embed`, or train with a shared position"
+        )
+
+
+@torch.no_grad()
+def plain_model(gem: GemModel) -> PreTrainedModel:
+    """The model with the special tokens' rows in its table. Its head stays as it is: a tied one is untied if it must be."""
+    lm, adapter, ids = gem.lm, gem.adapter, list(gem.config.special_ids)
+    if lm.generation_config is not None:
+        lm.generation_config.suppress_tokens = ids  # as `GemModel.generate` never emits them
+    if adapter is None:
+        return lm
+    rows_KD = adapter.rows.rows_KD
+    lm = adapter.unload(lm)
+    old = lm.get_input_embeddings().weight.shape[0]
+    grow_table(lm, ids, rows_KD)
+    table, head = lm.get_input_embeddings(), lm.get_output_embeddings()
+    if head.weight is table.weight:
+        head.weight = nn.Parameter(table.weight.clone(), requires_grad=False)
+        head.weight[[i for i in ids if i >= old]] = head.weight[:old].mean(0)  # likely in no context
+        lm.config.tie_word_embeddings = lm.config.get_text_config().tie_word_embeddings = False
+    table.weight[ids] = rows_KD.to(table.weight)
+    return lm
+
+
+def _write_embedding(gem: GemModel, lm: PreTrainedModel, model: Path, directory: Path, special: int) -> None:
+    """A sentence-transformers directory on the weights beside it, whose tokenizer ends every text with ``special``."""
+    directory.mkdir()
+    for path in [model / "config.json", *model.glob("*.safetensors"), *model.glob("*.safetensors.index.json")]:
+        try:
+            os.link(path, directory / path.name)
+        except OSError:  # a file system without hard links
+            shutil.copy2(path, directory / path.name)
+    _write_tokenizer(gem, directory, special)
+    width = int(lm.config.get_text_config().hidden_size)
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    ]
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+    pooling = {
+        "word_embedding_dimension": width,
+        **{f"pooling_mode_{mode}": mode == "lasttoken" for mode in modes},
+        "include_prompt": True,
+    }
+    settings = {
+        "prompts": dict(gem.config.prompts),
+        "default_prompt_name": gem.config.default_prompt_name,
+        "similarity_fn_name": "cosine",
+    }
+    (directory / "1_Pooling").mkdir()
+    _write_json(directory / "modules.json", modules)
+    _write_json(directory / "1_Pooling" / "config.json", pooling)
+    _write_json(directory / "config_sentence_transformers.json", settings)
+    _write_json(
+        directory / "sentence_bert_config.json",
+        {"max_seq_length": gem.config.max_length - gem.config.k + 1, "do_lower_case": False},
+    )
+
+
+def _write_tokenizer(gem: GemModel, directory: Path, special: int) -> None:
+    """The tokenizer, with ``special`` after every text, and the special tokens' names read as ordinary text."""
+    tokenizer = copy.deepcopy(gem.tokenizer)
+    head = gem.text_tokenizer.head
+    ids = [*head, special]
+    names = tokenizer.convert_ids_to_tokens(ids)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=[*names[:-1], "$A", names[-1]],
+        pair=[*names[:-1], "$A", "$B:0", names[-1]],
+        special_tokens=list(dict(zip(names, ids, strict=True)).items()),
+    )
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    tokenizer.model_max_length = gem.config.max_length - gem.config.k + 1
+    tokenizer.save_pretrained(directory)
+    _forget_names(directory, gem.config.special_tokens)
+
+
+def _forget_names(directory: Path, names: Sequence[str]) -> None:
+    """Leave the special tokens to the template: a text that spells one's name is text, as in `GemModel.encode`."""
+    path = directory / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in names]
+    _write_json(path, values)
+    path = directory / "tokenizer_config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if extra := values.get("extra_special_tokens"):
+        values["extra_special_tokens"] = [name for name in extra if name not in names]
+    values.pop("added_tokens_decoder", None)
+    _write_json(path, values)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
