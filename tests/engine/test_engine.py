@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from asking import GREEDY, Heard, running
-from transformers import GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import tiny
 from conftest import disturb
@@ -22,7 +21,7 @@ from gemify.engine.jobs import Closed, Failed, Piece, QueueFull, Stopping
 from gemify.engine.sampling import Sampling
 from gemify.model.encode import encode_ids
 from gemify.model.handover import prefill
-from gemify.model.turn import turn
+from gemify.model.joining import adapts_to_length
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -147,7 +146,7 @@ def test_prefixes_stay_within_their_budget(shared_gem: GemModel) -> None:
         for seed in range(12):
             asker.write(some_ids(seed, 50)).wait()
             assert asker.engine.stats().prefix_bytes <= 3 * one
-        assert asker.engine._writing.prefixes.nbytes > one
+        assert asker.engine._writing.work.prefixes.nbytes > one
     with running(shared_gem, prefix_bytes=0) as asker:
         for _ in range(2):
             asker.write(some_ids(1, 50)).wait()
@@ -273,7 +272,7 @@ def test_a_cancelled_answer_is_gone_by_the_next_step(shared_gem: GemModel) -> No
         job = asker.engine.generate(some_ids(1, 5), endless, held)
         waiting = asker.write(some_ids(2, 5))
         assert begun.wait(60)
-        with turn(shared_gem):  # between two steps
+        with asker.engine.paused():  # between two steps
             at_cancel.append(len(held.of(Piece)))
             job.cancel()
         held.wait()
@@ -283,36 +282,27 @@ def test_a_cancelled_answer_is_gone_by_the_next_step(shared_gem: GemModel) -> No
 
 
 def test_waiting_requests_can_be_cancelled(shared_gem: GemModel) -> None:
-    with turn(shared_gem), running(shared_gem) as asker:
-        heard = [asker.write(some_ids(1, 5)), asker.embed([some_ids(2, 5)])]
-        asker.job.cancel()
-        kept = asker.embed([some_ids(3, 5)])
-        release(shared_gem)
-        kept.wait()
-        assert heard[1].wait().events == [Closed()]
-
-
-def release(gem: GemModel) -> None:
-    """Let the engine run while this thread is inside `turn`."""
-    lock: Any = turn(gem)
-    lock.release()
-    time.sleep(0)
-    threading.Event().wait(0.2)
-    lock.acquire()
+    with running(shared_gem) as asker:
+        with asker.engine.paused():
+            gone = []
+            for ask in (lambda: asker.write(some_ids(1, 5)), lambda: asker.embed([some_ids(2, 5)])):
+                gone.append(ask())
+                asker.job.cancel()
+            kept = [asker.write(some_ids(3, 5)), asker.embed([some_ids(3, 5)])]
+        for heard in kept:
+            heard.wait()
+        assert [heard.wait().events for heard in gone] == [[Closed()], [Closed()]]
 
 
 def test_a_full_queue_says_so(shared_gem: GemModel) -> None:
-    with turn(shared_gem):
-        engine = Engine(shared_gem, max_waiting=4)
-        engine.start()
-        large = Heard()
-        engine.embed([some_ids(i, 4) for i in range(9)], large)  # more than fits, but nothing else waits
-        with pytest.raises(QueueFull, match="waiting"):
-            engine.embed([some_ids(1, 4)], Heard())
-        with pytest.raises(QueueFull):
-            engine.generate(some_ids(1, 4), GREEDY, Heard())
-    assert large.vectors().shape == (9, 32)
-    engine.stop()
+    with running(shared_gem, max_waiting=4) as asker:
+        with asker.engine.paused():
+            large = asker.embed([some_ids(i, 4) for i in range(9)])  # more than fits, but nothing else waits
+            with pytest.raises(QueueFull, match="waiting"):
+                asker.embed([some_ids(1, 4)])
+            with pytest.raises(QueueFull):
+                asker.write(some_ids(1, 4))
+        assert large.vectors().shape == (9, 32)
 
 
 def test_stopping_finishes_what_was_accepted(shared_gem: GemModel) -> None:
@@ -339,21 +329,33 @@ def test_stopping_in_time_tells_everybody(shared_gem: GemModel) -> None:
         listener.wait()
 
 
-def test_neither_kind_of_work_waits_for_the_other(shared_gem: GemModel) -> None:
-    """A bulk of texts and long answers at once: each ends long before the other could if it went first."""
-    with turn(shared_gem), running(shared_gem, step_tokens=32) as asker:
-        bulk = asker.embed([some_ids(i, 20) for i in range(400)])
-        single = asker.embed([some_ids(999, 7)])
-        answer = asker.write(some_ids(1, 5), Sampling(max_tokens=20, temperature=0.0, logit_bias={77: 100.0}))
-        seen: list[int] = []
-        answer._on_event = lambda event: seen.append(len(single.events))
-        bulk_done: list[bool] = []
-        single._on_event = answer._on_event = lambda event: bulk_done.append(bulk.closed.is_set())
-        lock: Any = turn(shared_gem)
-        lock.release()
-        single.wait(), answer.wait(), bulk.wait()
-        lock.acquire()
+def test_nobody_waits_for_a_bulk_request(shared_gem: GemModel) -> None:
+    """Many texts at once: a single text and an answer that come later are done before them."""
+    with running(shared_gem, step_tokens=32) as asker:
+        with asker.engine.paused():
+            bulk = asker.embed([some_ids(i, 20) for i in range(600)])
+            later = [asker.embed([some_ids(999, 7)]), asker.write(some_ids(1, 5), Sampling(max_tokens=5))]
+            bulk_done: list[bool] = []
+            for heard in later:
+                heard._on_event = lambda event: bulk_done.append(bulk.closed.is_set())
+        for heard in [*later, bulk]:
+            heard.wait()
+    assert bulk_done
     assert not any(bulk_done)
+
+
+def test_a_model_whose_positions_adapt_takes_one_pass_at_a_time(shared_gem: GemModel, tmp_path: Path) -> None:
+    assert not adapts_to_length(shared_gem.lm)
+    config = AutoConfig.for_model(
+        "llama", **tiny._COMMON, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    gem = GemModel.from_base(str(tmp_path))
+    assert adapts_to_length(gem.lm)
+    engine = Engine(gem)
+    assert engine._writing.lock is engine._embedding.lock
+    assert Engine(shared_gem)._writing.lock is not Engine(shared_gem)._embedding.lock
 
 
 def test_a_listener_that_raises_harms_nobody_else(shared_gem: GemModel) -> None:
@@ -370,7 +372,7 @@ def test_an_error_in_a_pass_is_told_and_the_engine_goes_on(
     shared_gem: GemModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running(shared_gem) as asker:
-        with turn(shared_gem):
+        with asker.engine.paused():
             asked = [asker.write(some_ids(1, 5)), asker.embed([some_ids(2, 5)]), asker.recover(some_ids(2, 5))]
             body = shared_gem.lm.get_decoder()
             handle = body.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError("no memory")))

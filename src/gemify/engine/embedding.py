@@ -24,6 +24,9 @@ class Embedding:
     def busy(self) -> bool:
         return bool(self.waiting)
 
+    def counts(self) -> dict[str, int]:
+        return {"texts": self.texts, "tokens": self.tokens, "cancelled": self.cancelled, "failed": self.failed}
+
     def step(self) -> None:
         """Embed texts of up to ``step_tokens`` columns, at least one. A bulk request holds up nobody's single text."""
         self._drop_cancelled()

@@ -1,31 +1,30 @@
-"""One model, both jobs at once: the thread that owns the computing, and shares it between writing and embedding.
+"""One model, both jobs at once: two threads that pass through the same weights, each with its half of the cores.
 
     asked for     prompts --> `Writing`: read a part a step, then one token a step for every answer --> Piece, Finished
                   texts ----> `Embedding`: small batches, a text of each request in turn -------------> Vectors
 
-Each step belongs to the kind of work that has had less time so far: long chats do not hold up embeddings, nor bulk
-embeddings chats. A step is short, so what is asked for next never waits long, and a cancelled request is gone by the
-next one. Every step is a `turn` of the model's.
+Neither kind of work waits for the other: long chats do not hold up embeddings, nor bulk embeddings chats. Two passes on
+half of the cores each also get more done than one after the other on all of them, as a single token for some rows leaves
+little to divide. A kind that is alone has all cores. Steps are short, so a cancelled request is gone by the next one.
 """
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from gemify.engine.embedding import Embedding
-from gemify.engine.jobs import EmbeddingJob, Job, Listener, QueueFull, Stopping, WritingJob
+from gemify.engine.jobs import EmbeddingJob, Listener, QueueFull, WritingJob
 from gemify.engine.sampling import Sampling
+from gemify.engine.worker import J, Worker
 from gemify.engine.writing import Writing
 from gemify.model.gem import GemModel
-from gemify.model.turn import turn
-
-logger = logging.getLogger(__name__)
+from gemify.model.joining import adapts_to_length
 
 
 @dataclass(frozen=True)
@@ -81,35 +80,45 @@ class Engine:
         self._vocabulary = gem.lm.get_input_embeddings().weight.shape[0]
         self._max_rows, self._max_waiting = max_rows, max_waiting
         step_tokens = step_tokens or (512 if gem.device.type == "cpu" else 8192)
-        self._writing = Writing(
-            gem, max_rows=max_rows, kv_bytes=kv_bytes, prefix_bytes=prefix_bytes, step_tokens=step_tokens
+        lock: contextlib.AbstractContextManager[object] = threading.RLock()
+        beside = lock if adapts_to_length(gem.lm) else threading.RLock()
+        cores = torch.get_num_threads()
+        self._writing = Worker(
+            Writing(gem, max_rows=max_rows, kv_bytes=kv_bytes, prefix_bytes=prefix_bytes, step_tokens=step_tokens),
+            "writing",
+            lock=lock,
+            threads=lambda: max(1, cores // 2) if self._embedding.busy else cores,
         )
-        self._embedding = Embedding(gem, step_tokens=step_tokens)
-        self._change = threading.Condition()
-        self._new: list[Job] = []  # accepted, not yet seen by the thread
-        self._stats = EngineStats()
-        self._seconds = {"write": 0.0, "embed": 0.0}
-        self._share = {"write": 0.0, "embed": 0.0}  # seconds, without those of times when the other had nothing to do
-        self._stopping = self._dropping = False
-        self._thread = threading.Thread(target=self._run, name="gemify-engine")
+        self._embedding = Worker(
+            Embedding(gem, step_tokens=step_tokens),
+            "embedding",
+            lock=beside,
+            threads=lambda: max(1, cores - cores // 2) if self._writing.busy else cores,
+        )
+        self._accepting = threading.Lock()
 
     # Asking
 
     def start(self) -> None:
-        self._thread.start()
+        self._writing.start()
+        self._embedding.start()
 
     def stop(self, *, timeout: float | None = None) -> bool:
         """Take no more and finish what was accepted, for at most ``timeout`` seconds. Whether all was finished."""
-        with self._change:
-            self._stopping = True
-            self._change.notify()
-        if self._thread.ident is None:  # never started
-            return True
-        self._thread.join(timeout)
-        finished = not self._thread.is_alive()
-        self._dropping = True
-        self._thread.join()
-        return finished
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for worker in (self._writing, self._embedding):
+            worker.refuse()
+        done = True
+        for worker in (self._writing, self._embedding):
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            done = worker.join(left) and done
+        return done
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No step runs while this is open: the model is the caller's."""
+        with self._writing.lock, self._embedding.lock:
+            yield
 
     def generate(
         self,
@@ -150,7 +159,7 @@ class Engine:
                 f" {self.limit} in all: shorten the prompt or lower max_tokens"
             )
         job = WritingJob(ids, sampling, listener, n=n, embed_prompt=embed_prompt, recovering=False, scope=scope)
-        self._accept(job)
+        self._accept(self._writing, job)
         return job
 
     def embed(self, rows: Sequence[Sequence[int]], listener: Listener) -> EmbeddingJob:
@@ -160,7 +169,7 @@ class Engine:
         for at, ids in enumerate(rows):
             self._require_text(f"text {at}", ids)
         job = EmbeddingJob(rows, listener)
-        self._accept(job)
+        self._accept(self._embedding, job)
         return job
 
     def recover(self, ids: Sequence[int], listener: Listener, *, max_tokens: int = 64) -> WritingJob:
@@ -170,20 +179,29 @@ class Engine:
         self._require_text("the text", ids)
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
         job = WritingJob(ids, sampling, listener, n=1, embed_prompt=False, recovering=True, scope="")
-        self._accept(job)
+        self._accept(self._writing, job)
         return job
 
     def stats(self) -> EngineStats:
-        """As of the last step, and what was accepted since."""
-        with self._change:
-            answers = sum(job.units for job in self._new if isinstance(job, WritingJob))
-            texts = sum(job.units for job in self._new) - answers
-            return replace(
-                self._stats,
-                alive=self._thread.is_alive(),
-                waiting_answers=self._stats.waiting_answers + answers,
-                waiting_texts=self._stats.waiting_texts + texts,
-            )
+        """As of the last steps, and what was accepted since."""
+        (writing, write_seconds), (embedding, embed_seconds) = self._writing.counts(), self._embedding.counts()
+        return EngineStats(
+            alive=self._writing.alive and self._embedding.alive,
+            rows=writing["rows"],
+            waiting_answers=self._writing.waiting,
+            waiting_texts=self._embedding.waiting,
+            prompt_tokens=writing["prompt_tokens"],
+            reused_tokens=writing["reused_tokens"],
+            generated_tokens=writing["generated_tokens"],
+            finished_answers=writing["finished"],
+            embedded_texts=embedding["texts"],
+            embedded_tokens=embedding["tokens"],
+            cancelled=writing["cancelled"] + embedding["cancelled"],
+            failed=writing["failed"] + embedding["failed"],
+            prefix_bytes=writing["prefix_bytes"],
+            write_seconds=write_seconds,
+            embed_seconds=embed_seconds,
+        )
 
     def _require_ids(self, what: str, ids: Sequence[int]) -> None:
         if any(not 0 <= i < self._vocabulary for i in ids):
@@ -195,83 +213,15 @@ class Engine:
         if len(ids) > self.gem.config.room:
             raise ValueError(f"{what} has {len(ids)} tokens, this model embeds up to {self.gem.config.room}: cut it up")
 
-    def _accept(self, job: Job) -> None:
-        with self._change:
-            if self._stopping or not self._thread.is_alive():
-                raise Stopping
-            waiting = self._stats.waiting_answers + self._stats.waiting_texts + sum(new.units for new in self._new)
+    def _accept(self, worker: Worker[J], job: J) -> None:
+        with self._accepting:
+            waiting = self._writing.waiting + self._embedding.waiting
             if waiting and waiting + job.units > self._max_waiting:
                 raise QueueFull(waiting, retry_after=self._seconds_for(waiting))
-            self._new.append(job)
-            self._change.notify()
+            worker.accept(job)
 
     def _seconds_for(self, units: int) -> float:
         """A guess from what is behind us, 1 to 60."""
-        done = self._stats.finished_answers + self._stats.embedded_texts
-        spent = self._stats.write_seconds + self._stats.embed_seconds
+        stats = self.stats()
+        done, spent = stats.finished_answers + stats.embedded_texts, stats.write_seconds + stats.embed_seconds
         return min(60.0, max(1.0, round(units * spent / done))) if done else 1.0
-
-    # Working
-
-    def _run(self) -> None:
-        while self._wait():
-            try:
-                with turn(self.gem), torch.inference_mode():
-                    self._step()
-            except Exception:  # each half catches what its jobs raise: this is ours, and must not end the thread
-                logger.exception("a step failed")
-                self._writing.drop_all()
-                self._embedding.drop_all()
-            self._publish()
-
-    def _wait(self) -> bool:
-        """Take in what was asked for, waiting for it if there is nothing else to do. False: the end."""
-        with self._change:
-            while not (self._new or self._busy or self._stopping):
-                self._change.wait()
-            new, self._new = self._new, []
-            for job in new:
-                if isinstance(job, WritingJob):
-                    self._writing.waiting.append(job)
-                elif isinstance(job, EmbeddingJob):
-                    self._embedding.waiting.append(job)
-        if self._dropping:
-            self._writing.drop_all()
-            self._embedding.drop_all()
-        return self._busy or not self._stopping
-
-    @property
-    def _busy(self) -> bool:
-        return self._writing.busy or self._embedding.busy
-
-    def _step(self) -> None:
-        if not (self._writing.busy and self._embedding.busy):  # no credit for times when there was nothing to do
-            self._share = dict.fromkeys(self._share, 0.0)
-        write = self._writing.busy and (not self._embedding.busy or self._share["write"] <= self._share["embed"])
-        half: Writing | Embedding = self._writing if write else self._embedding
-        start = time.perf_counter()
-        half.step()
-        took = time.perf_counter() - start
-        self._share["write" if write else "embed"] += took
-        self._seconds["write" if write else "embed"] += took
-
-    def _publish(self) -> None:
-        writing, embedding = self._writing, self._embedding
-        stats = EngineStats(
-            rows=len(writing.answers),
-            waiting_answers=sum(job.units for job in writing.waiting),
-            waiting_texts=sum(job.units for job in embedding.waiting),
-            prompt_tokens=writing.prompt_tokens,
-            reused_tokens=writing.reused_tokens,
-            generated_tokens=writing.generated_tokens,
-            finished_answers=writing.finished,
-            embedded_texts=embedding.texts,
-            embedded_tokens=embedding.tokens,
-            cancelled=writing.cancelled + embedding.cancelled,
-            failed=writing.failed + embedding.failed,
-            prefix_bytes=writing.prefixes.nbytes,
-            write_seconds=self._seconds["write"],
-            embed_seconds=self._seconds["embed"],
-        )
-        with self._change:
-            self._stats = stats

@@ -43,6 +43,18 @@ class Writing:
     def jobs(self) -> list[WritingJob]:
         return [*self.waiting, *dict.fromkeys(answer.job for answer in self.answers)]
 
+    def counts(self) -> dict[str, int]:
+        return {
+            "rows": len(self.answers),
+            "prompt_tokens": self.prompt_tokens,
+            "reused_tokens": self.reused_tokens,
+            "generated_tokens": self.generated_tokens,
+            "finished": self.finished,
+            "cancelled": self.cancelled,
+            "failed": self.failed,
+            "prefix_bytes": self.prefixes.nbytes,
+        }
+
     def step(self) -> None:
         """Read up to ``step_tokens`` of what waits, then one token for each answer."""
         self._drop_cancelled()

@@ -62,6 +62,13 @@ def require_shiftable(lm: PreTrainedModel) -> None:
         raise ValueError("this model's caches cannot be joined: its positions are not plain rotary ones")
 
 
+def adapts_to_length(lm: PreTrainedModel) -> bool:
+    """Whether a pass changes the model's own frequencies by the length of its text: then one pass at a time."""
+    kinds = [getattr(m, "rope_type", None) for m in lm.modules()]
+    named = [name for kind in kinds if kind for name in (kind.values() if isinstance(kind, dict) else [kind])]
+    return any(name == "longrope" or "dynamic" in name for name in named)
+
+
 def _run(lm: PreTrainedModel, ids_BT: Tensor, first: int) -> DynamicCache:
     cache = new_cache(lm)
     positions = first + torch.arange(ids_BT.shape[1], device=ids_BT.device)
