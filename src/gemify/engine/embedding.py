@@ -70,7 +70,7 @@ class Embedding:
             job.tell(Closed())
 
     def _fail(self, job: EmbeddingJob, error: Exception) -> None:
-        self.failed += 1
+        self.failed += not job.closed
         if job in self.waiting:
             self.waiting.remove(job)
         job.tell(Failed(error))

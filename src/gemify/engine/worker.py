@@ -116,6 +116,7 @@ class Worker(Generic[J]):
                 self._change.wait()
             self.work.waiting.extend(self._new)
             self._new.clear()
+            self._waiting = units(self.work.waiting)
         if self._dropping:
             self.work.drop_all()
             self._publish(0.0)

@@ -47,7 +47,11 @@ def serve(settings: Settings) -> None:
         index = _open_index(settings, gem)
         set_up_logs(log_prompts=settings.log_prompts)
         engine = Engine(
-            gem, max_rows=settings.max_rows, max_waiting=settings.max_waiting, prefix_bytes=settings.prefix_bytes
+            gem,
+            max_rows=settings.max_rows,
+            max_waiting=settings.max_waiting,
+            prefix_bytes=settings.prefix_bytes,
+            kv_bytes=settings.kv_bytes,
         )
         app = create_app(engine, settings, index, keys=keys)
         host, port = listener.getsockname()[:2]

@@ -57,6 +57,9 @@ class Settings:
     prefix_bytes: int = 512 << 20
     """Memory for the KV caches that requests with the same beginning share."""
 
+    kv_bytes: int = 4 << 30
+    """Memory for the KV caches of the answers being written."""
+
     timeout: float = 600.0
     """Seconds a request may take."""
     body_timeout: float = 30.0
