@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
@@ -16,7 +17,6 @@ from gemify.serving.settings import Settings
 
 _IN_A_THREAD = 1 << 18  # bytes from which on the event loop does not wait for the parsing
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_SPACE = frozenset(b" \t\r\n")
 
 
 class JsonRoute(APIRoute):
@@ -77,8 +77,7 @@ def _too_large(most: int) -> NoReturn:
 
 def read_json(raw: bytes, max_depth: int) -> dict[str, Any]:
     """A body's JSON object. ApiError (400) for what is none, or is no JSON, however widespread."""
-    first = next((b for b in raw if b not in _SPACE), None)
-    if first is None:
+    if not raw.strip(b" \t\r\n"):
         raise bad("the body is empty: send a JSON object", code="invalid_json")
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=_no_doubles)
@@ -149,7 +148,6 @@ def _no_number(name: str) -> NoReturn:
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
+        double = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the field {double[:80]!r} occurs twice")
     return found
