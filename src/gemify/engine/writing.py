@@ -78,11 +78,11 @@ class Writing:
                     self._fail(job, error)
                 self.answers, self._decoding = [], Decoding(self._gem.lm)
 
-    def drop_all(self) -> None:
-        """Forget everything; whoever asked is told."""
+    def drop_all(self, error: Exception) -> None:
+        """Forget everything; whoever asked is told why."""
         for job in self.jobs():
-            job.cancel()
-        self._drop_cancelled()
+            self._fail(job, error)
+        self.answers, self._decoding = [], Decoding(self._gem.lm)
 
     # Reading prompts
 
