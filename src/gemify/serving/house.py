@@ -48,6 +48,11 @@ class House:
     def model(self) -> str:
         return self.settings.model_name
 
+    @property
+    def admits_own_names_only(self) -> bool:
+        """Anybody on this machine may ask: then a web page that its user looks at must not pass for this machine's own."""
+        return self.settings.is_local and not len(self.keys) and not self.settings.allow_no_key
+
     def require_model(self, name: str | None) -> None:
         if name is not None and name != self.model:
             raise ApiError(
