@@ -108,3 +108,26 @@ def test_a_reader_that_reads_nothing_does_not_keep_the_server_from_its_end(
         served.wait_until(lambda: served.engine.stats().embedded_texts >= 2048)
         served.wait_until(lambda: not served.app.state.house.metrics.in_flight_now)
     peer.close()
+
+
+def test_large_bodies_are_held_up_to_a_bound(gem: Any) -> None:
+    large = json.dumps({"input": "a", "user": "x" * 60_000}).encode()
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    with serving(gem, max_body_bytes=100_000, max_bodies_bytes=100_000) as served:
+        house = served.app.state.house
+        with served.connect() as peer:
+            peer.sendall(head + b"Content-Length: %d\r\n\r\n" % len(large) + large[:-1])
+            served.wait_until(lambda: house.body_bytes == len(large) - 1)
+            with served.http() as http:
+                refused = http.post(EMBED, content=large, headers={"Content-Type": "application/json"})
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            assert served.post(EMBED, {"input": "a"}).status_code == 200
+            peer.sendall(large[-1:])
+            assert peer.recv(65536).startswith(b"HTTP/1.1 200")
+        served.wait_until(lambda: not house.body_bytes)
+
+
+def test_a_stop_string_is_not_as_long_as_a_book(served: Served) -> None:
+    assert served.post(TEXT, {"prompt": "a", "max_tokens": 2, "stop": "x" * 1000}).status_code == 200
+    assert served.post(TEXT, {"prompt": "a", "max_tokens": 2, "stop": ["x" * 1001]}).status_code == 400

@@ -75,6 +75,8 @@ class Sampler:
     def __init__(self, sampling: Sampling, *, answer: int = 0) -> None:
         self.sampling = sampling
         self._counts: Counter[int] = Counter()
+        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
+        self._biases = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
         self._random = torch.Generator()
         if sampling.seed is None:
             self._random.seed()
@@ -88,8 +90,7 @@ class Sampler:
         if self._counts and (wish.presence_penalty or wish.frequency_penalty):
             ids, counts = torch.tensor(list(self._counts)), torch.tensor(list(self._counts.values()))
             logits_V[ids] -= wish.presence_penalty + wish.frequency_penalty * counts
-        for token, bias in wish.logit_bias.items():
-            logits_V[token] += bias
+        logits_V[self._biased] += self._biases
         token = int(logits_V.argmax()) if wish.temperature == 0 else self._drawn(logits_V)
         self._counts[token] += 1
         return token

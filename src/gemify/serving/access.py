@@ -129,6 +129,7 @@ class _Visit:
 
     def _write_down(self, seconds: float) -> None:
         scope = self._scope
+        self._house.body_bytes -= scope.get("gemify.bytes", 0)
         route = str(getattr(scope.get("route"), "path", "none"))
         self._house.metrics.leave(route, scope["method"], self._status, seconds)
         facts = {

@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from gemify.serving.errors import ApiError, bad
+from gemify.serving.house import hold
 from gemify.serving.settings import Settings
 
 _IN_A_THREAD = 1 << 18  # bytes from which on the event loop does not wait for the parsing
@@ -60,6 +61,7 @@ async def _read(request: Request, settings: Settings) -> bytes:
                 read += piece
                 if len(read) > most:
                     _too_large(most)
+                hold(request, len(piece))
     except TimeoutError:
         raise ApiError(
             408,
