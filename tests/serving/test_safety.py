@@ -131,3 +131,11 @@ def test_large_bodies_are_held_up_to_a_bound(gem: Any) -> None:
 def test_a_stop_string_is_not_as_long_as_a_book(served: Served) -> None:
     assert served.post(TEXT, {"prompt": "a", "max_tokens": 2, "stop": "x" * 1000}).status_code == 200
     assert served.post(TEXT, {"prompt": "a", "max_tokens": 2, "stop": ["x" * 1001]}).status_code == 400
+
+
+def test_what_was_refused_costs_no_tokens(gem: Any) -> None:
+    with serving(gem, tokens_per_minute=500) as served:
+        for _ in range(3):
+            assert served.post(TEXT, {"prompt": [5] * 300, "max_tokens": 5000}).status_code == 400
+        assert served.post(TEXT, {"prompt": [5] * 300, "max_tokens": 1}).status_code == 200
+        assert served.post(TEXT, {"prompt": [5] * 300, "max_tokens": 1}).status_code == 429
