@@ -16,6 +16,7 @@ class Answer:
 
     def __init__(self, gem: GemModel, job: WritingJob, index: int, spelled: TokenBytes) -> None:
         self.job, self.index = job, index
+        self.complete = False
         self._sampler = Sampler(job.sampling, answer=index)
         self._spelled = spelled
         self._new: list[str] = []
@@ -45,6 +46,7 @@ class Answer:
             self.job.unfinished -= 1
             if not self.job.unfinished:
                 self.job.tell(Closed())
+            self.complete = True
         return ended
 
     def _logprob(self, logits_V: Tensor, token: int, top: int) -> TokenLogprob:

@@ -45,11 +45,10 @@ class Embedding:
         for group in length_groups(lengths, max_tokens=self._step_tokens, min_tokens=64):
             self._embed([taken[i] for i in group])
 
-    def drop_all(self) -> None:
-        """Forget everything; whoever asked is told."""
-        for job in self.waiting:
-            job.cancel()
-        self._drop_cancelled()
+    def drop_all(self, error: Exception) -> None:
+        """Forget everything; whoever asked is told why."""
+        for job in list(self.waiting):
+            self._fail(job, error)
 
     def _embed(self, some: list[tuple[EmbeddingJob, Row]]) -> None:
         try:
@@ -70,7 +69,7 @@ class Embedding:
             job.tell(Closed())
 
     def _fail(self, job: EmbeddingJob, error: Exception) -> None:
-        self.failed += 1
+        self.failed += not job.closed
         if job in self.waiting:
             self.waiting.remove(job)
         job.tell(Failed(error))

@@ -57,7 +57,8 @@ class Engine:
         max_rows: most answers written at a time.
         max_waiting: most texts and answers that wait; beyond it `QueueFull`. A request on an empty queue may be larger.
         prefix_bytes: memory for the KV of what has run before (`Prefixes`).
-        kv_bytes: memory for the KV of the answers being written; a prompt waits until there is room.
+        kv_bytes: memory for the KV of the answers being written; a prompt waits until there is room. One answer alone is
+            written whatever it takes.
         step_tokens: most tokens of prompts read, or of texts embedded, in a step. None: 512, 8,192 on an accelerator.
     """
 
@@ -83,8 +84,12 @@ class Engine:
         lock: contextlib.AbstractContextManager[object] = threading.RLock()
         beside = lock if adapts_to_length(gem.lm) else threading.RLock()
         cores = torch.get_num_threads()
+        self._kv_bytes = kv_bytes
+        self._answers = Writing(
+            gem, max_rows=max_rows, kv_bytes=kv_bytes, prefix_bytes=prefix_bytes, step_tokens=step_tokens
+        )
         self._writing = Worker(
-            Writing(gem, max_rows=max_rows, kv_bytes=kv_bytes, prefix_bytes=prefix_bytes, step_tokens=step_tokens),
+            self._answers,
             "writing",
             lock=lock,
             threads=lambda: max(1, cores // 2) if self._embedding.busy else cores,
@@ -158,6 +163,12 @@ class Engine:
                 f"the prompt has {len(ids)} tokens and the answer may have {sampling.max_tokens}, this model takes"
                 f" {self.limit} in all: shorten the prompt or lower max_tokens"
             )
+        columns = len(ids) + sampling.max_tokens
+        if n > 1 and (needed := self._answers.bytes_for(n, columns)) > self._kv_bytes:
+            raise ValueError(
+                f"{n} answers of {columns} tokens with their prompt may need {needed:,} bytes of memory, this server gives"
+                f" {self._kv_bytes:,}: ask for fewer, or lower max_tokens"
+            )
         job = WritingJob(ids, sampling, listener, n=n, embed_prompt=embed_prompt, recovering=False, scope=scope)
         self._accept(self._writing, job)
         return job
@@ -177,6 +188,11 @@ class Engine:
         if not self.gem.config.k:
             raise ValueError("this model has no special tokens: nothing remembers a text")
         self._require_text("the text", ids)
+        if self.limit is not None and len(ids) + self.gem.config.k + max_tokens > self.limit:
+            raise ValueError(
+                f"the text has {len(ids)} tokens and what is remembered may have {max_tokens}, this model takes"
+                f" {self.limit} in all: shorten the text or lower max_tokens"
+            )
         sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
         job = WritingJob(ids, sampling, listener, n=1, embed_prompt=False, recovering=True, scope="")
         self._accept(self._writing, job)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _NONE: Mapping[int, float] = MappingProxyType({})
+_COLDEST = 1e-6  # of temperatures that draw: below it only the likeliest token is left
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def _require(name: str, value: float, low: float, high: float) -> None:
         raise ValueError(f"{name} must lie in {low:g}..{high:g}, got {value}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """A token, and how likely it was (natural logarithm)."""
 
@@ -74,6 +75,8 @@ class Sampler:
     def __init__(self, sampling: Sampling, *, answer: int = 0) -> None:
         self.sampling = sampling
         self._counts: Counter[int] = Counter()
+        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
+        self._biases = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
         self._random = torch.Generator()
         if sampling.seed is None:
             self._random.seed()
@@ -87,14 +90,14 @@ class Sampler:
         if self._counts and (wish.presence_penalty or wish.frequency_penalty):
             ids, counts = torch.tensor(list(self._counts)), torch.tensor(list(self._counts.values()))
             logits_V[ids] -= wish.presence_penalty + wish.frequency_penalty * counts
-        for token, bias in wish.logit_bias.items():
-            logits_V[token] += bias
-        token = int(logits_V.argmax()) if wish.temperature == 0 else self._drawn(logits_V / wish.temperature)
+        logits_V[self._biased] += self._biases
+        token = int(logits_V.argmax()) if wish.temperature == 0 else self._drawn(logits_V)
         self._counts[token] += 1
         return token
 
     def _drawn(self, logits_V: Tensor) -> int:
-        p_V = F.softmax(logits_V, dim=-1)
+        # The largest is 0 first: divided by next to nothing, any other number is infinite, and no probability a number.
+        p_V = F.softmax((logits_V - logits_V.max()) / max(self.sampling.temperature, _COLDEST), dim=-1)
         if self.sampling.top_p >= 1.0:
             return int(torch.multinomial(p_V, 1, generator=self._random))
         p_V, ids_V = p_V.sort(descending=True)

@@ -26,7 +26,7 @@ class Work(Protocol[J]):
     @property
     def busy(self) -> bool: ...
     def step(self) -> None: ...
-    def drop_all(self) -> None: ...
+    def drop_all(self, error: Exception) -> None: ...
     def counts(self) -> dict[str, int]: ...
 
 
@@ -101,11 +101,9 @@ class Worker(Generic[J]):
                     torch.set_num_threads(self._threads())
                     try:
                         self.work.step()
-                    except (
-                        Exception
-                    ):  # jobs' own errors are told by the work: this is ours, and must not end the thread
+                    except Exception as error:  # jobs' own are told by the work: this is ours, and ends no thread
                         logger.exception("a step failed")
-                        self.work.drop_all()
+                        self.work.drop_all(error)
                 self._publish(time.perf_counter() - start)
 
     def _wait(self) -> bool:
@@ -116,8 +114,9 @@ class Worker(Generic[J]):
                 self._change.wait()
             self.work.waiting.extend(self._new)
             self._new.clear()
+            self._waiting = units(self.work.waiting)
         if self._dropping:
-            self.work.drop_all()
+            self.work.drop_all(Stopping())
             self._publish(0.0)
         self.busy = self.work.busy
         return self.busy or not self._stopping

@@ -55,6 +55,10 @@ class Writing:
             "prefix_bytes": self.prefixes.nbytes,
         }
 
+    def bytes_for(self, rows: int, columns: int) -> int:
+        """Memory of rows' KV, as far as it is known: the first prompt tells."""
+        return rows * columns * self._bytes_per_column
+
     def step(self) -> None:
         """Read up to ``step_tokens`` of what waits, then one token for each answer."""
         self._drop_cancelled()
@@ -73,11 +77,11 @@ class Writing:
                     self._fail(job, error)
                 self.answers, self._decoding = [], Decoding(self._gem.lm)
 
-    def drop_all(self) -> None:
-        """Forget everything; whoever asked is told."""
+    def drop_all(self, error: Exception) -> None:
+        """Forget everything; whoever asked is told why."""
         for job in self.jobs():
-            job.cancel()
-        self._drop_cancelled()
+            self._fail(job, error)
+        self.answers, self._decoding = [], Decoding(self._gem.lm)
 
     # Reading prompts
 
@@ -89,7 +93,7 @@ class Writing:
             len(job.ids) + job.sampling.max_tokens,
             *(self._decoding.columns + a.job.sampling.max_tokens - len(a.ids) for a in self.answers),
         )
-        return rows <= self._max_rows and rows * columns * self._bytes_per_column <= self._kv_bytes
+        return rows <= self._max_rows and self.bytes_for(rows, columns) <= self._kv_bytes
 
     def _read(self, job: WritingJob, budget: int) -> int:
         """Run the next part of the first prompt that waits; how many tokens it was."""
@@ -129,8 +133,9 @@ class Writing:
 
     def _start(self, job: WritingJob, text: Text, logits_BV: torch.Tensor, *, position: int | None = None) -> None:
         for index in range(job.n):
+            answer = Answer(self._gem, job, index, self._spelled)
             self._decoding.join(text, logits_BV, position=position)
-            self.answers.append(Answer(self._gem, job, index, self._spelled))
+            self.answers.append(answer)
 
     def _embedded(self, handle: Handle) -> np.ndarray:
         vectors_1D: np.ndarray = self._gem.embed(handle).numpy()[None]  # of one string: [D]
@@ -142,14 +147,23 @@ class Writing:
         logits_BV = self._decoding.logits_BV
         logits_BV[:, self._never] = -torch.inf
         likeliest = logits_BV.argmax(-1).tolist()
-        ended = [answer.take(logits_BV[row], likeliest[row]) for row, answer in enumerate(self.answers)]
+        ended = [self._take(answer, logits_BV[row], likeliest[row]) for row, answer in enumerate(self.answers)]
         self.generated_tokens += len(ended)
         for row in reversed(range(len(ended))):
             if ended[row]:
-                self.finished += 1
-                self._leave(row, keep=True)
+                complete = self.answers[row].complete
+                self.finished += complete
+                self._leave(row, keep=complete)
         if self.answers:
             self._decoding.step([answer.ids[-1] for answer in self.answers])
+
+    def _take(self, answer: Answer, logits_V: torch.Tensor, likeliest_id: int) -> bool:
+        """Give an answer its next token; whether it is over. What goes wrong is this answer's alone."""
+        try:
+            return answer.take(logits_V, likeliest_id)
+        except Exception as error:
+            self._fail(answer.job, error)
+            return True
 
     def _leave(self, row: int, *, keep: bool = False) -> None:
         answer = self.answers[row]
@@ -171,7 +185,7 @@ class Writing:
             self.waiting.remove(job)
 
     def _fail(self, job: WritingJob, error: Exception) -> None:
-        self.failed += 1
+        self.failed += not job.closed
         if job in self.waiting:
             self.waiting.remove(job)
         job.tell(Failed(error))

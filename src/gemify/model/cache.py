@@ -160,14 +160,20 @@ class _RoomyLayer(DynamicLayer):
     def join(self, pair: tuple[Tensor, Tensor], rows: int, before: int, columns: int) -> None:
         if not self.is_initialized:
             self.lazy_initialization(*pair)
-            self.buffers = [_room_for(t, 1, columns) for t in pair]
+            self.buffers = [_buffer(t, 1, _roomy(columns)) for t in pair]
         for at, (buffer, new) in enumerate(zip(self.buffers, pair, strict=True)):
-            if rows >= buffer.shape[0] or columns > buffer.shape[2]:
-                roomy = _room_for(new, max(rows + 1, buffer.shape[0]), columns)
+            more_rows, more_columns = rows >= buffer.shape[0], columns > buffer.shape[2]
+            if more_rows or more_columns:
+                roomy = _buffer(
+                    new,
+                    rows + 1 + rows // 2 if more_rows else buffer.shape[0],
+                    _roomy(columns) if more_columns else buffer.shape[2],
+                )
                 roomy[:rows, :, columns - before : columns] = buffer[:rows, :, :before] if rows else 0
                 self.buffers[at] = buffer = roomy
             elif rows and columns > before:
                 buffer[:rows, :, columns - before : columns] = buffer[:rows, :, :before].clone()
+            buffer[rows, :, : columns - new.shape[-2]] = 0  # another row's, which may not have been finite
             buffer[rows, :, columns - new.shape[-2] : columns] = new[0]
         self.show(rows + 1, columns)
 
@@ -177,9 +183,10 @@ class _RoomyLayer(DynamicLayer):
                 buffer[target] = buffer[source]
 
     def trim(self, columns: int) -> None:
-        for buffer, used in zip(self.buffers, (self.keys, self.values), strict=True):
-            kept = used[:, :, columns:].clone()
-            buffer[: kept.shape[0], :, : kept.shape[2]] = kept
+        for at, used in enumerate((self.keys, self.values)):
+            kept = used[:, :, columns:]
+            self.buffers[at] = _buffer(kept, kept.shape[0], _roomy(kept.shape[2]))
+            self.buffers[at][:, :, : kept.shape[2]] = kept
 
     def show(self, rows: int, columns: int) -> None:
         self.keys, self.values = (buffer[:rows, :, :columns] for buffer in self.buffers)
@@ -189,7 +196,7 @@ class _RoomyLayer(DynamicLayer):
         columns = before + key_states.shape[-2]
         for at, new in enumerate((key_states, value_states)):
             if columns > self.buffers[at].shape[2]:
-                roomy = _room_for(new, self.buffers[at].shape[0], columns)
+                roomy = _buffer(new, self.buffers[at].shape[0], _roomy(columns))
                 roomy[:rows, :, :before] = self.buffers[at][:rows, :, :before]
                 self.buffers[at] = roomy
             self.buffers[at][:rows, :, before:columns] = new
@@ -197,6 +204,11 @@ class _RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
 
-def _room_for(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Zeros (what is masked must be finite) for that many rows and columns and half as many again."""
-    return like.new_zeros(rows + rows // 2, like.shape[1], columns + max(64, columns // 2), like.shape[-1])
+def _roomy(columns: int) -> int:
+    """Room for half as many columns again."""
+    return columns + max(64, columns // 2)
+
+
+def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Zeros: what is masked must be finite."""
+    return like.new_zeros(rows, like.shape[1], columns, like.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import re
 import secrets
@@ -18,6 +19,7 @@ logger = logging.getLogger("gemify.serving")
 
 _OPEN = frozenset({"/", "/health", "/ready"})
 _OPEN_BELOW = "/page/"
+_HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::\d*)?")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOGGED_BODY = 4096
 
@@ -33,6 +35,22 @@ class Access:
             await self._app(scope, receive, send)
             return
         await _Visit(self._app, self._house, scope, receive, send).answer()
+
+
+def is_own(host: str) -> bool:
+    """Whether no web page can have chosen this Host: none, an address, or a name that is not in the public DNS.
+
+    A page's own name may be made to mean this machine (DNS rebinding), and then its scripts may read what we say.
+    """
+    read = _HOST.fullmatch(host)
+    if read is None:
+        return False
+    name = (read[1] or read[2] or "").rstrip(".").lower()
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return read[1] is None and ("." not in name or name.endswith(".localhost"))
+    return True
 
 
 class _Visit:
@@ -71,6 +89,13 @@ class _Visit:
         if path in _OPEN or path.startswith(_OPEN_BELOW):
             return
         house = self._house
+        if house.admits_own_names_only and not is_own(Headers(scope=self._scope).get("host", "")):
+            raise ApiError(
+                403,
+                "the Host header names another site: without API keys this server answers to addresses and local names"
+                " only (give it keys, or --allow-no-key)",
+                code="unknown_host",
+            )
         key = house.keys.require(Headers(scope=self._scope).get("authorization"))
         self._scope["gemify.key"] = key
         if method == "POST":
@@ -104,6 +129,7 @@ class _Visit:
 
     def _write_down(self, seconds: float) -> None:
         scope = self._scope
+        self._house.body_bytes -= scope.get("gemify.bytes", 0)
         route = str(getattr(scope.get("route"), "path", "none"))
         self._house.metrics.leave(route, scope["method"], self._status, seconds)
         facts = {

@@ -40,6 +40,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, what in {
         400: "What was asked cannot be done.",
         401: "No API key, or an unknown one.",
+        403: "The Host header names another site.",
         404: "No such model or route.",
         408: "The body came too slowly.",
         413: "The body is too large.",
@@ -81,7 +82,7 @@ def create_app(
         app.include_router(part.router, responses=_ERRORS)
     for part in (search, recovery):
         app.include_router(part.router, responses=_ERRORS)
-    app.include_router(models.router, responses={s: _ERRORS[s] for s in (401, 404)})
+    app.include_router(models.router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)
     app.include_router(page.router)
     app.openapi = describe(app, with_keys=len(house.keys) > 0)  # type: ignore[method-assign]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
 
@@ -12,11 +13,11 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from gemify.serving.errors import ApiError, bad
+from gemify.serving.house import hold
 from gemify.serving.settings import Settings
 
 _IN_A_THREAD = 1 << 18  # bytes from which on the event loop does not wait for the parsing
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
-_SPACE = frozenset(b" \t\r\n")
 
 
 class JsonRoute(APIRoute):
@@ -60,6 +61,7 @@ async def _read(request: Request, settings: Settings) -> bytes:
                 read += piece
                 if len(read) > most:
                     _too_large(most)
+                hold(request, len(piece))
     except TimeoutError:
         raise ApiError(
             408,
@@ -77,8 +79,7 @@ def _too_large(most: int) -> NoReturn:
 
 def read_json(raw: bytes, max_depth: int) -> dict[str, Any]:
     """A body's JSON object. ApiError (400) for what is none, or is no JSON, however widespread."""
-    first = next((b for b in raw if b not in _SPACE), None)
-    if first is None:
+    if not raw.strip(b" \t\r\n"):
         raise bad("the body is empty: send a JSON object", code="invalid_json")
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=_no_doubles)
@@ -149,7 +150,6 @@ def _no_number(name: str) -> NoReturn:
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
+        double = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the field {double[:80]!r} occurs twice")
     return found

@@ -11,7 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from gemify.serving.errors import error_body
 
 _PATIENCE = 30.0
-"""Seconds in which a request's head must have arrived."""
+"""Seconds in which a request's head must have arrived, or a reader must have read something of what waits for it."""
 _LAST_CALL = 1.0
 """Seconds that an idle connection has for one more request after a shutdown has begun."""
 
@@ -20,6 +20,7 @@ class Connection(H11Protocol):
     """One client's connection."""
 
     _patience: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
     _ending = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -37,7 +38,16 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_watching()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        self._stop_watching()
+        super().resume_writing()
 
     def shutdown(self) -> None:
         """End when the answer under way has been sent; one that is idle may still ask, as its request may be on the way."""
@@ -86,6 +96,22 @@ class Connection(H11Protocol):
         if self._patience is not None:
             self._patience.cancel()
             self._patience = None
+
+    def _watch_reader(self) -> None:
+        self._stop_watching()
+        self._reading = self.loop.call_later(_PATIENCE, self._require_reading, self.transport.get_write_buffer_size())
+
+    def _stop_watching(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+
+    def _require_reading(self, before: int) -> None:
+        """Closing would wait for a reader that reads nothing, with all that it was sent, and the server's end with it."""
+        if self.transport.get_write_buffer_size() >= before:
+            self.transport.abort()
+        else:
+            self._watch_reader()
 
     def _give_up(self) -> None:
         self._patience = None

@@ -45,9 +45,11 @@ async def create_embeddings(wish: EmbeddingsRequest, request: Request) -> Respon
 async def embed(request: Request, rows: list[list[int]]) -> tuple[np.ndarray, int]:
     """Vectors [N, D] as the model gives them, and the tokens read for them; counted, logged, given up when nobody waits."""
     house = house_of(request)
-    house.limits.take_tokens(key_of(request), sum(map(len, rows)))
+    key, tokens = key_of(request), sum(map(len, rows))
+    house.limits.require_tokens(key, tokens)
     with Asking() as asking:
         asking.start(partial(house.engine.embed, rows))
+        house.limits.add_tokens(key, tokens)
         note(request, prompt_tokens=asking.prompt_tokens, texts=len(rows))
 
         async def vectors() -> np.ndarray:

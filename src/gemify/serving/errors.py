@@ -13,6 +13,7 @@ from gemify.engine.jobs import QueueFull, Stopping
 
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
     429: "rate_limit_error",

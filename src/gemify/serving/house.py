@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from starlette.requests import Request
 
-from gemify.serving.errors import ApiError
+from gemify.serving.errors import ApiError, busy
 from gemify.serving.keys import NOBODY, KeyRing, Limits
 from gemify.serving.metrics import Metrics
 from gemify.serving.prompts import Prompts
@@ -42,11 +42,18 @@ class House:
     ready: bool = False
     """The model has answered."""
     stopping: bool = False
+    body_bytes: int = 0
+    """Of all requests being answered."""
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def model(self) -> str:
         return self.settings.model_name
+
+    @property
+    def admits_own_names_only(self) -> bool:
+        """Anybody on this machine may ask: then a web page that its user looks at must not pass for this machine's own."""
+        return self.settings.is_local and not len(self.keys) and not self.settings.allow_no_key
 
     def require_model(self, name: str | None) -> None:
         if name is not None and name != self.model:
@@ -76,6 +83,16 @@ def house_of(request: Request) -> House:
 def key_of(request: Request) -> str:
     """The name of the key a request came with."""
     return str(request.scope.get("gemify.key", NOBODY))
+
+
+def hold(request: Request, size: int) -> None:
+    """Count bytes of a body that this request holds until it has been answered; ApiError 429 where there is no room."""
+    house = house_of(request)
+    most = house.settings.max_bodies_bytes
+    if house.body_bytes + size > most:
+        raise busy(f"the bodies of all requests hold {most:,} bytes already: wait", 1, code="queue_full")
+    house.body_bytes += size
+    request.scope["gemify.bytes"] = request.scope.get("gemify.bytes", 0) + size
 
 
 def note(request: Request, **facts: Any) -> None:

@@ -102,17 +102,16 @@ class Limits:
                 f"more than {self._requests.amount} requests a minute: wait", until - time.time(), code=_EXCEEDED
             )
 
-    def take_tokens(self, name: str, tokens: int) -> None:
-        """Count a prompt's tokens; ApiError 429 where the minute has no room for them."""
+    def require_tokens(self, name: str, tokens: int) -> None:
+        """ApiError 429 where the minute has no room for a prompt's tokens."""
         if self._tokens is None:
             return
         if not self._fixed.test(self._tokens, name, cost=min(tokens, self._tokens.amount)):
             until = self._fixed.get_window_stats(self._tokens, name).reset_time
             raise busy(f"more than {self._tokens.amount} tokens a minute: wait", until - time.time(), code=_EXCEEDED)
-        self._fixed.hit(self._tokens, name, cost=tokens)
 
     def add_tokens(self, name: str, tokens: int) -> None:
-        """Count an answer's tokens, which nobody knew before."""
+        """Count tokens: a prompt's when it was accepted, an answer's when it has been written."""
         if self._tokens is not None and tokens:
             self._fixed.hit(self._tokens, name, cost=tokens)
 

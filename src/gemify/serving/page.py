@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.resources import files
 from pathlib import PurePosixPath
 
@@ -17,6 +18,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none';"
     " form-action 'none'; frame-ancestors 'none'"
 )
+_FILES = files("gemify.serving") / "page"
 
 
 @router.get("/")
@@ -31,8 +33,7 @@ async def part(name: str, request: Request) -> Response:
 
 def _file(name: str) -> Response:
     kind = _KINDS.get(PurePosixPath(name).suffix)
-    path = files("gemify.serving") / "page" / name
-    if kind is None or name != PurePosixPath(name).name or not path.is_file():
+    if kind is None or name not in _names():
         raise ApiError(404, f"there is no {name[:80]!r} in the page", code="not_found")
     headers = {
         "Content-Security-Policy": _POLICY,
@@ -40,4 +41,10 @@ def _file(name: str) -> Response:
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cache-Control": "no-cache",
     }
-    return Response(path.read_bytes(), media_type=f"{kind}; charset=utf-8", headers=headers)
+    return Response((_FILES / name).read_bytes(), media_type=f"{kind}; charset=utf-8", headers=headers)
+
+
+@cache
+def _names() -> frozenset[str]:
+    """Of the page's files. What else is asked for never becomes a path."""
+    return frozenset(path.name for path in _FILES.iterdir())

@@ -1,7 +1,7 @@
 """Texts and conversations as token ids: in threads of their own, with tokenizers of their own.
 
-The engine holds the model's `turn` for most of the time, and a loaded model's tokenizer belongs to whoever has it. So
-requests are read with copies of it, one for each thread, and never wait for a step of the model.
+The model's own tokenizer is the engine's, which spells answers with it. So requests are read with copies, one for each
+thread, and never wait for a step of the model.
 """
 
 from __future__ import annotations

@@ -25,10 +25,11 @@ async def recover(wish: RecoverRequest, request: Request) -> Response:
     house = house_of(request)
     house.require_model(wish.model)
     ids = (await house.prompts.texts([wish.input]))[0]
-    house.limits.take_tokens(key_of(request), len(ids))
+    house.limits.require_tokens(key_of(request), len(ids))
     choice = Choice()
     with Asking() as asking:
         asking.start(partial(house.engine.recover, ids, max_tokens=wish.max_tokens))
+        house.limits.add_tokens(key_of(request), len(ids))
 
         async def collect() -> None:
             async for _, event in asking.events():

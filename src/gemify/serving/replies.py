@@ -44,12 +44,14 @@ class Replies:
     async def respond(self) -> Response:
         """Ask, and give what is to be sent; the engine's refusals are ApiErrors."""
         self._began = time.perf_counter()
-        self.house.limits.take_tokens(key_of(self.request), sum(map(len, self.prompts)))
+        limits, key, tokens = self.house.limits, key_of(self.request), sum(map(len, self.prompts))
+        limits.require_tokens(key, tokens)
         self._choices = [Choice() for _ in range(len(self.prompts) * self._n)]
         timeout = self.house.settings.timeout
         asking = Asking()
         try:
             self._ask(asking)
+            limits.add_tokens(key, tokens)
             if self.wish.stream:
                 return EventStream(asking, self._stream(asking), timeout=timeout)
         except BaseException:

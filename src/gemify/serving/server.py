@@ -47,7 +47,11 @@ def serve(settings: Settings) -> None:
         index = _open_index(settings, gem)
         set_up_logs(log_prompts=settings.log_prompts)
         engine = Engine(
-            gem, max_rows=settings.max_rows, max_waiting=settings.max_waiting, prefix_bytes=settings.prefix_bytes
+            gem,
+            max_rows=settings.max_rows,
+            max_waiting=settings.max_waiting,
+            prefix_bytes=settings.prefix_bytes,
+            kv_bytes=settings.kv_bytes,
         )
         app = create_app(engine, settings, index, keys=keys)
         host, port = listener.getsockname()[:2]
@@ -127,7 +131,15 @@ class Server(uvicorn.Server):
             with contextlib.suppress(OSError):  # gone again
                 await loop.connect_accepted_socket(self._connection, peer)
         await asyncio.sleep(0.05)  # those that were accepted a moment ago become connections
+        ending = asyncio.create_task(self._end_in_time())
         await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_in_time(self) -> None:
+        """uvicorn waits for every answer: what the engine has not finished in time, it drops."""
+        if self._settings.stop_timeout is not None:
+            await asyncio.sleep(self._settings.stop_timeout)
+            await asyncio.to_thread(self._house.engine.stop, timeout=0)
 
     def _connection(self) -> Connection:
         return Connection(self.config, self.server_state, self.lifespan.state)

@@ -46,6 +46,8 @@ class Settings:
     max_requests: int = 1024
     """Most requests in the house at a time."""
     max_body_bytes: int = 16 << 20
+    max_bodies_bytes: int = 256 << 20
+    """Of the bodies of all requests in the house together."""
     max_depth: int = 32
     """Of a body's JSON."""
     max_texts: int = 2048
@@ -56,6 +58,9 @@ class Settings:
     """Longest answer where the request does not say; less where the model has less room."""
     prefix_bytes: int = 512 << 20
     """Memory for the KV caches that requests with the same beginning share."""
+
+    kv_bytes: int = 4 << 30
+    """Memory for the KV caches of the answers being written."""
 
     timeout: float = 600.0
     """Seconds a request may take."""
@@ -77,6 +82,10 @@ class Settings:
                 raise ValueError(f"{field.name} must be at least {least:g}, got {value}")
         if self.port > 65535:
             raise ValueError(f"port must lie in 0..65535, got {self.port}")
+        if self.max_bodies_bytes < self.max_body_bytes:
+            raise ValueError(
+                f"max_bodies_bytes must be at least max_body_bytes, {self.max_body_bytes}, got {self.max_bodies_bytes}"
+            )
         if not self.host:
             raise ValueError("host must not be empty: 127.0.0.1 serves this machine, 0.0.0.0 every other one too")
         for origin in self.cors_origins:

@@ -12,12 +12,14 @@ from gemify.serving.errors import unsupported
 from gemify.serving.settings import MAX_ANSWERS
 
 _MOST_STOPS = 16
+_LONGEST_STOP = 1000  # each token's text is compared with all of their beginnings
 _MOST_BIASES = 1024
 _LARGEST = 2**63 - 1
 _STRING: dict[str, Any] = {"type": "string"}
 _IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 _TEXTS: dict[str, Any] = {"type": "array", "minItems": 1, "items": _STRING}
 _ROWS: dict[str, Any] = {"type": "array", "minItems": 1, "items": _IDS}
+_STOP: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
 _TEXT_PART: dict[str, Any] = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": _STRING},
@@ -66,8 +68,14 @@ def _listed(value: Any) -> Any:
     if value is None:
         return ()
     listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or len(listed) > _MOST_STOPS or not all(isinstance(s, str) and s for s in listed):
-        raise ValueError(f"must be a string or up to {_MOST_STOPS} strings of at least one character each")
+    if (
+        not isinstance(listed, list)
+        or len(listed) > _MOST_STOPS
+        or not all(isinstance(s, str) and 1 <= len(s) <= _LONGEST_STOP for s in listed)
+    ):
+        raise ValueError(
+            f"must be a string or up to {_MOST_STOPS} strings of at least one character and at most {_LONGEST_STOP} each"
+        )
     return tuple(listed)
 
 
@@ -110,8 +118,8 @@ Stops = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": _MOST_STOPS},
+                _STOP,
+                {"type": "array", "items": _STOP, "maxItems": _MOST_STOPS},
                 {"type": "null"},
             ]
         }
