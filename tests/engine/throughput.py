@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -44,7 +44,11 @@ def main(dtype: str = "float32", answers: str = "16", tokens: str = "48") -> Non
         lm.generate(ids_BT, attention_mask=mask_BT.long(), **options)
 
     def continuous() -> None:
-        lm.generate_batch(inputs=prompts, generation_config=GenerationConfig(**options), progress_bar=False)
+        free = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=-1, pad_token_id=2)
+        small = ContinuousBatchingConfig(
+            num_blocks=64, max_batch_tokens=512
+        )  # its own choice takes all memory there is
+        lm.generate_batch(inputs=prompts, generation_config=free, continuous_batching_config=small, progress_bar=False)
 
     ways: dict[str, tuple[Callable[[], None], int]] = {
         "generate, one by one": (one_by_one, 4),
