@@ -20,8 +20,10 @@ def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterat
         yield running
 
 
+@pytest.mark.parametrize("examples", [30, pytest.param(250, marks=pytest.mark.long)])
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda m: m.value)
-def test_described_requests_get_described_answers(served: Served, mode: GenerationMode) -> None:
+def test_described_requests_get_described_answers(served: Served, mode: GenerationMode, examples: int) -> None:
+    asked = 0
     described = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
     operations = [found.ok() for found in described.get_all_operations()]
     assert len(operations) == 11
@@ -30,7 +32,7 @@ def test_described_requests_get_described_answers(served: Served, mode: Generati
             continue  # there is nothing to get wrong
 
         @settings(
-            max_examples=30,
+            max_examples=examples,
             phases=[Phase.generate],
             suppress_health_check=list(HealthCheck),
             derandomize=True,
@@ -44,12 +46,15 @@ def test_described_requests_get_described_answers(served: Served, mode: Generati
                 for name in ("max_tokens", "max_completion_tokens"):
                     if isinstance(case.body.get(name), int) and not isinstance(case.body[name], bool):
                         case.body[name] = min(case.body[name], 8)
+            nonlocal asked
+            asked += 1
             response = case.call(timeout=60)
             case.validate_response(
                 response, checks=[not_a_server_error, status_code_conformance, response_schema_conformance]
             )
 
         ask()
+    print(f"{asked} requests that are {mode.value}")
 
 
 def test_every_route_is_described(served: Served) -> None:

@@ -172,6 +172,23 @@ def run(*arguments: object) -> tuple[int, str]:
     return done.exit_code, error
 
 
+def test_a_killed_server_starts_again_at_the_same_port(model: Path) -> None:
+    """In the middle of answers: nothing is left that would need a repair."""
+    with child(model) as first:
+        port = first.url.rpartition(":")[2]
+        wish = {"prompt": "a", "max_tokens": 400, "logit_bias": {"40": 100}, "stream": True}
+        with httpx.stream("POST", f"{first.url}/v1/completions", json=wish, timeout=60) as answer:
+            pieces = answer.iter_raw()
+            next(pieces)
+            first.process.send_signal(signal.SIGKILL)
+            assert first.process.wait(60) == -signal.SIGKILL
+            with pytest.raises(httpx.HTTPError):
+                list(pieces)
+    with child(model, "--port", port) as again:
+        assert again.url.endswith(f":{port}")
+        assert ask(again.url, 1, stream=False) == "complete"
+
+
 def test_what_cannot_be_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     (tmp_path / "keys").write_text("# none\n")
