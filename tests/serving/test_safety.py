@@ -107,6 +107,7 @@ def test_a_reader_that_reads_nothing_does_not_keep_the_server_from_its_end(
         peer.sendall((head + b"Content-Length: %d\r\n\r\n" % len(body) + body) * 12)  # more than sockets take
         served.wait_until(lambda: served.engine.stats().embedded_texts >= 2048)
         served.wait_until(lambda: not served.app.state.house.metrics.in_flight_now)
+    assert not served.engine.stats().alive  # the server has stopped, although nobody has read
     peer.close()
 
 
