@@ -34,16 +34,27 @@ class Prefixes:
 
     def longest(self, ids: Sequence[int], scope: str = "") -> Text:
         """The longest beginning of ``ids`` that has run, maybe empty, never all of them."""
-        wanted = np.asarray(ids[:-1])
-        best, length = None, 0
-        for key, (kept, _) in self._kept.items():
-            if key[0] == scope and (shared := _shared(wanted, kept)) > length:
-                best, length = key, shared
-        if best is None or length < _WORTH_KEEPING:
+        best, length = self._best(ids, scope)
+        if best is None:
             return self._text(new_keeping_cache(self._lm), 0)
         self._kept.move_to_end(best)
         pairs = columns_of(self._kept[best][1].cache, 0, length)
         return self._text(from_key_values(self._lm, pairs, into=new_keeping_cache(self._lm)), length)
+
+    def better_after(self, ids: Sequence[int], others: Sequence[Sequence[int]], scope: str = "") -> bool:
+        """Whether more of ``ids`` could be reused once one of the ``others`` has run."""
+        most = max(_WORTH_KEEPING - 1, self._best(ids, scope)[1])
+        wanted = np.asarray(ids[:-1])
+        return any(_shared(wanted, np.asarray(other)) > most for other in others)
+
+    def _best(self, ids: Sequence[int], scope: str) -> tuple[Key | None, int]:
+        """What shares the longest beginning with ``ids``, and how long it is; none that is not worth it."""
+        wanted = np.asarray(ids[:-1])
+        best, length = None, _WORTH_KEEPING - 1
+        for key, (kept, _) in self._kept.items():
+            if key[0] == scope and (shared := _shared(wanted, kept)) > length:
+                best, length = key, shared
+        return (None, 0) if best is None else (best, length)
 
     def keep(self, ids: Sequence[int], text: Text, scope: str = "") -> None:
         """Keep what has run of ``ids``, in place of what it goes on from."""

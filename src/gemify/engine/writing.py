@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from gemify.engine.answer import Answer
 from gemify.engine.decoding import Decoding
 from gemify.engine.jobs import Closed, Failed, Vectors, WritingJob
 from gemify.engine.prefixes import Prefixes
+from gemify.engine.reading import can_read_together, read
 from gemify.engine.token_bytes import TokenBytes
 from gemify.model.cache import size_in_bytes
 from gemify.model.gem import GemModel
-from gemify.model.handover import Handle, extend
+from gemify.model.handover import Handle
 from gemify.model.passes import Text, special_pass, text_pass
 
 
@@ -29,6 +31,7 @@ class Writing:
         self._decoding = Decoding(gem.lm)
         self.prefixes = Prefixes(gem.lm, prefix_bytes)
         self._spelled = TokenBytes(gem.tokenizer)
+        self._together = can_read_together(gem.lm)
         self._bytes_per_column = 0
         table = gem.lm.get_output_embeddings().weight.shape[0]
         self._never = [i for i in gem.config.special_ids if i < table]
@@ -63,12 +66,13 @@ class Writing:
         """Read up to ``step_tokens`` of what waits, then one token for each answer."""
         self._drop_cancelled()
         budget = self._step_tokens
-        while budget > 0 and self.waiting and self._has_room(self.waiting[0]):
-            job = self.waiting[0]
+        while budget > 0 and self.waiting and self._has_room([self.waiting[0]]):
+            some = self._next(budget)
             try:
-                budget -= self._read(job, budget)
+                budget -= self._recover(some[0]) if some[0].recovering else self._read(some, budget)
             except Exception as error:
-                self._fail(job, error)
+                for job in some:
+                    self._fail(job, error)
         if self.answers:
             try:
                 self._write()
@@ -85,42 +89,68 @@ class Writing:
 
     # Reading prompts
 
-    def _has_room(self, job: WritingJob) -> bool:
-        if not self.answers:
+    def _has_room(self, some: Sequence[WritingJob]) -> bool:
+        if not self.answers and len(some) == 1:
             return True
-        rows = len(self.answers) + job.n
+        rows = len(self.answers) + sum(job.n for job in some)
         columns = max(
-            len(job.ids) + job.sampling.max_tokens,
+            *(len(job.ids) + job.sampling.max_tokens for job in some),
             *(self._decoding.columns + a.job.sampling.max_tokens - len(a.ids) for a in self.answers),
+            0,
         )
         return rows <= self._max_rows and self.bytes_for(rows, columns) <= self._kv_bytes
 
-    def _read(self, job: WritingJob, budget: int) -> int:
-        """Run the next part of the first prompt that waits; how many tokens it was."""
-        if job.recovering:
-            self._recover(job)
-            return len(job.ids)
-        lm, device = self._gem.lm, self._gem.device
-        if job.read is None:
-            job.read = self.prefixes.longest(job.ids, job.scope)
-            job.reused_tokens = job.read.mask_BT.shape[1]
-            self.reused_tokens += job.reused_tokens
-        done = job.read.mask_BT.shape[1]
-        ids_BT = torch.tensor([job.ids[done : done + budget]], device=device)
-        handle = extend(lm, job.read, ids_BT[:, :0], ids_BT, torch.ones_like(ids_BT, dtype=torch.bool), single=True)
-        job.read = handle.text
-        self.prompt_tokens += ids_BT.shape[1]
-        if handle.text.mask_BT.shape[1] == len(job.ids):
-            self.waiting.popleft()
-            self.prefixes.keep(job.ids, handle.text, job.scope)
-            self._bytes_per_column = size_in_bytes(handle.text.cache) // len(job.ids)
-            if job.embed_prompt:
-                job.tell(Vectors(self._embedded(handle)))
-            self._start(job, handle.text, handle.logits_BV)
-            job.read = None
-        return ids_BT.shape[1]
+    def _next(self, budget: int) -> list[WritingJob]:
+        """The prompts to read in one pass: the first that waits, and those after it that end within the budget too.
 
-    def _recover(self, job: WritingJob) -> None:
+        Not one that could reuse what another of them is about to run: that one is read when the other has been.
+        """
+        some: list[WritingJob] = []
+        for job in self.waiting:
+            left = len(job.ids) - (0 if job.read is None else job.read.mask_BT.shape[1])
+            alone = job.recovering or not self._together or left > budget
+            shared = [other.ids for other in some if other.scope == job.scope]
+            if some and (
+                alone or not self._has_room([*some, job]) or self.prefixes.better_after(job.ids, shared, job.scope)
+            ):
+                break
+            some.append(job)
+            budget -= left
+            if alone:
+                break
+        return some
+
+    def _read(self, some: Sequence[WritingJob], budget: int) -> int:
+        """Run prompts that wait; of a single one as much as the budget allows. How many tokens it was."""
+        parts: list[tuple[int, ...]] = []
+        texts: list[Text] = []
+        for job in some:
+            if job.read is None:
+                job.read = self.prefixes.longest(job.ids, job.scope)
+                job.reused_tokens = job.read.mask_BT.shape[1]
+                self.reused_tokens += job.reused_tokens
+            done = job.read.mask_BT.shape[1]
+            texts.append(job.read)
+            parts.append(job.ids[done : done + budget])
+        for job, (text, logits_BV) in zip(some, read(self._gem.lm, texts, parts), strict=True):
+            job.read = text
+            if text.mask_BT.shape[1] == len(job.ids):
+                self._has_read(job, text, logits_BV)
+        tokens = sum(map(len, parts))
+        self.prompt_tokens += tokens
+        return tokens
+
+    def _has_read(self, job: WritingJob, text: Text, logits_BV: torch.Tensor) -> None:
+        self.waiting.remove(job)
+        self.prefixes.keep(job.ids, text, job.scope)
+        self._bytes_per_column = size_in_bytes(text.cache) // len(job.ids)
+        if job.embed_prompt:
+            ids_BT = torch.tensor([job.ids], device=self._gem.device)
+            job.tell(Vectors(self._embedded(Handle(text, ids_BT, logits_BV, single=True))))
+        self._start(job, text, logits_BV)
+        job.read = None
+
+    def _recover(self, job: WritingJob) -> int:
         lm, config, device = self._gem.lm, self._gem.config, self._gem.device
         ids_BT = torch.tensor([job.ids], dtype=torch.long, device=device).view(1, -1)
         text = text_pass(lm, ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
@@ -130,6 +160,7 @@ class Writing:
         assert specials.logits_BV is not None
         seen_BK = torch.ones(1, config.k, dtype=torch.bool, device=device)
         self._start(job, Text(specials.cache, seen_BK), specials.logits_BV, position=int(specials.next_position_B[0]))
+        return len(job.ids)
 
     def _start(self, job: WritingJob, text: Text, logits_BV: torch.Tensor, *, position: int | None = None) -> None:
         for index in range(job.n):
