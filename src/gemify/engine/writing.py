@@ -106,22 +106,24 @@ class Writing:
         Not one that could reuse what another of them is about to run: that one is read when the other has been.
         """
         some: list[WritingJob] = []
+        longest = 0
         for job in self.waiting:
             left = len(job.ids) - (0 if job.read is None else job.read.mask_BT.shape[1])
-            alone = job.recovering or not self._together or left > budget
-            shared = [other.ids for other in some if other.scope == job.scope]
-            if some and (
-                alone or not self._has_room([*some, job]) or self.prefixes.better_after(job.ids, shared, job.scope)
-            ):
+            longest = max(longest, left)
+            alone = job.recovering or not self._together or longest * (len(some) + 1) > budget
+            if some and (alone or not self._has_room([*some, job]) or self._would_wait(job, some)):
                 break
             some.append(job)
-            budget -= left
             if alone:
                 break
         return some
 
+    def _would_wait(self, job: WritingJob, some: Sequence[WritingJob]) -> bool:
+        shared = [other.ids for other in some if other.scope == job.scope]
+        return self.prefixes.better_after(job.ids, shared, job.scope)
+
     def _read(self, some: Sequence[WritingJob], budget: int) -> int:
-        """Run prompts that wait; of a single one as much as the budget allows. How many tokens it was."""
+        """Run prompts that wait; of a single one as much as the budget allows. How many columns it was."""
         parts: list[tuple[int, ...]] = []
         texts: list[Text] = []
         for job in some:
@@ -136,9 +138,8 @@ class Writing:
             job.read = text
             if text.mask_BT.shape[1] == len(job.ids):
                 self._has_read(job, text, logits_BV)
-        tokens = sum(map(len, parts))
-        self.prompt_tokens += tokens
-        return tokens
+        self.prompt_tokens += sum(map(len, parts))
+        return len(parts) * max(map(len, parts))
 
     def _has_read(self, job: WritingJob, text: Text, logits_BV: torch.Tensor) -> None:
         self.waiting.remove(job)
