@@ -1,6 +1,6 @@
 """One model, both jobs at once: two threads that pass through the same weights, each with its half of the cores.
 
-    asked for     prompts --> `Writing`: read a part a step, then one token a step for every answer --> Piece, Finished
+    asked for     prompts --> `Writing`: read together, then one token a step for every answer -------> Piece, Finished
                   texts ----> `Embedding`: small batches, a text of each request in turn -------------> Vectors
 
 Neither kind of work waits for the other: long chats do not hold up embeddings, nor bulk embeddings chats. Two passes on
