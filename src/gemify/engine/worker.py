@@ -98,7 +98,8 @@ class Worker(Generic[J]):
             while self._wait():
                 start = time.perf_counter()
                 with self.lock:
-                    torch.set_num_threads(self._threads())
+                    if (threads := self._threads()) != torch.get_num_threads():
+                        torch.set_num_threads(threads)
                     try:
                         self.work.step()
                     except Exception as error:  # jobs' own are told by the work: this is ours, and ends no thread
