@@ -20,6 +20,7 @@ import torch
 
 from gemify.engine.embedding import Embedding
 from gemify.engine.jobs import EmbeddingJob, Listener, QueueFull, WritingJob
+from gemify.engine.openmp import release_threads
 from gemify.engine.sampling import Sampling
 from gemify.engine.worker import J, Worker
 from gemify.engine.writing import Writing
@@ -105,6 +106,7 @@ class Engine:
     # Asking
 
     def start(self) -> None:
+        release_threads()  # those that loading the model has left
         self._writing.start()
         self._embedding.start()
 

@@ -12,6 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from gemify.engine.jobs import Job, Stopping
+from gemify.engine.openmp import release_threads
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,7 @@ class Worker(Generic[J]):
                 with self.lock:
                     if (threads := self._threads()) != torch.get_num_threads():
                         torch.set_num_threads(threads)
+                        release_threads()
                     try:
                         self.work.step()
                     except Exception as error:  # jobs' own are told by the work: this is ours, and ends no thread
@@ -112,6 +114,7 @@ class Worker(Generic[J]):
         with self._change:
             while not (self._new or self.work.busy or self._stopping):
                 self.busy = False
+                release_threads()
                 self._change.wait()
             self.work.waiting.extend(self._new)
             self._new.clear()
