@@ -17,6 +17,7 @@ import tiny
 from conftest import disturb
 from gemify import GemModel
 from gemify.engine.engine import Engine
+from gemify.rag.index import GemIndex
 from gemify.serving.app import create_app
 from gemify.serving.keys import KeyRing
 from gemify.serving.server import Server, listen
@@ -78,6 +79,15 @@ def serving(
             server.should_exit = True
             thread.join(60)
             assert not thread.is_alive(), "the server did not stop"
+
+
+def indexed(root: Path, corpus: dict[str, str], *, tokens: int) -> GemIndex:
+    """An index of some files, by a tiny GEM."""
+    for name, text in corpus.items():
+        (root / name).write_text(text)
+    index = GemIndex.open(root / "store", tiny_gem(root / "model"), tokens=tokens, overlap=8)
+    index.add([root / name for name in corpus])
+    return index
 
 
 def tiny_gem(directory: Path) -> GemModel:

@@ -6,13 +6,12 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from browsing import Visit, browsing
-from served import Served, serving, tiny_gem
+from served import Served, indexed, serving
 
 from gemify.rag.index import GemIndex
 from gemify.serving.recovery import longest_common
@@ -28,12 +27,7 @@ Visiting = Callable[..., Visit]
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> GemIndex:
-    root: Path = tmp_path_factory.mktemp("page")
-    for name, text in CORPUS.items():
-        (root / name).write_text(text)
-    index = GemIndex.open(root / "store", tiny_gem(root / "model"), tokens=400, overlap=8)
-    index.add([root / name for name in CORPUS])
-    return index
+    return indexed(tmp_path_factory.mktemp("page"), CORPUS, tokens=400)
 
 
 @pytest.fixture(scope="module")

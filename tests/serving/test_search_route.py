@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from served import Served, serving, tiny_gem
+from served import Served, indexed, serving
 
 from gemify.rag.answering import GemRag, Settings
 from gemify.rag.index import GemIndex
@@ -23,12 +22,7 @@ CORPUS = {
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> GemIndex:
-    root: Path = tmp_path_factory.mktemp("rag")
-    for name, text in CORPUS.items():
-        (root / name).write_text(text)
-    index = GemIndex.open(root / "store", tiny_gem(root / "model"), tokens=48, overlap=8)
-    index.add([root / name for name in CORPUS])
-    return index
+    return indexed(tmp_path_factory.mktemp("rag"), CORPUS, tokens=48)
 
 
 @pytest.fixture(scope="module")

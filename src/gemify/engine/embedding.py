@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from gemify.engine.jobs import Closed, EmbeddingJob, Failed
+from gemify.engine.jobs import Closed, EmbeddingJob
 from gemify.model.batching import length_groups
 from gemify.model.encode import encode_ids
 from gemify.model.gem import GemModel
@@ -72,5 +72,4 @@ class Embedding:
         self.failed += not job.closed
         if job in self.waiting:
             self.waiting.remove(job)
-        job.tell(Failed(error))
-        job.tell(Closed())
+        job.fail(error)

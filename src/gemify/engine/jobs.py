@@ -97,6 +97,12 @@ class Job:
         except Exception:  # whoever listened is gone
             self.cancelled = True
 
+    def fail(self, error: Exception) -> None:
+        """Tell what went wrong, and end. Rows that it has are free at the next step."""
+        self.tell(Failed(error))
+        self.tell(Closed())
+        self.cancel()
+
 
 class WritingJob(Job):
     """Answers to one prompt, or with ``recovering`` what its special tokens remember of a text."""

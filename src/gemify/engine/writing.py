@@ -10,7 +10,7 @@ import torch
 
 from gemify.engine.answer import Answer
 from gemify.engine.decoding import Decoding
-from gemify.engine.jobs import Closed, Failed, Vectors, WritingJob
+from gemify.engine.jobs import Closed, Vectors, WritingJob
 from gemify.engine.prefixes import Prefixes
 from gemify.engine.reading import can_read_together, read
 from gemify.engine.token_bytes import TokenBytes
@@ -220,6 +220,4 @@ class Writing:
         self.failed += not job.closed
         if job in self.waiting:
             self.waiting.remove(job)
-        job.tell(Failed(error))
-        job.tell(Closed())
-        job.cancel()  # rows that it may have had already
+        job.fail(error)
