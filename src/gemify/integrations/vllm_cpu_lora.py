@@ -26,7 +26,7 @@ def mend_cpu_lora(manager: Any) -> None:
 def _mended(wrapper: type[Any]) -> type[Any]:
     from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink
 
-    class RowsOnly(wrapper):  # type: ignore[misc]
+    class RowsOnly(wrapper):
         """The rows that have an adapter, and their slots, are found once a step."""
 
         def _update_prefill_metadata(self, slots_N: Tensor) -> None:

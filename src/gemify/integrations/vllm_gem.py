@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,16 +137,3 @@ def engine_options(gem: str | Path, base: str | Path | None = None, **more: Any)
         if not others:
             options["lora_target_modules"] = found.targets
     return options | more | {"additional_config": {**more.get("additional_config", {}), **own}}
-
-
-def rows_of(vectors: Sequence[Mapping[str, bytes]], keys: Sequence[str]) -> Tensor:
-    """The vectors [len(keys), D] that a call of ``gemify_take`` on all workers gave; a worker may have none."""
-    found: dict[str, bytes] = {}
-    for worker in vectors:
-        found |= worker
-    if missing := [key for key in keys if key not in found]:
-        raise RuntimeError(
-            f"the engine gave no vector for {len(missing)} of {len(keys)} texts: call gemify_open first, and run one"
-            " engine without pipeline or data parallelism or speculative decoding"
-        )
-    return torch.stack([torch.frombuffer(bytearray(found[key]), dtype=torch.float32) for key in keys])

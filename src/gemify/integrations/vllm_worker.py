@@ -50,7 +50,11 @@ class Tap:
         for request in scheduled.finished_req_ids:
             self._prompts.pop(request, None)
         computed = dict(
-            zip(scheduled.scheduled_cached_reqs.req_ids, scheduled.scheduled_cached_reqs.num_computed_tokens, strict=True)
+            zip(
+                scheduled.scheduled_cached_reqs.req_ids,
+                scheduled.scheduled_cached_reqs.num_computed_tokens,
+                strict=True,
+            )
         )
         for new in scheduled.scheduled_new_reqs:
             computed[new.req_id] = new.num_computed_tokens
@@ -139,9 +143,10 @@ class GemWorker:
 
 
 def marked(sampling: Any) -> str | None:
-    """The key of a request that is to be embedded."""
+    """The key of a request that is to be embedded. (Over HTTP anyone may write anything there.)"""
     extra = getattr(sampling, "extra_args", None)
-    return extra.get(MARK) if extra else None
+    key = extra.get(MARK) if extra else None
+    return key if isinstance(key, str) else None
 
 
 def input_table(model: nn.Module) -> tuple[nn.Module, int]:
