@@ -5,46 +5,34 @@ Reference vectors are the library's, on transformers; reference tokens those of 
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from vllm_models import child_environment, make_gem, save_base, vllm_python
 
-import tiny
-from conftest import disturb
 from gemify import GemModel
 from gemify.model.export import export
 
 CHILD = Path(__file__).with_name("vllm_child.py")
-SOURCE = Path(__file__).parents[2] / "src"
 TEXTS = ["a cat on a mat", "", "the name <|reserved_0|> is text", "long " * 30, "x"]
 # Of 31, 63, 80 tokens and 1: with a special token after them the first two fill blocks of the cache, which hold 32.
 PROMPTS = [[1, *range(20, 50)], [1, *range(40, 102)], [1, *range(100, 179)], [7]]
 SPELLED = [[*ids, 3, 9] for ids in PROMPTS]  # 3 is the special token's id; a prompt may hold it
 
 
-@functools.cache
-def vllm_python() -> str:
-    """A python that has vLLM and gemify's plugin."""
-    python = os.environ.get("GEMIFY_VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else "")
-    if not python:
-        pytest.skip("vLLM is not here: set GEMIFY_VLLM_PYTHON to a python that has it, and gemify (docs/engines.md)")
-    return python
-
-
 def run_child(gem: Path | None, base: Path) -> dict[str, Any]:
     job = {"gem": gem and str(gem), "base": str(base), "prompts": PROMPTS, "spelled": SPELLED, "texts": TEXTS}
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(SOURCE)}
     done = subprocess.run(
-        [vllm_python(), str(CHILD)], input=json.dumps(job), capture_output=True, text=True, env=env, timeout=300
+        [vllm_python(), str(CHILD)],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        env=child_environment(),
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     found: dict[str, Any] = json.loads(done.stdout)
@@ -53,34 +41,13 @@ def run_child(gem: Path | None, base: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_base(tmp_path_factory.mktemp("vllm") / "base", "llama")
-
-
-def save_base(directory: Path, kind: str, **more: Any) -> Path:
-    """A tiny random model with heads as wide as vLLM's CPU attention takes, weights large enough to attend."""
-    torch.manual_seed(0)
-    settings = tiny.ARCHITECTURES["llama"][1] | {"hidden_size": 128, "intermediate_size": 96, "head_dim": 32} | more
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings), dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(3.0)
-    lm.save_pretrained(directory)
-    tiny.tokenizer().save_pretrained(directory)
-    return directory
+    return save_base(tmp_path_factory.mktemp("vllm") / "base")
 
 
 @pytest.fixture(scope="module")
 def plain(base: Path) -> dict[str, Any]:
     """The plain base in vLLM, and what it writes after a spelled special token."""
     return run_child(None, base)
-
-
-def make_gem(base: Path, directory: Path, **options: Any) -> GemModel:
-    gem = GemModel.from_base(str(base), device="cpu", dtype=torch.float32, **options)
-    disturb(gem)
-    gem.save_pretrained(directory)
-    return gem
 
 
 @pytest.mark.parametrize(
@@ -128,3 +95,14 @@ def test_merged_weights_embed_too(tune: str, base: Path, tmp_path: Path) -> None
     ids = torch.tensor([PROMPTS[1]])
     written = again.lm.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, suppress_tokens=None)
     assert found["before"][1] == written[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2"])
+def test_gated_gems_of_other_architectures(kind: str, tmp_path: Path) -> None:
+    more = {"query_pre_attn_scalar": 32} if kind == "gemma2" else {}
+    options = {"attn_implementation": "eager"} if kind == "gemma2" else {}
+    base = save_base(tmp_path / "base", kind, **more)
+    gem = make_gem(base, tmp_path / "gem", **options)
+    found = run_child(tmp_path / "gem", base)
+    assert torch.allclose(torch.tensor(found["vectors"]), gem.encode(TEXTS, convert_to_tensor=True), atol=2e-3)
+    assert found["before"] == found["after"] == found["mixed"]

