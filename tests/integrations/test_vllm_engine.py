@@ -15,6 +15,7 @@ import torch
 from vllm_models import child_environment, make_gem, save_base, vllm_python
 
 from gemify import GemModel
+from gemify.model.base import load_base
 from gemify.model.export import export
 
 CHILD = Path(__file__).with_name("vllm_child.py")
@@ -24,8 +25,9 @@ PROMPTS = [[1, *range(20, 50)], [1, *range(40, 102)], [1, *range(100, 179)], [7]
 SPELLED = [[*ids, 3, 9] for ids in PROMPTS]  # 3 is the special token's id; a prompt may hold it
 
 
-def run_child(gem: Path | None, base: Path) -> dict[str, Any]:
+def run_child(gem: Path | None, base: Path, *, kv_cache: int = 8_000_000) -> dict[str, Any]:
     job = {"gem": gem and str(gem), "base": str(base), "prompts": PROMPTS, "spelled": SPELLED, "texts": TEXTS}
+    job["kv_cache"] = kv_cache
     done = subprocess.run(
         [vllm_python(), str(CHILD)],
         input=json.dumps(job),
@@ -106,3 +108,15 @@ def test_gated_gems_of_other_architectures(kind: str, tmp_path: Path) -> None:
     found = run_child(tmp_path / "gem", base)
     assert torch.allclose(torch.tensor(found["vectors"]), gem.encode(TEXTS, convert_to_tensor=True), atol=2e-3)
     assert found["before"] == found["after"] == found["mixed"]
+
+
+@pytest.mark.real
+def test_the_shipped_gem(shipped: GemModel, tmp_path: Path) -> None:
+    lm, tokenizer = load_base("starter", device="cpu", dtype=torch.float32)
+    lm.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    found = run_child(Path("starter"), tmp_path / "base", kv_cache=60_000_000)
+    alone = run_child(None, tmp_path / "base", kv_cache=60_000_000)
+    vectors, wanted = torch.tensor(found["vectors"]), shipped.encode(TEXTS, convert_to_tensor=True)
+    assert torch.allclose(vectors, wanted, atol=1e-3)
+    assert found["before"] == found["after"] == found["mixed"] == alone["before"]

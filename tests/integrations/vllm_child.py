@@ -30,8 +30,9 @@ def main() -> None:
 
     from gemify.integrations.vllm_offline import engine_options
 
-    plain: dict[str, Any] = {"model": job["base"], **SMALL}
-    llm = LLM(**(engine_options(job["gem"], job["base"], **SMALL) if job["gem"] else plain))
+    small: dict[str, Any] = {**SMALL, "kv_cache_memory_bytes": job["kv_cache"]}
+    plain = {"model": job["base"], **small}
+    llm = LLM(**(engine_options(job["gem"], job["base"], **small) if job["gem"] else plain))
     greedy = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
     def continued(rows: list[list[int]]) -> list[list[int]]:
