@@ -99,12 +99,10 @@ def test_merged_weights_embed_too(tune: str, base: Path, tmp_path: Path) -> None
     assert found["before"][1] == written[0, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral", "gemma2", "phi3", "olmo2"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])
 def test_gated_gems_of_other_architectures(kind: str, tmp_path: Path) -> None:
-    more = {"query_pre_attn_scalar": 32} if kind == "gemma2" else {}
-    options = {"attn_implementation": "eager"} if kind == "gemma2" else {}
-    base = save_base(tmp_path / "base", kind, **more)
-    gem = make_gem(base, tmp_path / "gem", **options)
+    base = save_base(tmp_path / "base", kind)
+    gem = make_gem(base, tmp_path / "gem")
     found = run_child(tmp_path / "gem", base)
     assert torch.allclose(torch.tensor(found["vectors"]), gem.encode(TEXTS, convert_to_tensor=True), atol=2e-3)
     assert found["before"] == found["after"] == found["mixed"]
