@@ -16,6 +16,7 @@ import typer
 from gemify import __version__
 from gemify.cli_ask import register as register_ask
 from gemify.cli_bench import bench
+from gemify.cli_bench_gpu import register as register_gpu
 from gemify.cli_evaluation import register as register_evaluation
 from gemify.cli_export import register as register_export
 from gemify.cli_rag import register as register_rag
@@ -323,6 +324,7 @@ register_rag(app)
 register_ask(app)
 register_serve(app)
 register_export(app)
+register_gpu(bench)
 app.add_typer(bench, name="bench")
 
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from gemify.model.gate import TUNES, Tune
 from gemify.model.pooling import POOLINGS, Pooling
 from gemify.model.template import PLAIN, require_template
+from gemify.model.tune import TUNES, Tune
 
 CONFIG_FILE = "config_gemify.json"
 FORMAT_VERSION = 1

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
@@ -31,8 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Tune = Literal["gated", "tokens", "lora", "full"]
-TUNES: tuple[Tune, ...] = ("gated", "tokens", "lora", "full")
+from gemify.model.tune import TUNES as TUNES
+from gemify.model.tune import Tune as Tune
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _NAME = "default"
