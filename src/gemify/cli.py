@@ -16,6 +16,7 @@ import typer
 from gemify import __version__
 from gemify.cli_ask import register as register_ask
 from gemify.cli_bench import bench
+from gemify.cli_bench_encode import register as register_bench_encode
 from gemify.cli_evaluation import register as register_evaluation
 from gemify.cli_export import register as register_export
 from gemify.cli_rag import register as register_rag
@@ -182,6 +183,9 @@ def embed(
     batch_size: Annotated[int, typer.Option(help="Most texts a batch.")] = 64,
     base: Base = None,
     device: Device = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the layers first: worth it for thousands of texts.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Embed texts."""
@@ -203,6 +207,7 @@ def embed(
         batch_size=batch_size,
         normalize_embeddings=normalize,
         truncate_dim=truncate_dim,
+        compile=compile,
         show_progress_bar=not quiet and len(listed) > batch_size,
     )
     report = gem.meter.report()
@@ -323,6 +328,7 @@ register_rag(app)
 register_ask(app)
 register_serve(app)
 register_export(app)
+register_bench_encode(bench)
 app.add_typer(bench, name="bench")
 
 

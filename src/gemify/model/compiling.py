@@ -17,12 +17,16 @@ from transformers import PreTrainedModel
 
 from gemify.model.gate import current_gate, with_gate
 
+OPTIONS: dict[str, Any] = {"dynamic": True}
+"""How: one graph for batches of any shape."""
+
 _on: ContextVar[bool] = ContextVar("gemify_compiled", default=False)
 
 
 @contextlib.contextmanager
-def compiled() -> Iterator[None]:
-    """Run the layers that `compile_layers` has prepared compiled, in this thread, inside."""
+def compiled(lm: PreTrainedModel) -> Iterator[None]:
+    """Run the decoder's layers compiled in this thread, inside. The first passes compile them."""
+    _prepare(lm)
     token = _on.set(True)
     try:
         yield
@@ -30,20 +34,18 @@ def compiled() -> Iterator[None]:
         _on.reset(token)
 
 
-def compile_layers(lm: PreTrainedModel) -> int:
-    """Prepare the decoder's layers; the first passes inside `compiled` compile them. Gives how many, 0 if it was done."""
+def _prepare(lm: PreTrainedModel) -> None:
     depth = lm.config.get_text_config().num_hidden_layers
     lists = [m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not lists:
         raise ValueError(f"{type(lm).__name__} has no list of its {depth} layers: it cannot be compiled")
-    layers = [layer for layer in lists[0] if not hasattr(layer.forward, "gemify_plain")]
-    for layer in layers:
-        layer.forward = _either(layer.forward)
-    return len(layers)
+    for layer in lists[0]:
+        if not hasattr(layer.forward, "gemify_plain"):
+            layer.forward = _either(layer.forward)
 
 
 def _either(plain: Callable[..., Any]) -> Callable[..., Any]:
-    fast = torch.compile(with_gate(plain), dynamic=True)
+    fast = torch.compile(with_gate(plain), **OPTIONS)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         return fast(current_gate(), *args, **kwargs) if _on.get() else plain(*args, **kwargs)
