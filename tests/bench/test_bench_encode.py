@@ -24,7 +24,8 @@ def test_all_sides_on_a_gated_model(gem: GemModel, tmp_path: Path) -> None:
     report = bench_encode(str(tmp_path / "gem"), TEXTS, sides=QUICK, rounds=2, show_progress_bar=False)
     assert list(report["rows"]) == QUICK
     tokens = sum(len(ids) + 1 for ids in gem.text_tokenizer(TEXTS, max_tokens=None))
-    assert report["tokens"] == tokens and report["texts"] == 8
+    assert report["tokens"] == tokens
+    assert report["texts"] == 8
     ours, theirs = report["rows"]["gemify"], report["rows"]["sentence-transformers"]
     assert ours["largest_difference"] < 1e-4  # the export has our vectors
     assert theirs["ratio"] == theirs["processor_ratio"] == 1.0
@@ -32,7 +33,8 @@ def test_all_sides_on_a_gated_model(gem: GemModel, tmp_path: Path) -> None:
     assert theirs["padding"] == pytest.approx(1 - tokens / (8 * longest), abs=1e-4)  # one batch of its 32
     assert ours["padding"] < theirs["padding"]
     for row in report["rows"].values():
-        assert len(row["seconds"]) == 2 and row["tokens_per_second"] > 0
+        assert len(row["seconds"]) == 2
+        assert row["tokens_per_second"] > 0
     assert all(name in as_table(report) for name in QUICK)
 
 
@@ -42,7 +44,8 @@ def test_the_plain_side_has_the_trained_row(gem: GemModel, tmp_path: Path) -> No
 
     expected = gem.adapter.rows.rows_KD.clone() if gem.adapter else None
     plain = _ungated(gem)
-    assert plain.config.tune == "tokens" and plain.adapter is not None
+    assert plain.config.tune == "tokens"
+    assert plain.adapter is not None
     assert (plain.adapter.rows.rows_KD == expected).all()
     before = plain.encode(TEXTS[:2])
     disturb(plain, seed=5)
@@ -79,6 +82,7 @@ def test_the_command_writes_record_and_plot(gem: GemModel, tmp_path: Path) -> No
     result = CliRunner().invoke(app, [*command, *sides, "-o", str(out), "--plot", str(image), "-q"])
     assert result.exit_code == 0, result.output
     record = json.loads(out.read_text())
-    assert set(record["rows"]) == {"gemify", "sentence-transformers"} and record["rounds"] == 1
+    assert set(record["rows"]) == {"gemify", "sentence-transformers"}
+    assert record["rounds"] == 1
     assert image.read_bytes().startswith(b"\x89PNG")
     assert "| gemify |" in result.output

@@ -101,6 +101,8 @@ def test_compiled_layers_serve_encode_alone(gem: GemModel, monkeypatch: pytest.M
     """One graph for all layers and lengths, the gate within it; without ``compile`` everything has its old bits."""
     texts = ["a cat", "a longer text about a cat", "x" * 40, "y" * 41]
     before, answer = gem.encode(texts), gem.generate("a cat", max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        plain = gem.lm(input_ids=torch.tensor([[7, 8, 9, 10]])).logits
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> object:
@@ -109,25 +111,15 @@ def test_compiled_layers_serve_encode_alone(gem: GemModel, monkeypatch: pytest.M
 
     torch.compiler.reset()
     monkeypatch.setattr(compiling, "OPTIONS", {"dynamic": True, "fullgraph": True, "backend": backend})
-    np.testing.assert_allclose(gem.encode(texts, compile=True), before, atol=1e-5)
-    assert graphs
-    seen = len(graphs)
     np.testing.assert_allclose(gem.encode([*texts, "z" * 80], compile=True)[:4], before, atol=1e-5)
-    assert len(graphs) == seen  # another length needs no other graph
-    assert seen <= 2  # and the layers share theirs (a batch of one row may have its own)
+    seen = len(graphs)
+    assert 1 <= seen <= 2  # the layers share theirs; a batch of one row may have its own
+    np.testing.assert_allclose(gem.encode([*texts, "z" * 90, "a" * 9], compile=True)[:4], before, atol=1e-5)
+    assert len(graphs) == seen  # other lengths need no other graph
     assert np.array_equal(gem.encode(texts), before)
     assert gem.generate("a cat", max_new_tokens=4, do_sample=False) == answer
-    assert len(graphs) == seen
-    torch.compiler.reset()
-
-
-def test_the_gate_leaves_compiled_layers_with_its_context(gem: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After a compiled pass a raw row has the base's bits: no gate stays open."""
-    torch.compiler.reset()
-    monkeypatch.setattr(compiling, "OPTIONS", {"dynamic": True, "backend": "eager"})
     ids = torch.tensor([[7, 8, 9, 10]])
     with torch.no_grad():
-        plain = gem.lm(input_ids=ids).logits
-        gem.encode(["a", "bc"], compile=True)
-        assert torch.equal(gem.lm(input_ids=ids).logits, plain)
+        assert torch.equal(gem.lm(input_ids=ids).logits, plain)  # no gate stays open
+    assert len(graphs) == seen
     torch.compiler.reset()

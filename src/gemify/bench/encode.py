@@ -184,13 +184,14 @@ def _theirs(directory: str, device: str | None, dtype: torch.dtype) -> Side:
     peer = load_sentence_transformer(directory, device=device or "cpu", dtype=dtype)
     seen = {"columns": 0, "real": 0}
 
-    def count(module: Any, args: tuple[Any, ...], features: Mapping[str, Tensor]) -> None:
-        seen["columns"] += features["attention_mask"].numel()
-        seen["real"] += int(features["attention_mask"].sum())
+    def count(module: Any, args: tuple[Any, ...]) -> None:
+        seen["columns"] += args[0]["attention_mask"].numel()
+        seen["real"] += int(args[0]["attention_mask"].sum())
 
-    peer[0].auto_model.register_forward_pre_hook(count, with_kwargs=True)
+    peer[0].register_forward_pre_hook(count)
 
     def encode(texts: list[str]) -> np.ndarray:
+        seen.update(columns=0, real=0)
         return np.asarray(peer.encode(texts, show_progress_bar=False), dtype=np.float32)
 
     return Side(encode, lambda: 1.0 - seen["real"] / max(1, seen["columns"]))
