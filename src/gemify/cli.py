@@ -16,7 +16,8 @@ import typer
 from gemify import __version__
 from gemify.cli_ask import register as register_ask
 from gemify.cli_bench import bench
-from gemify.cli_bench_gpu import register as register_gpu
+from gemify.cli_bench_encode import register as register_bench_encode
+from gemify.cli_bench_gpu import register as register_bench_gpu
 from gemify.cli_evaluation import register as register_evaluation
 from gemify.cli_export import register as register_export
 from gemify.cli_rag import register as register_rag
@@ -183,6 +184,9 @@ def embed(
     batch_size: Annotated[int, typer.Option(help="Most texts a batch.")] = 64,
     base: Base = None,
     device: Device = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the layers first: worth it for thousands of texts.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Embed texts."""
@@ -204,6 +208,7 @@ def embed(
         batch_size=batch_size,
         normalize_embeddings=normalize,
         truncate_dim=truncate_dim,
+        compile=compile,
         show_progress_bar=not quiet and len(listed) > batch_size,
     )
     report = gem.meter.report()
@@ -324,7 +329,8 @@ register_rag(app)
 register_ask(app)
 register_serve(app)
 register_export(app)
-register_gpu(bench)
+register_bench_gpu(bench)
+register_bench_encode(bench)
 app.add_typer(bench, name="bench")
 
 

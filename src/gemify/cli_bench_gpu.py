@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from gemify.cli_bench import Device, Dtype, Json, Output, _give
+from gemify.cli_bench import Device, Dtype, Json, Output, give
 
 
 def gpu(
@@ -47,7 +47,7 @@ def gpu(
         peak_tflops=peak_tflops,
     )
     report = bench_gpu(shape or ["1b", "8b"], setup)
-    _give(report, as_table(report), output, as_json)
+    give(report, as_table(report), output, as_json)
 
 
 def register(bench: typer.Typer) -> None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,16 +51,45 @@ class AdapterSettings(TypedDict, total=False):
 class _Gate:
     columns_BT: Tensor  # bool: where the trained weights act
     which_BT: Tensor  # int: which special token stands there (0 elsewhere)
+    index_N: Tensor  # int: the True columns' numbers among all B * T
+    everywhere: bool
 
 
 _open: ContextVar[_Gate | None] = ContextVar("gemify_gate", default=None)
+
+
+class _Traced:
+    """The gate of a function that is being compiled: the compiler reads no context variable."""
+
+    gate: _Gate | None = None
+
+
+_traced = _Traced()
+
+
+def current_gate() -> _Gate | None:
+    """The gate that is open, or None."""
+    return _traced.gate if torch.compiler.is_compiling() else _open.get()
+
+
+def with_gate(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` with the open gate as one more argument, the first, so that it can be compiled."""
+
+    def taking(opened: _Gate | None, *args: Any, **kwargs: Any) -> Any:
+        _traced.gate = opened
+        output = forward(*args, **kwargs)
+        _traced.gate = None
+        return output
+
+    return taking
 
 
 @contextlib.contextmanager
 def gate(columns_BT: Tensor) -> Iterator[None]:
     """Let the trained weights act at the True columns. The special tokens stand there in order, once a row."""
     which_BT = (columns_BT.long().cumsum(-1) - 1).clamp_(min=0)
-    token = _open.set(_Gate(columns_BT, which_BT))
+    index_N = columns_BT.flatten().nonzero()[:, 0]  # once a pass: every layer would wait for it otherwise
+    token = _open.set(_Gate(columns_BT, which_BT, index_N, index_N.numel() == columns_BT.numel()))
     try:
         yield
     finally:
@@ -87,23 +116,25 @@ class GatedLora(LoraVariant):
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
-        opened = _open.get()
+        opened = current_gate()
         if opened is None:
             return result
-        columns = opened.columns_BT.to(x.device)
-        if x.shape[:-1] != columns.shape:  # some blocks flatten [B, T, D] to [B * T, D]
-            columns = columns.reshape(-1)
-            if x.shape[:-1] != columns.shape:
-                raise RuntimeError(
-                    f"a layer got {tuple(x.shape[:-1])} tokens where {columns.numel()} were expected: it sees only a part"
-                    " of the tokens (a routed expert), so it cannot be gated; leave it out of target_modules"
-                )
+        shape, count = opened.columns_BT.shape, opened.columns_BT.numel()
+        if x.shape[:-1] != shape and x.shape[:-1] != (count,):  # some blocks flatten [B, T, D] to [B * T, D]
+            raise RuntimeError(
+                f"a layer got {tuple(x.shape[:-1])} tokens where {count} were expected: it sees only a part"
+                " of the tokens (a routed expert), so it cannot be gated; leave it out of target_modules"
+            )
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
-        if bool(columns.all()):
+        if opened.everywhere:
             return result + b(a(dropout(x))) * scaling
-        delta = b(a(dropout(x[columns]))) * scaling
-        return result.index_put(torch.where(columns), result[columns] + delta.to(result.dtype))
+        index_N = opened.index_N.to(x.device)
+        delta = (b(a(dropout(x.flatten(0, -2)[index_N]))) * scaling).to(result.dtype)
+        if not torch.is_grad_enabled() and result.is_contiguous():  # the layer's own fresh output: no copy of all of it
+            result.view(-1, result.shape[-1]).index_add_(0, index_N, delta)
+            return result
+        return result.flatten(0, -2).index_add(0, index_N, delta).view_as(result)
 
 
 class SpecialRows(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from gemify.model.base import (
     quiet,
     special_token_ids,
 )
+from gemify.model.compiling import compiled
 from gemify.model.config import CONFIG_FILE, GemConfig, require_special_tokens, resolve_directory
 from gemify.model.encode import TextTokenizer, encode_texts
 from gemify.model.gate import ADAPTER_FILE, Adapter, AdapterSettings, Tune, adapter_settings
@@ -233,7 +235,8 @@ class GemModel:
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int = 32,
-        max_tokens: int = 8192,
+        max_tokens: int | None = None,
+        compile: bool = False,
         show_progress_bar: bool = False,
         convert_to_tensor: bool = False,
         normalize_embeddings: bool = False,
@@ -245,7 +248,8 @@ class GemModel:
             inputs: one string (gives a 1-D vector) or several (give [N, D]).
             prompt_name: name of a prompt in ``config.prompts`` to put before every text.
             prompt: the prompt itself.
-            batch_size: most rows a batch. ``max_tokens``: most tokens a batch.
+            batch_size: most rows a batch. ``max_tokens``: most tokens a batch [default: what suits the device].
+            compile: compile the layers first, once, for encoding alone (`gemify.model.compiling`).
             truncate_dim: keep the first so many dimensions.
 
         Returns:
@@ -256,7 +260,7 @@ class GemModel:
         for at, text in enumerate(texts):
             if not isinstance(text, str):
                 raise ValueError(f"texts must be strings, item {at} is a {type(text).__name__}")
-        if batch_size < 1 or max_tokens < 1:
+        if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
             raise ValueError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}")
         if truncate_dim is not None and not 1 <= truncate_dim <= self.get_embedding_dim():
             raise ValueError(f"truncate_dim must lie in 1..{self.get_embedding_dim()}, got {truncate_dim}")
@@ -264,16 +268,17 @@ class GemModel:
         self.meter = Meter()
         if texts:
             self.lm.eval()
-            vectors_ND = encode_texts(
-                self.lm,
-                self.text_tokenizer,
-                self.config,
-                [before + t for t in texts] if before else texts,
-                batch_size=batch_size,
-                max_tokens=max_tokens,
-                show_progress_bar=show_progress_bar,
-                meter=self.meter,
-            )
+            with compiled(self.lm) if compile else contextlib.nullcontext():
+                vectors_ND = encode_texts(
+                    self.lm,
+                    self.text_tokenizer,
+                    self.config,
+                    [before + t for t in texts] if before else texts,
+                    batch_size=batch_size,
+                    max_tokens=max_tokens,
+                    show_progress_bar=show_progress_bar,
+                    meter=self.meter,
+                )
         else:
             vectors_ND = torch.empty(0, self.get_embedding_dim())
         vectors_ND = vectors_ND[:, :truncate_dim]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -217,20 +218,21 @@ def masked_pass(lm: PreTrainedModel, batch: MaskedBatch, *, body_only: bool = Fa
     """One forward pass under the GEM mask: logits [B, T, V], or with ``body_only`` last hidden states [B, T, D].
 
     A batch in which the GEM mask is the causal one (raw rows; one special token at the end) runs without a mask of ours.
+    With ``body_only`` it runs without any: its padding is on the right, where no real column looks.
     """
     special_BT = batch.segments_BT == Segment.SPECIAL
     beyond_causal_BT = (batch.segments_BT == Segment.SUFFIX) | (batch.segments_BT == Segment.HIDDEN)
     masked = contextlib.ExitStack()
+    causal = True
     if bool(special_BT.any()):
         masked.enter_context(gate(special_BT))
-        if bool(beyond_causal_BT.any()) or int(special_BT.sum(-1).max()) > 1:
+        causal = not bool(beyond_causal_BT.any()) and int(special_BT.sum(-1).max()) == 1
+        if not causal:
             masked.enter_context(gem_mask(batch.segments_BT, shared_position=batch.shared_position))
-    inputs = {
-        "input_ids": batch.ids_BT,
-        "attention_mask": (batch.segments_BT != Segment.PAD).long(),
-        "position_ids": batch.positions_BT,
-        "use_cache": False,
-    }
+    inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": False}
+    if not (causal and body_only):  # positions count from 0 then, and a kernel that needs no mask is the fastest
+        inputs["attention_mask"] = (batch.segments_BT != Segment.PAD).long()
+        inputs["position_ids"] = batch.positions_BT
     with masked:
         if body_only:
             return lm.get_decoder()(**inputs).last_hidden_state

@@ -1,0 +1,88 @@
+"""`gemify bench encode` at tiny size: the sides, their vectors and the record. No timing is judged."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import disturb
+from gemify import GemModel
+from gemify.bench.encode import SIDES, as_table, bench_encode, read_texts
+from gemify.cli import app
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TEXTS = [f"text number {i} " + "word " * (i % 5) for i in range(8)]
+QUICK = [side for side in SIDES if "compiled" not in side]
+
+
+def test_all_sides_on_a_gated_model(gem: GemModel, tmp_path: Path) -> None:
+    gem.save_pretrained(tmp_path / "gem")
+    report = bench_encode(str(tmp_path / "gem"), TEXTS, sides=QUICK, rounds=2, show_progress_bar=False)
+    assert list(report["rows"]) == QUICK
+    tokens = sum(len(ids) + 1 for ids in gem.text_tokenizer(TEXTS, max_tokens=None))
+    assert report["tokens"] == tokens
+    assert report["texts"] == 8
+    ours, theirs = report["rows"]["gemify"], report["rows"]["sentence-transformers"]
+    assert ours["largest_difference"] < 1e-4  # the export has our vectors
+    assert theirs["ratio"] == theirs["processor_ratio"] == 1.0
+    longest = max(len(ids) + 1 for ids in gem.text_tokenizer(TEXTS, max_tokens=None))
+    assert theirs["padding"] == pytest.approx(1 - tokens / (8 * longest), abs=1e-4)  # one batch of its 32
+    assert ours["padding"] < theirs["padding"]
+    for row in report["rows"].values():
+        assert len(row["seconds"]) == 2
+        assert row["tokens_per_second"] > 0
+    assert all(name in as_table(report) for name in QUICK)
+
+
+def test_the_plain_side_has_the_trained_row(gem: GemModel, tmp_path: Path) -> None:
+    """Of a gated model the export keeps the special token's row: another row, other vectors."""
+    from gemify.bench.encode import _ungated
+
+    expected = gem.adapter.rows.rows_KD.clone() if gem.adapter else None
+    plain = _ungated(gem)
+    assert plain.config.tune == "tokens"
+    assert plain.adapter is not None
+    assert (plain.adapter.rows.rows_KD == expected).all()
+    before = plain.encode(TEXTS[:2])
+    disturb(plain, seed=5)
+    assert abs(plain.encode(TEXTS[:2]) - before).max() > 1e-3
+
+
+def test_several_special_tokens_are_refused(base_dir: Path, tmp_path: Path) -> None:
+    GemModel.from_base(str(base_dir), tune="tokens", special_tokens=2).save_pretrained(tmp_path / "two")
+    with pytest.raises(ValueError, match="2 special tokens is as many encoders"):
+        bench_encode(str(tmp_path / "two"), TEXTS, show_progress_bar=False)
+    with pytest.raises(ValueError, match="unknown side 'fast'"):
+        bench_encode("starter", TEXTS, sides=["fast"], show_progress_bar=False)
+
+
+def test_texts_are_taken_evenly(tmp_path: Path) -> None:
+    rows = [{"title": f"t{i}", "text": f"body {i}"} for i in range(11)]
+    with gzip.open(tmp_path / "corpus.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_texts(tmp_path, 3) == ["t0 body 0", "t5 body 5", "t10 body 10"]
+    assert len(read_texts(tmp_path / "corpus.jsonl.gz", 100)) == 11
+    (tmp_path / "bad.jsonl").write_text('{"words": "x"}\n')
+    with pytest.raises(ValueError, match="with `text` on every line"):
+        read_texts(tmp_path / "bad.jsonl", 3)
+    with pytest.raises(ValueError, match=r"holds no corpus\.jsonl"):
+        read_texts(tmp_path / "nothing", 3)
+
+
+def test_the_command_writes_record_and_plot(gem: GemModel, tmp_path: Path) -> None:
+    gem.save_pretrained(tmp_path / "gem")
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    out, image = tmp_path / "record.json", tmp_path / "plot.png"
+    command = ["bench", "encode", "--data", str(tmp_path / "texts.jsonl"), "-m", str(tmp_path / "gem"), "--rounds", "1"]
+    sides = ["--side", "gemify", "--side", "sentence-transformers"]
+    result = CliRunner().invoke(app, [*command, *sides, "-o", str(out), "--plot", str(image), "-q"])
+    assert result.exit_code == 0, result.output
+    record = json.loads(out.read_text())
+    assert set(record["rows"]) == {"gemify", "sentence-transformers"}
+    assert record["rounds"] == 1
+    assert image.read_bytes().startswith(b"\x89PNG")
+    assert "| gemify |" in result.output

@@ -1,0 +1,125 @@
+"""Batches of `encode`: no mask where none is needed, little padding, tokenising beside computing, compiled layers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import tiny
+from gemify import GemModel
+from gemify.model import compiling, encode
+from gemify.model.batching import length_groups
+from gemify.model.encode import TextTokenizer
+from gemify.model.passes import MaskedBatch, masked_pass
+from gemify.paper.tokens import Row, columns
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_a_batch_without_a_mask_equals_its_rows_alone(name: str) -> None:
+    """Padding on the right is behind every real column: what a row gives alone, under a full mask, it gives here."""
+    lm = tiny.build(name, "eager" if name in tiny.EAGER_ONLY else "sdpa")
+    rows = [columns(Row("split", tuple(range(10, 10 + n))), [5]) for n in (9, 17, 1, 12)]
+    with torch.no_grad():
+        together = masked_pass(lm, MaskedBatch.of(rows), body_only=True)
+        for hidden_TD, row in zip(together, rows, strict=True):
+            n = len(row.ids)
+            alone = lm.get_decoder()(
+                input_ids=torch.tensor([row.ids]),
+                attention_mask=torch.ones(1, n, dtype=torch.long),
+                position_ids=torch.tensor([row.positions]),
+                use_cache=False,
+            ).last_hidden_state[0]
+            torch.testing.assert_close(hidden_TD[:n], alone, atol=2e-5, rtol=1e-4)
+
+
+@given(lengths=st.lists(st.integers(64, 512), min_size=1, max_size=300), budget=st.integers(512, 4096))
+def test_texts_of_a_few_words_and_more_have_at_most_5_percent_padding(lengths: list[int], budget: int) -> None:
+    groups = length_groups(lengths, max_tokens=budget, min_tokens=64)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    for group in groups:
+        columns = len(group) * max(lengths[i] for i in group)
+        assert columns <= budget
+        assert sum(lengths[i] for i in group) >= 0.95 * columns
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(texts=st.lists(st.text("abc ", max_size=12), min_size=1, max_size=12), pool=st.integers(1, 4))
+def test_pools_keep_the_order(gem: GemModel, texts: list[str], pool: int) -> None:
+    expected = np.stack([gem.encode(text) for text in texts])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_POOL", pool)
+        np.testing.assert_allclose(gem.encode(texts), expected, atol=2e-5)
+
+
+def test_the_next_pool_is_tokenised_while_one_is_computed(gem: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch does not go on before the second pool has been tokenised, in another thread."""
+    monkeypatch.setattr(encode, "_POOL", 2)
+    tokenised: dict[str, threading.Event] = {"a": threading.Event(), "c": threading.Event(), "e": threading.Event()}
+    plain = TextTokenizer.__call__
+
+    def call(self: TextTokenizer, texts: Sequence[str], *, max_tokens: int | None) -> list[list[int]]:
+        ids = plain(self, texts, max_tokens=max_tokens)
+        tokenised[texts[0]].set()
+        return ids
+
+    monkeypatch.setattr(TextTokenizer, "__call__", call)
+    waits = iter(["c", "e"])
+
+    def first_of_a_pool(*_: object) -> None:
+        if name := next(waits, None):
+            assert tokenised[name].wait(30)
+
+    handle = gem.lm.get_decoder().register_forward_pre_hook(first_of_a_pool)
+    assert gem.encode(["a", "b", "c", "d", "e"]).shape[0] == 5
+    handle.remove()
+
+
+def test_a_failure_to_tokenise_reaches_the_caller(gem: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encode, "_POOL", 1)
+    plain = TextTokenizer.__call__
+
+    def call(self: TextTokenizer, texts: Sequence[str], *, max_tokens: int | None) -> list[list[int]]:
+        if texts[0] == "bad":
+            raise RuntimeError("no such text")
+        return plain(self, texts, max_tokens=max_tokens)
+
+    monkeypatch.setattr(TextTokenizer, "__call__", call)
+    with pytest.raises(RuntimeError, match="no such text"):
+        gem.encode(["good", "fine", "bad"])
+    assert not [t for t in threading.enumerate() if t.name.startswith("gemify-tokenise")]
+
+
+def test_compiled_layers_serve_encode_alone(gem: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One graph for all layers and lengths, the gate within it; without ``compile`` everything has its old bits."""
+    texts = ["a cat", "a longer text about a cat", "x" * 40, "y" * 41]
+    before, answer = gem.encode(texts), gem.generate("a cat", max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        plain = gem.lm(input_ids=torch.tensor([[7, 8, 9, 10]])).logits
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr(compiling, "OPTIONS", {"dynamic": True, "fullgraph": True, "backend": backend})
+    np.testing.assert_allclose(gem.encode([*texts, "z" * 80], compile=True)[:4], before, atol=1e-5)
+    seen = len(graphs)
+    assert 1 <= seen <= 2  # the layers share theirs; a batch of one row may have its own
+    np.testing.assert_allclose(gem.encode([*texts, "z" * 90, "a" * 9], compile=True)[:4], before, atol=1e-5)
+    assert len(graphs) == seen  # other lengths need no other graph
+    assert np.array_equal(gem.encode(texts), before)
+    assert gem.generate("a cat", max_new_tokens=4, do_sample=False) == answer
+    ids = torch.tensor([[7, 8, 9, 10]])
+    with torch.no_grad():
+        assert torch.equal(gem.lm(input_ids=ids).logits, plain)  # no gate stays open
+    assert len(graphs) == seen
+    torch.compiler.reset()
