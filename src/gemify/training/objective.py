@@ -8,7 +8,7 @@ target (the text's own loss is a constant). Trained base (``lora``, ``full``): o
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from gemify.model.pooling import Pooling, pool, pool_columns
 from gemify.paper.objectives import Temperature, info_nce, next_token_loss, total_loss
 from gemify.paper.tokens import IGNORED, Columns, Row, Segment, columns
 from gemify.paper.views import View
+from gemify.training.processes import gather, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,12 @@ class MicroBatch:
     step_targets: int = 1
     """Next-token targets of the whole optimizer step, over all micro-batches and processes."""
     micro_batches: int = 1
-    """Micro-batches the step is made of (the trainer averages over them)."""
+    """Micro-batches the step is made of, over all processes (the trainer averages over them)."""
+    own_rows: int | None = None
+    """Rows that count, from the first on; one more only fills up the share of a process. None: all."""
+    own_pairs: int | None = None
+    pairs: int | None = None
+    """Pairs of views of all processes together, dealt out as `processes.Share` does. None: those here."""
 
 
 @dataclass
@@ -116,12 +122,10 @@ class Objective(nn.Module):
         ntp = contrastive = None
         if batch.alpha < 1.0:
             loss = self._ntp_frozen if self.frozen_base else self._ntp_masked
-            ntp = loss(batch.rows, computed) * (batch.micro_batches / max(1, batch.step_targets))
+            own = len(batch.rows) if batch.own_rows is None else batch.own_rows
+            ntp = loss(batch.rows, own, computed) * (batch.micro_batches / max(1, batch.step_targets))
         if batch.alpha > 0.0:
-            views = [v for pair in batch.views for v in pair]
-            embed = self._embed_frozen if self.frozen_base else self._embed_masked
-            both_BD = embed(views, computed)
-            contrastive = info_nce(both_BD[0::2], both_BD[1::2], self.temperature())
+            contrastive = self._contrastive(batch, computed)
         return Losses(
             total_loss(ntp, contrastive, batch.alpha),
             ntp,
@@ -130,13 +134,23 @@ class Objective(nn.Module):
             computed,
         )
 
+    def _contrastive(self, batch: MicroBatch, computed: Computed) -> Tensor:
+        """This process's rows against the positives of all processes' rows; the mean over processes is the loss."""
+        embed = self._embed_frozen if self.frozen_base else self._embed_masked
+        both_BD = embed([v for pair in batch.views for v in pair], computed)
+        query_BD, positive_BD = both_BD[0::2], both_BD[1::2]
+        own = len(batch.views) if batch.own_pairs is None else batch.own_pairs
+        pairs = len(batch.views) if batch.pairs is None else batch.pairs
+        place_B = torch.arange(own, device=query_BD.device) * world_size() + rank()
+        loss = info_nce(query_BD[:own], gather(positive_BD, pairs), self.temperature(), place_B=place_B)
+        return loss * (own * world_size() / pairs)
+
     def _groups(self, lengths: list[int]) -> list[list[int]]:
         return length_groups(lengths, max_tokens=self.group_tokens, max_padding=self.max_padding)
 
     # Frozen base: cache surgery
 
-    def _ntp_frozen(self, rows: list[Row], computed: Computed) -> Tensor:
-        rows = [r for r in rows if r.special]
+    def _ntp_frozen(self, rows: list[Row], own: int, computed: Computed) -> Tensor:
         parts: list[Specials] = []
         order: list[int] = []
         for group in self._groups([len(r.prefix) for r in rows]):
@@ -150,13 +164,14 @@ class Objective(nn.Module):
             order += group
         specials = join_specials(self.lm, parts)
         place = {row: at for at, row in enumerate(order)}
-        first_N = torch.tensor([rows[i].suffix[0] for i in order], device=self.device)
+        first_N = torch.tensor([rows[i].suffix[0] if i < own else IGNORED for i in order], device=self.device)
         assert specials.logits_BV is not None
         loss = next_token_loss(specials.logits_BV, first_N)
         for group in self._groups([len(r.suffix) for r in rows]):
             ids_BT, mask_BT = right_pad([rows[i].suffix for i in group])
             computed.add(mask_BT)
-            labels_BT = ids_BT.masked_fill(~mask_BT, IGNORED).to(self.device)
+            counts_BT = mask_BT & (torch.tensor(group) < own)[:, None]
+            labels_BT = ids_BT.masked_fill(~counts_BT, IGNORED).to(self.device)
             mine = select_specials(specials, [place[i] for i in group])
             if ids_BT.shape[1] > 1:
                 logits_BTV = suffix_pass(self.lm, mine, ids_BT[:, :-1].to(self.device), mask_BT[:, :-1].to(self.device))
@@ -196,8 +211,10 @@ class Objective(nn.Module):
 
     # Trained base: one masked pass
 
-    def _ntp_masked(self, rows: list[Row], computed: Computed) -> Tensor:
+    def _ntp_masked(self, rows: list[Row], own: int, computed: Computed) -> Tensor:
         laid_out = [columns(r, self.special_ids, shared_position=self.shared_position) for r in rows]
+        for at, row in enumerate(laid_out[own:], start=own):
+            laid_out[at] = replace(row, labels=[IGNORED] * len(row.labels))
         losses = []
         for batch in self._masked_batches(laid_out, computed):
             logits_BTV = masked_pass(self.lm, batch[1])

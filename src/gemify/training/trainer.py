@@ -37,6 +37,7 @@ from gemify.training.batches import Batches
 from gemify.training.callbacks import Progress, StopOnSignal
 from gemify.training.data import Source
 from gemify.training.objective import Objective
+from gemify.training.processes import add_up, wait_for_all
 from gemify.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -101,11 +102,21 @@ class _GemTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            parts, self._parts = self._parts, {}
+            parts, self._parts = self._of_all(self._parts), {}
             before, self._since = self._since, time.perf_counter()
             parts["seconds"] = round(self._since - before, 3)
             logs = {**logs, **parts, "peak_memory_mb": round(peak_memory_bytes() / 2**20, 1)}
         super().log(logs, start_time)
+
+    def _of_all(self, parts: dict[str, float]) -> dict[str, float]:
+        """What was measured in this process, put together with the others': losses are means, columns sums."""
+        world = self.args.world_size
+        weights = {"ntp": 1.0 / world, "contrastive": 1.0 / world, "tokens": 1, "padding": 1}
+        names = [name for name in weights if name in parts]
+        sums = add_up([parts[name] for name in names], self.args.device)
+        together = {name: total * weights[name] for name, total in zip(names, sums, strict=True)}
+        whole = {name: int(together[name]) for name in ("tokens", "padding") if name in together}
+        return {**parts, **together, **whole}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self.pairs is not None
@@ -207,6 +218,7 @@ def train(
         world=arguments.world_size,
     )
     next(iter(batches))  # unreadable or too little data shows now, before anything is written
+    wait_for_all()  # every process has found the directory as it should be: now one may write to it
     with StopOnSignal() as stopper:
         progress = Progress(output, show=show_progress_bar)
         trainer = _GemTrainer(
@@ -228,8 +240,10 @@ def train(
                 stage.write_text(recipe.to_yaml(), encoding="utf-8")
         if checkpoint is not None:
             batches.start_step = int(json.loads((checkpoint / _STATE_FILE).read_text())["global_step"])
+        if arguments.process_index:
+            _seed(recipe.seed + arguments.process_index)  # the processes' dropout differs
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stopper.asked and trainer.state.global_step < recipe.max_steps:
+    if stopper.agreed and trainer.state.global_step < recipe.max_steps:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {recipe.max_steps}; go on with --resume")
     gem.lm.eval()
     summary = _summary(gem, recipe, trainer, pairs)
