@@ -65,6 +65,9 @@ def train(
     alpha_final: Annotated[float | None, typer.Option(help="Weight of the contrastive loss at the end.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a next-token batch.")] = None,
     contrastive_batch_size: Annotated[int | None, typer.Option(help="Rows of a contrastive batch.")] = None,
+    contrastive_chunk_size: Annotated[
+        int | None, typer.Option(help="Contrastive rows held in memory at a time (GradCache).")
+    ] = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Batches an optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate while alpha is 0.")] = None,
     contrastive_lr: Annotated[float | None, typer.Option(help="Learning rate after.")] = None,
@@ -108,6 +111,7 @@ def train(
     for name in ("output", "preset", "config", "resume", "device", "quiet", "as_json"):
         given.pop(name, None)
     from gemify.model.meter import in_words
+    from gemify.training.processes import rank as process
     from gemify.training.recipe import PRESETS, Recipe
     from gemify.training.trainer import Stopped
     from gemify.training.trainer import train as run
@@ -120,6 +124,8 @@ def train(
         _, summary = run(recipe, output, resume=resume, device=device, show_progress_bar=not quiet)
     except Stopped as stopped:
         _fail(str(stopped))
+    if process() > 0:
+        return  # the first of the run's processes speaks for all
     if as_json:
         _print({"output": str(output), **summary})
         return

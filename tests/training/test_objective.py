@@ -156,8 +156,9 @@ def test_contrast_is_over_the_other_rows(gem: GemModel) -> None:
 
 def test_no_lm_head_in_the_contrastive_step(gem: GemModel) -> None:
     calls: list[int] = []
+    made = objective(gem, frozen=True)
     handle = gem.lm.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    objective(gem, frozen=True)(MicroBatch(1.0, views=list(VIEWS)))
+    made(MicroBatch(1.0, views=list(VIEWS)))
     gem.encode(["a", "b"])
     assert calls == []
     objective(gem, frozen=True)(MicroBatch(0.0, list(ROWS)))

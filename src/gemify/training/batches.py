@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from torch.utils.data import IterableDataset
@@ -15,6 +15,20 @@ from gemify.training.data import Example, Source
 from gemify.training.objective import MicroBatch, target_count
 from gemify.training.processes import Share
 from gemify.training.recipe import Recipe
+
+
+def dealt(whole: MicroBatch, rank: int, world: int) -> MicroBatch:
+    """The share of a micro-batch that one process works on."""
+    rows, views = Share.of(whole.rows, rank, world), Share.of(whole.views, rank, world)
+    return replace(
+        whole,
+        rows=rows.items,
+        views=views.items,
+        micro_batches=whole.micro_batches * world,
+        own_rows=rows.own,
+        own_pairs=views.own,
+        pairs=views.total,
+    )
 
 
 @dataclass(frozen=True)
@@ -88,19 +102,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             made.append((rows if alpha < 1.0 else [], views))
         targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, _ in made for r in rows)
         for rows, views in made:
-            row_share, view_share = (Share.of(items, self.rank, self.world) for items in (rows, views))
-            yield {
-                "batch": MicroBatch(
-                    alpha,
-                    row_share.items,
-                    view_share.items,
-                    step_targets=targets,
-                    micro_batches=len(made) * self.world,
-                    own_rows=row_share.own,
-                    own_pairs=view_share.own,
-                    pairs=view_share.total,
-                )
-            }
+            whole = MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made))
+            yield {"batch": dealt(whole, self.rank, self.world)}
 
     def _views(self, example: Tokens, rng: Random) -> tuple[View, View]:
         """Two views of a text, or of the two of a pair; template and what the tokenizer puts first (a BOS) are in both."""

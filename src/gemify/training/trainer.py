@@ -115,8 +115,8 @@ class _GemTrainer(Trainer):
         names = [name for name in weights if name in parts]
         sums = add_up([parts[name] for name in names], self.args.device)
         together = {name: total * weights[name] for name, total in zip(names, sums, strict=True)}
-        whole = {name: int(together[name]) for name in ("tokens", "padding") if name in together}
-        return {**parts, **together, **whole}
+        together.update({name: int(together[name]) for name in ("tokens", "padding") if name in together})
+        return {**parts, **together}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self.pairs is not None
@@ -205,6 +205,7 @@ def train(
         shared_position=recipe.shared_position,
         pooling=recipe.pooling,
         group_tokens=recipe.group_tokens,
+        contrastive_chunk_size=recipe.contrastive_chunk_size,
     )
     arguments = _arguments(recipe, output, device=gem.device, evaluated=pairs is not None)
     if arguments.n_gpu > 1:
