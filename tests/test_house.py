@@ -23,7 +23,7 @@ MAY_KNOW = {
     "rag": {"model", "rag"},
     "engine": {"model", "engine"},
     "serving": {"model", "rag", "engine", "serving"},
-    "bench": {"model", "evaluation", "rag", "bench"},
+    "bench": {"paper", "model", "training", "evaluation", "rag", "bench"},
     "reproduce": {"paper", "model", "evaluation", "training", "reproduce"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -192,21 +192,10 @@ def train(
         return GemModel.from_pretrained(output, device=device), json.loads((output / SUMMARY_FILE).read_text())
     source = Source(recipe.data, recipe.text_column, recipe.split)
     pairs = read_pairs(Path(recipe.eval_pairs)) if recipe.eval_pairs else None
-    gem = _model(recipe, device)
-    _require_room(recipe, gem)
+    gem, objective = begin(recipe, device)
     if on_ready is not None:
         on_ready(gem)
     _seed(recipe.seed)
-    objective = Objective(
-        gem.lm,
-        gem.adapter,
-        special_ids=gem.special_ids,
-        frozen_base=recipe.frozen_base,
-        shared_position=recipe.shared_position,
-        pooling=recipe.pooling,
-        group_tokens=recipe.group_tokens,
-        contrastive_chunk_size=recipe.contrastive_chunk_size,
-    )
     arguments = _arguments(recipe, output, device=gem.device, evaluated=pairs is not None)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process drives one device; more of them are for `accelerate launch`
@@ -253,6 +242,23 @@ def train(
         with atomic_file(output / SUMMARY_FILE) as stage:
             stage.write_text(json.dumps(summary, indent=2) + "\n")
     return gem, summary
+
+
+def begin(recipe: Recipe, device: str | None) -> tuple[GemModel, Objective]:
+    """The model a run starts from, and what it descends."""
+    gem = _model(recipe, device)
+    _require_room(recipe, gem)
+    objective = Objective(
+        gem.lm,
+        gem.adapter,
+        special_ids=gem.special_ids,
+        frozen_base=recipe.frozen_base,
+        shared_position=recipe.shared_position,
+        pooling=recipe.pooling,
+        group_tokens=recipe.group_tokens,
+        contrastive_chunk_size=recipe.contrastive_chunk_size,
+    )
+    return gem, objective
 
 
 def last_checkpoint(output: Path) -> Path | None:
