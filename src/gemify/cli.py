@@ -101,6 +101,9 @@ def train(
         bool | None,
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory (lora, full)."),
     ] = None,
+    attn_implementation: Annotated[
+        str | None, typer.Option(help="sdpa, eager or flex_attention (GPUs, long rows).")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     device: Device = None,
     quiet: Quiet = False,

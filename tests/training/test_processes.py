@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 import children
@@ -218,14 +219,13 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("options", [{}, {"contrastive_chunk_size": 2}, {"sharded": True, "group_tokens": 12}])
 def test_gathered_negatives_have_the_gradient_of_the_whole_batch(
-    base_dir: Path, server: ForkServerContext, chunk: int | None
+    base_dir: Path, server: ForkServerContext, options: dict[str, Any]
 ) -> None:
     """Five pairs and three rows over two processes, the learned temperature included."""
     targets = sum(len(r.suffix) for r in ROWS)
     batch = MicroBatch(0.5, ROWS, VIEWS, step_targets=targets)
-    options = {"contrastive_chunk_size": chunk}
     together = heard(start(server, children.gradients_together, str(base_dir), batch, options))
     alone = children.gradients(str(base_dir), batch, {})
     assert float(alone["temperature.t"].abs()) > 1e-4
@@ -250,3 +250,20 @@ def test_more_processes_than_rows_are_refused(gem: Any, texts_file: Path) -> Non
     made = Recipe.of({"data": str(texts_file), "batch_size": 2})
     with pytest.raises(ValueError, match="a batch of 2 rows cannot be shared by 3 processes"):
         Batches(made, Source(str(texts_file)), gem.text_tokenizer, end_id=None, world=3)
+
+
+def test_the_launchers_configuration_parses_and_what_cannot_run_is_refused(
+    base_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (ROOT / "recipes/accelerate").glob("*.yaml"):
+        assert load_config_from_file(str(path)).num_processes == 2
+    with pytest.raises(ValueError, match="'flex_attention' cannot train on a CPU"):
+        train(
+            recipe(base_dir, texts_file, tmp_path / "r.yaml", attn_implementation="flex_attention"),
+            tmp_path / "run",
+            device="cpu",
+        )
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="cannot train under FSDP"):
+        train(recipe(base_dir, texts_file, tmp_path / "r.yaml"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from gemify.model.attention import require_kernel
 from gemify.model.config import require_special_tokens
 from gemify.model.gate import TUNES, Tune
 from gemify.model.pooling import POOLINGS, Pooling
@@ -85,6 +86,8 @@ class Recipe:
     seed: int = 0
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    """sdpa, eager or flex_attention (GPUs: block masks, so that the mask of a long row takes no memory). None: the model's own."""
     group_tokens: int = 8192
     """Most columns of one forward pass; a batch is cut into groups of like length."""
     shuffle_buffer: int = 10_000
@@ -116,6 +119,7 @@ class Recipe:
             raise ValueError(f"min_length must be at least 2 (a row is split in two), got {self.min_length}")
         if self.contrastive_chunk_size is not None and self.contrastive_chunk_size < 1:
             raise ValueError(f"contrastive_chunk_size must be at least 1, got {self.contrastive_chunk_size}")
+        require_kernel(self.attn_implementation)
         schedule, _ = self.schedule, self.views
         contrastive = schedule.alpha(self.max_steps - 1) > 0.0
         if self.frozen_base and self.mix:

@@ -186,6 +186,7 @@ def train(
     it had never stopped. Raises ValueError for anything the user can mend, FloatingPointError when the loss is no
     number, `Stopped` after a signal.
     """
+    _require_whole_copies()
     checkpoint = _prepare(recipe, output, resume=resume)
     device = _device(device)
     if resume and (output / SUMMARY_FILE).is_file():  # written last: the run is complete
@@ -244,6 +245,16 @@ def train(
     return gem, summary
 
 
+def _require_whole_copies() -> None:
+    """Checkpoints are written from whole weights: refuse a launch that would hold a part of them in each process."""
+    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"cannot train under {what}, which cuts the weights up: launch with recipes/accelerate/ddp.yaml, and where"
+                " memory is short use --tune gated or lora, --gradient-checkpointing or --contrastive-chunk-size"
+            )
+
+
 def begin(recipe: Recipe, device: str | None) -> tuple[GemModel, Objective]:
     """The model a run starts from, and what it descends."""
     gem = _model(recipe, device)
@@ -294,6 +305,10 @@ def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
 
 def _model(recipe: Recipe, device: str | None) -> GemModel:
     bf16 = _bf16(recipe, device)
+    if recipe.attn_implementation == "flex_attention" and (device == "cpu" or not torch.cuda.is_available()):
+        raise ValueError(
+            "attn_implementation 'flex_attention' cannot train on a CPU (it has no backward pass there): use sdpa"
+        )
     _seed(recipe.seed)  # fresh LoRA weights are random
     return GemModel.from_base(
         recipe.base,
@@ -312,6 +327,7 @@ def _model(recipe: Recipe, device: str | None) -> GemModel:
         # A frozen base may be held in bfloat16; one that is trained keeps float32 weights and computes under autocast.
         dtype=torch.bfloat16 if bf16 and recipe.frozen_base else torch.float32,
         device=device,
+        attn_implementation=recipe.attn_implementation,
     )
 
 
