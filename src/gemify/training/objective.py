@@ -154,7 +154,7 @@ class Objective(nn.Module):
 
     def _groups(self, lengths: list[int], *, rows: int | None = None) -> list[list[int]]:
         """Row numbers in groups that run together, of at most ``rows``."""
-        groups = length_groups(lengths, max_tokens=self.group_tokens, max_padding=self.max_padding)
+        groups = length_groups(lengths, max_tokens=self.group_tokens, max_padding=self.max_padding, min_tokens=64)
         if rows is not None:
             groups = [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
         if self.sharded:  # every process must run the layers equally often, as each holds a part of them
