@@ -87,7 +87,7 @@ class Recipe:
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
-    """sdpa, eager or flex_attention (GPUs: block masks, so that the mask of a long row takes no memory). None: the model's own."""
+    """sdpa, eager or flex_attention (GPUs: block masks, for long rows). None: the model's own."""
     group_tokens: int = 8192
     """Most columns of one forward pass; a batch is cut into groups of like length."""
     shuffle_buffer: int = 10_000
