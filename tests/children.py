@@ -52,3 +52,68 @@ def read_as_nobody(root: str, tell: Connection) -> None:
             read[path.name] = f"error: {error}"
     gone = found.is_gone(Path(root) / "locked" / "inside.txt"), found.is_gone(Path(root) / "never.txt")
     tell.send((read, [(s.path, s.reason) for s in found.skipped], gone))
+
+
+def join(rank: int, world: int, port: int) -> None:
+    """Make this process one of several of a run, as a launcher would."""
+    import torch
+
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+
+
+def train_together(rank: int, world: int, port: int, recipe: str, output: str, tell: Connection) -> None:
+    """One process of a training run; says how it ended."""
+    join(rank, world, port)
+    from gemify.training.recipe import Recipe
+    from gemify.training.trainer import Stopped, train
+
+    try:
+        made = Recipe.of(Recipe.from_yaml(Path(recipe)))
+        _, summary = train(made, Path(output), resume=True, device="cpu", show_progress_bar=False)
+        tell.send(summary)
+    except (Stopped, ValueError) as error:
+        tell.send(str(error))
+
+
+def gradients_together(rank: int, world: int, port: int, base: str, batch: Any, options: Any, tell: Connection) -> None:
+    """The gradients of one process's share of a batch, averaged over all processes as DDP does."""
+    join(rank, world, port)
+    import torch.distributed as dist
+
+    from gemify.training.batches import dealt
+
+    dist.init_process_group("gloo")
+    named = gradients(base, dealt(batch, rank, world), options)
+    for gradient in named.values():
+        dist.all_reduce(gradient)
+        gradient /= world
+    dist.destroy_process_group()
+    tell.send({name: gradient.numpy() for name, gradient in named.items()})
+
+
+def gradients(base: str, batch: Any, options: Any) -> dict[str, Any]:
+    """The gradients of a batch's loss, by a gated GEM whose weights are not those of a fresh one."""
+    import torch
+
+    from conftest import disturb
+    from gemify import GemModel
+    from gemify.training.objective import Objective
+
+    gem = GemModel.from_base(base, adapter={"lora_dropout": options.pop("dropout", 0.0)})
+    disturb(gem)
+    made = Objective(
+        gem.lm,
+        gem.adapter,
+        special_ids=gem.special_ids,
+        frozen_base=True,
+        shared_position=True,
+        pooling="mean",
+        **options,
+    )
+    torch.manual_seed(3)
+    made.train()(batch).total.backward()
+    return {
+        n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in made.named_parameters() if p.requires_grad
+    }

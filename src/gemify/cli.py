@@ -67,21 +67,16 @@ def train(
     alpha_final: Annotated[float | None, typer.Option(help="Weight of the contrastive loss at the end.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a next-token batch.")] = None,
     contrastive_batch_size: Annotated[int | None, typer.Option(help="Rows of a contrastive batch.")] = None,
+    contrastive_chunk_size: Annotated[int | None, typer.Option(help="Rows of it held at a time (GradCache).")] = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Batches an optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate while alpha is 0.")] = None,
     contrastive_lr: Annotated[float | None, typer.Option(help="Learning rate after.")] = None,
-    special_tokens: Annotated[
-        int | None, typer.Option("--special-tokens", "-k", help="How many special tokens.")
-    ] = None,
+    special_tokens: Annotated[int | None, typer.Option("--special-tokens", "-k", help="How many of them.")] = None,
     pooling: Annotated[str | None, typer.Option(help="mean or concat, over the special tokens.")] = None,
-    template: Annotated[
-        str | None, typer.Option(help="Words around every text to embed, with {text} for the text.")
-    ] = None,
+    template: Annotated[str | None, typer.Option(help="Words around texts to embed, {text} for the text.")] = None,
     mix: Annotated[float | None, typer.Option(help="p, the share of raw rows (lora, full).")] = None,
     reconstruction: Annotated[float | None, typer.Option(help="Share of reconstruction among special rows.")] = None,
-    view: Annotated[
-        str | None, typer.Option(help="How contrastive views are made: delete, mask, span or halves.")
-    ] = None,
+    view: Annotated[str | None, typer.Option(help="How views are made: delete, mask, span or halves.")] = None,
     drop_rate: Annotated[float | None, typer.Option(help="Share of tokens a view drops.")] = None,
     drop_both: Annotated[
         bool | None, typer.Option("--drop-both/--drop-one", help="Drop from both views, or one.")
@@ -100,6 +95,7 @@ def train(
         bool | None,
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory (lora, full)."),
     ] = None,
+    attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager or flex_attention (GPUs).")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     device: Device = None,
     quiet: Quiet = False,
@@ -110,6 +106,7 @@ def train(
     for name in ("output", "preset", "config", "resume", "device", "quiet", "as_json"):
         given.pop(name, None)
     from gemify.model.meter import in_words
+    from gemify.training.processes import rank as process
     from gemify.training.recipe import PRESETS, Recipe
     from gemify.training.trainer import Stopped
     from gemify.training.trainer import train as run
@@ -122,6 +119,8 @@ def train(
         _, summary = run(recipe, output, resume=resume, device=device, show_progress_bar=not quiet)
     except Stopped as stopped:
         _fail(str(stopped))
+    if process() > 0:
+        return  # the first of the run's processes speaks for all
     if as_json:
         _print({"output": str(output), **summary})
         return

@@ -1,4 +1,4 @@
-"""The verbs that compare: `gemify bench rag`, `retrieval`, `search` and `serve`."""
+"""The verbs that compare: `gemify bench rag`, `retrieval`, `search`, `serve` and `train`."""
 
 from __future__ import annotations
 
@@ -151,6 +151,47 @@ def serve(
         show_progress_bar=not quiet,
     )
     give(report, as_table(report), output, as_json)
+
+
+@bench.command()
+def train(
+    data: Annotated[str, typer.Option(help=".txt, .jsonl or .parquet file of training texts, or a data set's name.")],
+    base: Annotated[
+        str, typer.Option("--base", "--model", "-m", help="Directory, repo id, .gguf, or starter.")
+    ] = "starter",
+    kind: Annotated[
+        list[str] | None, typer.Option(help="full, gated or contrastive; may be repeated. [default: all]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one to warm up.")] = 5,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a next-token step.")] = 32,
+    pairs: Annotated[int, typer.Option(min=2, help="Pairs of a contrastive step.")] = 32,
+    max_length: Annotated[int, typer.Option(min=8, help="Most tokens of a text.")] = 128,
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    plot: Annotated[Path | None, typer.Option(help="Image file (.svg, .png) of the ratios.")] = None,
+    output: Output = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Seconds of each kind of training step, against a plain causal-LM step on the same tokens."""
+    from gemify.bench.train import KINDS, as_table, bench_train
+    from gemify.bench.train import plot as drawn
+
+    report = bench_train(
+        data,
+        base=base,
+        kinds=kind or KINDS,
+        steps=steps,
+        rows=rows,
+        pairs=pairs,
+        max_length=max_length,
+        precision=precision,
+        device=device,
+        show_progress_bar=not quiet,
+    )
+    if plot is not None:
+        drawn(report).savefig(plot)
+    _give(report, as_table(report), output, as_json)
 
 
 def _opened(store: str, model: str | None, dtype: str, device: str | None) -> tuple[GemModel, GemIndex]:

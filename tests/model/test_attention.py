@@ -6,6 +6,7 @@ the two-pass computation with a cropped KV cache, which uses no mask of ours.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -210,3 +211,19 @@ def test_a_mask_that_reaches_no_layer_is_an_error() -> None:
     ready_made = torch.ones(1, 1, 4, 4, dtype=torch.bool)  # transformers takes a 4-D mask as it is
     with pytest.raises(MaskNotUsed), torch.no_grad(), gem_mask(torch.ones(1, 4, dtype=torch.long)):
         lm(input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=ready_made, use_cache=False)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@torch.no_grad()
+def test_flex_attention_has_the_mask(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled block mask and kernel, traced but not built as machine code: the same logits as sdpa's."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    batch = MaskedBatch.of([columns(r, list(range(3, 3 + k))) for r in ROWS])
+    expected = masked_pass(tiny.build("llama", "sdpa"), batch)
+    flex = tiny.build("llama", "flex_attention")
+    require_maskable(flex)
+    torch.testing.assert_close(masked_pass(flex, batch)[real_columns(batch)], expected[real_columns(batch)])
+
+
+def real_columns(batch: MaskedBatch) -> torch.Tensor:
+    return batch.segments_BT != Segment.PAD

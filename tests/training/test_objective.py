@@ -9,17 +9,20 @@ from typing import Any
 import pytest
 import torch
 
+import gemify.training.target_loss as target_loss_module
+import tiny
 from conftest import disturb
 from gemify import GemModel
 from gemify.model.encode import TextTokenizer
 from gemify.model.passes import MaskedBatch, masked_pass
-from gemify.paper.objectives import info_nce
+from gemify.paper.objectives import info_nce, next_token_loss
 from gemify.paper.tokens import columns, raw_row, reconstruction_row, split_row
 from gemify.paper.views import View, whole
 from gemify.training.batches import Batches
 from gemify.training.data import Source
 from gemify.training.objective import Computed, MicroBatch, Objective, target_count
 from gemify.training.recipe import Recipe
+from gemify.training.target_loss import has_plain_head
 
 ROWS = [
     split_row(list(range(20, 32)), 5),
@@ -156,8 +159,9 @@ def test_contrast_is_over_the_other_rows(gem: GemModel) -> None:
 
 def test_no_lm_head_in_the_contrastive_step(gem: GemModel) -> None:
     calls: list[int] = []
+    made = objective(gem, frozen=True)
     handle = gem.lm.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    objective(gem, frozen=True)(MicroBatch(1.0, views=list(VIEWS)))
+    made(MicroBatch(1.0, views=list(VIEWS)))
     gem.encode(["a", "b"])
     assert calls == []
     objective(gem, frozen=True)(MicroBatch(0.0, list(ROWS)))
@@ -172,3 +176,80 @@ def test_a_frozen_base_stays_in_evaluation_mode(base_dir: Path) -> None:
     assert gem.lm.model.layers[0].mlp.up_proj.lora_dropout["default"].training
     frozen.eval()
     assert not gem.lm.model.layers[0].mlp.up_proj.lora_dropout["default"].training
+
+
+@pytest.mark.parametrize("tune", ["gated", "lora"])
+def test_chunks_change_no_gradient_and_hold_less(base_dir: Path, tune: Any) -> None:
+    """GradCache: the same gradients as the whole batch, dropout included; a chunk's activations at a time."""
+    views = [(whole(range(20 + i, 27 + i)), whole(range(60 + i, 67 + i))) for i in range(12)]
+    found: dict[int | None, tuple[list[torch.Tensor], int]] = {}
+    for chunk in (None, 4):
+        torch.manual_seed(5)
+        gem = GemModel.from_base(str(base_dir), tune=tune, adapter={"lora_dropout": 0.2})
+        disturb(gem)
+        assert gem.adapter is not None
+        made = objective(gem, frozen=tune == "gated", group_tokens=4 * 8, contrastive_chunk_size=chunk).train()
+        torch.manual_seed(6)
+        held = Held()
+        with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda t: t):
+            loss = made(MicroBatch(1.0, views=views)).total
+        loss.backward()
+        trained = [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD, made.temperature.t]
+        found[chunk] = [p.grad.clone() for p in trained if p.grad is not None], held.elements
+        assert len(found[chunk][0]) == len(trained)
+    for ours, expected in zip(found[4][0], found[None][0], strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+    assert found[4][1] < found[None][1] / 20
+
+
+class Held:
+    """Counts the elements that wait for the way back."""
+
+    def __init__(self) -> None:
+        self.elements = 0
+
+    def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.elements += tensor.numel()
+        return tensor
+
+
+def test_chunks_of_any_size_are_the_same_batch(gem: GemModel) -> None:
+    losses = [objective(gem, frozen=True, contrastive_chunk_size=n)(batch(1.0)).total for n in (None, 1, 2, 100)]
+    for loss in losses[1:]:
+        torch.testing.assert_close(loss, losses[0], atol=1e-5, rtol=1e-4)
+
+
+def test_an_anchor_of_several_pairs_runs_once(gem: GemModel) -> None:
+    anchor = tuple(range(20, 30))
+    views = [(whole(anchor), whole([40 + i, 41 + i, 42 + i])) for i in range(3)]
+    made = objective(gem, frozen=True)
+    losses = made(MicroBatch(1.0, views=views))
+    assert losses.computed.tokens - losses.computed.padding == 10 + 3 * 3
+    vectors = made._embed_frozen([v for pair in views for v in pair], Computed())
+    torch.testing.assert_close(vectors[0], vectors[2], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vectors[1], made._embed_frozen([views[0][1]], Computed())[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "cohere2", "gemma2"])
+def test_the_head_at_targets_only_is_the_same_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head and loss together, in chunks, where the model's head is plain; else (scaled, capped logits) its own."""
+    lm = tiny.build(name, "eager" if name in tiny.EAGER_ONLY else "sdpa")
+    plain = has_plain_head(lm)
+    assert plain == (name in ("llama", "gpt2", "opt"))
+    if not plain:
+        return
+    monkeypatch.setattr(target_loss_module, "_CPU_CHUNK", 8)
+    ids_BT = torch.randint(10, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+    hidden = lm.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+    results = []
+    for ours in (True, False):
+        lm.zero_grad()
+        if ours:
+            loss = target_loss_module.target_loss(lm, hidden, ids_BT[:, 1:].flatten())
+        else:
+            loss = next_token_loss(lm(input_ids=ids_BT).logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
+        loss.backward()
+        results.append((loss.detach(), [p.grad.clone() for p in lm.parameters() if p.grad is not None]))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    for ours_g, theirs_g in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(ours_g, theirs_g, atol=1e-4, rtol=1e-4)

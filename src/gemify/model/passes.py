@@ -177,17 +177,23 @@ def text_and_special_pass(
     return Text(from_key_values(lm, columns_of(cache, 0, kept)), whole_BT[:, :kept]), hidden_BTD[:, -K:]
 
 
-def suffix_pass(lm: PreTrainedModel, specials: Specials, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Logits [B, T, V] of suffixes (padded on the right) that know of their text only its special tokens' KV."""
+def suffix_pass(
+    lm: PreTrainedModel, specials: Specials, ids_BT: Tensor, mask_BT: Tensor, *, body_only: bool = False
+) -> Tensor:
+    """Logits [B, T, V] of suffixes (padded on the right) that know of their text only its special tokens' KV.
+
+    With ``body_only`` last hidden states [B, T, D].
+    """
     K = specials.cache.get_seq_length()
     ones_BK = torch.ones(ids_BT.shape[0], K, dtype=torch.long, device=ids_BT.device)
-    return lm(
-        input_ids=ids_BT,
-        attention_mask=torch.cat([ones_BK, mask_BT.long()], dim=1),
-        position_ids=specials.next_position_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device),
-        past_key_values=fork(specials.cache),
-        use_cache=True,
-    ).logits
+    inputs = {
+        "input_ids": ids_BT,
+        "attention_mask": torch.cat([ones_BK, mask_BT.long()], dim=1),
+        "position_ids": specials.next_position_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device),
+        "past_key_values": fork(specials.cache),
+        "use_cache": True,
+    }
+    return lm.get_decoder()(**inputs).last_hidden_state if body_only else lm(**inputs).logits
 
 
 @dataclass(frozen=True)

@@ -42,17 +42,21 @@ LETTERS: dict[str, Segment] = {
 }
 
 
+# Plain numbers: a compiled mask (FlexAttention) takes several members of an enumeration for one and the same.
+_TEXT, _HIDDEN, _SPECIAL, _SUFFIX = (int(s) for s in (Segment.TEXT, Segment.HIDDEN, Segment.SPECIAL, Segment.SUFFIX))
+
+
 def allowed(query_segment: Tensor, key_segment: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """What GEM takes away from a causal mask: True where ``query`` may look at ``key`` as far as GEM is concerned.
 
     Causality, padding, windows and packing are the model's own and are ANDed by the caller. All four arguments
     broadcast against each other; segments are `Segment` codes, the last two are column numbers.
     """
-    from_special = query_segment == Segment.SPECIAL
-    to_other_special = (key_segment == Segment.SPECIAL) & (query != key)
-    to_hidden = key_segment == Segment.HIDDEN
-    from_suffix = query_segment == Segment.SUFFIX
-    to_prefix = (key_segment == Segment.TEXT) | to_hidden
+    from_special = query_segment == _SPECIAL
+    to_other_special = (key_segment == _SPECIAL) & (query != key)
+    to_hidden = key_segment == _HIDDEN
+    from_suffix = query_segment == _SUFFIX
+    to_prefix = (key_segment == _TEXT) | to_hidden
     return ~((from_special & (to_other_special | to_hidden)) | (from_suffix & to_prefix))
 
 

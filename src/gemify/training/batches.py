@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from torch.utils.data import IterableDataset
@@ -13,7 +13,22 @@ from gemify.paper.tokens import Row, random_split, raw_row, reconstruction_row, 
 from gemify.paper.views import View
 from gemify.training.data import Example, Source
 from gemify.training.objective import MicroBatch, target_count
+from gemify.training.processes import Share
 from gemify.training.recipe import Recipe
+
+
+def dealt(whole: MicroBatch, rank: int, world: int) -> MicroBatch:
+    """The share of a micro-batch that one process works on."""
+    rows, views = Share.of(whole.rows, rank, world), Share.of(whole.views, rank, world)
+    return replace(
+        whole,
+        rows=rows.items,
+        views=views.items,
+        micro_batches=whole.micro_batches * world,
+        own_rows=rows.own,
+        own_pairs=views.own,
+        pairs=views.total,
+    )
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class Tokens:
 
 
 class Batches(IterableDataset):  # type: ignore[type-arg]
-    """The micro-batches of a run from ``start_step`` on, for one of ``world`` processes.
+    """The micro-batches of a run from ``start_step`` on: of each the share of one of ``world`` processes.
 
     Examples are read through a buffer; each bufferful is sorted by length, cut into blocks of a batch's size, and the
     blocks are shuffled: rows of one batch are of like length, so little padding is computed. At the end of the data
@@ -52,14 +67,19 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         self.head = tuple(tokenize.head)
         self.rank, self.world = rank, world
         self.start_step = 0
+        contrastive = recipe.contrastive_batch_size
+        smallest = recipe.batch_size if contrastive is None else min(recipe.batch_size, contrastive)
+        if world > smallest:
+            raise ValueError(
+                f"a batch of {smallest} rows cannot be shared by {world} processes: start fewer, or set a larger"
+                " batch_size and contrastive_batch_size (they are those of all processes together)"
+            )
 
     def __iter__(self) -> Iterator[dict[str, MicroBatch]]:
         stream = self._examples()
         for step in range(self.recipe.max_steps):
             need = self._rows_needed(step)
-            micro = [
-                [next(stream) for _ in range(need)] for _ in range(self.recipe.gradient_accumulation_steps * self.world)
-            ]
+            micro = [[next(stream) for _ in range(need)] for _ in range(self.recipe.gradient_accumulation_steps)]
             if step >= self.start_step:
                 yield from self._step(step, micro)
 
@@ -81,8 +101,9 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             views = [self._views(e, rng) for e in chosen]
             made.append((rows if alpha < 1.0 else [], views))
         targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, _ in made for r in rows)
-        for rows, views in made[self.rank :: self.world]:
-            yield {"batch": MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made))}
+        for rows, views in made:
+            whole = MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made))
+            yield {"batch": dealt(whole, self.rank, self.world)}
 
     def _views(self, example: Tokens, rng: Random) -> tuple[View, View]:
         """Two views of a text, or of the two of a pair; template and what the tokenizer puts first (a BOS) are in both."""

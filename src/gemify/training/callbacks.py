@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemify.model.storage import atomic_file
+from gemify.training.processes import most
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -60,10 +61,10 @@ class Progress(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM end the run after the current step, with a checkpoint."""
+    """SIGINT and SIGTERM, in any of the run's processes, end the run after the current step, with a checkpoint."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.agreed = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -84,7 +85,8 @@ class StopOnSignal(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        if self.asked and state.global_step < state.max_steps:
+        self.agreed = bool(most(int(self.asked), args.device))
+        if self.agreed and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 

@@ -7,11 +7,13 @@ target (the text's own loss is a constant). Trained base (``lora``, ``full``): o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gemify.model.batching import length_groups
@@ -32,6 +34,8 @@ from gemify.model.pooling import Pooling, pool, pool_columns
 from gemify.paper.objectives import Temperature, info_nce, next_token_loss, total_loss
 from gemify.paper.tokens import IGNORED, Columns, Row, Segment, columns
 from gemify.paper.views import View
+from gemify.training.processes import gather, most, rank, world_size
+from gemify.training.target_loss import has_plain_head, target_loss
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,12 @@ class MicroBatch:
     step_targets: int = 1
     """Next-token targets of the whole optimizer step, over all micro-batches and processes."""
     micro_batches: int = 1
-    """Micro-batches the step is made of (the trainer averages over them)."""
+    """Micro-batches the step is made of, over all processes (the trainer averages over them)."""
+    own_rows: int | None = None
+    """Rows that count, from the first on; one more only fills up the share of a process. None: all."""
+    own_pairs: int | None = None
+    pairs: int | None = None
+    """Pairs of views of all processes together, dealt out as `processes.Share` does. None: those here."""
 
 
 @dataclass
@@ -91,12 +100,16 @@ class Objective(nn.Module):
         pooling: Pooling,
         group_tokens: int = 8192,
         max_padding: float = 0.05,
+        contrastive_chunk_size: int | None = None,
+        sharded: bool = False,
     ) -> None:
         super().__init__()
         self.lm, self.adapter, self.temperature = lm, adapter, Temperature()
         self.special_ids = list(special_ids)
         self.frozen_base, self.shared_position, self.pooling = frozen_base, shared_position, pooling
         self.group_tokens, self.max_padding = group_tokens, max_padding
+        self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
+        self.plain_head = not sharded and has_plain_head(lm)  # a sharded head's weights are whole inside it only
 
     @property
     def device(self) -> torch.device:
@@ -116,12 +129,10 @@ class Objective(nn.Module):
         ntp = contrastive = None
         if batch.alpha < 1.0:
             loss = self._ntp_frozen if self.frozen_base else self._ntp_masked
-            ntp = loss(batch.rows, computed) * (batch.micro_batches / max(1, batch.step_targets))
+            own = len(batch.rows) if batch.own_rows is None else batch.own_rows
+            ntp = loss(batch.rows, own, computed) * (batch.micro_batches / max(1, batch.step_targets))
         if batch.alpha > 0.0:
-            views = [v for pair in batch.views for v in pair]
-            embed = self._embed_frozen if self.frozen_base else self._embed_masked
-            both_BD = embed(views, computed)
-            contrastive = info_nce(both_BD[0::2], both_BD[1::2], self.temperature())
+            contrastive = self._contrastive(batch, computed)
         return Losses(
             total_loss(ntp, contrastive, batch.alpha),
             ntp,
@@ -130,13 +141,40 @@ class Objective(nn.Module):
             computed,
         )
 
-    def _groups(self, lengths: list[int]) -> list[list[int]]:
-        return length_groups(lengths, max_tokens=self.group_tokens, max_padding=self.max_padding)
+    def _contrastive(self, batch: MicroBatch, computed: Computed) -> Tensor:
+        """This process's rows against the positives of all processes' rows; the mean over processes is the loss."""
+        embed = self._embed_frozen if self.frozen_base else self._embed_masked
+        both_BD = embed([v for pair in batch.views for v in pair], computed)
+        query_BD, positive_BD = both_BD[0::2], both_BD[1::2]
+        own = len(batch.views) if batch.own_pairs is None else batch.own_pairs
+        pairs = len(batch.views) if batch.pairs is None else batch.pairs
+        place_B = torch.arange(own, device=query_BD.device) * world_size() + rank()
+        loss = info_nce(query_BD[:own], gather(positive_BD, pairs), self.temperature(), place_B=place_B)
+        return loss * (own * world_size() / pairs)
+
+    def _groups(self, lengths: list[int], *, rows: int | None = None) -> list[list[int]]:
+        """Row numbers in groups that run together, of at most ``rows``."""
+        groups = length_groups(lengths, max_tokens=self.group_tokens, max_padding=self.max_padding, min_tokens=64)
+        if rows is not None:
+            groups = [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
+        if self.sharded:  # every process must run the layers equally often, as each holds a part of them
+            wanted = most(len(groups), self.device)
+            while len(groups) < wanted:
+                largest = max(groups, key=len)
+                groups.remove(largest)
+                groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
+        return groups
+
+    def _chunk(self, work: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Run one group. If chunks are wanted its activations are computed again on the way back, group by group: GradCache."""
+        if self.contrastive_chunk_size is None:
+            return work(*arguments)
+        embedded: Tensor = checkpoint(work, *arguments, use_reentrant=False)
+        return embedded
 
     # Frozen base: cache surgery
 
-    def _ntp_frozen(self, rows: list[Row], computed: Computed) -> Tensor:
-        rows = [r for r in rows if r.special]
+    def _ntp_frozen(self, rows: list[Row], own: int, computed: Computed) -> Tensor:
         parts: list[Specials] = []
         order: list[int] = []
         for group in self._groups([len(r.prefix) for r in rows]):
@@ -145,64 +183,98 @@ class Objective(nn.Module):
             with torch.no_grad():
                 text = text_pass(self.lm, ids_BT.to(self.device), mask_BT.to(self.device))
             parts.append(
-                special_pass(self.lm, text, self.special_ids, shared_position=self.shared_position, with_logits=True)
+                special_pass(
+                    self.lm,
+                    text,
+                    self.special_ids,
+                    shared_position=self.shared_position,
+                    with_logits=not self.plain_head,
+                )
             )
             order += group
         specials = join_specials(self.lm, parts)
         place = {row: at for at, row in enumerate(order)}
-        first_N = torch.tensor([rows[i].suffix[0] for i in order], device=self.device)
-        assert specials.logits_BV is not None
-        loss = next_token_loss(specials.logits_BV, first_N)
+        first_N = torch.tensor([rows[i].suffix[0] if i < own else IGNORED for i in order])
+        last_BN = specials.logits_BV if specials.hidden_BKD is None else specials.hidden_BKD[:, -1]
+        assert last_BN is not None
+        found = [self._at_targets(last_BN, first_N)]
         for group in self._groups([len(r.suffix) for r in rows]):
             ids_BT, mask_BT = right_pad([rows[i].suffix for i in group])
             computed.add(mask_BT)
-            labels_BT = ids_BT.masked_fill(~mask_BT, IGNORED).to(self.device)
+            if ids_BT.shape[1] == 1:
+                if not self.sharded:
+                    continue
+                ids_BT, mask_BT = (nn.functional.pad(t, (0, 1)) for t in (ids_BT, mask_BT))
+            counts_BT = mask_BT & (torch.tensor(group) < own)[:, None]
+            labels_BT = ids_BT.masked_fill(~counts_BT, IGNORED)[:, 1:]
             mine = select_specials(specials, [place[i] for i in group])
-            if ids_BT.shape[1] > 1:
-                logits_BTV = suffix_pass(self.lm, mine, ids_BT[:, :-1].to(self.device), mask_BT[:, :-1].to(self.device))
-                loss = loss + next_token_loss(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten())
-        return loss
+            inputs = ids_BT[:, :-1].to(self.device), mask_BT[:, :-1].to(self.device)
+            found.append(self._at_targets(suffix_pass(self.lm, mine, *inputs, body_only=self.plain_head), labels_BT))
+        return self._loss(found)
+
+    def _at_targets(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What ran (hidden states or logits) at the columns that have a target, and these targets."""
+        counts = labels != IGNORED
+        return out[counts.to(out.device)], labels[counts].to(out.device)
+
+    def _loss(self, found: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Summed next-token loss."""
+        if not self.plain_head:
+            return torch.stack([next_token_loss(logits, targets) for logits, targets in found]).sum()
+        hidden_ND, targets_N = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return target_loss(self.lm, hidden_ND, targets_N)
 
     def _embed_frozen(self, views: list[View], computed: Computed) -> Tensor:
-        """Embeddings [N, D] of views. Views of the same ids (the "mask" way) share one pass of the text."""
+        """Embeddings [N, D] of views. Views of the same ids (the "mask" way, an anchor of several pairs) share one pass."""
         texts = list(dict.fromkeys(v.ids for v in views))
         users: dict[tuple[int, ...], list[int]] = {t: [] for t in texts}
         for number, view in enumerate(views):
             users[view.ids].append(number)
         out: list[Tensor] = []
         order: list[int] = []
-        for group in self._groups([len(t) for t in texts]):
+        for group in self._groups([len(t) for t in texts], rows=self.contrastive_chunk_size):
             ids_BT, mask_BT = left_pad([texts[i] for i in group])
             computed.add(mask_BT)
-            with torch.no_grad():
-                text = text_pass(self.lm, ids_BT.to(self.device), mask_BT.to(self.device))
-            for turn in range(max(len(users[texts[i]]) for i in group)):  # first view of every text, second, ...
-                present = [b for b, i in enumerate(group) if turn < len(users[texts[i]])]
-                these = [users[texts[group[b]]][turn] for b in present]
-                flags, _ = left_pad([views[v].seen for v in these])
-                some = text.rows(present) if len(present) < len(group) else text
-                seen_BT = torch.nn.functional.pad(flags.bool(), (some.mask_BT.shape[1] - flags.shape[1], 0))
-                specials = special_pass(
-                    self.lm,
-                    some,
-                    self.special_ids,
-                    shared_position=self.shared_position,
-                    seen_BT=seen_BT.to(self.device),
-                )
-                assert specials.hidden_BKD is not None
-                out.append(pool(specials.hidden_BKD, self.pooling))
-                order += these
+            uses = [[(row, v) for v in users[texts[i]]] for row, i in enumerate(group)]
+            if self.sharded:
+                turns = [[use for row in uses for use in row]]
+            else:  # first view of every text, second, ...: their KV is not copied
+                turns = [[row[t] for row in uses if t < len(row)] for t in range(max(len(row) for row in uses))]
+            rows = [[row for row, _ in turn] for turn in turns]
+            seen = [[views[v].seen for _, v in turn] for turn in turns]
+            out.append(self._chunk(self._embed_texts, ids_BT.to(self.device), mask_BT.to(self.device), rows, seen))
+            order += [v for turn in turns for _, v in turn]
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
+
+    def _embed_texts(
+        self, ids_BT: Tensor, mask_BT: Tensor, rows: list[list[int]], seen: list[list[tuple[bool, ...]]]
+    ) -> Tensor:
+        """One pass of some texts, then turns of special tokens: each on some of the rows, and what they see of them."""
+        with torch.no_grad():
+            text = text_pass(self.lm, ids_BT, mask_BT)
+        out = []
+        for present, flags in zip(rows, seen, strict=True):
+            some = text if present == list(range(len(mask_BT))) else text.rows(present)
+            flags_BT, _ = left_pad(flags)
+            seen_BT = nn.functional.pad(flags_BT.bool(), (some.mask_BT.shape[1] - flags_BT.shape[1], 0))
+            specials = special_pass(
+                self.lm, some, self.special_ids, shared_position=self.shared_position, seen_BT=seen_BT.to(self.device)
+            )
+            assert specials.hidden_BKD is not None
+            out.append(pool(specials.hidden_BKD, self.pooling))
+        return torch.cat(out)
 
     # Trained base: one masked pass
 
-    def _ntp_masked(self, rows: list[Row], computed: Computed) -> Tensor:
+    def _ntp_masked(self, rows: list[Row], own: int, computed: Computed) -> Tensor:
         laid_out = [columns(r, self.special_ids, shared_position=self.shared_position) for r in rows]
-        losses = []
-        for batch in self._masked_batches(laid_out, computed):
-            logits_BTV = masked_pass(self.lm, batch[1])
-            losses.append(next_token_loss(logits_BTV[:, :-1].flatten(0, 1), batch[1].labels_BT[:, 1:].flatten()))
-        return torch.stack(losses).sum()
+        for at, row in enumerate(laid_out[own:], start=own):
+            laid_out[at] = replace(row, labels=[IGNORED] * len(row.labels))
+        found = []
+        for _, batch in self._masked_batches(laid_out, computed):
+            out = masked_pass(self.lm, batch, body_only=self.plain_head)
+            found.append(self._at_targets(out[:, :-1], batch.labels_BT[:, 1:]))
+        return self._loss(found)
 
     def _embed_masked(self, views: list[View], computed: Computed) -> Tensor:
         laid_out = []
@@ -214,15 +286,19 @@ class Objective(nn.Module):
             laid_out.append(Columns(row.ids, hide, row.positions, row.labels))
         out: list[Tensor] = []
         order: list[int] = []
-        for group, batch in self._masked_batches(laid_out, computed):
-            hidden_BTD = masked_pass(self.lm, batch, body_only=True)
-            out.append(pool_columns(hidden_BTD, batch.segments_BT, self.pooling))
+        for group, batch in self._masked_batches(laid_out, computed, rows=self.contrastive_chunk_size):
+            out.append(self._chunk(self._embed_rows, batch))
             order += group
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 
-    def _masked_batches(self, laid_out: list[Columns], computed: Computed) -> list[tuple[list[int], MaskedBatch]]:
+    def _embed_rows(self, batch: MaskedBatch) -> Tensor:
+        return pool_columns(masked_pass(self.lm, batch, body_only=True), batch.segments_BT, self.pooling)
+
+    def _masked_batches(
+        self, laid_out: list[Columns], computed: Computed, *, rows: int | None = None
+    ) -> list[tuple[list[int], MaskedBatch]]:
         batches = []
-        for group in self._groups([len(c.ids) for c in laid_out]):
+        for group in self._groups([len(c.ids) for c in laid_out], rows=rows):
             batch = MaskedBatch.of(
                 [laid_out[i] for i in group], shared_position=self.shared_position, device=self.device
             )

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from gemify.model.attention import require_kernel
 from gemify.model.config import require_special_tokens
 from gemify.model.gate import TUNES, Tune
 from gemify.model.pooling import POOLINGS, Pooling
@@ -68,6 +69,9 @@ class Recipe:
     batch_size: int = 32
     contrastive_batch_size: int | None = 128
     """Rows of the contrastive batch; none: the special rows of the next-token batch, as in the paper."""
+    contrastive_chunk_size: int | None = None
+    """Rows of the contrastive batch whose activations are held at a time: the batch may then be of any size (GradCache), for
+    one more forward pass. None: all."""
     gradient_accumulation_steps: int = 1
     lr: float = 1e-3
     contrastive_lr: float = 2e-3
@@ -82,6 +86,8 @@ class Recipe:
     seed: int = 0
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    """sdpa, eager or flex_attention (GPUs: block masks, for long rows). None: the model's own."""
     group_tokens: int = 8192
     """Most columns of one forward pass; a batch is cut into groups of like length."""
     shuffle_buffer: int = 10_000
@@ -111,6 +117,9 @@ class Recipe:
             raise ValueError(f"max_length must be at least 2 and min_length ({self.min_length}), got {self.max_length}")
         if self.min_length < 2:
             raise ValueError(f"min_length must be at least 2 (a row is split in two), got {self.min_length}")
+        if self.contrastive_chunk_size is not None and self.contrastive_chunk_size < 1:
+            raise ValueError(f"contrastive_chunk_size must be at least 1, got {self.contrastive_chunk_size}")
+        require_kernel(self.attn_implementation)
         schedule, _ = self.schedule, self.views
         contrastive = schedule.alpha(self.max_steps - 1) > 0.0
         if self.frozen_base and self.mix:

@@ -37,6 +37,7 @@ from gemify.training.batches import Batches
 from gemify.training.callbacks import Progress, StopOnSignal
 from gemify.training.data import Source
 from gemify.training.objective import Objective
+from gemify.training.processes import add_up, wait_for_all
 from gemify.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -101,11 +102,21 @@ class _GemTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            parts, self._parts = self._parts, {}
+            parts, self._parts = self._of_all(self._parts), {}
             before, self._since = self._since, time.perf_counter()
             parts["seconds"] = round(self._since - before, 3)
             logs = {**logs, **parts, "peak_memory_mb": round(peak_memory_bytes() / 2**20, 1)}
         super().log(logs, start_time)
+
+    def _of_all(self, parts: dict[str, float]) -> dict[str, float]:
+        """What was measured in this process, put together with the others': losses are means, columns sums."""
+        world = self.args.world_size
+        weights = {"ntp": 1.0 / world, "contrastive": 1.0 / world, "tokens": 1, "padding": 1}
+        names = [name for name in weights if name in parts]
+        sums = add_up([parts[name] for name in names], self.args.device)
+        together = {name: total * weights[name] for name, total in zip(names, sums, strict=True)}
+        together.update({name: int(together[name]) for name in ("tokens", "padding") if name in together})
+        return {**parts, **together}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self.pairs is not None
@@ -175,26 +186,17 @@ def train(
     it had never stopped. Raises ValueError for anything the user can mend, FloatingPointError when the loss is no
     number, `Stopped` after a signal.
     """
+    _require_whole_copies()
     checkpoint = _prepare(recipe, output, resume=resume)
     device = _device(device)
     if resume and (output / SUMMARY_FILE).is_file():  # written last: the run is complete
         return GemModel.from_pretrained(output, device=device), json.loads((output / SUMMARY_FILE).read_text())
     source = Source(recipe.data, recipe.text_column, recipe.split)
     pairs = read_pairs(Path(recipe.eval_pairs)) if recipe.eval_pairs else None
-    gem = _model(recipe, device)
-    _require_room(recipe, gem)
+    gem, objective = begin(recipe, device)
     if on_ready is not None:
         on_ready(gem)
     _seed(recipe.seed)
-    objective = Objective(
-        gem.lm,
-        gem.adapter,
-        special_ids=gem.special_ids,
-        frozen_base=recipe.frozen_base,
-        shared_position=recipe.shared_position,
-        pooling=recipe.pooling,
-        group_tokens=recipe.group_tokens,
-    )
     arguments = _arguments(recipe, output, device=gem.device, evaluated=pairs is not None)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process drives one device; more of them are for `accelerate launch`
@@ -207,6 +209,7 @@ def train(
         world=arguments.world_size,
     )
     next(iter(batches))  # unreadable or too little data shows now, before anything is written
+    wait_for_all()  # every process has found the directory as it should be: now one may write to it
     with StopOnSignal() as stopper:
         progress = Progress(output, show=show_progress_bar)
         trainer = _GemTrainer(
@@ -228,8 +231,10 @@ def train(
                 stage.write_text(recipe.to_yaml(), encoding="utf-8")
         if checkpoint is not None:
             batches.start_step = int(json.loads((checkpoint / _STATE_FILE).read_text())["global_step"])
+        if arguments.process_index:
+            _seed(recipe.seed + arguments.process_index)  # the processes' dropout differs
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stopper.asked and trainer.state.global_step < recipe.max_steps:
+    if stopper.agreed and trainer.state.global_step < recipe.max_steps:
         raise Stopped(f"stopped at step {trainer.state.global_step} of {recipe.max_steps}; go on with --resume")
     gem.lm.eval()
     summary = _summary(gem, recipe, trainer, pairs)
@@ -238,6 +243,33 @@ def train(
         with atomic_file(output / SUMMARY_FILE) as stage:
             stage.write_text(json.dumps(summary, indent=2) + "\n")
     return gem, summary
+
+
+def _require_whole_copies() -> None:
+    """Checkpoints are written from whole weights: refuse a launch that would hold a part of them in each process."""
+    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ValueError(
+                f"cannot train under {what}, which cuts the weights up: launch with recipes/accelerate/ddp.yaml, and where"
+                " memory is short use --tune gated or lora, --gradient-checkpointing or --contrastive-chunk-size"
+            )
+
+
+def begin(recipe: Recipe, device: str | None) -> tuple[GemModel, Objective]:
+    """The model a run starts from, and what it descends."""
+    gem = _model(recipe, device)
+    _require_room(recipe, gem)
+    objective = Objective(
+        gem.lm,
+        gem.adapter,
+        special_ids=gem.special_ids,
+        frozen_base=recipe.frozen_base,
+        shared_position=recipe.shared_position,
+        pooling=recipe.pooling,
+        group_tokens=recipe.group_tokens,
+        contrastive_chunk_size=recipe.contrastive_chunk_size,
+    )
+    return gem, objective
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -273,6 +305,10 @@ def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
 
 def _model(recipe: Recipe, device: str | None) -> GemModel:
     bf16 = _bf16(recipe, device)
+    if recipe.attn_implementation == "flex_attention" and (device == "cpu" or not torch.cuda.is_available()):
+        raise ValueError(
+            "attn_implementation 'flex_attention' cannot train on a CPU (it has no backward pass there): use sdpa"
+        )
     _seed(recipe.seed)  # fresh LoRA weights are random
     return GemModel.from_base(
         recipe.base,
@@ -291,6 +327,7 @@ def _model(recipe: Recipe, device: str | None) -> GemModel:
         # A frozen base may be held in bfloat16; one that is trained keeps float32 weights and computes under autocast.
         dtype=torch.bfloat16 if bf16 and recipe.frozen_base else torch.float32,
         device=device,
+        attn_implementation=recipe.attn_implementation,
     )
 
 

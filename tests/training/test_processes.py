@@ -1,0 +1,269 @@
+"""Several processes of one run: real ones, over gloo, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+import children
+from gemify.paper.tokens import reconstruction_row, split_row
+from gemify.paper.views import View, whole
+from gemify.training.batches import Batches
+from gemify.training.data import Source
+from gemify.training.objective import MicroBatch
+from gemify.training.processes import Share
+from gemify.training.recipe import Recipe
+from gemify.training.trainer import last_checkpoint, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def start(server: ForkServerContext, work: Callable[..., None], *args: Any) -> list[tuple[Any, Connection]]:
+    """Two processes of one piece of work, and where each says how it ended."""
+    port, started = free_port(), []
+    for rank in range(2):
+        hears, tells = server.Pipe(duplex=False)
+        process = server.Process(target=work, args=(rank, 2, port, *args, tells))
+        process.start()
+        tells.close()
+        started.append((process, hears))
+    return started
+
+
+def heard(started: list[tuple[Any, Connection]]) -> list[Any]:
+    told = [hears.recv() for _, hears in started]
+    for process, _ in started:
+        process.join(60)
+        assert process.exitcode == 0
+    return told
+
+
+def recipe(base_dir: Path, texts_file: Path, path: Path, **options: Any) -> Recipe:
+    """Batches whose rows do not come out even over two processes."""
+    common = {"max_steps": 6, "ntp_steps": 3, "batch_size": 7, "contrastive_batch_size": 9, "save_steps": 3}
+    made = Recipe.of({"base": str(base_dir), "data": str(texts_file), **common, **options})
+    path.write_text(made.to_yaml())
+    return made
+
+
+def curve(output: Path) -> dict[str, list[float]]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {n: [r[n] for r in rows if n in r] for n in ("loss", "ntp", "contrastive", "scale", "grad_norm")}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    ours, theirs = curve(one), curve(other)
+    assert [len(v) for v in ours.values()] == [len(v) for v in theirs.values()]
+    for name in ours:
+        assert ours[name] == pytest.approx(theirs[name], rel=2e-5, abs=1e-6), name
+    name = "model.safetensors" if (one / "model.safetensors").exists() else "adapter_model.safetensors"
+    a, b = load_file(one / name), load_file(other / name)
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tune": "gated", "gradient_accumulation_steps": 2, "contrastive_chunk_size": 2},
+        {"tune": "full", "lr": 1e-4, "contrastive_lr": 1e-4, "contrastive_batch_size": None, "mix": 0.5},
+    ],
+    ids=["gated", "full"],
+)
+def test_two_processes_train_as_one(
+    base_dir: Path, texts_file: Path, tmp_path: Path, server: ForkServerContext, options: dict[str, Any]
+) -> None:
+    made = recipe(base_dir, texts_file, tmp_path / "recipe.yaml", **options)
+    told = heard(start(server, children.train_together, str(tmp_path / "recipe.yaml"), str(tmp_path / "two")))
+    train(made, tmp_path / "one", show_progress_bar=False)
+    assert told[0]["steps"] == told[1]["steps"] == 6
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_run_goes_on_in_another_number_of_processes(
+    base_dir: Path, texts_file: Path, tmp_path: Path, server: ForkServerContext
+) -> None:
+    made = recipe(base_dir, texts_file, tmp_path / "recipe.yaml")
+    train(made, tmp_path / "one", show_progress_bar=False)
+    heard(start(server, children.train_together, str(tmp_path / "recipe.yaml"), str(tmp_path / "two")))
+    for name in ("one", "two"):  # as if killed between the checkpoint and the end
+        shutil.copytree(tmp_path / name, tmp_path / f"half-{name}")
+        shutil.rmtree(tmp_path / f"half-{name}" / "checkpoints" / "checkpoint-6")
+        for made_last in ("summary.json", "config_gemify.json", "adapter_model.safetensors"):
+            (tmp_path / f"half-{name}" / made_last).unlink()
+    train(made, tmp_path / "half-two", resume=True, show_progress_bar=False)
+    heard(start(server, children.train_together, str(tmp_path / "recipe.yaml"), str(tmp_path / "half-one")))
+    assert_same_run(tmp_path / "half-two", tmp_path / "one")
+    assert_same_run(tmp_path / "half-one", tmp_path / "one")
+
+
+def test_a_signal_to_one_process_stops_all_at_one_step(
+    base_dir: Path, texts_file: Path, tmp_path: Path, server: ForkServerContext
+) -> None:
+    recipe(base_dir, texts_file, tmp_path / "recipe.yaml", max_steps=5000, ntp_steps=2500, save_steps=5000)
+    started = start(server, children.train_together, str(tmp_path / "recipe.yaml"), str(tmp_path / "run"))
+    until(lambda: lines(tmp_path / "run" / "metrics.jsonl") > 2)
+    os.kill(started[1][0].pid, signal.SIGTERM)
+    told = heard(started)
+    assert told[0] == told[1]
+    assert told[0].startswith("stopped at step")
+    checkpoint = last_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert f"step {checkpoint.name.split('-')[1]} of 5000" in told[0]
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_a_killed_worker_ends_the_run_which_then_goes_on(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    """With the real launcher: it fails soon, nothing is half-written, and the run in one process finishes it."""
+    made = recipe(base_dir, texts_file, tmp_path / "recipe.yaml", max_steps=400, ntp_steps=200, save_steps=2)
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "recipes/accelerate/ddp.yaml"), "--num_processes", "2"]
+    command += ["-m", "gemify", "train", "--config", str(tmp_path / "recipe.yaml"), "-o", str(run), "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
+    with (tmp_path / "log").open("wb") as log:
+        launcher = subprocess.Popen([*command, "-q"], stdout=log, stderr=log, env=environment)
+        try:
+            until(lambda: last_checkpoint(run) is not None and lines(run / "metrics.jsonl") > 4, launcher)
+            os.kill(workers(launcher.pid)[1], signal.SIGKILL)
+            assert launcher.wait(60) != 0
+        finally:
+            launcher.kill()
+    assert not (run / "summary.json").exists()
+    assert not (run / "adapter_model.safetensors").exists()
+    checkpoint = last_checkpoint(run)
+    assert checkpoint is not None
+    assert all(p.stat().st_size for p in checkpoint.iterdir())
+    done = int(checkpoint.name.split("-")[1])
+    shorter = Recipe.of({**Recipe.from_yaml(run / "recipe.yaml")})
+    assert shorter == made
+    alone = start_alone(made, run, stop_after=done + 2)
+    assert [r["step"] for r in alone] == list(range(1, len(alone) + 1))
+    assert len(alone) >= done + 2
+
+
+def start_alone(made: Recipe, run: Path, *, stop_after: int) -> list[dict[str, Any]]:
+    """Go on with a run in this process for some steps; its metrics."""
+    before = signal.signal(signal.SIGALRM, lambda *_: lines(run / "metrics.jsonl") >= stop_after and stop())
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.2)
+
+    def stop() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        with pytest.raises(Exception, match="stopped at step"):
+            train(made, run, resume=True, show_progress_bar=False)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def workers(launcher: int) -> list[int]:
+    import psutil
+
+    found = [c for c in psutil.Process(launcher).children(recursive=True) if "RANK" in c.environ()]
+    return [c.pid for c in sorted(found, key=lambda c: int(c.environ()["RANK"]))]
+
+
+def lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def until(holds: Callable[[], bool], running: subprocess.Popen[bytes] | None = None) -> None:
+    for _ in range(1200):
+        if holds():
+            return
+        assert running is None or running.poll() is None, "the launcher ended"
+        time.sleep(0.05)
+    raise AssertionError("waited a minute in vain")
+
+
+VIEWS = [
+    (whole([20, 21, 22, 23, 24]), whole([20, 22, 24])),
+    (whole([30, 31]), View((30, 31), (False, True))),
+    (View((50, 51, 52, 53), (True, False, True, True)), View((50, 51, 52, 53), (False, True, True, True))),
+    (whole([20, 21, 22, 23, 24]), whole([60, 61])),
+    (whole([70, 71, 72]), whole([73, 72])),
+]
+ROWS = [
+    split_row(list(range(20, 32)), 5),
+    reconstruction_row(list(range(40, 47)), end=[2]),
+    split_row(list(range(60, 63)), 2),
+]
+
+
+@pytest.mark.parametrize("options", [{}, {"contrastive_chunk_size": 2}, {"sharded": True, "group_tokens": 12}])
+def test_gathered_negatives_have_the_gradient_of_the_whole_batch(
+    base_dir: Path, server: ForkServerContext, options: dict[str, Any]
+) -> None:
+    """Five pairs and three rows over two processes, the learned temperature included."""
+    targets = sum(len(r.suffix) for r in ROWS)
+    batch = MicroBatch(0.5, ROWS, VIEWS, step_targets=targets)
+    together = heard(start(server, children.gradients_together, str(base_dir), batch, options))
+    alone = children.gradients(str(base_dir), batch, {})
+    assert float(alone["temperature.t"].abs()) > 1e-4
+    expected = np.concatenate([gradient.numpy().ravel() for gradient in alone.values()])
+    for ours in together:
+        got = np.concatenate([ours[name].ravel() for name in alone])
+        assert np.linalg.norm(got - expected) < 1e-5 * np.linalg.norm(expected)
+        np.testing.assert_allclose(ours["temperature.t"], alone["temperature.t"].numpy(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_a_batch_is_dealt_out_whole(world: int) -> None:
+    items = list(range(7))
+    shares = [Share.of(items, rank, world) for rank in range(world)]
+    assert len({len(s.items) for s in shares}) == 1
+    assert sorted(i for s in shares for i in s.items[: s.own]) == items
+    interleaved = [s.items[at] for at in range(len(shares[0].items)) for s in shares]
+    assert interleaved[: len(items)] == items
+
+
+def test_more_processes_than_rows_are_refused(gem: Any, texts_file: Path) -> None:
+    made = Recipe.of({"data": str(texts_file), "batch_size": 2})
+    with pytest.raises(ValueError, match="a batch of 2 rows cannot be shared by 3 processes"):
+        Batches(made, Source(str(texts_file)), gem.text_tokenizer, end_id=None, world=3)
+
+
+def test_the_launchers_configuration_parses_and_what_cannot_run_is_refused(
+    base_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (ROOT / "recipes/accelerate").glob("*.yaml"):
+        assert load_config_from_file(str(path)).num_processes == 2
+    with pytest.raises(ValueError, match="'flex_attention' cannot train on a CPU"):
+        train(
+            recipe(base_dir, texts_file, tmp_path / "r.yaml", attn_implementation="flex_attention"),
+            tmp_path / "run",
+            device="cpu",
+        )
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="cannot train under FSDP"):
+        train(recipe(base_dir, texts_file, tmp_path / "r.yaml"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
