@@ -191,7 +191,7 @@ def train(
     )
     if plot is not None:
         drawn(report).savefig(plot)
-    _give(report, as_table(report), output, as_json)
+    give(report, as_table(report), output, as_json)
 
 
 def _opened(store: str, model: str | None, dtype: str, device: str | None) -> tuple[GemModel, GemIndex]:
