@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gemify.model.head import keep_head_fast
 from gemify.model.tune import TUNES as TUNES
 from gemify.model.tune import Tune as Tune
 
@@ -191,6 +192,7 @@ class Adapter(nn.Module):
         self.base_name = base_name
         self._embedding_name = next(n for n, m in lm.named_modules() if m is lm.get_input_embeddings())
         lm.requires_grad_(False)
+        keep_head_fast(lm)
         self._peft: list[PeftModel] = []  # in a list: its parameters are the language model's, not ours to register
         if tune in ("gated", "lora"):
             config = LoraConfig(
