@@ -16,6 +16,7 @@ import typer
 from gemify import __version__
 from gemify.cli_ask import register as register_ask
 from gemify.cli_bench import bench
+from gemify.cli_corpus import register as register_corpus
 from gemify.cli_evaluation import register as register_evaluation
 from gemify.cli_export import register as register_export
 from gemify.cli_rag import register as register_rag
@@ -319,6 +320,7 @@ def info(
 
 
 register_evaluation(app)
+register_corpus(app)
 register_rag(app)
 register_ask(app)
 register_serve(app)

@@ -75,7 +75,7 @@ def rag(
         only=row or (),
         show_progress_bar=not quiet,
     )
-    _give(report, as_table(report), output, as_json)
+    give(report, as_table(report), output, as_json)
 
 
 @bench.command()
@@ -97,7 +97,7 @@ def retrieval(
     _, asked = read_questions(data, questions)
     gem, index = _opened(store, model, dtype, device)
     report = bench_retrieval(gem, index, asked, show_progress_bar=not quiet)
-    _give(report, as_table(report), output, as_json)
+    give(report, as_table(report), output, as_json)
 
 
 @bench.command()
@@ -117,7 +117,7 @@ def search(
 
     gem, index = _opened(store, model, dtype, device)
     report = bench_search(gem, index, queries=queries, k=k, show_progress_bar=not quiet)
-    _give(report, as_table(report), output, as_json)
+    give(report, as_table(report), output, as_json)
 
 
 @bench.command()
@@ -150,21 +150,21 @@ def serve(
         rounds=rounds,
         show_progress_bar=not quiet,
     )
-    _give(report, as_table(report), output, as_json)
+    give(report, as_table(report), output, as_json)
 
 
 def _opened(store: str, model: str | None, dtype: str, device: str | None) -> tuple[GemModel, GemIndex]:
     from gemify.evaluation.subjects import Settings
     from gemify.model.gem import GemModel
+    from gemify.rag.corpus import open_store
     from gemify.rag.index import GemIndex
-    from gemify.rag.store import Store
 
-    name = model or Store.open(store).meta.model or "starter"
+    name = model or open_store(store).meta.model or "starter"
     gem = GemModel.from_pretrained(name, device=device, dtype=Settings(dtype).torch_dtype)
     return gem, GemIndex.open(store, gem, create=False)
 
 
-def _give(report: Any, table: str, output: Path | None, as_json: bool) -> None:
+def give(report: Any, table: str, output: Path | None, as_json: bool) -> None:
     from gemify.model.storage import atomic_file
 
     if output is not None:
