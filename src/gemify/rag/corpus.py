@@ -40,7 +40,7 @@ _META = b"gemify"
 _IVF_FROM = 20_000  # rows: up to here an exact scan is quick
 _PROBES = 24  # partitions that a search looks into, at least
 _PROBED = 0.1  # share of the partitions
-_RESCORED = {"IVF_SQ": 40, "IVF_PQ": 400, "IVF_RQ": 200}  # candidates of a search, rescored with the vectors kept
+_RESCORED = {"sq": 40, "pq": 400, "rq": 200}  # candidates of a search, rescored with the vectors kept
 _SIGNS = 10  # times as many candidates by their signs as are wanted
 
 
@@ -171,7 +171,7 @@ class Corpus:
         wanted_D = unit(vector_D[None])[0]
         with readable(self.uri):
             index = next((i for i in self._table.list_indices() if i.columns == ["vector"]), None)
-            kind = "" if index is None else str(index.index_type).upper()
+            kind = "" if index is None else _kind(index.index_type)
             probes = max(_PROBES, round(_PROBED * len(self) ** 0.5 / 3))
             if self.meta.precision == "binary":
                 return self._near_signs(wanted_D, k, probes)
