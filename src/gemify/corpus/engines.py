@@ -20,7 +20,6 @@ from gemify.corpus.shard import Done, Model, embed_shard
 from gemify.rag.corpus import CorpusMeta
 
 _BLOCKS = 4096  # groups of shards that Ray knows by name
-_RETRIES = 5  # of a shard whose worker dies
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,6 @@ def run_on_ray(shards: Sequence[Shard], job: Job, *, workers: int | None = None)
             ShardWorker,
             batch_size=1,
             fn_constructor_args=(job,),
-            max_task_retries=_RETRIES,
             **_devices(ray, job, workers),
         )
         try:
@@ -133,7 +131,10 @@ def _cluster(ray: Any, workers: int | None) -> Iterator[None]:
         yield
         return
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(workers or 1, os.cpu_count() or 1)}
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except Exception as error:  # Ray raises the bare class where a machine is too busy to start it in 30 seconds
+        raise RuntimeError(f"Ray did not start: {(str(error).splitlines() or ['no reason given'])[0]}") from error
     try:
         yield
     finally:
