@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -131,10 +133,13 @@ def _cluster(ray: Any, workers: int | None) -> Iterator[None]:
         yield
         return
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(workers or 1, os.cpu_count() or 1)}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
     except Exception as error:  # Ray raises the bare class where a machine is too busy to start it in 30 seconds
         raise RuntimeError(f"Ray did not start: {(str(error).splitlines() or ['no reason given'])[0]}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray takes it, and would end the process without a commit
     try:
         yield
     finally:
