@@ -126,6 +126,8 @@ def embed_corpus(
         begin = time.perf_counter()
         stopped = _through(run, done, shards, show_progress_bar)
         seconds = time.perf_counter() - begin
+        if stopped:  # workers may have done more than they could still say
+            done.update({n: d for n, d in _known(place, shards, uri).items() if n not in done})
         whole = len(done) == len(shards)
         built = _finish(place, meta, list(done.values()), index if whole else "none", whole)
     new = list(done.values())[before:]
