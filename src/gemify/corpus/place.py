@@ -1,0 +1,80 @@
+"""A directory on a disk or in an object store, for the small files of a run: each is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gemify.model.storage import atomic_file
+from gemify.rag.lance import is_remote, resolved
+
+
+class Place:
+    """A directory at a path or at a URI that pyarrow takes (``s3://bucket/path``)."""
+
+    def __init__(self, uri: str | Path) -> None:
+        from pyarrow.fs import FileSystem
+
+        self.uri = resolved(uri)
+        self.local = not is_remote(self.uri)
+        self.files, self.path = FileSystem.from_uri(self.uri)
+
+    def read(self, name: str) -> bytes | None:
+        """A file's bytes, or None if there is none."""
+        try:
+            with self.files.open_input_file(f"{self.path}/{name}") as file:
+                return bytes(file.read())
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file in one step."""
+        with self.staged(name) as stage, self.files.open_output_stream(stage) as file:
+            file.write(content)
+
+    def write_first(self, name: str, content: bytes) -> bool:
+        """Write a file in one step, unless there is one; whether it was written.
+
+        In an object store two that write in the same instant may both be told so; the last one's content is there.
+        """
+        if not self.local:
+            if self.read(name) is not None:
+                return False
+            self.write(name, content)
+            return True
+        with contextlib.suppress(FileExistsError), self._linked(Path(self.path, name)) as stage:
+            stage.write_bytes(content)
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def staged(self, name: str) -> Iterator[str]:
+        """A path to write to, which becomes the file when the block ends well. (Object stores do so by themselves.)"""
+        if not self.local:
+            yield f"{self.path}/{name}"
+            return
+        with atomic_file(Path(self.path, name)) as stage:
+            yield str(stage)
+
+    def names(self, directory: str) -> list[str]:
+        """Sorted names of the files in a directory; hidden ones are not finished, and left out."""
+        from pyarrow.fs import FileSelector
+
+        wanted = FileSelector(f"{self.path}/{directory}", allow_not_found=True)
+        found: list[Any] = [f for f in self.files.get_file_info(wanted) if f.is_file]
+        return sorted(f.base_name for f in found if not f.base_name.startswith("."))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _linked(target: Path) -> Iterator[Path]:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        whole = target.with_name(f".{target.name}.{os.getpid()}.whole")
+        try:
+            with atomic_file(whole) as stage:
+                yield stage
+            os.link(whole, target)  # other than a rename, refused where there is a file
+        finally:
+            whole.unlink(missing_ok=True)

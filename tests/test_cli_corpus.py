@@ -1,0 +1,83 @@
+"""`gemify embed-corpus` and `gemify bench vectors`: results on stdout, talk on stderr, one line for what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny
+from conftest import disturb
+from gemify import GemModel
+from gemify.cli import app
+
+RUNNER = CliRunner()
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    done = RUNNER.invoke(app, [str(a) for a in arguments])
+    error = "" if done.exception is None or isinstance(done.exception, SystemExit) else str(done.exception)
+    return done.exit_code, done.stdout, done.stderr + error
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    gem = GemModel.from_base(str(tiny.save(root / "base")))
+    disturb(gem)
+    gem.save_pretrained(root / "gem")
+    return root / "gem"
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    lines = [{"_id": f"q{n}", "text": f"number {n} of the owls {'x' * n}"} for n in range(30)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
+    return path
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_embed_then_search(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    monkeypatch.chdir(model.parent)
+    code, _, err = run("embed-corpus", rows, "-o", out, "-m", "gem", "--shard-rows", 8, "-q")
+    assert (code, err) == (
+        1,
+        f"{rows} row 31: not JSON: give one JSON object a line (--skip-bad leaves such rows out)",
+    )
+    monkeypatch.chdir(tmp_path)  # the model's name in the corpus does not depend on where it was given
+    code, shown, err = run("embed-corpus", rows, "-o", out, "--skip-bad", "--limit", 1, "--json", "-q")
+    facts = json.loads(shown)
+    assert (code, facts["embedded"], facts["rows"], facts["skipped"]) == (0, 6, 30, 1), err
+    assert "row 31: not JSON" in err
+    code, shown, err = run("embed-corpus", rows, "-o", out, "--skip-bad", "-q")
+    assert (code, shown) == (0, f"30 rows in {out}\n")
+    assert "0 rows embedded" in err
+    code, shown, _ = run("search", "number 7 of the owls", "--store", out, "--mode", "fts", "-k", 1, "--json")
+    assert json.loads(shown)["id"] == "q7"
+    code, shown, err = run("search", "number 7 of the owls xxxxxxx", "--store", out, "--mode", "vector", "-k", 1)
+    assert (code, f"{out}, row q7" in shown) == (0, True), err
+    code, _, err = run("index", rows, "--store", out)
+    assert (code, "is a corpus that gemify embed-corpus writes" in err) == (1, True)
+    code, _, err = run("embed-corpus", tmp_path / "none.parquet", "-o", out)
+    assert (code, err) == (1, f"no such file or directory: {tmp_path / 'none.parquet'}")
+
+
+def test_bench_vectors(tmp_path: Path) -> None:
+    """Exact search finds what numpy finds, and nothing of the vectors is left on the disk."""
+    code, shown, err = run(
+        *("bench", "vectors", "--count", 2000, "--dim", 32, "--queries", 10, "--kind", "exact", "--kind", "binary"),
+        *("--directory", tmp_path, "--output", tmp_path / "record.json", "-q"),
+    )
+    assert code == 0, err
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["search"]["exact"]["recall_at_10"] >= 0.99
+    assert 0.2 < record["search"]["binary"]["recall_at_10"] < 1
+    assert record["write"]["float16"]["disk_bytes"] >= 2000 * 32 * 2
+    assert "| exact |" in shown
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+    code, _, err = run("bench", "vectors", "--dim", 30)
+    assert (code, "dim must be a multiple of 8" in err) == (1, True)
