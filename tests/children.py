@@ -63,6 +63,15 @@ def join(rank: int, world: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
 
 
+def train_sharded(rank: int, world: int, port: int, recipe: str, output: str, tell: Connection) -> None:
+    """The same, with what the launcher says of recipes/accelerate/fsdp2.yaml."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml")).fsdp_config
+    os.environ.update({name.upper(): str(value) for name, value in config.items()}, ACCELERATE_USE_FSDP="true")
+    train_together(rank, world, port, recipe, output, tell)
+
+
 def train_together(rank: int, world: int, port: int, recipe: str, output: str, tell: Connection) -> None:
     """One process of a training run; says how it ended."""
     join(rank, world, port)
