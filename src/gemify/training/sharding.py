@@ -7,6 +7,8 @@ step), PyTorch gathers what is saved. What is saved is what one process saves, s
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,15 @@ def is_sharded(recipe: Recipe, device: str | None) -> bool:
     """Whether the launcher asks for weights cut up. Raises ValueError where that cannot train or is not proven."""
     if _set("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
-            "cannot train under DeepSpeed, which was never run with gemify: launch with recipes/accelerate/fsdp2.yaml,"
-            " which cuts the same things up, or ddp.yaml"
+            "cannot train under DeepSpeed, whose checkpoints are not proven here: launch with"
+            " recipes/accelerate/fsdp2.yaml, which cuts the same things up, or ddp.yaml"
         )
-    if not _set("ACCELERATE_USE_FSDP") or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not _set("ACCELERATE_USE_FSDP"):
         return False
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise ValueError(
+            "cannot cut weights up over 1 process: launch with --num_processes 2 or more, or without Accelerate"
+        )
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ValueError(
             f"cannot train under FSDP {version}: set fsdp_version to 2, as in recipes/accelerate/fsdp2.yaml"
@@ -77,12 +83,24 @@ class Sharded(Trainer):
         plugin = state.fsdp_plugin
         plugin.transformer_cls_names_to_wrap = plugin.transformer_cls_names_to_wrap or _layers(self.objective.lm)
         # Gradients add up in float32, and no output is rounded: losses are among them.
-        rounded = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.float32} if self.args.bf16 else {}
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(**rounded)
-        # FSDP2 takes no scalars; and rounded to bfloat16 the temperature would hardly move.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if self.args.bf16 else None, reduce_dtype=torch.float32
+        )
+        t = self.objective.temperature.t
+        self.objective.temperature.t = nn.Parameter(t.detach().reshape(1))  # FSDP2 takes no scalars
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """With the temperature cut up by itself: rounded to bfloat16, as all else may be, it would hardly move.
+
+        Not before: the Trainer would give it a group of its own, and one process could not read the optimizer's state.
+        """
         temperature = self.objective.temperature
-        temperature.t = nn.Parameter(temperature.t.detach().reshape(1))
+        before = temperature.t
+        optimizer: Any = super().create_optimizer(model)
         fully_shard(temperature, mesh=init_device_mesh(self.accelerator.device.type, (world_size(),)))
+        for group in optimizer.param_groups:
+            group["params"] = [temperature.t if p is before else p for p in group["params"]]
+        return optimizer
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
         # The temperature clamps itself, but what a step sees is a gathered copy.
@@ -105,7 +123,9 @@ class Sharded(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             paths = Path(checkpoint) / OPTIMIZER_NAME, Path(checkpoint) / SCHEDULER_NAME
-            optimizer, scheduler = (torch.load(path, map_location="cpu", weights_only=True) for path in paths)
+            optimizer, scheduler = (
+                torch.load(path, map_location="cpu", weights_only=True, mmap=True) for path in paths
+            )
             _load_state(self.optimizer, optimizer)
             self.lr_scheduler.load_state_dict(scheduler)
 
@@ -115,6 +135,20 @@ def _layers(lm: nn.Module) -> list[str]:
     lists = [m for m in lm.modules() if isinstance(m, nn.ModuleList)]
     layers = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
     return sorted({type(layer).__name__ for layer in layers})
+
+
+@contextmanager
+def outermost_whole(objective: Objective) -> Iterator[None]:
+    """Passes of the language model that do not begin at the objective find embeddings and final norm whole."""
+    if not objective.sharded:
+        yield
+        return
+    outermost: Any = objective
+    outermost.unshard()
+    try:
+        yield
+    finally:
+        outermost.reshard()
 
 
 def whole_weights(objective: Objective) -> dict[str, Tensor]:

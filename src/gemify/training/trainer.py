@@ -39,7 +39,7 @@ from gemify.training.data import Source
 from gemify.training.objective import Objective
 from gemify.training.processes import add_up, wait_for_all
 from gemify.training.recipe import Recipe
-from gemify.training.sharding import Sharded, is_sharded, lm_weights, load_weights, whole_weights
+from gemify.training.sharding import Sharded, is_sharded, lm_weights, load_weights, outermost_whole, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -121,11 +121,15 @@ class _GemTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self.pairs is not None
-        metrics = {"eval_sts": round(spearman(self.gem, self.pairs), 3)}
+        metrics = {"eval_sts": self.sts(self.pairs)}
         self.log(dict(metrics))
         self._since = time.perf_counter()  # a step's seconds are those of training
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def sts(self, pairs: list[Pair]) -> float:
+        with outermost_whole(self._objective()):
+            return round(spearman(self.gem, pairs), 3)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """As a GEM. The objective's whole weights are given where this process holds a part of them."""
@@ -406,5 +410,5 @@ def _summary(gem: GemModel, recipe: Recipe, trainer: _GemTrainer, pairs: list[Pa
         "base_fingerprint": gem.config.base_fingerprint,
     }
     if pairs is not None:
-        summary["sts_spearman"] = round(spearman(gem, pairs), 3)
+        summary["sts_spearman"] = trainer.sts(pairs)
     return summary
