@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 import children
@@ -288,8 +289,11 @@ def test_more_processes_than_rows_are_refused(gem: Any, texts_file: Path) -> Non
 def test_the_launchers_configuration_parses_and_what_cannot_run_is_refused(
     base_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in (ROOT / "recipes/accelerate").glob("*.yaml"):
-        assert load_config_from_file(str(path)).num_processes == 2
+    known = set(vars(launch_command_parser().parse_args(["train.py"])))
+    for name, kind in (("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")):
+        config = load_config_from_file(str(ROOT / "recipes/accelerate" / f"{name}.yaml"))
+        assert (config.num_processes, config.distributed_type) == (2, kind)
+        assert known >= {*(config.fsdp_config or {}), *(config.deepspeed_config or {})}
     with pytest.raises(ValueError, match="'flex_attention' cannot train on a CPU"):
         train(
             recipe(base_dir, texts_file, tmp_path / "r.yaml", attn_implementation="flex_attention"),
