@@ -63,6 +63,25 @@ def join(rank: int, world: int, port: int) -> None:
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
 
 
+def train_sharded(rank: int, world: int, port: int, recipe: str, output: str, tell: Connection) -> None:
+    """The same, launched with recipes/accelerate/fsdp2.yaml; says then how many weights this process held at the end."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    from gemify.training import sharding
+
+    config = load_config_from_file(str(Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml")).fsdp_config
+    os.environ.update({name.upper(): str(value) for name, value in config.items()}, ACCELERATE_USE_FSDP="true")
+    gathered, held = sharding.whole_weights, []
+
+    def counted(objective: Any) -> Any:
+        held.append(sum(p.to_local().numel() for p in objective.parameters()))
+        return gathered(objective)
+
+    sharding.whole_weights = counted
+    train_together(rank, world, port, recipe, output, tell)
+    tell.send(held[-1:])
+
+
 def train_together(rank: int, world: int, port: int, recipe: str, output: str, tell: Connection) -> None:
     """One process of a training run; says how it ended."""
     join(rank, world, port)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_causal_mask
 
 import tiny
 from gemify import GemModel
@@ -223,6 +224,39 @@ def test_flex_attention_has_the_mask(k: int, monkeypatch: pytest.MonkeyPatch) ->
     flex = tiny.build("llama", "flex_attention")
     require_maskable(flex)
     torch.testing.assert_close(masked_pass(flex, batch)[real_columns(batch)], expected[real_columns(batch)])
+
+
+def test_a_block_mask_of_a_long_row_holds_no_square_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8,192 tokens, the mask as a model asks transformers for it: what it keeps, and that its blocks are the GEM rule's."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    L, at, k, side = 8192, 5000, 3, 128
+    segments = [Segment.TEXT] * at + [Segment.SPECIAL] * k + [Segment.SUFFIX] * (L - at - k)
+    lm = tiny.build("llama", "flex_attention")
+    embedded = torch.zeros(1, L, lm.config.hidden_size)
+    with gem_mask(torch.tensor([segments])):
+        made = create_causal_mask(lm.config, embedded, attention_mask=None, past_key_values=None)
+    assert L < sum(t.numel() * t.element_size() for t in tensors_in(made)) < L * L / 50
+    column = torch.arange(L)
+    text, special = column < at, (column >= at) & (column < at + k)
+    seen = column[None] <= column[:, None]
+    seen &= (text[None] & (text | special)[:, None]) | (special[None] & ~text[:, None]) | (column[None] >= at + k)
+    seen &= ~(special[None] & special[:, None]) | (column[None] == column[:, None])
+    blocks = seen.view(L // side, side, L // side, side)
+    assert (side, side) == made.BLOCK_SIZE
+    assert torch.equal(made.to_dense()[0, 0].bool(), blocks.any(3).any(1))
+
+
+def tensors_in(made: object, known: set[int] | None = None) -> list[torch.Tensor]:
+    """The tensors that an object keeps alive by its attributes, and its functions by their closures."""
+    known = set() if known is None else known
+    if id(made) in known or isinstance(made, type):
+        return []
+    known.add(id(made))
+    if isinstance(made, torch.Tensor):
+        return [made]
+    inside = [cell.cell_contents for cell in getattr(made, "__closure__", None) or ()]
+    inside += list(made) if isinstance(made, tuple | list) else list(getattr(made, "__dict__", {}).values())
+    return [tensor for part in inside for tensor in tensors_in(part, known)]
 
 
 def real_columns(batch: MaskedBatch) -> torch.Tensor:

@@ -20,9 +20,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 import children
+import tiny
 from gemify.paper.tokens import reconstruction_row, split_row
 from gemify.paper.views import View, whole
 from gemify.training.batches import Batches
@@ -72,7 +74,7 @@ def recipe(base_dir: Path, texts_file: Path, path: Path, **options: Any) -> Reci
 
 def curve(output: Path) -> dict[str, list[float]]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {n: [r[n] for r in rows if n in r] for n in ("loss", "ntp", "contrastive", "scale", "grad_norm")}
+    return {n: [r[n] for r in rows if n in r] for n in ("loss", "ntp", "contrastive", "scale", "grad_norm", "eval_sts")}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -111,13 +113,45 @@ def test_a_run_goes_on_in_another_number_of_processes(
     made = recipe(base_dir, texts_file, tmp_path / "recipe.yaml")
     train(made, tmp_path / "one", show_progress_bar=False)
     heard(start(server, children.train_together, str(tmp_path / "recipe.yaml"), str(tmp_path / "two")))
-    for name in ("one", "two"):  # as if killed between the checkpoint and the end
-        shutil.copytree(tmp_path / name, tmp_path / f"half-{name}")
-        shutil.rmtree(tmp_path / f"half-{name}" / "checkpoints" / "checkpoint-6")
-        for made_last in ("summary.json", "config_gemify.json", "adapter_model.safetensors"):
-            (tmp_path / f"half-{name}" / made_last).unlink()
+    for name in ("one", "two"):
+        half(tmp_path / name)
     train(made, tmp_path / "half-two", resume=True, show_progress_bar=False)
     heard(start(server, children.train_together, str(tmp_path / "recipe.yaml"), str(tmp_path / "half-one")))
+    assert_same_run(tmp_path / "half-two", tmp_path / "one")
+    assert_same_run(tmp_path / "half-one", tmp_path / "one")
+
+
+def half(run: Path) -> None:
+    """A copy of a run as if killed between the checkpoint and the end."""
+    copy = run.parent / f"half-{run.name}"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / "checkpoint-6")
+    for made_last in ("summary.json", "config_gemify.json", "adapter_model.safetensors", "model.safetensors"):
+        (copy / made_last).unlink(missing_ok=True)
+
+
+def test_weights_cut_up_over_two_processes_train_as_one(
+    texts_file: Path, tmp_path: Path, server: ForkServerContext
+) -> None:
+    """FSDP2 on tied embeddings, with all that runs layers again; either checkpoint goes on as the other's kind."""
+    pairs = [{"sentence1": "the cat sat", "sentence2": f"the {'dog ' * n}ran", "score": n % 5} for n in range(10)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    again = {"gradient_accumulation_steps": 2, "contrastive_chunk_size": 2, "gradient_checkpointing": True}
+    options = {"mix": 0.5, "lr": 1e-4, "contrastive_lr": 1e-4, "eval_pairs": str(tmp_path / "pairs.jsonl"), **again}
+    base = tiny.save(tmp_path / "base", "gemma3")
+    made = recipe(base, texts_file, tmp_path / "recipe.yaml", tune="full", eval_steps=4, **options)
+    started = start(server, children.train_sharded, str(tmp_path / "recipe.yaml"), str(tmp_path / "two"))
+    summaries = heard(started)
+    held = [hears.recv()[0] for _, hears in started]
+    train(made, tmp_path / "one", show_progress_bar=False)
+    assert summaries[0]["steps"] == 6
+    assert sum(held) == summaries[0]["trainable_parameters"]
+    assert max(held) < 0.6 * sum(held)
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    for name in ("one", "two"):
+        half(tmp_path / name)
+    train(made, tmp_path / "half-two", resume=True, show_progress_bar=False)
+    heard(start(server, children.train_sharded, str(tmp_path / "recipe.yaml"), str(tmp_path / "half-one")))
     assert_same_run(tmp_path / "half-two", tmp_path / "one")
     assert_same_run(tmp_path / "half-one", tmp_path / "one")
 
@@ -255,15 +289,42 @@ def test_more_processes_than_rows_are_refused(gem: Any, texts_file: Path) -> Non
 def test_the_launchers_configuration_parses_and_what_cannot_run_is_refused(
     base_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for path in (ROOT / "recipes/accelerate").glob("*.yaml"):
-        assert load_config_from_file(str(path)).num_processes == 2
+    known = set(vars(launch_command_parser().parse_args(["train.py"])))
+    for name, kind in (("ddp", "MULTI_GPU"), ("fsdp2", "FSDP"), ("zero3", "DEEPSPEED")):
+        config = load_config_from_file(str(ROOT / "recipes/accelerate" / f"{name}.yaml"))
+        assert (config.num_processes, config.distributed_type) == (2, kind)
+        assert known >= {*(config.fsdp_config or {}), *(config.deepspeed_config or {})}
     with pytest.raises(ValueError, match="'flex_attention' cannot train on a CPU"):
         train(
             recipe(base_dir, texts_file, tmp_path / "r.yaml", attn_implementation="flex_attention"),
             tmp_path / "run",
             device="cpu",
         )
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="cannot train under FSDP"):
-        train(recipe(base_dir, texts_file, tmp_path / "r.yaml"), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"tune": "full"}, "cannot train under DeepSpeed"),
+        ({"WORLD_SIZE": "1"}, {"tune": "full"}, "cannot cut weights up over 1 process"),
+        ({"FSDP_VERSION": "1"}, {"tune": "full"}, "set fsdp_version to 2"),
+        ({}, {"tune": "gated"}, "cannot train --tune gated under FSDP: launch with recipes/accelerate/ddp.yaml"),
+        ({}, {"tune": "lora"}, "cannot train --tune lora"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {"tune": "full"}, "fsdp_offload_params: true, set it to false"),
+    ],
+)
+def test_a_way_to_cut_weights_up_that_is_not_proven_is_refused(
+    base_dir: Path,
+    texts_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    options: dict[str, Any],
+    message: str,
+) -> None:
+    launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "WORLD_SIZE": "2"}
+    for name, value in {**launched, **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        train(recipe(base_dir, texts_file, tmp_path / "r.yaml", **options), tmp_path / "run")
     assert not (tmp_path / "run").exists()

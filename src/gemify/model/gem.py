@@ -177,14 +177,17 @@ class GemModel:
         lm.eval()
         return cls(lm, tokenizer, config, adapter)
 
-    def save_pretrained(self, path: str | Path, *, merge: bool = False) -> None:
+    def save_pretrained(
+        self, path: str | Path, *, merge: bool = False, weights: dict[str, torch.Tensor] | None = None
+    ) -> None:
         """Save to a directory: a full disk or a kill leaves what was there before, or all of the new.
 
         (Into a directory that holds files already, complete new ones are moved over them one by one, the configuration
         last.)
 
         ``gated``, ``tokens`` and ``lora`` store an adapter, the tokenizer and the base's name, not the base. ``full``,
-        and ``lora`` with ``merge=True`` (which ends this object's use), store a plain transformers model.
+        and ``lora`` with ``merge=True`` (which ends this object's use), store a plain transformers model; its ``weights``
+        may be given, where this process holds a part of them only.
         """
         target = Path(path)
         if merge and self.config.tune != "lora":
@@ -197,7 +200,7 @@ class GemModel:
             else:
                 lm = self.adapter.merge() if self.adapter is not None else self.lm
                 with quiet():
-                    lm.save_pretrained(stage)
+                    lm.save_pretrained(stage, state_dict=weights)
             self.tokenizer.save_pretrained(stage)
             (stage / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
 

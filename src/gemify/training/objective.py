@@ -109,7 +109,7 @@ class Objective(nn.Module):
         self.frozen_base, self.shared_position, self.pooling = frozen_base, shared_position, pooling
         self.group_tokens, self.max_padding = group_tokens, max_padding
         self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
-        self.plain_head = not sharded and has_plain_head(lm)  # a sharded head's weights are whole inside it only
+        self.plain_head = has_plain_head(lm)
 
     @property
     def device(self) -> torch.device:
@@ -126,22 +126,23 @@ class Objective(nn.Module):
 
     def forward(self, batch: MicroBatch) -> Losses:
         computed = Computed()
+        temperature = self.temperature()
         ntp = contrastive = None
         if batch.alpha < 1.0:
             loss = self._ntp_frozen if self.frozen_base else self._ntp_masked
             own = len(batch.rows) if batch.own_rows is None else batch.own_rows
             ntp = loss(batch.rows, own, computed) * (batch.micro_batches / max(1, batch.step_targets))
         if batch.alpha > 0.0:
-            contrastive = self._contrastive(batch, computed)
+            contrastive = self._contrastive(batch, computed, temperature)
         return Losses(
             total_loss(ntp, contrastive, batch.alpha),
             ntp,
             contrastive,
-            float(self.temperature.t.detach().exp()),
+            float(temperature.detach()),
             computed,
         )
 
-    def _contrastive(self, batch: MicroBatch, computed: Computed) -> Tensor:
+    def _contrastive(self, batch: MicroBatch, computed: Computed, temperature: Tensor) -> Tensor:
         """This process's rows against the positives of all processes' rows; the mean over processes is the loss."""
         embed = self._embed_frozen if self.frozen_base else self._embed_masked
         both_BD = embed([v for pair in batch.views for v in pair], computed)
@@ -149,7 +150,7 @@ class Objective(nn.Module):
         own = len(batch.views) if batch.own_pairs is None else batch.own_pairs
         pairs = len(batch.views) if batch.pairs is None else batch.pairs
         place_B = torch.arange(own, device=query_BD.device) * world_size() + rank()
-        loss = info_nce(query_BD[:own], gather(positive_BD, pairs), self.temperature(), place_B=place_B)
+        loss = info_nce(query_BD[:own], gather(positive_BD, pairs), temperature, place_B=place_B)
         return loss * (own * world_size() / pairs)
 
     def _groups(self, lengths: list[int], *, rows: int | None = None) -> list[list[int]]:

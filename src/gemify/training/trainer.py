@@ -39,6 +39,7 @@ from gemify.training.data import Source
 from gemify.training.objective import Objective
 from gemify.training.processes import add_up, wait_for_all
 from gemify.training.recipe import Recipe
+from gemify.training.sharding import Sharded, is_sharded, lm_weights, load_weights, outermost_whole, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -120,27 +121,35 @@ class _GemTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self.pairs is not None
-        metrics = {"eval_sts": round(spearman(self.gem, self.pairs), 3)}
+        metrics = {"eval_sts": self.sts(self.pairs)}
         self.log(dict(metrics))
         self._since = time.perf_counter()  # a step's seconds are those of training
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def sts(self, pairs: list[Pair]) -> float:
+        with outermost_whole(self._objective()):
+            return round(spearman(self.gem, pairs), 3)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """As a GEM. The objective's whole weights are given where this process holds a part of them."""
         directory = Path(output_dir or self.args.output_dir)
-        self.gem.save_pretrained(directory)
-        objective = self._objective()
-        save_file({"t": objective.temperature.t.detach().cpu()}, directory / _TEMPERATURE_FILE)
+        self.gem.save_pretrained(directory, weights=None if state_dict is None else lm_weights(self.gem, state_dict))
+        t = self._objective().temperature.t if state_dict is None else state_dict["temperature.t"]
+        save_file({"t": t.detach().cpu().reshape(())}, directory / _TEMPERATURE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
+        objective, t = self._objective(), load_file(directory / _TEMPERATURE_FILE)["t"]
         if self.gem.adapter is not None:
             self.gem.adapter.load(directory)
         else:
-            saved = type(self.gem.lm).from_pretrained(directory, dtype=torch.float32)
-            self.gem.lm.load_state_dict(saved.state_dict())
+            saved = type(self.gem.lm).from_pretrained(directory, dtype=torch.float32).state_dict()
+            if objective.sharded:
+                return load_weights(objective, saved, t)
+            self.gem.lm.load_state_dict(saved)
         with torch.no_grad():
-            self._objective().temperature.t.copy_(load_file(directory / _TEMPERATURE_FILE)["t"])
+            objective.temperature.t.copy_(t)
 
     def _objective(self) -> Objective:
         objective = self.accelerator.unwrap_model(self.model)
@@ -171,6 +180,10 @@ class _GemTrainer(Trainer):
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
 
 
+class _ShardedGemTrainer(Sharded, _GemTrainer):
+    """The same with weights cut up over the processes."""
+
+
 def train(
     recipe: Recipe,
     output: Path,
@@ -186,18 +199,19 @@ def train(
     it had never stopped. Raises ValueError for anything the user can mend, FloatingPointError when the loss is no
     number, `Stopped` after a signal.
     """
-    _require_whole_copies()
+    sharded = is_sharded(recipe, device)
     checkpoint = _prepare(recipe, output, resume=resume)
     device = _device(device)
     if resume and (output / SUMMARY_FILE).is_file():  # written last: the run is complete
         return GemModel.from_pretrained(output, device=device), json.loads((output / SUMMARY_FILE).read_text())
     source = Source(recipe.data, recipe.text_column, recipe.split)
     pairs = read_pairs(Path(recipe.eval_pairs)) if recipe.eval_pairs else None
-    gem, objective = begin(recipe, device)
+    gem, objective = begin(recipe, device, sharded=sharded)
     if on_ready is not None:
         on_ready(gem)
     _seed(recipe.seed)
-    arguments = _arguments(recipe, output, device=gem.device, evaluated=pairs is not None)
+    runs_on = torch.device("cuda") if sharded and torch.cuda.is_available() else gem.device
+    arguments = _arguments(recipe, output, device=runs_on, evaluated=pairs is not None)
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # one process drives one device; more of them are for `accelerate launch`
     batches = Batches(
@@ -212,7 +226,7 @@ def train(
     wait_for_all()  # every process has found the directory as it should be: now one may write to it
     with StopOnSignal() as stopper:
         progress = Progress(output, show=show_progress_bar)
-        trainer = _GemTrainer(
+        trainer = (_ShardedGemTrainer if sharded else _GemTrainer)(
             gem,
             recipe,
             batches,
@@ -238,26 +252,20 @@ def train(
         raise Stopped(f"stopped at step {trainer.state.global_step} of {recipe.max_steps}; go on with --resume")
     gem.lm.eval()
     summary = _summary(gem, recipe, trainer, pairs)
+    weights = lm_weights(gem, whole_weights(objective)) if sharded else None
     if arguments.should_save:
-        gem.save_pretrained(output)
+        gem.save_pretrained(output, weights=weights)
         with atomic_file(output / SUMMARY_FILE) as stage:
             stage.write_text(json.dumps(summary, indent=2) + "\n")
+    if sharded:  # the caller gets a whole model
+        wait_for_all()
+        gem = GemModel.from_pretrained(output, device="cpu")
     return gem, summary
 
 
-def _require_whole_copies() -> None:
-    """Checkpoints are written from whole weights: refuse a launch that would hold a part of them in each process."""
-    for name, what in (("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
-            raise ValueError(
-                f"cannot train under {what}, which cuts the weights up: launch with recipes/accelerate/ddp.yaml, and where"
-                " memory is short use --tune gated or lora, --gradient-checkpointing or --contrastive-chunk-size"
-            )
-
-
-def begin(recipe: Recipe, device: str | None) -> tuple[GemModel, Objective]:
-    """The model a run starts from, and what it descends."""
-    gem = _model(recipe, device)
+def begin(recipe: Recipe, device: str | None, *, sharded: bool = False) -> tuple[GemModel, Objective]:
+    """The model a run starts from, and what it descends. One that will be cut up is first whole in main memory."""
+    gem = _model(recipe, device, sharded=sharded)
     _require_room(recipe, gem)
     objective = Objective(
         gem.lm,
@@ -268,6 +276,7 @@ def begin(recipe: Recipe, device: str | None) -> tuple[GemModel, Objective]:
         pooling=recipe.pooling,
         group_tokens=recipe.group_tokens,
         contrastive_chunk_size=recipe.contrastive_chunk_size,
+        sharded=sharded,
     )
     return gem, objective
 
@@ -303,7 +312,7 @@ def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
     return last_checkpoint(output)
 
 
-def _model(recipe: Recipe, device: str | None) -> GemModel:
+def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
     bf16 = _bf16(recipe, device)
     if recipe.attn_implementation == "flex_attention" and (device == "cpu" or not torch.cuda.is_available()):
         raise ValueError(
@@ -326,7 +335,7 @@ def _model(recipe: Recipe, device: str | None) -> GemModel:
         },
         # A frozen base may be held in bfloat16; one that is trained keeps float32 weights and computes under autocast.
         dtype=torch.bfloat16 if bf16 and recipe.frozen_base else torch.float32,
-        device=device,
+        device="cpu" if sharded else device,
         attn_implementation=recipe.attn_implementation,
     )
 
@@ -401,5 +410,5 @@ def _summary(gem: GemModel, recipe: Recipe, trainer: _GemTrainer, pairs: list[Pa
         "base_fingerprint": gem.config.base_fingerprint,
     }
     if pairs is not None:
-        summary["sts_spearman"] = round(spearman(gem, pairs), 3)
+        summary["sts_spearman"] = trainer.sts(pairs)
     return summary
