@@ -266,6 +266,7 @@ def begin(recipe: Recipe, device: str | None) -> tuple[GemModel, Objective]:
         frozen_base=recipe.frozen_base,
         shared_position=recipe.shared_position,
         pooling=recipe.pooling,
+        layer=recipe.layer,
         group_tokens=recipe.group_tokens,
         contrastive_chunk_size=recipe.contrastive_chunk_size,
     )
@@ -318,6 +319,7 @@ def _model(recipe: Recipe, device: str | None) -> GemModel:
         pooling=recipe.pooling,
         shared_position=recipe.shared_position,
         template=recipe.template,
+        layer=recipe.layer,
         adapter={
             "rank": recipe.rank,
             "lora_alpha": recipe.lora_alpha,
