@@ -290,7 +290,9 @@ def test_a_model_with_a_loop_of_its_own_is_refused(base: str) -> None:
     lm = AutoModelForCausalLM.from_pretrained(base)
     whole_list = list(lm.model.layers)
     lm.model.norm.register_forward_pre_hook(lambda *_: whole_list[-1](torch.zeros(1, 1, 32), position_embeddings=ONE))
-    with pytest.raises(ValueError, match=r"^LlamaForCausalLM runs all its layers in a way of its own: leave layer out$"):
+    with pytest.raises(
+        ValueError, match=r"^LlamaForCausalLM runs all its layers in a way of its own: leave layer out$"
+    ):
         prepare(lm, 2)
 
 

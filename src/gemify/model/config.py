@@ -137,7 +137,9 @@ def require_special_tokens(k: int, *, tune: Tune, pooling: Pooling) -> None:
 def require_layer(layer: int | None) -> None:
     """Refuse what is no number of a layer. Whether a model has it: `gemify.model.depth`."""
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 1):
-        raise ValueError(f"layer must be a number from 1 (the first layer) on, got {layer!r}: leave it out for the last")
+        raise ValueError(
+            f"layer must be a number from 1 (the first layer) on, got {layer!r}: leave it out for the last"
+        )
 
 
 def resolve_directory(path: str | Path) -> Path:
