@@ -133,11 +133,11 @@ EAGER_ONLY = {"gpt_oss", "gemma2"}
 """Classes that sdpa cannot serve (attention sinks, soft-capped scores)."""
 
 
-def build(name: str, attn_implementation: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+def build(name: str, attn_implementation: str = "sdpa", seed: int = 0, **other: Any) -> PreTrainedModel:
     """A random model of that architecture, in float32 and evaluation mode, with weights large enough to attend."""
     model_type, settings = {**ARCHITECTURES, **HYBRIDS}[name]
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **settings)
+    config = AutoConfig.for_model(model_type, **settings | other)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32)
     with torch.no_grad():
         for parameter in lm.parameters():
@@ -160,9 +160,11 @@ def tokenizer(reserved: int = 4) -> PreTrainedTokenizerFast:
     return made
 
 
-def save(directory: Path, name: str = "llama", *, reserved: int = 4, attn_implementation: str = "sdpa") -> Path:
-    """A model directory as on the hub."""
-    build(name, attn_implementation).save_pretrained(directory)
+def save(
+    directory: Path, name: str = "llama", *, reserved: int = 4, attn_implementation: str = "sdpa", **other: Any
+) -> Path:
+    """A model directory as on the hub. ``other``: entries of its configuration."""
+    build(name, attn_implementation, **other).save_pretrained(directory)
     tokenizer(reserved).save_pretrained(directory)
     return directory
 

@@ -75,6 +75,7 @@ def train(
     special_tokens: Annotated[int | None, typer.Option("--special-tokens", "-k", help="How many of them.")] = None,
     pooling: Annotated[str | None, typer.Option(help="mean or concat, over the special tokens.")] = None,
     template: Annotated[str | None, typer.Option(help="Words around texts to embed, {text} for the text.")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer that vectors are read from; none: the last.")] = None,
     mix: Annotated[float | None, typer.Option(help="p, the share of raw rows (lora, full).")] = None,
     reconstruction: Annotated[float | None, typer.Option(help="Share of reconstruction among special rows.")] = None,
     view: Annotated[str | None, typer.Option(help="How views are made: delete, mask, span or halves.")] = None,
@@ -318,6 +319,8 @@ def info(
         return
     if config.template == PLAIN:
         del facts["template"]
+    if config.layer is None:
+        del facts["layer"]
     for name, value in facts.items():
         typer.echo(
             f"{name:20} {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | tuple | list) else value}"

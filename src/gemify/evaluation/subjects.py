@@ -118,6 +118,7 @@ class Contestants:
             "tune": self.config.tune,
             "special_tokens": self.config.k,
             "pooling": self.config.pooling,
+            **({"layer": self.config.layer} if self.config.layer is not None else {}),
             "base": self.base_name,
             "base_subject": {"name": base.name, "revision": base.revision},
             "path": str(self.model),

@@ -55,6 +55,11 @@ class EngineGem:
                 f"{gem} has {config.k} special tokens at positions of their own, which vLLM's attention cannot keep"
                 " apart: use `gemify serve`, or train with a shared position"
             )
+        if config.layer is not None:
+            raise ValueError(
+                f"{gem} is read out at layer {config.layer}, this plugin reads the last: use `gemify serve`, or train without"
+                " layer"
+            )
         if not (directory / _ADAPTER).is_file():
             return EngineGem(directory, config, str(directory), None)
         if config.tune == "lora":

@@ -28,10 +28,10 @@ def new_keeping_cache(lm: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-def fork(cache: DynamicCache) -> DynamicCache:
-    """A cache that can be continued without touching ``cache``. Copies no tensor."""
+def fork(cache: DynamicCache, *, layers: int | None = None) -> DynamicCache:
+    """A cache that can be continued without touching ``cache``, of its first layers or all. Copies no tensor."""
     twin = copy.copy(cache)
-    twin.layers = [copy.copy(layer) for layer in cache.layers]
+    twin.layers = [copy.copy(layer) for layer in cache.layers[:layers]]
     return twin
 
 

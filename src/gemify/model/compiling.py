@@ -12,9 +12,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from gemify.model.depth import layers_of
 from gemify.model.gate import current_gate, with_gate
 
 OPTIONS: dict[str, Any] = {"dynamic": True}
@@ -35,11 +35,7 @@ def compiled(lm: PreTrainedModel) -> Iterator[None]:
 
 
 def _prepare(lm: PreTrainedModel) -> None:
-    depth = lm.config.get_text_config().num_hidden_layers
-    lists = [m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if not lists:
-        raise ValueError(f"{type(lm).__name__} has no list of its {depth} layers: it cannot be compiled")
-    for layer in lists[0]:
+    for layer in layers_of(lm):
         if not hasattr(layer.forward, "gemify_plain"):
             layer.forward = _either(layer.forward)
 

@@ -34,6 +34,8 @@ class GemConfig:
     """Most tokens of a text that are read, template and special tokens included; longer texts are cut at the end."""
     template: str = PLAIN
     """What stands around every text that is embedded (`gemify.model.template`)."""
+    layer: int | None = None
+    """The layer whose state, after the final norm, is the embedding: 1 is the first. None: the last."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     format_version: int = FORMAT_VERSION
@@ -45,6 +47,7 @@ class GemConfig:
             raise ValueError(f"unknown pooling {self.pooling!r}: choose one of {', '.join(get_args(Pooling))}")
         require_special_tokens(len(self.special_ids), tune=self.tune, pooling=self.pooling)
         require_template(self.template, k=len(self.special_ids))
+        require_layer(self.layer)
         if len(set(self.special_ids)) != len(self.special_ids) or len(self.special_ids) != len(self.special_tokens):
             raise ValueError(
                 f"special tokens must be distinct, got {list(self.special_tokens)} = {list(self.special_ids)}"
@@ -86,6 +89,8 @@ class GemConfig:
         values = dataclasses.asdict(self)
         if self.template == PLAIN:  # such files are as they were before there were templates
             del values["template"]
+        if self.layer is None:  # likewise
+            del values["layer"]
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
     @staticmethod
@@ -127,6 +132,14 @@ def require_special_tokens(k: int, *, tune: Tune, pooling: Pooling) -> None:
         )
     if k == 0 and pooling != "mean":
         raise ValueError(f"pooling {pooling!r} needs special tokens, there are 0: set pooling to mean")
+
+
+def require_layer(layer: int | None) -> None:
+    """Refuse what is no number of a layer. Whether a model has it: `gemify.model.depth`."""
+    if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 1):
+        raise ValueError(
+            f"layer must be a number from 1 (the first layer) on, got {layer!r}: leave it out for the last"
+        )
 
 
 def resolve_directory(path: str | Path) -> Path:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from gemify.model.batching import length_groups
 from gemify.model.config import GemConfig
+from gemify.model.depth import first_layers
 from gemify.model.meter import Meter
 from gemify.model.passes import MaskedBatch, masked_pass
 from gemify.model.pooling import pool_columns
@@ -24,7 +25,7 @@ _POOL = 4096  # texts tokenised and sorted at a time
 
 
 def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Vectors [B, D or K * D] of tokenised texts: one forward pass, no LM head."""
+    """Vectors [B, D or K * D] of tokenised texts: one forward pass, no LM head, no layer above the read-out one."""
     laid_out = [
         columns(Row("split", tuple(r)), config.special_ids, shared_position=config.shared_position) for r in rows
     ]
@@ -32,7 +33,8 @@ def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[i
     batch = MaskedBatch.of(laid_out, shared_position=config.shared_position, device=device)
     if not batch.ids_BT.numel():  # texts without tokens, and no special tokens either: nothing to run
         return torch.zeros(len(rows), lm.config.get_text_config().hidden_size)
-    hidden_BTD = masked_pass(lm, batch, body_only=True)
+    with first_layers(lm, config.layer):
+        hidden_BTD = masked_pass(lm, batch, body_only=True)
     return pool_columns(hidden_BTD, batch.segments_BT, config.pooling).float()
 
 

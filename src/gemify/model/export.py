@@ -4,8 +4,8 @@ Engines that know nothing of gemify run ``text S`` through plain weights and tak
 the GEM's vector wherever its weights act at every position, or its special token's row is all that was trained:
 
 - ``full``, ``lora``, ``tokens``: the language model with everything folded in, and ``embedding/`` for
-  sentence-transformers and those that read its layout: the same weights (a hard link), a tokenizer that puts the template
-  around every text and the special token after it, last-token pooling.
+  sentence-transformers and those that read its layout: the same weights (a hard link; up to the read-out layer, if there
+  is one), a tokenizer that puts the template around every text and the special token after it, last-token pooling.
 - ``gated``: its LoRA acts at the special token alone, which no plain weights can say. The language model (the base, with
   the special token's row), and ``adapter/``, an aLoRA adapter on it.
 
@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from gemify.model.base import grow_table, quiet
 from gemify.model.config import CONFIG_FILE, GemConfig
+from gemify.model.depth import cut
 from gemify.model.export_card import card
 from gemify.model.gem import GemModel
 from gemify.model.storage import atomic_directory
@@ -54,8 +55,9 @@ class Exported:
 def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported:
     """Write a GEM for other engines, its weights in ``dtype`` (of `DTYPES`; default: as loaded). Ends the use of ``gem``.
 
-    Raises ValueError for a GEM without special tokens, or with several at positions of their own, and for a directory
-    that holds files: what an older export left there would be taken for a part of this one.
+    Raises ValueError for a GEM without special tokens, or with several at positions of their own, for a gated one with a
+    read-out layer, and for a directory that holds files: what an older export left there would be taken for a part of
+    this one.
     """
     config = gem.config
     require_exportable(config, output, dtype)
@@ -75,8 +77,16 @@ def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported
         if not gated:
             whole = dataclasses.replace(config, tune="full")
             (stage / CONFIG_FILE).write_text(whole.to_json(), encoding="utf-8")
+        weights = stage
+        if embedding and config.layer is not None:
+            weights = stage / "cut"
+            cut(lm, config.layer)
+            with quiet():
+                lm.save_pretrained(weights)
         for name, special in zip(embedding, config.special_ids, strict=bool(embedding)):
-            _write_embedding(gem, lm, stage, stage / name, special)
+            _write_embedding(gem, lm, weights, stage / name, special)
+        if weights != stage:
+            shutil.rmtree(weights)
         text = card(config, embedding=embedding, adapters=adapters)
         (stage / "README.md").write_text(text, encoding="utf-8")
     return written
@@ -92,6 +102,11 @@ def require_exportable(config: GemConfig, output: Path, dtype: str | None) -> No
         raise ValueError(
             "this model has no special tokens, there is nothing to append to a text: load it in sentence-transformers"
             " with mean pooling"
+        )
+    if config.tune == "gated" and config.layer is not None:
+        raise ValueError(
+            f"this gated model is read out at layer {config.layer}, other engines read the last: use `gemify serve`, or train"
+            " with tune lora or full, or without layer"
         )
     if config.k > 1 and not config.shared_position:
         raise ValueError(

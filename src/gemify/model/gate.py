@@ -31,6 +31,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from gemify.model.base import STARTER, STARTER_REPO
+from gemify.model.config import GemConfig
 from gemify.model.head import keep_head_fast
 from gemify.model.tune import TUNES as TUNES
 from gemify.model.tune import Tune as Tune
@@ -299,6 +301,20 @@ class Adapter(nn.Module):
         with torch.no_grad():
             lm.get_input_embeddings().weight[self.special_ids] = self.rows.rows_KD.to(lm.get_input_embeddings().weight)
         return lm
+
+
+def attached(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: AdapterSettings) -> Adapter | None:
+    """The adapter that a GEM's configuration asks for, on its model; none where the model itself is trained."""
+    if config.tune == "full":
+        return None
+    return Adapter(
+        lm,
+        tune=config.tune,
+        special_ids=config.special_ids,
+        rows_KD=rows_KD.float(),
+        base_name=STARTER_REPO if config.base == STARTER else config.base,
+        **settings,
+    )
 
 
 def adapter_settings(directory: Path) -> AdapterSettings:

@@ -18,8 +18,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gemify.model import handover
 from gemify.model.attention import require_kernel, require_maskable
 from gemify.model.base import (
-    STARTER,
-    STARTER_REPO,
     Loading,
     choose_special_tokens,
     fingerprint,
@@ -31,8 +29,9 @@ from gemify.model.base import (
 )
 from gemify.model.compiling import compiled
 from gemify.model.config import CONFIG_FILE, GemConfig, require_special_tokens, resolve_directory
+from gemify.model.depth import first_layers, prepare
 from gemify.model.encode import TextTokenizer, encode_texts
-from gemify.model.gate import ADAPTER_FILE, Adapter, AdapterSettings, Tune, adapter_settings
+from gemify.model.gate import ADAPTER_FILE, Adapter, AdapterSettings, Tune, adapter_settings, attached
 from gemify.model.handover import Handle
 from gemify.model.identity import embedding_fingerprint
 from gemify.model.meter import Meter
@@ -68,6 +67,8 @@ class GemModel:
                 f"the template {config.template!r} leaves no room for a text in {config.max_length} tokens"
                 " (max_length): shorten it"
             )
+        if config.layer is not None:
+            prepare(lm, config.layer)
 
     # Making, loading, saving
 
@@ -83,6 +84,7 @@ class GemModel:
         max_length: int = 512,
         prompts: Mapping[str, str] | None = None,
         template: str = PLAIN,
+        layer: int | None = None,
         adapter: AdapterSettings | None = None,
         **loading: Unpack[Loading],
     ) -> GemModel:
@@ -97,6 +99,7 @@ class GemModel:
             shared_position: give all special tokens one position id.
             max_length: most tokens of a text, template and special tokens included.
             template: words around every text that is embedded, such as ``In one word, "{text}" means:``.
+            layer: read the embedding after this layer (the first is 1), through the final norm; deeper ones do not run.
             adapter: LoRA's rank, lora_alpha, lora_dropout and target_modules (`AdapterSettings`).
             loading: dtype, device, attn_implementation, revision, trust_remote_code (`Loading`).
 
@@ -126,11 +129,12 @@ class GemModel:
             max_length=min(max_length, getattr(lm.config.get_text_config(), "max_position_embeddings", max_length)),
             prompts=dict(prompts or {}),
             template=template,
+            layer=layer,
         )
         rows = initial_rows(lm, ids)
         if tune in ("lora", "full"):
             grow_table(lm, ids, rows)
-        return cls(lm, tokenizer, config, _attach(lm, config, rows, adapter or {}))
+        return cls(lm, tokenizer, config, attached(lm, config, rows, adapter or {}))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, base: str | None = None, **loading: Unpack[Loading]) -> GemModel:
@@ -166,7 +170,7 @@ class GemModel:
         rows = initial_rows(lm, config.special_ids)
         if config.tune == "lora":
             grow_table(lm, config.special_ids, rows)
-        adapter = _attach(lm, config, rows, adapter_settings(directory))
+        adapter = attached(lm, config, rows, adapter_settings(directory))
         assert adapter is not None
         try:
             adapter.load(directory)
@@ -335,7 +339,10 @@ class GemModel:
         self.lm.eval()
         self.require_in_place()
         shared, after = self.config.shared_position, self.text_tokenizer.after
-        hidden_BKD = handover.embed(self.lm, handle, self.special_ids, shared_position=shared, since=since, after=after)
+        with first_layers(self.lm, self.config.layer):
+            hidden_BKD = handover.embed(
+                self.lm, handle, self.special_ids, shared_position=shared, since=since, after=after
+            )
         vectors_BD = pool(hidden_BKD, self.config.pooling).float().cpu()
         return vectors_BD[0] if handle.single else vectors_BD
 
@@ -431,19 +438,6 @@ class GemModel:
         pad = self.tokenizer.pad_token_id
         ids_BT, mask_BT = left_pad(rows, fill=0 if pad is None else pad)
         return ids_BT.to(self.device), mask_BT.to(self.device)
-
-
-def _attach(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: AdapterSettings) -> Adapter | None:
-    if config.tune == "full":
-        return None
-    return Adapter(
-        lm,
-        tune=config.tune,
-        special_ids=config.special_ids,
-        rows_KD=rows_KD.float(),
-        base_name=STARTER_REPO if config.base == STARTER else config.base,
-        **settings,
-    )
 
 
 def _matrix(vectors: np.ndarray | Tensor) -> Tensor:

@@ -29,6 +29,7 @@ def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapt
         dict(sorted(config.prompts.items())),
         config.default_prompt_name,
         *([config.template] if config.template != PLAIN else []),  # without one the name is what it always was
+        *([config.layer] if config.layer is not None else []),
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for name, tensor in sorted(adapter.state().items()) if adapter is not None else ():

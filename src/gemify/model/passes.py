@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gemify.model.attention import gem_mask
 from gemify.model.cache import columns_of, concatenate, fork, from_key_values, new_cache, select, tail
+from gemify.model.depth import running
 from gemify.model.gate import gate
 from gemify.paper.tokens import IGNORED, Columns, Segment
 
@@ -112,7 +113,7 @@ def special_pass(
     step_K = torch.zeros(K, dtype=torch.long, device=device) if shared_position else torch.arange(K, device=device)
     visible_BT = text.mask_BT if seen_BT is None else text.mask_BT & seen_BT
     ones_BK = torch.ones(B, K, dtype=torch.bool, device=device)
-    cache = fork(text.cache)
+    cache = fork(text.cache, layers=running())
     inputs = {
         "input_ids": torch.tensor([list(special_ids)] * B, device=device),
         "attention_mask": torch.cat([visible_BT, ones_BK], dim=1).long(),
@@ -149,7 +150,9 @@ def text_and_special_pass(
 
     Gives the text up to these words, and the special tokens' last hidden states [B, K, D]. They see the columns from
     ``since`` on; no text column sees them. The layers' caches must keep all columns (`keeps_all`).
+    With `first_layers` open no more text can be given: the layers above would lack it.
     """
+    assert running() is None or not ids_BT.shape[1]
     kept = before.mask_BT.shape[1] + ids_BT.shape[1]
     if after:
         after_BT = torch.tensor([list(after)] * ids_BT.shape[0], device=ids_BT.device)

@@ -71,7 +71,7 @@ class RunningPrompt:
         """
         gem, target = self._gem, tuple(ids)
         config = gem.config
-        if not config.k or not keeps_all(self._cache):
+        if not config.k or not keeps_all(self._cache) or config.layer is not None:
             return gem.embed(self.reach(target), since=since)
         gem.require_in_place()
         gem.lm.eval()

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gemify.model.batching import length_groups
+from gemify.model.depth import first_layers
 from gemify.model.gate import Adapter
 from gemify.model.passes import (
     MaskedBatch,
@@ -98,6 +99,7 @@ class Objective(nn.Module):
         frozen_base: bool,
         shared_position: bool,
         pooling: Pooling,
+        layer: int | None = None,
         group_tokens: int = 8192,
         max_padding: float = 0.05,
         contrastive_chunk_size: int | None = None,
@@ -107,6 +109,7 @@ class Objective(nn.Module):
         self.lm, self.adapter, self.temperature = lm, adapter, Temperature()
         self.special_ids = list(special_ids)
         self.frozen_base, self.shared_position, self.pooling = frozen_base, shared_position, pooling
+        self.layer = layer  # where the contrastive passes stop
         self.group_tokens, self.max_padding = group_tokens, max_padding
         self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
         self.plain_head = has_plain_head(lm)
@@ -251,16 +254,21 @@ class Objective(nn.Module):
         self, ids_BT: Tensor, mask_BT: Tensor, rows: list[list[int]], seen: list[list[tuple[bool, ...]]]
     ) -> Tensor:
         """One pass of some texts, then turns of special tokens: each on some of the rows, and what they see of them."""
-        with torch.no_grad():
+        with torch.no_grad(), first_layers(self.lm, self.layer):
             text = text_pass(self.lm, ids_BT, mask_BT)
         out = []
         for present, flags in zip(rows, seen, strict=True):
             some = text if present == list(range(len(mask_BT))) else text.rows(present)
             flags_BT, _ = left_pad(flags)
             seen_BT = nn.functional.pad(flags_BT.bool(), (some.mask_BT.shape[1] - flags_BT.shape[1], 0))
-            specials = special_pass(
-                self.lm, some, self.special_ids, shared_position=self.shared_position, seen_BT=seen_BT.to(self.device)
-            )
+            with first_layers(self.lm, self.layer):
+                specials = special_pass(
+                    self.lm,
+                    some,
+                    self.special_ids,
+                    shared_position=self.shared_position,
+                    seen_BT=seen_BT.to(self.device),
+                )
             assert specials.hidden_BKD is not None
             out.append(pool(specials.hidden_BKD, self.pooling))
         return torch.cat(out)
@@ -293,7 +301,9 @@ class Objective(nn.Module):
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 
     def _embed_rows(self, batch: MaskedBatch) -> Tensor:
-        return pool_columns(masked_pass(self.lm, batch, body_only=True), batch.segments_BT, self.pooling)
+        with first_layers(self.lm, self.layer):
+            hidden_BTD = masked_pass(self.lm, batch, body_only=True)
+        return pool_columns(hidden_BTD, batch.segments_BT, self.pooling)
 
     def _masked_batches(
         self, laid_out: list[Columns], computed: Computed, *, rows: int | None = None

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from gemify.model.attention import require_kernel
-from gemify.model.config import require_special_tokens
+from gemify.model.config import require_layer, require_special_tokens
 from gemify.model.gate import TUNES, Tune
 from gemify.model.pooling import POOLINGS, Pooling
 from gemify.model.template import PLAIN, require_template
@@ -42,6 +42,9 @@ class Recipe:
     shared_position: bool = True
     template: str = PLAIN
     """Words around every text that is embedded, also in the contrastive rows; ``{text}`` is the text. Not in the paper."""
+    layer: int | None = None
+    """The layer whose state is the embedding, the first is 1; the contrastive passes stop there. None: the last. Not in the
+    paper."""
 
     # LoRA (gated, lora)
     rank: int = 16
@@ -104,6 +107,7 @@ class Recipe:
         _one_of("precision", self.precision, get_args(Precision))
         require_special_tokens(self.special_tokens, tune=self.tune, pooling=self.pooling)
         require_template(self.template, k=self.special_tokens)
+        require_layer(self.layer)
         if self.special_names is not None and len(self.special_names) != self.special_tokens:
             raise ValueError(f"special_tokens is {self.special_tokens}, but {len(self.special_names)} names are given")
         positive = ("rank", "batch_size", "gradient_accumulation_steps", "group_tokens", "shuffle_buffer", "save_steps")

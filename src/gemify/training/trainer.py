@@ -274,6 +274,7 @@ def begin(recipe: Recipe, device: str | None, *, sharded: bool = False) -> tuple
         frozen_base=recipe.frozen_base,
         shared_position=recipe.shared_position,
         pooling=recipe.pooling,
+        layer=recipe.layer,
         group_tokens=recipe.group_tokens,
         contrastive_chunk_size=recipe.contrastive_chunk_size,
         sharded=sharded,
@@ -327,6 +328,7 @@ def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
         pooling=recipe.pooling,
         shared_position=recipe.shared_position,
         template=recipe.template,
+        layer=recipe.layer,
         adapter={
             "rank": recipe.rank,
             "lora_alpha": recipe.lora_alpha,
