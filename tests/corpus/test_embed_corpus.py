@@ -183,6 +183,17 @@ def test_rows_without_ids_are_named_by_file_and_number(tmp_path: Path) -> None:
         embed([path], tmp_path / "unnamed", id_column="key")
 
 
+def test_rows_of_files_of_one_name_have_ids_of_their_own(tmp_path: Path) -> None:
+    """A search by words and vectors takes two passages of one id for one; files added later change no earlier id."""
+    paths = [tmp_path / name / "rows.jsonl" for name in ("a", "b", "b/a")]
+    for path in paths:
+        path.parent.mkdir()
+        write_jsonl(path, [{"text": f"owls {path.parent.name}"}])
+    embed(paths[:1], tmp_path / "out")
+    embed(paths, tmp_path / "out")
+    assert read_back(tmp_path / "out")["id"].to_pylist() == ["rows.jsonl:1", "b/rows.jsonl:1", "a/rows.jsonl:1"]
+
+
 def test_a_corpus_and_a_store_keep_apart(tmp_path: Path) -> None:
     inputs = write_inputs(tmp_path / "in")
     embed(inputs, tmp_path / "out", limit=1)
