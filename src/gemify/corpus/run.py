@@ -164,7 +164,7 @@ def _settled(place: Place, model: Model, name: str, settings: dict[str, Any]) ->
     given = {key: value for key, value in settings.items() if value is not None}
     uri, old = place.uri, begun(place.uri)
     kept = {} if old is None else dataclasses.asdict(old)
-    made = {"model": name, "fingerprint": model.fingerprint, "dimension": model.get_embedding_dim()}
+    made: dict[str, Any] = {"model": name, "fingerprint": model.fingerprint, "dimension": model.get_embedding_dim()}
     wanted = CorpusMeta(**{**kept, **made, **given})
     if old is None or not (place.names(MARKERS) or any(n.endswith(".parquet") for n in place.names(""))):
         return wanted
