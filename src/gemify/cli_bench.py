@@ -189,9 +189,9 @@ def train(
         device=device,
         show_progress_bar=not quiet,
     )
+    give(report, as_table(report), output, as_json)
     if plot is not None:
         drawn(report).savefig(plot)
-    give(report, as_table(report), output, as_json)
 
 
 def _opened(store: str, model: str | None, dtype: str, device: str | None) -> tuple[GemModel, GemIndex]:

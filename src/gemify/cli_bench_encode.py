@@ -47,9 +47,9 @@ def encode(
         max_tokens=max_tokens,
         show_progress_bar=not quiet,
     )
+    give(report, as_table(report), output, as_json)
     if plot is not None:
         drawn(report).savefig(plot)
-    give(report, as_table(report), output, as_json)
 
 
 def register(bench: typer.Typer) -> None:

@@ -20,7 +20,9 @@ def gpu(
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 5,
     matmul: Annotated[int, typer.Option(min=1, help="Side of the matrices that show the ceiling.")] = 8192,
     attention: Annotated[str, typer.Option(help="sdpa, eager or flex_attention.")] = "sdpa",
-    peak_tflops: Annotated[float | None, typer.Option(help="Of the device on paper. [default: by its name]")] = None,
+    peak_tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Of the device on paper. [default: by its name]")
+    ] = None,
     dtype: Dtype = "bfloat16",
     output: Output = None,
     device: Device = None,

@@ -86,3 +86,18 @@ def test_the_command_writes_record_and_plot(gem: GemModel, tmp_path: Path) -> No
     assert record["rounds"] == 1
     assert image.read_bytes().startswith(b"\x89PNG")
     assert "| gemify |" in result.output
+
+
+def test_texts_are_read_whole(tmp_path: Path) -> None:
+    """What ends a line elsewhere is a character of a text; a file that is none is said in one line."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "owls\u2028hunt"}\r\n{"text": "bees\x85"}\n', encoding="utf-8")
+    assert read_texts(path, 5) == ["owls\u2028hunt", "bees\x85".strip()]
+    path.write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(ValueError, match="must have a JSON object with `text` on every line"):
+        read_texts(path, 5)
+    whole = gzip.compress(b'{"text": "owls"}\n' * 99)
+    for damaged in (b"no gzip", whole[:-9]):
+        (tmp_path / "rows.jsonl.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"is a damaged \.gz file"):
+            read_texts(tmp_path / "rows.jsonl.gz", 5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gemify.bench.gpu import PEAKS, SHAPES, bend, flops, rates, require_device
+from gemify.bench.gpu import PEAKS, SHAPES, Bench, Setup, bend, flops, rates, require_device
 from gemify.cli import app
 
 
@@ -91,3 +91,29 @@ def test_wrong_words_are_refused() -> None:
     assert isinstance(done.exception, ValueError)
     assert "choose one of tiny, 1b, 8b" in str(done.exception)
     assert CliRunner().invoke(app, ["bench", "gpu", "--lengths", "long", "--device", "cpu"]).exit_code == 2
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    cpu = torch.device("cpu")
+    for lengths in ((8, 8, 16), (1, 8), ()):
+        with pytest.raises(ValueError, match="lengths must differ and be at least 2"):
+            Setup(cpu, lengths=lengths)
+    with pytest.raises(ValueError, match="flex_attention cannot train on a CPU"):
+        Setup(cpu, attention="flex_attention")
+    with pytest.raises(ValueError, match="foo"):
+        Setup(cpu, attention="foo")
+    with pytest.raises(ValueError, match="unknown device 'foo'"):
+        require_device("foo")
+
+
+def test_a_step_that_fails_leaves_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would count as memory of what is measured next."""
+    bench = Bench(SHAPES["tiny"], Setup(torch.device("cpu"), dtype=torch.float32, tokens=32, train_length=16))
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(bench.optimizer, "step", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.gem_step()
+    assert all(p.grad is None for p in bench.lm.parameters())

@@ -85,6 +85,42 @@ def test_other_settings_models_and_inputs_are_refused(tmp_path: Path) -> None:
     refused("limit must be at least 1", limit=0)
 
 
+def test_a_mistake_in_the_first_run_settles_nothing(tmp_path: Path) -> None:
+    """The run ended before any shard was done: the command may be mended and run again, and what it did not name stays."""
+    path = write_jsonl(tmp_path / "a.jsonl", [{"_id": "x", "body": "owls"}, {"_id": "y", "body": "bees"}])
+    with pytest.raises(ValueError, match=r"no column 'text'.*set --text-column"):
+        embed([path], tmp_path / "out", precision="float32")
+    assert embed([path], tmp_path / "out", text_column="body", precision=None).rows == 2
+    table = read_back(tmp_path / "out")
+    assert (table["text"].to_pylist(), vectors_of(table).dtype) == (["owls", "bees"], np.float32)
+    with pytest.raises(ValueError, match="begun with text column body, not text"):
+        embed([path], tmp_path / "out", text_column="text")
+
+
+def test_what_could_not_be_ended_is_not_begun(tmp_path: Path) -> None:
+    inputs, model = write_inputs(tmp_path / "in"), Words()
+
+    def refused(match: str, given: list[Path], output: Path, **options: Any) -> None:
+        with pytest.raises(ValueError, match=match):
+            embed(given, output, model, **options)
+        assert not (output / "gemify-corpus.json").exists()
+
+    refused(
+        "binary vectors have one kind of index, flat, got pq", inputs, tmp_path / "a", precision="binary", index="pq"
+    )
+    refused("Parquet files get no index of vectors, got sq", inputs, tmp_path / "b", format="parquet", index="sq")
+    refused("int8 vectors get no index of vectors, got sq", inputs, tmp_path / "c", precision="int8", index="sq")
+    refused("the inputs lie in the output", inputs, tmp_path / "in", format="parquet")
+    assert model.embedded == []
+
+
+def test_an_output_within_the_inputs_is_no_input(tmp_path: Path) -> None:
+    write_inputs(tmp_path / "in")
+    out = tmp_path / "in" / "out"
+    assert embed([tmp_path / "in"], out, format="parquet", limit=20).rows == 20
+    assert embed([tmp_path / "in"], out, format="parquet").rows == 150, "its own Parquet files were not read"
+
+
 def test_parquet_bytes_are_known_again(tmp_path: Path) -> None:
     """A row changed for one of the same length is another file, whichever shard of the row group it is in."""
     rows = [row(n) for n in range(60)]
@@ -145,6 +181,17 @@ def test_rows_without_ids_are_named_by_file_and_number(tmp_path: Path) -> None:
     assert read_back(tmp_path / "named")["id"].to_pylist() == ["k1"]
     with pytest.raises(ValueError, match=r"row 1: no text or whole number in column 'key'"):
         embed([path], tmp_path / "unnamed", id_column="key")
+
+
+def test_rows_of_files_of_one_name_have_ids_of_their_own(tmp_path: Path) -> None:
+    """A search by words and vectors takes two passages of one id for one; files added later change no earlier id."""
+    paths = [tmp_path / name / "rows.jsonl" for name in ("a", "b", "b/a")]
+    for path in paths:
+        path.parent.mkdir()
+        write_jsonl(path, [{"text": f"owls {path.parent.name}"}])
+    embed(paths[:1], tmp_path / "out")
+    embed(paths, tmp_path / "out")
+    assert read_back(tmp_path / "out")["id"].to_pylist() == ["rows.jsonl:1", "b/rows.jsonl:1", "a/rows.jsonl:1"]
 
 
 def test_a_corpus_and_a_store_keep_apart(tmp_path: Path) -> None:

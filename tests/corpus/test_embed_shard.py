@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write
 
 from gemify.corpus.place import Place
 from gemify.corpus.plan import Shard, plan
-from gemify.corpus.rows import Reader
+from gemify.corpus.rows import Reader, _Table
 from gemify.corpus.shard import embed_shard, marker
 from gemify.corpus.writing import at_precision, commit
 from gemify.rag.corpus import CorpusMeta
@@ -82,6 +84,22 @@ def test_a_failing_disk_is_tried_again(shards: list[Shard], meta: CorpusMeta, tm
     with pytest.raises(OSError, match="gone for good"):
         embed_shard(shards[1], model=model, reader=Reader(meta), place=place, wait=0)
     assert place.read(marker(shards[1])) is None
+
+
+def test_a_file_that_fails_half_way_is_opened_again(shards: list[Shard], meta: CorpusMeta, tmp_path: Path) -> None:
+    """What reads a Parquet file is at its end once it raised: the rest of the rows would seem to be missing."""
+    reader, place = Reader(meta), Place(tmp_path / "out")
+    embed_shard(shards[-2], model=Words(), reader=reader, place=place)
+    file = reader._file
+    assert isinstance(file, _Table)
+    whole = file._rest
+
+    def failing() -> Iterator[dict[str, Any]]:
+        yield next(whole)
+        raise OSError("gone")
+
+    file._rest = failing()
+    assert embed_shard(shards[-1], model=Words(), reader=reader, place=place, wait=0).rows == shards[-1].rows
 
 
 def test_numbers_that_are_none_are_refused(shards: list[Shard], meta: CorpusMeta, tmp_path: Path) -> None:

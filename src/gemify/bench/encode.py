@@ -20,6 +20,7 @@ import json
 import statistics
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gemify.evaluation.encoders import BaselineEncoder, load_sentence_transformer
+from gemify.model.base import default_device
 from gemify.model.export import export
 from gemify.model.gem import GemModel
 from gemify.model.passes import right_pad
@@ -74,10 +76,14 @@ def read_texts(path: Path, count: int) -> list[str]:
     if found is None:
         raise ValueError(f"{path} is no .jsonl file and holds no corpus.jsonl or corpus.jsonl.gz")
     whole = found.read_bytes()
-    lines = (gzip.decompress(whole) if found.suffix == ".gz" else whole).decode("utf-8").splitlines()
     try:
+        lines = (gzip.decompress(whole) if found.suffix == ".gz" else whole).split(
+            b"\n"
+        )  # text may hold other ends of lines
         rows = [json.loads(line) for line in lines if line.strip()]
         texts = [f"{row.get('title') or ''} {row['text']}".strip() for row in rows]
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{found} is a damaged .gz file ({error}): restore it") from error
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{found} must have a JSON object with `text` on every line") from error
     if not texts:
@@ -100,6 +106,7 @@ def bench_encode(
     if unknown := sorted(set(sides) - set(SIDES)):
         raise ValueError(f"unknown side {unknown[0]!r}: choose from {'; '.join(SIDES)}")
     listed = list(texts)
+    device = device or str(default_device())  # the same for every side
     with (
         tempfile.TemporaryDirectory() as kept,
         _sides(model, Path(kept) / "plain", dtype, device, sides, max_tokens) as (run, tokens),
@@ -128,7 +135,7 @@ def bench_encode(
         "tokens": count,
         "rounds": rounds,
         "dtype": str(dtype).removeprefix("torch."),
-        "device": device or "cpu",
+        "device": device,
         "threads": torch.get_num_threads(),
         "max_tokens": max_tokens,
         "rows": rows,

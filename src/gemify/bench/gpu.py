@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from gemify.model.attention import require_kernel
 from gemify.model.config import GemConfig
 from gemify.model.encode import encode_ids
 from gemify.paper.tokens import Row
@@ -96,11 +97,21 @@ class Setup:
     matmul: int = 8192
     peak_tflops: float | None = None
 
+    def __post_init__(self) -> None:
+        require_kernel(self.attention)
+        if self.attention == "flex_attention" and self.device.type == "cpu":
+            raise ValueError("flex_attention cannot train on a CPU (it has no backward pass there): use sdpa")
+        if not self.lengths or min(self.lengths) < 2 or len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"lengths must differ and be at least 2, got {', '.join(map(str, self.lengths))}")
+
 
 def require_device(name: str | None) -> torch.device:
     """The named device, or the GPU. ValueError if there is none."""
     if name is not None:
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError as error:
+            raise ValueError(f"unknown device {name!r}: give cpu, cuda, cuda:1, mps or another of torch's") from error
     if not torch.cuda.is_available():
         raise ValueError("no GPU is at hand: run this on one, or try it out with --device cpu --shape tiny")
     return torch.device("cuda")
@@ -148,7 +159,7 @@ def _shape_report(shape: Shape, setup: Setup, ceiling: float, peak: float | None
             "train_bytes": peak_bytes(setup.device, lambda n=length: bench.one_row_step(n)),  # type: ignore[misc]
             "encode_bytes": peak_bytes(setup.device, lambda n=length: bench.encode(bench.ids(1, n - 1))),  # type: ignore[misc]
         }
-        for length in setup.lengths
+        for length in sorted(setup.lengths)
     ]
     report["bend"] = {name: bend(report["memory"], f"{name}_bytes") for name in ("train", "encode")}
     return report
@@ -213,9 +224,11 @@ class Bench:
         self._step(self.objective(MicroBatch(0.0, rows=rows, step_targets=targets)).total)
 
     def _step(self, loss: Tensor) -> None:
-        torch.autograd.backward(loss)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            torch.autograd.backward(loss)
+            self.optimizer.step()
+        finally:  # out of memory or not: what is measured next must not count these
+            self.optimizer.zero_grad(set_to_none=True)
 
 
 def random_model(sizes: Mapping[str, Any], *, dtype: torch.dtype, attention: str) -> PreTrainedModel:

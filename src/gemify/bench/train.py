@@ -32,7 +32,7 @@ from gemify.training.batches import Batches
 from gemify.training.data import Source
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
-from gemify.training.trainer import begin
+from gemify.training.trainer import begin, in_bf16
 
 KINDS = ("full", "gated", "contrastive")
 GOALS = {"full": 1.1, "gated": 0.7, "contrastive": 0.45}
@@ -134,7 +134,7 @@ def _pair(recipe: Recipe, device: str | None) -> tuple[Timed, Timed]:
     source = Source(recipe.data, recipe.text_column, recipe.split)
     batches = Batches(recipe, source, gem.text_tokenizer, end_id=gem.tokenizer.eos_token_id)
     drawn = [b["batch"] for b in islice(iter(batches), recipe.max_steps)]
-    bf16 = recipe.precision == "bf16"
+    bf16 = in_bf16(recipe, device)
     take_ours = take_plain = _stepper(objective.train(), bf16=bf16 and not recipe.frozen_base)
     lm = gem.lm
     if recipe.frozen_base:

@@ -63,7 +63,7 @@ class Place:
         """Sorted names of the files in a directory; hidden ones are not finished, and left out."""
         from pyarrow.fs import FileSelector
 
-        wanted = FileSelector(f"{self.path}/{directory}", allow_not_found=True)
+        wanted = FileSelector(f"{self.path}/{directory}".rstrip("/"), allow_not_found=True)
         found: list[Any] = [f for f in self.files.get_file_info(wanted) if f.is_file]
         return sorted(f.base_name for f in found if not f.base_name.startswith("."))
 

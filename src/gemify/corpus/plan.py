@@ -34,6 +34,8 @@ class Shard:
     at: int
     """The byte its first line begins at, uncompressed; of a Parquet file: the row group its first row is in."""
     digest: str
+    called: str = ""
+    """The input's name in the ids of rows that have none: of files of one name each has another."""
 
     @property
     def name(self) -> str:
@@ -86,11 +88,20 @@ def plan(
 ) -> Iterator[Shard]:
     """The shards of inputs, in order. ``columns``: of Parquet files those that make a digest; ``read`` is told bytes."""
     number = 0
+    names: set[str] = set()
     for path in inputs:
+        called = next(name for name in _names(path) if name not in names)
+        names.add(called)
         parts = _parquet(path, shard_rows, columns, read) if is_parquet(path) else _lines(path, shard_rows, read)
         for first, rows, at, digest in parts:
-            yield Shard(number, str(path), first, rows, at, digest)
+            yield Shard(number, str(path), first, rows, at, digest, called)
             number += 1
+
+
+def _names(path: Path) -> Iterator[str]:
+    """A file's name, then with ever more of its directories, to the whole path."""
+    for parts in range(1, len(path.parts) + 1):
+        yield "/".join(path.parts[-parts:])
 
 
 _Part = tuple[int, int, int, str]  # first row, rows, where, digest

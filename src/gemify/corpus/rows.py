@@ -43,7 +43,7 @@ class Reader:
         for number, row in self._rows(shard):
             where = f"{shard.path} row {number + 1}"
             try:
-                found.append(self._passage(row, Path(shard.path).name, number))
+                found.append(self._passage(row, shard.called or Path(shard.path).name, number))
             except ValueError as error:
                 if not self.skip_bad:
                     raise ValueError(f"{where}: {error} (--skip-bad leaves such rows out)") from None
@@ -52,10 +52,15 @@ class Reader:
 
     def _rows(self, shard: Shard) -> Iterator[tuple[int, Any]]:
         if self._file is None or self._file.path != shard.path:
-            if self._file is not None:
-                self._file.close()
+            self.close()
             self._file = (_Table if is_parquet(shard.path) else _Lines)(shard.path, self.columns)
         return self._file.rows(shard)
+
+    def close(self) -> None:
+        """Let go of the file; the next shard opens it anew."""
+        if self._file is not None:
+            self._file.close()
+        self._file = None
 
     @property
     def columns(self) -> list[str]:

@@ -28,7 +28,7 @@ from gemify.corpus.plan import Shard, find_inputs, plan
 from gemify.corpus.rows import Reader
 from gemify.corpus.shard import MARKERS, Done, Model
 from gemify.corpus.writing import commit, committed, sweep
-from gemify.rag.corpus import MANIFEST, Corpus, CorpusMeta
+from gemify.rag.corpus import MANIFEST, Corpus, CorpusMeta, require_index
 from gemify.rag.lance import IndexKind, is_remote, only_writer, resolved
 from gemify.rag.store import Store
 
@@ -112,7 +112,10 @@ def embed_corpus(
     if Store.exists(uri):
         raise ValueError(f"{uri} is a store that gemify index wrote: give another --output")
     place = Place(uri)
-    meta = _settled(uri, model, model_name, settings)
+    meta = _settled(place, model, model_name, settings)
+    _require_possible(meta, index)
+    if meta.format == "parquet":
+        found = _others(found, inputs, place)
     if place.local:
         Path(place.path).mkdir(parents=True, exist_ok=True)
     job = Job(uri, meta, base, device, batch_size, skip_bad)
@@ -156,12 +159,14 @@ def _check(engine: str, workers: int | None, batch_size: int, limit: int | None,
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _settled(uri: str, model: Model, name: str, settings: dict[str, Any]) -> CorpusMeta:
-    """What the corpus is, or was begun as."""
+def _settled(place: Place, model: Model, name: str, settings: dict[str, Any]) -> CorpusMeta:
+    """What the corpus is, or was begun as. A run that ended before any shard was done settled nothing."""
     given = {key: value for key, value in settings.items() if value is not None}
-    wanted = CorpusMeta(name, model.fingerprint, model.get_embedding_dim(), **given)
-    old = begun(uri)
-    if old is None:
+    uri, old = place.uri, begun(place.uri)
+    kept = {} if old is None else dataclasses.asdict(old)
+    made: dict[str, Any] = {"model": name, "fingerprint": model.fingerprint, "dimension": model.get_embedding_dim()}
+    wanted = CorpusMeta(**{**kept, **made, **given})
+    if old is None or not (place.names(MARKERS) or any(n.endswith(".parquet") for n in place.names(""))):
         return wanted
     if old.fingerprint != wanted.fingerprint:
         raise ValueError(
@@ -172,7 +177,25 @@ def _settled(uri: str, model: Model, name: str, settings: dict[str, Any]) -> Cor
         if getattr(old, key) != getattr(wanted, key):
             said = f"{key.replace('_', ' ')} {getattr(old, key)}, not {getattr(wanted, key)}"
             raise ValueError(f"{uri} was begun with {said}: {_ELSEWHERE}")
-    return dataclasses.replace(old, model=name)
+    return wanted
+
+
+def _require_possible(meta: CorpusMeta, index: str) -> None:
+    """Refuse what would only fail, or do nothing, once all is embedded."""
+    if index not in ("auto", "none"):
+        if meta.format == "parquet" or meta.precision == "int8":
+            kind = "Parquet files" if meta.format == "parquet" else "int8 vectors"
+            raise ValueError(f"{kind} get no index of vectors, got {index}: leave --index out")
+        require_index(meta.precision, index)
+
+
+def _others(found: Sequence[Path], given: Sequence[str | Path], place: Place) -> list[Path]:
+    """Inputs without the corpus' own Parquet files."""
+    if any(Path(one).absolute().is_relative_to(place.uri) for one in given):
+        raise ValueError(
+            f"the inputs lie in the output {place.uri}, beside Parquet files of its own: give another --output"
+        )
+    return [path for path in found if not path.is_relative_to(place.uri)]
 
 
 def _planned(inputs: Sequence[Path], meta: CorpusMeta, show: bool) -> list[Shard]:

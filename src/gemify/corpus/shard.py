@@ -72,6 +72,7 @@ def embed_shard(
         try:
             return _embed(shard, model, reader, place, batch_size)
         except OSError:
+            reader.close()  # a file that failed half-way does not go on where it was
             if attempt == _ATTEMPTS:
                 raise
             time.sleep(wait * attempt)

@@ -138,8 +138,7 @@ class Corpus:
         with readable(self.uri):
             known = {i.columns[0]: i.index_type for i in self._table.list_indices()}
             wanted = kind or ("flat" if self.meta.precision == "binary" else "rq")
-            if self.meta.precision == "binary" and wanted != "flat":
-                raise ValueError(f"binary vectors have one kind of index, flat, got {wanted}: leave the setting out")
+            require_index(self.meta.precision, wanted)
             rows = len(self)
             due = rows >= _IVF_FROM if kind is None else rows > 0
             if self.meta.precision != "int8" and due and _kind(known.get("vector", "")) != wanted:
@@ -228,6 +227,12 @@ class Corpus:
     @staticmethod
     def _sorted(hits: Iterator[Hit]) -> list[Hit]:
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # equal scores in one order
+
+
+def require_index(precision: Precision, kind: str) -> None:
+    """Refuse a kind of index that vectors of a precision do not have."""
+    if precision == "binary" and kind != "flat":
+        raise ValueError(f"binary vectors have one kind of index, flat, got {kind}: leave the setting out")
 
 
 def refuse_corpus(uri: str | Path) -> None:

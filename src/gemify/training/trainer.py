@@ -314,7 +314,7 @@ def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
 
 
 def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
-    bf16 = _bf16(recipe, device)
+    bf16 = in_bf16(recipe, device)
     if recipe.attn_implementation == "flex_attention" and (device == "cpu" or not torch.cuda.is_available()):
         raise ValueError(
             "attn_implementation 'flex_attention' cannot train on a CPU (it has no backward pass there): use sdpa"
@@ -362,7 +362,8 @@ def _require_room(recipe: Recipe, gem: GemModel) -> None:
         )
 
 
-def _bf16(recipe: Recipe, device: str | None) -> bool:
+def in_bf16(recipe: Recipe, device: str | None) -> bool:
+    """Whether a run computes in bfloat16."""
     if recipe.precision == "auto":
         return torch.cuda.is_available() and device != "cpu" and torch.cuda.is_bf16_supported()
     return recipe.precision == "bf16"
@@ -381,7 +382,7 @@ def _arguments(recipe: Recipe, output: Path, *, device: torch.device, evaluated:
         learning_rate=1.0,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=_bf16(recipe, str(device)) and not recipe.frozen_base,
+        bf16=in_bf16(recipe, str(device)) and not recipe.frozen_base,
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
