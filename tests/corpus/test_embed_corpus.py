@@ -286,7 +286,11 @@ def test_a_signal_ends_the_run_with_what_is_done(number: signal.Signals, tmp_pat
             return super().encode_document(inputs)
 
     before = signal.getsignal(signal.SIGTERM)
-    report = embed(inputs, tmp_path / "out", Signalled())
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        report = embed(inputs, tmp_path / "out", Signalled())
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     assert (report.stopped, report.rows, signal.getsignal(signal.SIGTERM)) == (
         True,
         73,
