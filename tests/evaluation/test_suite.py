@@ -191,6 +191,26 @@ def test_a_second_call_measures_nothing(done: Run, model: str, monkeypatch: pyte
     assert {p: p.read_bytes() for p in (done.output / "models").rglob("*.json")} == registered
 
 
+def test_language_is_measured_again_where_sums_round_otherwise(run: Run, model: str) -> None:
+    """Else rounding would stand in the table as a difference between a gated GEM and its base."""
+    plan = Plan(("STSBenchmark",), ("hellaswag",))
+    run(model, plan)
+    threads = torch.get_num_threads()
+    vectors = {name: file for name, file in run.files().items() if "STSBenchmark" in name}
+    try:
+        torch.set_num_threads(threads + 1)
+        run(model, plan)
+        gem, base = (s for s in run.store.subjects() if s.facts["kind"] in ("gem", "base"))
+        cells = [run.store.read("language", subject, "hellaswag") for subject in (gem, base)]
+    finally:
+        torch.set_num_threads(threads)
+    assert run.estimates == [(3, 3), (2, 3)]
+    assert vectors.items() <= run.files().items()
+    for cell in cells:
+        assert cell is not None
+        assert cell["arithmetic"].endswith(f"cpu, {threads + 1} threads")
+
+
 def test_an_interruption_keeps_what_is_finished(run: Run, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = gemify.evaluation.suite.run_language_task
 

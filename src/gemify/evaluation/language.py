@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from gemify.model.base import default_device
 from gemify.model.batching import length_groups
 from gemify.model.passes import positions_of, right_pad
 
@@ -19,6 +20,17 @@ PROBES = (
     "1, 2, 4, 8, 16,",
 )
 """A few prompts of different kinds, to compare language models on."""
+
+
+def arithmetic(device: torch.device | str | None) -> str:
+    """What decides how sums are rounded, beside the weights: language scores compare to the last answer only where it is equal.
+
+    On a CPU another number of threads adds in another order: in bfloat16 one answer in thirty of MMLU changes.
+    """
+    kind = default_device() if device is None else torch.device(device)
+    threads = f", {torch.get_num_threads()} threads" if kind.type == "cpu" else ""
+    name = f" {torch.cuda.get_device_name(kind)}" if kind.type == "cuda" else ""
+    return f"torch {torch.__version__}, {kind.type}{name}{threads}"
 
 
 @torch.inference_mode()
