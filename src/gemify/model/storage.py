@@ -33,11 +33,12 @@ def atomic_directory(target: Path, *, last: str) -> Iterator[Path]:
             if path.is_file():
                 path.chmod(0o666 & ~_umask())  # safetensors writes files only the owner may read
                 sync(path)
-        if not target.exists() or not any(target.iterdir()):
-            mode = 0o777 & ~_umask()
-            stage.chmod(mode)
+        stage.chmod(0o777 & ~_umask())
+        try:
             os.replace(stage, target)
-        else:
+        except OSError:  # the target holds files, perhaps another process's and since a moment ago
+            if not target.is_dir():
+                raise
             for path in sorted(stage.iterdir(), key=lambda p: p.name == last):
                 if path.is_dir() and (target / path.name).is_dir():
                     shutil.rmtree(target / path.name)
