@@ -113,8 +113,8 @@ def test_what_is_trained_is_what_encode_gives(base_dir: Path, k: int) -> None:
 
 
 def test_grouping_changes_nothing(gem: GemModel) -> None:
-    one = objective(gem, frozen=True, group_tokens=10_000, max_padding=1.0)(batch(0.5))
-    many = objective(gem, frozen=True, group_tokens=12, max_padding=0.0)(batch(0.5))
+    one = objective(gem, frozen=True, group_tokens=10_000, pass_columns=10_000)(batch(0.5))
+    many = objective(gem, frozen=True, group_tokens=12, pass_columns=0)(batch(0.5))
     torch.testing.assert_close(one.total, many.total, atol=1e-5, rtol=1e-5)
     assert many.computed.padding < one.computed.padding
 

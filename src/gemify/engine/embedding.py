@@ -42,7 +42,7 @@ class Embedding:
             if job.waiting:
                 self.waiting.append(job)
         lengths = [len(row) + self._gem.config.k for _, row in taken]
-        for group in length_groups(lengths, max_tokens=self._step_tokens, min_tokens=64):
+        for group in length_groups(lengths, max_tokens=self._step_tokens):
             self._embed([taken[i] for i in group])
 
     def drop_all(self, error: Exception) -> None:

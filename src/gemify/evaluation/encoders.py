@@ -63,7 +63,7 @@ class BaselineEncoder:
         rows = self._rows(distinct, prompt)
         out: np.ndarray | None = None
         bar = tqdm(total=len(rows), desc="encode", unit="text", disable=not show_progress_bar)
-        for group in length_groups([len(ids) for ids, _ in rows], max_tokens=max_tokens, min_tokens=64):
+        for group in length_groups([len(ids) for ids, _ in rows], max_tokens=max_tokens):
             for first in range(0, len(group), batch_size):
                 some = group[first : first + batch_size]
                 vectors_BD = self._pool([rows[i] for i in some]).float().cpu().numpy()

@@ -110,7 +110,7 @@ def _encode_rows(
 ) -> Tensor:
     """Vectors [N, D] of tokenised texts, in batches of like length."""
     vectors: Tensor | None = None
-    for group in length_groups([len(r) + config.k for r in rows], max_tokens=max_tokens, min_tokens=64):
+    for group in length_groups([len(r) + config.k for r in rows], max_tokens=max_tokens):
         for first in range(0, len(group), batch_size):
             some = group[first : first + batch_size]
             got_BD = encode_ids(lm, config, [rows[i] for i in some]).cpu()

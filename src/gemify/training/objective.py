@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from gemify.model.batching import length_groups
+from gemify.model.batching import PASS_COLUMNS, length_groups
 from gemify.model.depth import first_layers
 from gemify.model.gate import Adapter
 from gemify.model.passes import (
@@ -101,7 +101,7 @@ class Objective(nn.Module):
         pooling: Pooling,
         layer: int | None = None,
         group_tokens: int = 8192,
-        max_padding: float = 0.05,
+        pass_columns: float = PASS_COLUMNS,
         contrastive_chunk_size: int | None = None,
         sharded: bool = False,
     ) -> None:
@@ -110,7 +110,7 @@ class Objective(nn.Module):
         self.special_ids = list(special_ids)
         self.frozen_base, self.shared_position, self.pooling = frozen_base, shared_position, pooling
         self.layer = layer  # where the contrastive passes stop
-        self.group_tokens, self.max_padding = group_tokens, max_padding
+        self.group_tokens, self.pass_columns = group_tokens, pass_columns
         self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
         self.plain_head = has_plain_head(lm)
 
@@ -158,7 +158,7 @@ class Objective(nn.Module):
 
     def _groups(self, lengths: list[int], *, rows: int | None = None) -> list[list[int]]:
         """Row numbers in groups that run together, of at most ``rows``."""
-        groups = length_groups(lengths, max_tokens=self.group_tokens, max_padding=self.max_padding, min_tokens=64)
+        groups = length_groups(lengths, max_tokens=self.group_tokens, pass_columns=self.pass_columns)
         if rows is not None:
             groups = [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
         if self.sharded:  # every process must run the layers equally often, as each holds a part of them

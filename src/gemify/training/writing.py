@@ -148,7 +148,7 @@ class Writer:
         limits = [self.task.limit(len(r) - len(self.after_ids)) for r in rows]
         lengths = [len(self.before_ids) + len(r) + limits[i] for i, r in enumerate(rows)]
         # Writing a token costs reading all weights: large groups, though they hold more padding.
-        for group in length_groups(lengths, max_tokens=max_tokens, max_padding=0.3):
+        for group in length_groups(lengths, max_tokens=max_tokens, pass_columns=512):
             ids_BT, mask_BT = left_pad([rows[i] for i in group])
             ids_BT = torch.cat([head_1T.expand(len(group), -1), ids_BT], dim=1).to(device)
             mask_BT = torch.cat([mask_1T.expand(len(group), -1), mask_BT], dim=1).to(device)
