@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
+
+
+def killed_at(
+    server: ForkServerContext, work: Callable[..., None], *args: Any, kill_after: int | None = None, wait: float = 0.0
+) -> tuple[int, int]:
+    """Work in a child, killed ``wait`` seconds after one of the steps it tells of. Gives their number and its exit code."""
+    ours, theirs = server.Pipe()
+    child = server.Process(target=work, args=(*args, theirs))
+    child.start()
+    theirs.close()
+    steps = 0
+    with contextlib.suppress(EOFError):
+        while steps != kill_after:
+            ours.recv()
+            steps += 1
+        time.sleep(wait)
+        child.kill()
+    child.join()
+    assert child.exitcode is not None
+    return steps, child.exitcode
 
 
 def index(model: str, store: str, corpus: str, tell: Connection) -> None:

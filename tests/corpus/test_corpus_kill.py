@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
@@ -10,11 +9,13 @@ import threading
 import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from embedding_child import embed
 from rows_of_words import read_back, write_inputs
 
+from children import killed_at
 from conftest import disturb
 from gemify import GemModel
 from gemify.corpus.run import Report, embed_corpus
@@ -50,21 +51,8 @@ def test_killed_anywhere_a_corpus_is_the_same(tmp_path: Path, model: Path, serve
     """A moment is a step of writing and some time after."""
     inputs = write_inputs(tmp_path / "in")
 
-    def run(output: Path, *, kill_after: int | None = None, wait: float = 0.0) -> tuple[int, int]:
-        ours, theirs = server.Pipe()
-        child = server.Process(target=embed, args=(str(model), str(output), inputs, theirs))
-        child.start()
-        theirs.close()
-        steps = 0
-        with contextlib.suppress(EOFError):
-            while steps != kill_after:
-                ours.recv()
-                steps += 1
-            time.sleep(wait)
-            child.kill()
-        child.join()
-        assert child.exitcode is not None
-        return steps, child.exitcode
+    def run(output: Path, **when: Any) -> tuple[int, int]:
+        return killed_at(server, embed, str(model), str(output), inputs, **when)
 
     steps, code = run(tmp_path / "whole")
     assert code == 0

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
 import shutil
 import signal
-import time
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import pytest
 from test_index import assert_same
 
 from children import index as index_in_child
+from children import killed_at
 from conftest import disturb
 from gemify import GemModel
 from gemify.rag.index import GemIndex
@@ -51,22 +51,8 @@ def test_killed_anywhere(tmp_path: Path, base_dir: Path, server: ForkServerConte
     GemIndex.open(old, gem, **settings).add(corpus, commit_tokens=300)  # type: ignore[arg-type]
     _corpus(corpus, later=True)
 
-    def run(store: Path, *, kill_after: int | None = None, wait: float = 0.0) -> tuple[int, int]:
-        """Index in a child, killed some time after one of its steps. Gives the number of its steps and its exit code."""
-        ours, theirs = server.Pipe()
-        child = server.Process(target=index_in_child, args=(str(tmp_path / "gem"), str(store), str(corpus), theirs))
-        child.start()
-        theirs.close()
-        steps = 0
-        with contextlib.suppress(EOFError):
-            while steps != kill_after:
-                ours.recv()
-                steps += 1
-            time.sleep(wait)
-            child.kill()
-        child.join()
-        assert child.exitcode is not None
-        return steps, child.exitcode
+    def run(store: Path, **when: Any) -> tuple[int, int]:
+        return killed_at(server, index_in_child, str(tmp_path / "gem"), str(store), str(corpus), **when)
 
     shutil.copytree(old, tmp_path / "updated")
     all_steps = []
