@@ -131,9 +131,10 @@ class GatedLora(LoraVariant):
         a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         if opened.everywhere:
-            return result + b(a(dropout(x))) * scaling
+            return result + b(a(dropout(x.to(a.weight.dtype)))) * scaling
         index_N = opened.index_N.to(x.device)
-        delta = (b(a(dropout(x.flatten(0, -2)[index_N]))) * scaling).to(result.dtype)
+        gated_ND = x.flatten(0, -2)[index_N].to(a.weight.dtype)
+        delta = (b(a(dropout(gated_ND))) * scaling).to(result.dtype)
         if not torch.is_grad_enabled() and result.is_contiguous():  # the layer's own fresh output: no copy of all of it
             result.view(-1, result.shape[-1]).index_add_(0, index_N, delta)
             return result
@@ -209,6 +210,7 @@ class Adapter(nn.Module):
             if tune == "gated":
                 for layer in self._lora_layers(lm):
                     layer.lora_variant[_NAME] = GatedLora()
+                    layer.cast_input_dtype_enabled = False  # every layer's whole input, also with no gate open
         self.rows = SpecialRows(rows_KD)
         self.rows.attach(lm)
         self.rows.to(lm.device)
