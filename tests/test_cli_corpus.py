@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +14,7 @@ from typer.testing import CliRunner
 import tiny
 from conftest import disturb
 from gemify import GemModel
-from gemify.cli import app
+from gemify.cli import app, main
 
 RUNNER = CliRunner()
 
@@ -64,6 +67,65 @@ def test_embed_then_search(model: Path, rows: Path, tmp_path: Path, monkeypatch:
     assert (code, "is a corpus that gemify embed-corpus writes" in err) == (1, True)
     code, _, err = run("embed-corpus", tmp_path / "none.parquet", "-o", out)
     assert (code, err) == (1, f"no such file or directory: {tmp_path / 'none.parquet'}")
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize(
+    "full",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("LanceError(IO): No space left on device (os error 28), /somewhere/in/lance/structural.rs:254:9"),
+    ],
+)
+def test_a_full_disk(
+    full: OSError,
+    model: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What was done stays, and once there is room the same command ends with the table of a run left alone."""
+    import lance
+
+    def command(out: Path) -> list[str]:
+        return ["embed-corpus", str(rows), "-o", str(out), "-m", str(model), "--shard-rows", "8", "--skip-bad", "-q"]
+
+    write = lance.fragment.write_fragments
+    written: list[Any] = []
+
+    def write_until_full(*given: Any, **options: Any) -> Any:
+        if len(written) == 2:
+            raise full
+        written.append(write(*given, **options))
+        return written[-1]
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as broken:
+        broken.setattr(lance.fragment, "write_fragments", write_until_full)
+        broken.setattr("gemify.corpus.shard.time.sleep", lambda seconds: None)
+        broken.setattr(sys, "argv", ["gemify", *command(out)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert said.count("\n") == 1
+    assert "No space left on device" in said
+    assert "what is done stays, make room and run the same command again" in said
+    assert ".rs:" not in said
+    assert sorted(p.name for p in (out / "done").iterdir()) == ["0000000.json", "0000001.json"]
+    code, shown, _ = run(*command(out), "--json")
+    assert (code, json.loads(shown)["embedded"]) == (0, 14)
+    assert run(*command(tmp_path / "whole"))[0] == 0
+    there = [lance.dataset(str(at / "corpus.lance")).to_table() for at in (out, tmp_path / "whole")]
+    assert there[0].equals(there[1])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_pq_index_on_few_rows_is_said_not_to_be(model: Path, rows: Path, tmp_path: Path) -> None:
+    command = ("embed-corpus", rows, "-o", tmp_path / "out", "-m", model, "--skip-bad", "-q", "--index", "pq")
+    code, _, err = run(*command)
+    assert (code, "no pq index on 30 rows (it needs 256)" in err, "indexed: text" in err) == (0, True, True)
 
 
 def test_bench_vectors(tmp_path: Path) -> None:

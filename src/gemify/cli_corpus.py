@@ -57,6 +57,7 @@ def embed_corpus(
     from gemify.corpus.plan import find_inputs
     from gemify.corpus.run import begun
     from gemify.corpus.run import embed_corpus as run
+    from gemify.rag.corpus import PQ_FROM
 
     find_inputs(inputs)  # a wrong path is said before a model is loaded
     there = begun(output)
@@ -86,6 +87,8 @@ def embed_corpus(
         shard_rows=shard_rows,
         dtype=precise,
     )
+    if index == "pq" and not report.left and report.rows < PQ_FROM:
+        say(f"no pq index on {report.rows:,} rows (it needs {PQ_FROM}): a search compares them all")
     _tell(report, output, as_json)
 
 

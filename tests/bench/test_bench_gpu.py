@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from gemify.bench.gpu import PEAKS, SHAPES, Bench, Setup, bend, flops, rates, require_device
+from gemify.bench.gpu import PEAKS, SHAPES, Bench, Setup, as_table, bench_gpu, bend, flops, rates, require_device
 from gemify.cli import app
 
 
@@ -84,6 +84,36 @@ def test_all_of_it_runs_at_a_tiny_shape_on_the_cpu(tmp_path: Path) -> None:
     assert plain["tflops"] * plain["seconds"] * 1e12 == pytest.approx(formula, rel=0.01)
     assert plain["tokens_per_second"] * plain["seconds"] == pytest.approx(256)
     assert [m["tokens"] for m in tiny["memory"]] == [64, 128, 256, 512]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_does_not_fit_is_said_and_the_rest_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    setup = Setup(cpu, torch.float32, tokens=64, train_length=16, encode_length=16, lengths=(8,), rounds=1, matmul=8)
+    modes: list[bool] = []
+
+    def fail(lm: torch.nn.Module, *_: object) -> None:
+        modes.append(lm.training)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("gemify.bench.gpu.encode_ids", fail)
+    report = bench_gpu(["tiny"], setup)
+    tiny = report["shapes"]["tiny"]
+    assert tiny["encoding"] == tiny["memory"][0]["encode_bytes"] == "out of memory"
+    assert tiny["training"]["gem"]["tflops"] > 0
+    assert "| tiny | encode | out of memory |" in as_table(report)
+    assert modes == [False, False]
+    monkeypatch.setattr(Bench, "_step", lambda *_: fail(torch.nn.Module()))
+    assert "| tiny | training | out of memory |" in as_table(bench_gpu(["tiny"], setup))
+
+
+def test_a_model_that_could_not_encode_trains_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of training it would checkpoint nothing, and take more memory than is said."""
+    bench = Bench(SHAPES["tiny"], Setup(torch.device("cpu"), dtype=torch.float32, tokens=32, train_length=16))
+    monkeypatch.setattr("gemify.bench.gpu.encode_ids", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.encode([[3, 4]])
+    assert bench.lm.training
 
 
 def test_wrong_words_are_refused() -> None:

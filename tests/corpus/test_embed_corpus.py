@@ -110,6 +110,8 @@ def test_what_could_not_be_ended_is_not_begun(tmp_path: Path) -> None:
     )
     refused("Parquet files get no index of vectors, got sq", inputs, tmp_path / "b", format="parquet", index="sq")
     refused("int8 vectors get no index of vectors, got sq", inputs, tmp_path / "c", precision="int8", index="sq")
+    model.dimension = 12
+    refused("an rq index needs vectors of a multiple of 8 numbers, got 12", inputs, tmp_path / "d", index="rq")
     refused("the inputs lie in the output", inputs, tmp_path / "in", format="parquet")
     assert model.embedded == []
 
@@ -148,6 +150,36 @@ def test_bad_rows(bad: str, why: str, tmp_path: Path) -> None:
     report = embed([path], tmp_path / "out", skip_bad=True)
     assert (report.rows, report.skipped, len(report.bad)) == (3, 1, 1)
     assert read_back(tmp_path / "out")["id"].to_pylist() == ["d0", "d1", "d2"]
+
+
+@pytest.mark.parametrize("column", ["text", "title", "_id"])
+def test_parquet_rows_that_are_not_utf8(column: str, tmp_path: Path) -> None:
+    """Such a file says of its bytes that they are text; only reading them shows that they are not."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = {name: [row(n)[name].encode() for n in range(40)] for name in ("_id", "title", "text")}
+    rows[column][25] = b"owls \xff\xfe"
+    pq.write_table(
+        pa.table({name: pa.array(values, pa.binary()).view(pa.string()) for name, values in rows.items()}),
+        tmp_path / "a.parquet",
+    )
+    with pytest.raises(ValueError, match=r"a\.parquet row 26: not UTF-8 text: .* \(--skip-bad") as said:
+        embed([tmp_path / "a.parquet"], tmp_path / "out")
+    assert "\n" not in str(said.value)
+    report = embed([tmp_path / "a.parquet"], tmp_path / "out", skip_bad=True)
+    assert (report.rows, report.skipped) == (39, 1)
+    assert read_back(tmp_path / "out")["id"].to_pylist() == [f"d{n}" for n in range(40) if n != 25]
+
+
+def test_pq_codes_are_learned_from_enough_rows(tmp_path: Path) -> None:
+    """Of fewer LanceDB would make an index that holds none of them."""
+    question = unit(Words().encode_query("moon river")[None])[0]
+    for count, built in ((255, ("text", "title")), (256, ("pq vectors", "text", "title"))):
+        path, out = write_jsonl(tmp_path / f"{count}.jsonl", [row(n) for n in range(count)]), tmp_path / str(count)
+        assert embed([path], out, index="pq", precision="float32").indexes == built
+        exact = np.sort(vectors_of(read_back(out)) @ question)[::-1][:5]
+        np.testing.assert_allclose([h.score for h in Corpus.open(out).near(question, 5)], exact, atol=1e-5)
 
 
 def test_bad_files(tmp_path: Path) -> None:

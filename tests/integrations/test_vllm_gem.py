@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib.metadata
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import torch
+from fastapi import FastAPI
 from safetensors.torch import load_file
 
 from conftest import disturb
 from gemify import GemModel
 from gemify.integrations.vllm_embedder import Embedder, rows_of
 from gemify.integrations.vllm_gem import EngineGem, engine_options
-from gemify.integrations.vllm_server import GemEndpoint, arguments, parsed, written
-from gemify.integrations.vllm_worker import Tap, marked
+from gemify.integrations.vllm_server import GemEndpoint, Room, arguments, parsed, written
+from gemify.integrations.vllm_worker import MOST_KEPT, Tap, marked
 from gemify.model.config import CONFIG_FILE
 
 
@@ -194,6 +198,72 @@ def test_rows_come_from_whichever_worker_has_them() -> None:
     assert torch.equal(rows_of(workers, ["a", "b"]), torch.stack([a, b]))
     with pytest.raises(RuntimeError, match="no vector for 1 of 2"):
         rows_of(workers, ["a", "c"])
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b'{"input": "\\ud800"}', "lone surrogate"),
+        (b'{"input": ["a", "\\ud83d\\ude00", "b\\udfff"]}', "lone surrogate"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"input": "\xff"}', "not JSON"),
+    ],
+)
+def test_bodies_that_no_tokenizer_takes_are_refused(body: bytes, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as refused:
+        parsed(body, ["tiny"])
+    assert "\n" not in str(refused.value)
+    assert parsed(b'{"input": "\\ud83d\\ude00"}', ["tiny"])["input"] == ["\U0001f600"]
+
+
+class Engine:
+    """As vLLM's with the plugin: it keeps vectors until they are taken, and so many of them."""
+
+    def __init__(self) -> None:
+        self.vectors: OrderedDict[str, bytes] = OrderedDict()
+        self.most = 0
+
+    async def generate(self, asked: dict[str, list[int]], sampling: SimpleNamespace, name: str) -> AsyncIterator[int]:
+        await asyncio.sleep(0)
+        self.vectors[sampling.extra_args["gemify"]] = (
+            torch.tensor(asked["prompt_token_ids"][-2:]).float().numpy().tobytes()
+        )
+        self.most = max(self.most, len(self.vectors))
+        while len(self.vectors) > MOST_KEPT:
+            self.vectors.popitem(last=False)
+        yield 0
+
+    async def collective_rpc(self, name: str, args: tuple[list[str]]) -> list[dict[str, bytes]]:
+        await asyncio.sleep(0)
+        return [{key: self.vectors.pop(key) for key in args[0] if key in self.vectors}]
+
+
+async def test_requests_together_are_no_more_than_the_engine_keeps(
+    base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three of 1,024 texts, at 4 special tokens a text, and a small one that does not wait for their end."""
+    words = {"vllm": SimpleNamespace(SamplingParams=SimpleNamespace), "vllm.inputs": SimpleNamespace(TokensPrompt=dict)}
+    for name, module in words.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    gem = saved(base_dir, tmp_path / "gem", special_tokens=4, pooling="concat")
+    engine, app = Engine(), FastAPI()
+    app.state.gemify = Embedder(gem.config, gem.text_tokenizer, longest=100, width=2)
+    app.state.gemify_engine, app.state.gemify_names = engine, ["tiny"]
+    app.state.gemify_room = Room(2048)
+    GemEndpoint().attach_router(app)
+    texts = [chr(97 + n % 26) for n in range(1024)]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
+        asked = [client.post("/v1/embeddings", json={"input": some}) for some in (texts, texts[1:], texts[2:], "x")]
+        replies = await asyncio.gather(*asked)
+        refused = await client.post("/v1/embeddings", content=b'{"input": "\\ud800"}')
+    assert (refused.status_code, "lone surrogate" in refused.json()["error"]["message"]) == (400, True)
+    for some, reply in zip((texts, texts[1:], texts[2:], ["x"]), replies, strict=True):
+        ids = gem.text_tokenizer(some, max_tokens=9)
+        wanted = [[token for special in gem.special_ids for token in (row[-1], special)] for row in ids]
+        found = torch.tensor([row["embedding"] for row in reply.json()["data"]])
+        torch.testing.assert_close(found, torch.nn.functional.normalize(torch.tensor(wanted).float(), dim=-1))
+    assert 1024 < engine.most <= 2048, "several requests at once, and never too many vectors"
+    assert not engine.vectors
 
 
 def test_the_routes_words() -> None:

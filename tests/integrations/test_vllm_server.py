@@ -102,6 +102,7 @@ def test_one_server_chats_and_embeds(gem_and_port: tuple[GemModel, int]) -> None
     [
         ({"input": []}, "input must be"),
         ({"input": [[1, 2]]}, "input must be"),
+        ({"input": ["a", "\ud800"]}, "lone surrogate"),
         ({"input": "x", "model": "other"}, "unknown model"),
         ({"input": "x", "encoding_format": "int8"}, "encoding_format must be"),
         ({"input": "x", "dimensions": 129}, "1..128"),

@@ -148,11 +148,14 @@ def _shape_report(shape: Shape, setup: Setup, ceiling: float, peak: float | None
         report["training"] = training | {"gem_over_plain": _median(steps["gem"]) / _median(steps["plain"])}
     except torch.OutOfMemoryError:
         report["training"] = OUT_OF_MEMORY
-    rows = max(1, setup.tokens // setup.encode_length)
-    texts = bench.ids(rows, setup.encode_length - 1)
-    took = paired({"encode": lambda: bench.encode(texts)}, setup)["encode"]
-    operations = flops(shape.sizes, rows, setup.encode_length, training=False)
-    report["encoding"] = rates(operations, rows * setup.encode_length, took, ceiling, peak)
+    try:
+        rows = max(1, setup.tokens // setup.encode_length)
+        texts = bench.ids(rows, setup.encode_length - 1)
+        took = paired({"encode": lambda: bench.encode(texts)}, setup)["encode"]
+        operations = flops(shape.sizes, rows, setup.encode_length, training=False)
+        report["encoding"] = rates(operations, rows * setup.encode_length, took, ceiling, peak)
+    except torch.OutOfMemoryError:
+        report["encoding"] = OUT_OF_MEMORY
     report["memory"] = [
         {
             "tokens": length,
@@ -211,9 +214,11 @@ class Bench:
 
     def encode(self, texts: list[list[int]]) -> None:
         self.lm.eval()
-        with torch.inference_mode():
-            encode_ids(self.lm, self.config, texts)
-        self.lm.train()
+        try:
+            with torch.inference_mode():
+                encode_ids(self.lm, self.config, texts)
+        finally:  # a model that is not in training checkpoints nothing
+            self.lm.train()
 
     def _gem_step(self, texts: list[list[int]]) -> None:
         rows = []
@@ -356,10 +361,13 @@ def as_table(report: Mapping[str, Any]) -> str:
     ]
     for name, shape in report["shapes"].items():
         training = shape["training"]
-        if training == OUT_OF_MEMORY:
-            lines.append(f"| {name} | training | {OUT_OF_MEMORY} | | | |")
-        works = {} if training == OUT_OF_MEMORY else {"plain step": training["plain"], "GEM step": training["gem"]}
+        works = {"training": training}
+        if training != OUT_OF_MEMORY:
+            works = {"plain step": training["plain"], "GEM step": training["gem"]}
         for work, r in {**works, "encode": shape["encoding"]}.items():
+            if r == OUT_OF_MEMORY:
+                lines.append(f"| {name} | {work} | {OUT_OF_MEMORY} | | | |")
+                continue
             mfu = "" if r["mfu"] is None else f"{r['mfu']:.0%}"
             lines.append(
                 f"| {name} | {work} | {r['tokens_per_second']:,.0f} | {r['tflops']:.3g} |"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemify.model.storage import atomic_file
-from gemify.rag.lance import is_remote, resolved
+from gemify.rag.lance import is_remote, reason, resolved
 
 
 class Place:
@@ -20,7 +20,12 @@ class Place:
 
         self.uri = resolved(uri)
         self.local = not is_remote(self.uri)
-        self.files, self.path = FileSystem.from_uri(self.uri)
+        try:
+            self.files, self.path = FileSystem.from_uri(self.uri)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.uri} cannot be written to ({reason(error)}): give a directory, or a URI such as s3://bucket/path"
+            ) from error
 
     def read(self, name: str) -> bytes | None:
         """A file's bytes, or None if there is none."""
@@ -38,17 +43,21 @@ class Place:
     def write_first(self, name: str, content: bytes) -> bool:
         """Write a file in one step, unless there is one; whether it was written.
 
-        In an object store two that write in the same instant may both be told so; the last one's content is there.
+        A disk without hard links does it under a lock, which is as good as the disk's locks are between machines. In an
+        object store there is none: two that write in the same instant may both be told so; the last one's content is there.
         """
         if not self.local:
-            if self.read(name) is not None:
-                return False
-            self.write(name, content)
+            return self._checked(name, content)
+        try:
+            self._link(Path(self.path, name), content)
             return True
-        with contextlib.suppress(FileExistsError), self._linked(Path(self.path, name)) as stage:
-            stage.write_bytes(content)
-            return True
-        return False
+        except FileExistsError:
+            return False
+        except OSError:  # each such disk has its own word for it
+            from filelock import FileLock
+
+            with FileLock(Path(self.path, ".first.lock")):
+                return self._checked(name, content)
 
     @contextlib.contextmanager
     def staged(self, name: str) -> Iterator[str]:
@@ -67,14 +76,18 @@ class Place:
         found: list[Any] = [f for f in self.files.get_file_info(wanted) if f.is_file]
         return sorted(f.base_name for f in found if not f.base_name.startswith("."))
 
+    def _checked(self, name: str, content: bytes) -> bool:
+        if self.read(name) is not None:
+            return False
+        self.write(name, content)
+        return True
+
     @staticmethod
-    @contextlib.contextmanager
-    def _linked(target: Path) -> Iterator[Path]:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    def _link(target: Path, content: bytes) -> None:
         whole = target.with_name(f".{target.name}.{os.getpid()}.whole")
         try:
             with atomic_file(whole) as stage:
-                yield stage
+                stage.write_bytes(content)
             os.link(whole, target)  # other than a rename, refused where there is a file
         finally:
             whole.unlink(missing_ok=True)

@@ -69,7 +69,7 @@ class Reader:
         return list(dict.fromkeys((self.meta.text_column, self.meta.title_column, *ids)))
 
     def _passage(self, row: Any, file: str, number: int) -> Passage:
-        if isinstance(row, bytes):
+        if not isinstance(row, dict):
             row = _parsed(row)
         meta = self.meta
         if meta.text_column not in row:
@@ -131,15 +131,15 @@ class _Table:
             raise ValueError(f"{path}: no column {columns[0]!r} (there are {', '.join(there)}): set --text-column")
         self._columns = [c for c in columns if c in there]
         self._next = -1  # the row that comes next
-        self._rest: Iterator[dict[str, Any]] = iter(())
+        self._rest: Iterator[Any] = iter(())
 
-    def rows(self, shard: Shard) -> Iterator[tuple[int, dict[str, Any]]]:
+    def rows(self, shard: Shard) -> Iterator[tuple[int, Any]]:
         with damaged_parquet(self.path):
             begins = sum(self._file.metadata.row_group(g).num_rows for g in range(shard.at))
             if not begins <= self._next <= shard.first:
                 groups = range(shard.at, self._file.num_row_groups)
                 batches = self._file.iter_batches(_BATCH, row_groups=list(groups), columns=self._columns)
-                self._next, self._rest = begins, (row for batch in batches for row in batch.to_pylist())
+                self._next, self._rest = begins, (row for batch in batches for row in _decoded(batch))
             for row in self._rest:
                 self._next += 1
                 if self._next > shard.first:
@@ -156,11 +156,20 @@ def _changed(path: str) -> ValueError:
     return ValueError(f"{path} changed while it was read: put back what it was, or embed anew elsewhere")
 
 
-def _parsed(line: bytes) -> dict[str, Any]:
+def _decoded(batch: Any) -> Iterator[Any]:
+    """Rows of an Arrow batch; where one of them is not UTF-8, each as a batch of its own."""
     try:
-        row: Any = json.loads(line)
+        yield from batch.to_pylist()
     except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text: convert the file (iconv -t utf-8)") from None
+        yield from (batch.slice(number, 1) for number in range(batch.num_rows))
+
+
+def _parsed(line: Any) -> dict[str, Any]:
+    """A line of JSON, or a batch of one row."""
+    try:
+        row: Any = json.loads(line) if isinstance(line, bytes) else line.to_pylist()[0]
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8 text: convert the file to UTF-8") from None
     except (ValueError, RecursionError):
         raise ValueError("not JSON: give one JSON object a line") from None
     if not isinstance(row, dict):

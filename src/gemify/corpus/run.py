@@ -29,7 +29,7 @@ from gemify.corpus.rows import Reader
 from gemify.corpus.shard import MARKERS, Done, Model
 from gemify.corpus.writing import commit, committed, sweep
 from gemify.rag.corpus import MANIFEST, Corpus, CorpusMeta, require_index
-from gemify.rag.lance import IndexKind, is_remote, only_writer, resolved
+from gemify.rag.lance import IndexKind, is_full, is_remote, only_writer, reason, resolved
 from gemify.rag.store import Store
 
 Engine = Literal["local", "ray"]
@@ -103,6 +103,7 @@ def embed_corpus(
 
     Raises:
         ValueError: bad input, or a corpus begun with another model, other settings or other inputs.
+        OSError: a disk that is full or fails. What is done stays, and the same call goes on.
     """
     _check(engine, workers, batch_size, limit, index)
     found = find_inputs(inputs)
@@ -119,7 +120,7 @@ def embed_corpus(
     if place.local:
         Path(place.path).mkdir(parents=True, exist_ok=True)
     job = Job(uri, meta, base, device, batch_size, skip_bad)
-    with only_writer(uri):
+    with only_writer(uri), _goes_on(uri):
         shards = _planned(found, meta, show_progress_bar)
         done = _known(place, shards, uri)
         place.write(MANIFEST, meta.to_json().encode())
@@ -145,6 +146,18 @@ def embed_corpus(
         indexes=tuple(built),
         stopped=stopped,
     )
+
+
+@contextlib.contextmanager
+def _goes_on(uri: str) -> Iterator[None]:
+    """Say in one line that a disk failed, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        mend = "make room" if is_full(error) else "mend that"
+        raise OSError(
+            f"{uri} is not finished ({reason(error)}): what is done stays, {mend} and run the same command again"
+        ) from error
 
 
 def _check(engine: str, workers: int | None, batch_size: int, limit: int | None, index: str) -> None:
@@ -186,7 +199,7 @@ def _require_possible(meta: CorpusMeta, index: str) -> None:
         if meta.format == "parquet" or meta.precision == "int8":
             kind = "Parquet files" if meta.format == "parquet" else "int8 vectors"
             raise ValueError(f"{kind} get no index of vectors, got {index}: leave --index out")
-        require_index(meta.precision, index)
+        require_index(meta.precision, index, meta.dimension)
 
 
 def _others(found: Sequence[Path], given: Sequence[str | Path], place: Place) -> list[Path]:

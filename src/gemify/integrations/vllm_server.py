@@ -10,10 +10,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import contextlib
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 try:
@@ -22,12 +24,14 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("fastapi is not installed: run this where vLLM is, which needs it") from error
 
+import torch
 from torch import Tensor
 
 from gemify.integrations.vllm_embedder import Embedder, rows_of
 from gemify.integrations.vllm_gem import engine_options
+from gemify.integrations.vllm_worker import MOST_KEPT
 
-_AT_A_TIME = 1024  # texts of a request
+_AT_A_TIME = 1024  # texts of a request, and prompts of it in the engine
 _PLUGINS = "VLLM_PLUGINS"
 
 
@@ -47,6 +51,7 @@ class GemEndpoint:
         )
         state.gemify_engine = engine_client
         state.gemify_names = args.served_model_name or [args.model]
+        state.gemify_room = Room(MOST_KEPT // 2)  # vectors of requests that were given up are among those kept
         await engine_client.collective_rpc("gemify_open")
 
 
@@ -60,27 +65,60 @@ async def create_embeddings(request: Request) -> JSONResponse:
         return JSONResponse({"error": {"message": str(error), "type": "BadRequestError", "code": 400}}, status_code=400)
     embedder: Embedder = state.gemify
     prompts = embedder.prompts(wish["input"], embedder.config.chosen_prompt(None, None))
-    keys, asked, sampling = embedder.requests(prompts)
-    engine = state.gemify_engine
+    rows: list[Tensor] = []
+    for first in range(0, len(prompts), _AT_A_TIME):
+        some = prompts[first : first + _AT_A_TIME]
+        async with state.gemify_room.taken(len(some)):
+            rows.append(await _run(state.gemify_engine, some))
+    vectors = embedder.vectors(torch.cat(rows), normalize=True, truncate_dim=wish["dimensions"])
+    return JSONResponse(written(vectors, wish, state.gemify_names[0], sum(map(len, prompts))))
+
+
+async def _run(engine: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """The engine's rows [len(prompts), D], which it forgets."""
+    keys, asked, sampling = Embedder.requests(prompts)
 
     async def run(at: int) -> None:
         async for _ in engine.generate(asked[at], sampling[at], f"embd-{keys[at]}"):
             pass
 
     await asyncio.gather(*(run(at) for at in range(len(prompts))))
-    rows_ND = rows_of(await engine.collective_rpc("gemify_take", args=(keys,)), keys)
-    vectors = embedder.vectors(rows_ND, normalize=True, truncate_dim=wish["dimensions"])
-    return JSONResponse(written(vectors, wish, state.gemify_names[0], sum(map(len, prompts))))
+    return rows_of(await engine.collective_rpc("gemify_take", args=(keys,)), keys)
+
+
+class Room:
+    """Places for vectors in the engine, over all requests: it forgets the oldest of more than it keeps."""
+
+    def __init__(self, places: int) -> None:
+        self._free, self._changed = places, asyncio.Condition()
+
+    @contextlib.asynccontextmanager
+    async def taken(self, count: int) -> AsyncIterator[None]:
+        """Wait for so many places, and hold them for the block."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free >= count)
+            self._free -= count
+        try:
+            yield
+        finally:
+            self._free += count
+            async with self._changed:
+                self._changed.notify_all()
 
 
 def parsed(body: bytes, names: Sequence[str]) -> dict[str, Any]:
     """A request's body. ValueError, one line, says what is wrong with it."""
-    wish = json.loads(body)
+    try:
+        wish = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is not JSON ({error}): send a JSON object with input and model") from None
     if not isinstance(wish, dict):
         raise ValueError("the body must be a JSON object with input and model")
     texts = [wish.get("input")] if isinstance(wish.get("input"), str) else wish.get("input")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("input must be a text or a list of texts, at least one")
+    if any(re.search(r"[\ud800-\udfff]", text) for text in texts):
+        raise ValueError("input holds half of a character (a lone surrogate): send whole characters")
     if len(texts) > _AT_A_TIME:
         raise ValueError(f"input must hold at most {_AT_A_TIME} texts, got {len(texts)}: send several requests")
     if (model := wish.get("model")) is not None and model not in names:

@@ -26,7 +26,8 @@ from gemify.integrations.vllm_gem import MARK, EngineGem
 
 LORA_ID = 2**31 - 7
 """The adapter's number in the engine: out of the way of those that vLLM counts up for its users."""
-_MOST_KEPT = 8192  # vectors that nobody came for do not pile up
+MOST_KEPT = 8192
+"""Vectors; those that nobody came for do not pile up."""
 
 
 class Tap:
@@ -88,7 +89,7 @@ class Tap:
             requests = self.runner.input_batch.req_ids
             for row in self._rows():
                 self.vectors[self._ending[requests[row]]] = hidden_ND[row].clone()
-            while len(self.vectors) > _MOST_KEPT:
+            while len(self.vectors) > MOST_KEPT:
                 self.vectors.popitem(last=False)
         return self._logits(hidden_ND, *args, **kwargs)
 

@@ -38,6 +38,8 @@ MANIFEST = "gemify-corpus.json"
 FORMAT_VERSION = 1
 _META = b"gemify"
 _IVF_FROM = 20_000  # rows: up to here an exact scan is quick
+PQ_FROM = 256
+"""Rows: codes are learned from as many; of fewer, LanceDB makes an index with nothing in it."""
 _PROBES = 24  # partitions that a search looks into, at least
 _PROBED = 0.1  # share of the partitions
 _RESCORED = {"sq": 40, "pq": 400, "rq": 200}  # candidates of a search, rescored with the vectors kept
@@ -108,21 +110,20 @@ class Corpus:
         uri = resolved(uri)
         if not is_remote(uri):
             return (Path(uri) / MANIFEST).is_file() or (Path(uri) / f"{TABLE}.lance").is_dir()
-        return TABLE in table_names(connect(uri), uri)
+        tables = table_names(connect(uri), uri)
+        return TABLE in tables or (not tables and _manifest(uri) is not None)
 
     @classmethod
     def open(cls, uri: str | Path) -> Corpus:
         """Raises ValueError where there is no corpus, none yet, or one that cannot be searched."""
         uri = resolved(uri)
-        manifest = Path(uri) / MANIFEST
-        if (
-            not is_remote(uri)
-            and manifest.is_file()
-            and CorpusMeta.from_json(manifest.read_text(), uri).format != "lance"
-        ):
-            raise ValueError(f"the corpus {uri} is of Parquet files, which are not searched: embed with --format lance")
         database = connect(uri) if is_remote(uri) or Path(uri).is_dir() else None
         if database is None or TABLE not in table_names(database, uri):
+            begun = _manifest(uri)
+            if begun is not None and CorpusMeta.from_json(begun, uri).format != "lance":
+                raise ValueError(
+                    f"the corpus {uri} is of Parquet files, which are not searched: embed with --format lance"
+                )
             raise ValueError(f"the corpus {uri} holds nothing yet: run gemify embed-corpus again")
         table = open_table(database, TABLE, uri)
         return cls(uri, table, CorpusMeta.from_json((table.schema.metadata or {}).get(_META, b""), uri))
@@ -132,15 +133,16 @@ class Corpus:
     def build_indexes(self, kind: IndexKind | None = None) -> list[str]:
         """Build what indexes are missing: of the vectors (from 20,000 rows on, or of that kind) and of the words.
 
+        pq on fewer than `PQ_FROM` rows is not built: a search compares them all, as it does without an index.
         What was built is named.
         """
         built = []
         with readable(self.uri):
             known = {i.columns[0]: i.index_type for i in self._table.list_indices()}
-            wanted = kind or ("flat" if self.meta.precision == "binary" else "rq")
-            require_index(self.meta.precision, wanted)
+            wanted = kind or ("flat" if self.meta.precision == "binary" else "sq" if self.meta.dimension % 8 else "rq")
+            require_index(self.meta.precision, wanted, self.meta.dimension)
             rows = len(self)
-            due = rows >= _IVF_FROM if kind is None else rows > 0
+            due = rows >= (_IVF_FROM if kind is None else PQ_FROM if kind == "pq" else 1)
             if self.meta.precision != "int8" and due and _kind(known.get("vector", "")) != wanted:
                 distance = "hamming" if self.meta.precision == "binary" else "dot"
                 config = vector_index(wanted, partitions=max(1, round(rows**0.5 / 3)), distance=distance)
@@ -229,10 +231,26 @@ class Corpus:
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # equal scores in one order
 
 
-def require_index(precision: Precision, kind: str) -> None:
+def require_index(precision: Precision, kind: str, dimension: int) -> None:
     """Refuse a kind of index that vectors of a precision do not have."""
     if precision == "binary" and kind != "flat":
         raise ValueError(f"binary vectors have one kind of index, flat, got {kind}: leave the setting out")
+    if kind == "rq" and dimension % 8:
+        raise ValueError(
+            f"an rq index needs vectors of a multiple of 8 numbers, got {dimension}: choose sq, pq or flat"
+        )
+
+
+def _manifest(uri: str) -> bytes | None:
+    """What embed-corpus writes first, if it began to write there; it writes where pyarrow does."""
+    from pyarrow.fs import FileSystem
+
+    try:
+        files, path = FileSystem.from_uri(uri)
+        with files.open_input_file(f"{path}/{MANIFEST}") as file:
+            return bytes(file.read())
+    except (OSError, ValueError):
+        return None
 
 
 def refuse_corpus(uri: str | Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 IndexKind = Literal["flat", "sq", "pq", "rq"]
 """Vectors as they are, in 8 bits a number, as codes of their parts, in 1 bit a number; all behind partitions."""
@@ -20,7 +24,9 @@ def is_remote(uri: str) -> bool:
 
 
 def resolved(uri: str | Path) -> str:
-    """A URI as it is, a path as an absolute one."""
+    """A URI as it is; a path, or a file:// URI of one, as an absolute path."""
+    if str(uri).startswith("file://"):
+        return url2pathname(urlsplit(str(uri)).path)
     return str(uri) if is_remote(str(uri)) else os.path.abspath(uri)
 
 
@@ -29,8 +35,12 @@ def connect(uri: str) -> Any:
     os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are for its developers
     import lancedb
 
-    with readable(uri):
+    try:
         return lancedb.connect(uri, read_consistency_interval=timedelta(0))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{uri} cannot be opened ({reason(error)}): give a directory, or a URI that can be reached, such as s3://bucket/path"
+        ) from error
 
 
 def table_names(database: Any, uri: str) -> list[str]:
@@ -79,15 +89,28 @@ def sql_lists(values: Iterable[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def readable(uri: str) -> Iterator[None]:
-    """Say in one line what LanceDB says in many, with its own source's paths."""
+    """Say in one line what LanceDB says in many. A full disk is no damage: OSError."""
     try:
         yield
     except RuntimeError as error:
-        first = (str(error).strip().splitlines() or ["?"])[0]
-        reason = first.removeprefix("lance error: ").split(", /")[0][:200]
+        if is_full(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), uri) from error
         raise ValueError(
-            f"the store {uri} cannot be used ({reason}): restore it, or delete it and index again"
+            f"the store {uri} cannot be used ({reason(error)}): restore it, or delete it and index again"
         ) from error
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line, without places in Lance's sources. (Object stores answer in XML.)"""
+    if told := re.search("<Message>(.+?)</Message>", str(error)):
+        return told[1]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.removeprefix("lance error: ").removeprefix("LanceError(IO): ").split(", /")[0][:200]
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it is a full disk that stands behind an error. (Lance's have no number.)"""
+    return os.strerror(errno.ENOSPC) in str(error)
 
 
 @contextlib.contextmanager
