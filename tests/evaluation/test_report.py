@@ -154,6 +154,18 @@ def test_other_samples_give_no_difference(store: Store, tmp_path: Path) -> None:
     assert "measured on different samples" in text
 
 
+def test_another_arithmetic_gives_no_difference(store: Store, tmp_path: Path) -> None:
+    """Sums that are rounded otherwise change answers of a model that is the same."""
+    for subject, threads in ((BASE, 2), (gem_subject(), 1)):
+        language(store, subject, "hellaswag", [1, 0], main="acc_norm")
+        cell = store.read("language", subject, "hellaswag")
+        assert cell is not None
+        store.write("language", subject, "hellaswag", {**cell, "arithmetic": f"cpu, {threads} threads"})
+    text = write_report([store.directory], tmp_path / "out")[0].read_text()
+    assert line(text, "hellaswag") == ["hellaswag", "acc_norm", "2", "50.00", "50.00", "–", "–"]
+    assert "or in another arithmetic" in text
+
+
 def test_embedding_means_and_published_rows(store: Store, tmp_path: Path) -> None:
     text = part(write_report([store.directory], tmp_path / "out")[0].read_text(), "Embedding")
     means, sts, retrieval, paper = re.split(r"\n\*\*", text)[1:]

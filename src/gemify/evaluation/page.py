@@ -232,7 +232,9 @@ def _language(models: Sequence[Model]) -> Section:
         " is that of the documents' mean losses.",
     ]
     if not comparable:
-        notes.append("Where the two sides were measured on different samples, no difference is given.")
+        notes.append(
+            "Where the two sides were measured on different samples, or in another arithmetic, no difference is given."
+        )
     return Section("language", "Language kept", tuple(notes), tuple(tables))
 
 

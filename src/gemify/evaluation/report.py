@@ -66,7 +66,7 @@ class LanguageRow:
     identical: bool = False
     """Whether both sides are equal in every single sample."""
     comparable: bool = True
-    """Whether both sides were measured on the same samples, as far as their number tells."""
+    """Whether both sides were measured on the same samples, as far as their number tells, in the same arithmetic."""
 
     @property
     def raw(self) -> bool:
@@ -289,7 +289,7 @@ def _value(cell: Cell, metric: str | None = None) -> float:
 
 
 def _comparable(mine: Cell, base: Cell | None) -> bool:
-    return base is not None and mine["n"] == base["n"] and mine["main"] == base["main"]
+    return base is not None and all(mine.get(key) == base.get(key) for key in ("n", "main", "arithmetic"))
 
 
 def _identical(mine: Cell, base: Cell | None) -> bool:
