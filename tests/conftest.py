@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,6 +25,7 @@ import tiny
 from bag_of_words import BagOfWords
 from gemify import GemModel
 from gemify.model.base import STARTER_PACKAGE, load_base
+from gemify.training.objective import Objective
 
 torch.set_num_threads(2)
 settings.register_profile("gemify", deadline=None)  # no timing decides a test
@@ -68,6 +70,20 @@ def gem(base_dir: Path) -> GemModel:
     made = GemModel.from_base(str(base_dir))
     disturb(made)
     return made
+
+
+def objective(gem: GemModel, *, frozen: bool, **options: Any) -> Objective:
+    """A GEM's training objective, as it is when nothing is trained."""
+    return Objective(
+        gem.lm,
+        gem.adapter,
+        special_ids=gem.special_ids,
+        frozen_base=frozen,
+        shared_position=gem.config.shared_position,
+        pooling=gem.config.pooling,
+        layer=gem.config.layer,
+        **options,
+    ).eval()
 
 
 def disturb(gem: GemModel, seed: int = 1) -> None:

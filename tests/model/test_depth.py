@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny
-from conftest import disturb
+from conftest import disturb, objective
 from gemify import GemModel
 from gemify.cli import main
 from gemify.integrations.vllm_gem import EngineGem
@@ -29,7 +29,7 @@ from gemify.model.gate import gate
 from gemify.paper.tokens import Row, columns
 from gemify.paper.views import View, whole
 from gemify.rag.running_prompt import RunningPrompt
-from gemify.training.objective import Computed, MicroBatch, Objective
+from gemify.training.objective import Computed, MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
 
@@ -130,19 +130,6 @@ def test_vectors_are_those_of_the_layer_however_they_are_made(name: str, setting
             got = (own._embed_frozen if frozen else own._embed_masked)(views, Computed())
             assert counts[2:] == [0, 0]
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
-
-
-def objective(gem: GemModel, *, frozen: bool, **options: Any) -> Objective:
-    return Objective(
-        gem.lm,
-        gem.adapter,
-        special_ids=gem.special_ids,
-        frozen_base=frozen,
-        shared_position=gem.config.shared_position,
-        pooling=gem.config.pooling,
-        layer=gem.config.layer,
-        **options,
-    ).eval()
 
 
 @pytest.mark.parametrize("layer", [1, 3, DEPTH])

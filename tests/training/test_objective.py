@@ -11,7 +11,7 @@ import torch
 
 import gemify.training.target_loss as target_loss_module
 import tiny
-from conftest import disturb
+from conftest import disturb, objective
 from gemify import GemModel
 from gemify.model.encode import TextTokenizer
 from gemify.model.passes import MaskedBatch, masked_pass
@@ -20,7 +20,7 @@ from gemify.paper.tokens import columns, raw_row, reconstruction_row, split_row
 from gemify.paper.views import View, whole
 from gemify.training.batches import Batches
 from gemify.training.data import Source
-from gemify.training.objective import Computed, MicroBatch, Objective, target_count
+from gemify.training.objective import Computed, MicroBatch, target_count
 from gemify.training.recipe import Recipe
 from gemify.training.target_loss import has_plain_head
 
@@ -35,18 +35,6 @@ VIEWS = [
     (whole([30, 31]), View((30, 31), (False, True))),
     (View((50, 51, 52, 53), (True, False, True, True)), View((50, 51, 52, 53), (False, True, True, True))),
 ]
-
-
-def objective(gem: GemModel, *, frozen: bool, **options: Any) -> Objective:
-    return Objective(
-        gem.lm,
-        gem.adapter,
-        special_ids=gem.special_ids,
-        frozen_base=frozen,
-        shared_position=gem.config.shared_position,
-        pooling=gem.config.pooling,
-        **options,
-    ).eval()
 
 
 def templated(gem: GemModel, template: str) -> list[tuple[View, View]]:

@@ -113,12 +113,17 @@ def test_a_run_goes_on_in_another_number_of_processes(
     made = recipe(base_dir, texts_file, tmp_path / "recipe.yaml")
     train(made, tmp_path / "one", show_progress_bar=False)
     heard(start(server, children.train_together, str(tmp_path / "recipe.yaml"), str(tmp_path / "two")))
+    assert_either_goes_on(made, tmp_path, server, children.train_together)
+
+
+def assert_either_goes_on(made: Recipe, root: Path, server: ForkServerContext, together: Callable[..., None]) -> None:
+    """What two processes began one ends, and the other way round, as if nothing had happened."""
     for name in ("one", "two"):
-        half(tmp_path / name)
-    train(made, tmp_path / "half-two", resume=True, show_progress_bar=False)
-    heard(start(server, children.train_together, str(tmp_path / "recipe.yaml"), str(tmp_path / "half-one")))
-    assert_same_run(tmp_path / "half-two", tmp_path / "one")
-    assert_same_run(tmp_path / "half-one", tmp_path / "one")
+        half(root / name)
+    train(made, root / "half-two", resume=True, show_progress_bar=False)
+    heard(start(server, together, str(root / "recipe.yaml"), str(root / "half-one")))
+    for name in ("half-two", "half-one"):
+        assert_same_run(root / name, root / "one")
 
 
 def half(run: Path) -> None:
@@ -148,12 +153,7 @@ def test_weights_cut_up_over_two_processes_train_as_one(
     assert sum(held) == summaries[0]["trainable_parameters"]
     assert max(held) < 0.6 * sum(held)
     assert_same_run(tmp_path / "two", tmp_path / "one")
-    for name in ("one", "two"):
-        half(tmp_path / name)
-    train(made, tmp_path / "half-two", resume=True, show_progress_bar=False)
-    heard(start(server, children.train_sharded, str(tmp_path / "recipe.yaml"), str(tmp_path / "half-one")))
-    assert_same_run(tmp_path / "half-two", tmp_path / "one")
-    assert_same_run(tmp_path / "half-one", tmp_path / "one")
+    assert_either_goes_on(made, tmp_path, server, children.train_sharded)
 
 
 def test_a_signal_to_one_process_stops_all_at_one_step(
