@@ -1,4 +1,4 @@
-# make setup | demo | test | check | fast | long | starter | clean
+# make setup | demo | test | check | fast | long | starter | starter-multi | clean
 
 # The first Python that runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The CPU build if an index at hand has it (PyTorch's own CPU index does), else the ordinary one.
 TORCH ?= 2.13.0
 
-.PHONY: setup demo test check fast long starter clean
+.PHONY: setup demo test check fast long starter starter-multi clean
 
 setup: $(VENV)/.ready
 
@@ -43,11 +43,11 @@ long: setup  ## many minutes: training to the stated scores (needs the data, see
 	$(BIN)/python -m pytest -m long
 
 DATA ?= wiki_sentences.txt.gz
-starter: setup  ## an hour on two cores: the shipped GEM again, from the sentences in DATA; stops and goes on at any time
+starter starter-multi: setup  ## an hour on two cores: a shipped GEM again, from the sentences in DATA; stops and goes on at any time
 	test -f runs/starter-pairs.jsonl || $(BIN)/gemify pairs --data $(DATA) -t paraphrase -t question -t keywords --count 6144 \
 		--precision bf16 --resume --output runs/starter-pairs.jsonl
-	test -f runs/starter/summary.json || $(BIN)/gemify train --config recipes/starter.yaml --data runs/starter-pairs.jsonl --resume --output runs/starter
-	$(BIN)/python recipes/ship_starter.py runs/starter src/gemify/shipped/starter
+	test -f runs/$@/summary.json || $(BIN)/gemify train --config recipes/$@.yaml --data runs/starter-pairs.jsonl --resume --output runs/$@
+	$(BIN)/python recipes/ship_starter.py runs/$@ src/gemify/shipped/$@
 
 clean:
 	rm -rf $(VENV) runs

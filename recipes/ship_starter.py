@@ -1,4 +1,4 @@
-"""Make a finished run the GEM that `--model starter` loads: its adapter in float16, its recipe and figures beside it.
+"""Make a finished run a GEM that comes with gemify: its adapter in float16, its recipe and figures beside it.
 
     python recipes/ship_starter.py runs/starter src/gemify/shipped/starter
 
@@ -7,6 +7,8 @@ The tokenizer is the base's own, so it is left out.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -27,9 +29,8 @@ def main(run: Path, target: Path) -> None:
         save_file(state, stage / ADAPTER_FILE, metadata={"format": "pt"})
         for name in ("adapter_config.json", "summary.json", CONFIG_FILE):
             shutil.copyfile(run / name, stage / name)
-        recipe = Recipe.of(
-            {**Recipe.from_yaml(run / RECIPE_FILE), "eval_pairs": None}
-        )  # a path of the machine it ran on
+        recipe = Recipe.of({**Recipe.from_yaml(run / RECIPE_FILE), "eval_pairs": None})
+        recipe = dataclasses.replace(recipe, data=os.path.relpath(recipe.data))  # no path of the machine it ran on
         (stage / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 

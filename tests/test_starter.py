@@ -17,7 +17,7 @@ from conftest import disturb
 from gemify import GemModel
 from gemify.evaluation.language import PROBES, compare_logits, language_loss, same_logits
 from gemify.model.base import load_base
-from gemify.model.config import resolve_directory
+from gemify.model.config import SHIPPED, resolve_directory
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
 
@@ -76,8 +76,11 @@ def test_chat_knows_the_capital_of_france(starter_gem: GemModel) -> None:
     assert "Paris" in answer
 
 
-def test_the_shipped_gem_embeds_and_leaves_the_base_alone(base: Any, caplog: pytest.LogCaptureFixture) -> None:
-    shipped = GemModel.from_pretrained("starter")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_gem_embeds_and_leaves_the_base_alone(
+    base: Any, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    shipped = GemModel.from_pretrained(name)
     assert caplog.text == ""  # made for these weights
     guitar, instrument, market, water = shipped.encode(SENTENCES, normalize_embeddings=True)
     assert guitar @ instrument > 0.1 + max(guitar @ market, guitar @ water, market @ water)
@@ -86,7 +89,8 @@ def test_the_shipped_gem_embeds_and_leaves_the_base_alone(base: Any, caplog: pyt
 
 
 @pytest.mark.long
-def test_200_real_prompts_are_answered_as_by_the_base(base: Any, shipped: GemModel, shared: Path) -> None:
+@pytest.mark.parametrize("name", SHIPPED)
+def test_200_real_prompts_are_answered_as_by_the_base(base: Any, name: str, shared: Path) -> None:
     """Logits at every token of questions, stories and encyclopedia sentences, to the bit."""
     files = {
         "lm/mmlu/mmlu.jsonl.gz": "question",
@@ -97,7 +101,7 @@ def test_200_real_prompts_are_answered_as_by_the_base(base: Any, shipped: GemMod
     with gzip.open(shared / "text" / "wiki_sentences.txt.gz", "rt", encoding="utf-8") as lines:
         prompts += [line.strip() for line in itertools.islice(lines, 50)]
     lm, tokenizer = base
-    found = compare_logits(lm, shipped.lm, tokenizer, prompts)
+    found = compare_logits(lm, GemModel.from_pretrained(name).lm, tokenizer, prompts)
     assert found == {"prompts": 200, "identical": 200, "max_difference": 0.0}
 
 
@@ -106,16 +110,17 @@ def read_rows(path: Path, count: int) -> list[dict[str, Any]]:
         return [json.loads(line) for line in itertools.islice(file, count)]
 
 
-def test_the_shipped_gem_is_small_and_of_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = resolve_directory("starter")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_shipped_gem_is_small_and_of_its_recipe(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = resolve_directory(name)
     assert sum(f.stat().st_size for f in directory.iterdir()) < 12e6
     root = Path(__file__).parents[1]
-    recipe = Recipe.of(Recipe.from_yaml(root / "recipes" / "starter.yaml"))
+    recipe = Recipe.of(Recipe.from_yaml(root / "recipes" / f"{name}.yaml"))
     used = Recipe.of(Recipe.from_yaml(directory / "recipe.yaml"))
     assert dataclasses.replace(used, data="", eval_pairs=None) == dataclasses.replace(recipe, eval_pairs=None)
-    (tmp_path / "starter").mkdir()
+    (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    assert resolve_directory("starter") == Path("starter")  # what lies in the user's directory is meant
+    assert resolve_directory(name) == Path(name)  # what lies in the user's directory is meant
 
 
 def test_handover(starter_gem: GemModel) -> None:

@@ -32,7 +32,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Model = Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a Hugging Face repo id.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="starter, starter-multi, a GEM directory or a Hugging Face repo id.")
+]
 Base = Annotated[str | None, typer.Option("--base", help="Look for the base model here instead.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... [default: the accelerator if there is one]")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
@@ -291,7 +293,7 @@ def recover(
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="starter, a GEM directory or a Hugging Face repo id.")],
+    model: Annotated[str, typer.Argument(help="starter, starter-multi, a GEM directory or a Hugging Face repo id.")],
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare logits with the base model's, bit for bit.")
     ] = False,

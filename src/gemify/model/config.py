@@ -119,7 +119,7 @@ class GemConfig:
         return GemConfig(**values)
 
 
-SHIPPED = ("starter",)
+SHIPPED = ("starter", "starter-multi")
 """Names of the GEMs that come with gemify."""
 
 
