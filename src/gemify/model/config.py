@@ -98,7 +98,9 @@ class GemConfig:
         """Read and check ``config_gemify.json``."""
         path = directory / CONFIG_FILE
         if not directory.is_dir():
-            raise ValueError(f"no such GEM directory: {directory}")
+            raise ValueError(
+                f"no such GEM directory: {directory} (give {', '.join(SHIPPED)} or one that `gemify train` wrote)"
+            )
         if not path.is_file():
             raise ValueError(f"{directory} holds no {CONFIG_FILE}: it is no GEM; make one with `gemify train`")
         try:
