@@ -58,6 +58,22 @@ def test_the_gate_does_act_at_its_columns_and_only_from_there_on(pair) -> None: 
     torch.testing.assert_close(gated[:5], plain[:5], atol=1e-6, rtol=1e-6)
 
 
+def test_raw_text_teaches_gated_weights_nothing(pair) -> None:  # type: ignore[no-untyped-def]
+    """Why the paper's share p of raw rows has no meaning with a frozen base: their loss depends on no trained weight."""
+    _, gem = pair
+    gem.adapter.set_training(True)
+    weights = [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD]
+    for weight in weights:
+        weight.requires_grad_(True)
+    columns = torch.zeros_like(PROMPT, dtype=torch.bool)
+    for gated in (False, True):
+        columns[0, 5] = gated
+        with gate(columns):
+            loss = gem.lm(input_ids=PROMPT, labels=PROMPT).loss
+        found = torch.autograd.grad(loss, weights, allow_unused=True) if loss.requires_grad else ()
+        assert any(g is not None and bool(g.any()) for g in found) is gated
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_stock_peft_gives_the_same_embedding(base_dir: Path, tmp_path: Path, k: int) -> None:
     """k special tokens are k stock requests ``text s_i`` each, as they share one position id and do not see each other."""
