@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from gemify.rag.answering import Answer, GemRag
 
 Model = Annotated[
-    str | None,
-    typer.Option("--model", "-m", help="starter, starter-multi, a GEM directory or a repo id. [default: the store's]"),
+    str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: the store's]")
 ]
 Passages = Annotated[int, typer.Option("-k", min=0, help="How many passages go into the prompt.")]
 Mode = Annotated[str, typer.Option(help="How they are found: vector (meaning), fts (words, BM25) or hybrid.")]

@@ -30,9 +30,7 @@ def _room() -> None:
 @bench.command()
 def rag(
     data: Data,
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="starter, starter-multi, a GEM directory or a repo id.")
-    ] = "starter",
+    model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id.")] = "starter",
     encoder: Annotated[
         str | None, typer.Option(help="st:PATH or st:NAME: the embedder of the two-model stack; none: left out.")
     ] = None,
@@ -124,9 +122,7 @@ def search(
 
 @bench.command()
 def serve(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="starter, starter-multi, a GEM directory or a repo id.")
-    ] = "starter",
+    model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id.")] = "starter",
     encoder: Annotated[
         str | None,
         typer.Option(

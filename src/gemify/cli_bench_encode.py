@@ -12,9 +12,7 @@ from gemify.cli_bench import Device, Dtype, Json, Output, Quiet, give
 
 def encode(
     data: Annotated[Path, typer.Option(help=".jsonl[.gz] with `text`, or a directory with corpus.jsonl[.gz].")],
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="starter, starter-multi, a GEM directory or a repo id.")
-    ] = "starter",
+    model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id.")] = "starter",
     count: Annotated[int, typer.Option(min=1, help="How many texts, evenly over the file.")] = 200,
     rounds: Annotated[int, typer.Option(min=1, help="How often each side embeds them.")] = 3,
     side: Annotated[

@@ -22,11 +22,7 @@ def embed_corpus(
     output: Annotated[str, typer.Option("--output", "-o", help="Directory of the corpus, or a URI such as s3://...")],
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="starter, starter-multi, a GEM directory or a repo id. [default: the corpus', or starter]",
-        ),
+        typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: the corpus', or starter]"),
     ] = None,
     precision: Annotated[
         str | None, typer.Option(help="Of the vectors: float32, float16, int8 or binary. [default: float16]")

@@ -23,9 +23,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 def evaluate(
     output: Output,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="starter, starter-multi, a GEM directory or a repo id.")
-    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id.")] = None,
     suite: Annotated[str, typer.Option(help="quick, gem16, llm2vec15, mteb, lm or all.")] = "quick",
     task: Annotated[
         list[str] | None, typer.Option("--task", "-t", help="A task by name instead of a suite's; may be repeated.")

@@ -15,9 +15,7 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [
 
 
 def export(
-    model: Annotated[
-        str, typer.Option("--model", "-m", help="starter, starter-multi, a GEM directory or a Hugging Face repo id.")
-    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a Hugging Face repo id.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
     base: Base = None,
     dtype: Dtype = None,

@@ -44,11 +44,7 @@ def index(
     store: StoreUri,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="starter, starter-multi, a GEM directory or a repo id. [default: the store's, or starter]",
-        ),
+        typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: the store's, or starter]"),
     ] = None,
     chunk_tokens: Annotated[int | None, typer.Option(help="Most tokens of a passage. [default: 256]")] = None,
     overlap: Annotated[
@@ -136,10 +132,7 @@ def search(
     k: Annotated[int, typer.Option("-k", min=1, help="How many passages.")] = 5,
     mode: Annotated[str, typer.Option(help="vector (meaning), fts (words, BM25) or hybrid.")] = "hybrid",
     model: Annotated[
-        str | None,
-        typer.Option(
-            "--model", "-m", help="starter, starter-multi, a GEM directory or a repo id. [default: the store's]"
-        ),
+        str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: the store's]")
     ] = None,
     base: Base = None,
     dtype: Dtype = None,

@@ -10,8 +10,7 @@ import typer
 
 def serve(
     model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="starter, starter-multi, a GEM directory or a repo id. [default: starter]"),
+        str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: starter]")
     ] = None,
     store: Annotated[str | None, typer.Option("--store", "-s", help="An index, for /v1/search and the page.")] = None,
     host: Annotated[str | None, typer.Option(help="Where to listen. [default: 127.0.0.1: this machine alone]")] = None,
