@@ -13,10 +13,10 @@ import warnings
 from pathlib import Path
 
 from gemify import GemModel
-from gemify.evaluation.language import PROBES, language_loss, same_logits
+from gemify.evaluation.language_model import PROBES, language_loss, same_logits
+from gemify.io.atomic import atomic_file
 from gemify.model.base import load_base
-from gemify.model.meter import in_words
-from gemify.model.storage import atomic_file
+from gemify.model.throughput import in_words
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import RECIPE_FILE, Stopped, train
 

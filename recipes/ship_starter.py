@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemify.io.atomic import atomic_directory
+from gemify.model.adapter import ADAPTER_FILE
 from gemify.model.config import CONFIG_FILE
-from gemify.model.gate import ADAPTER_FILE
-from gemify.model.storage import atomic_directory
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import RECIPE_FILE
 

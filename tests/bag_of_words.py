@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-import tiny
+import tiny_models
 
 
 class BagOfWords:
@@ -18,7 +18,7 @@ class BagOfWords:
 
     def __init__(self, dimension: int = 32, name: str = "bag") -> None:
         self.dimension, self.fingerprint = dimension, name
-        self.tokenizer: Any = tiny.tokenizer()
+        self.tokenizer: Any = tiny_models.tokenizer()
         self.embedded: list[str] = []
 
     def get_embedding_dim(self) -> int:

@@ -37,8 +37,8 @@ def index(model: str, store: str, corpus: str, tell: Connection) -> None:
     import torch
 
     from gemify import GemModel
-    from gemify.rag.index import GemIndex
-    from gemify.rag.store import Store
+    from gemify.retrieval.document_store import Store
+    from gemify.retrieval.index import GemIndex
 
     def told(name: str) -> None:
         step = getattr(Store, name)
@@ -60,7 +60,7 @@ def index(model: str, store: str, corpus: str, tell: Connection) -> None:
 
 def read_as_nobody(root: str, tell: Connection) -> None:
     """Look for files as a user who may do little."""
-    from gemify.rag.reading import Columns, find_files, read_file
+    from gemify.retrieval.loaders import Columns, find_files, read_file
 
     "".encode("utf-8-sig")  # a codec is loaded when first used, from where a nobody may not read
     if os.getuid() == 0:
@@ -91,17 +91,17 @@ def train_sharded(rank: int, world: int, port: int, recipe: str, output: str, te
     """The same, launched with recipes/accelerate/fsdp2.yaml; says then how many weights this process held at the end."""
     from accelerate.commands.config.config_args import load_config_from_file
 
-    from gemify.training import sharding
+    from gemify.training import fsdp
 
     config = load_config_from_file(str(Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml")).fsdp_config
     os.environ.update({name.upper(): str(value) for name, value in config.items()}, ACCELERATE_USE_FSDP="true")
-    gathered, held = sharding.whole_weights, []
+    gathered, held = fsdp.whole_weights, []
 
     def counted(objective: Any) -> Any:
         held.append(sum(p.to_local().numel() for p in objective.parameters()))
         return gathered(objective)
 
-    sharding.whole_weights = counted
+    fsdp.whole_weights = counted
     train_together(rank, world, port, recipe, output, tell)
     tell.send(held[-1:])
 

@@ -21,13 +21,13 @@ import pytest
 import torch
 from hypothesis import settings
 
-import tiny
+import tiny_models
 from bag_of_words import BagOfWords
 from gemify import GemModel
 from gemify.model.base import STARTER_PACKAGE, load_base
 from gemify.training.objective import Objective
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 settings.register_profile("gemify", deadline=None)  # no timing decides a test
 settings.load_profile("gemify")
 
@@ -61,7 +61,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with reserved control tokens, as a model directory."""
-    return tiny.save(tmp_path_factory.mktemp("base") / "llama")
+    return tiny_models.save(tmp_path_factory.mktemp("base") / "llama")
 
 
 @pytest.fixture
@@ -104,18 +104,18 @@ def bag() -> BagOfWords:
 def server() -> ForkServerContext:
     """Children that start quickly: the long imports are done once. LanceDB's is not: its threads do not survive a fork."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gemify.model.gem", "gemify.rag.index", "children"])
+    context.set_forkserver_preload(["gemify.model.gem", "gemify.retrieval.index", "children"])
     return context
 
 
 @pytest.fixture(scope="session")
 def texts_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_texts(tmp_path_factory.mktemp("data") / "texts.txt")
+    return tiny_models.write_texts(tmp_path_factory.mktemp("data") / "texts.txt")
 
 
 @pytest.fixture(scope="session")
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
+    return tiny_models.write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl")
 
 
 @pytest.fixture(scope="session")

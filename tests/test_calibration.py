@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SHARED
-from gemify.evaluation.store import Store
+from gemify.evaluation.results import Store
 from gemify.evaluation.suite import Plan, evaluate
 
 pytestmark = [

@@ -15,7 +15,7 @@ import torch
 
 from conftest import disturb
 from gemify import GemModel
-from gemify.evaluation.language import PROBES, compare_logits, language_loss, same_logits
+from gemify.evaluation.language_model import PROBES, compare_logits, language_loss, same_logits
 from gemify.model.base import load_base
 from gemify.model.config import SHIPPED, resolve_directory
 from gemify.training.recipe import Recipe
@@ -178,7 +178,7 @@ def test_a_short_training_learns_and_leaves_the_base_alone(base: Any, tmp_path: 
 @pytest.mark.long
 def test_the_recipe_reaches_its_score(shared: Path, tmp_path: Path) -> None:
     """150 steps of the shipped recipe: STSBenchmark test at least 72, held-out loss unchanged. About twenty minutes on two cores."""
-    from gemify.evaluation.sts import read_pairs, spearman
+    from gemify.training.sts import read_pairs, spearman
 
     values = Recipe.from_yaml(Path(__file__).parents[1] / "recipes" / "starter-gated.yaml")
     recipe = Recipe.of({**values, "data": str(shared / "text" / "wiki_sentences.txt.gz")})

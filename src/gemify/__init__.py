@@ -11,14 +11,14 @@ __all__ = ["GemConfig", "GemIndex", "GemModel", "GemRag", "__version__"]
 if TYPE_CHECKING:
     from gemify.model.config import GemConfig
     from gemify.model.gem import GemModel
-    from gemify.rag.answering import GemRag
-    from gemify.rag.index import GemIndex
+    from gemify.rag.pipeline import GemRag
+    from gemify.retrieval.index import GemIndex
 
 _ROOMS = {
     "GemConfig": "gemify.model.config",
     "GemModel": "gemify.model.gem",
-    "GemIndex": "gemify.rag.index",
-    "GemRag": "gemify.rag.answering",
+    "GemIndex": "gemify.retrieval.index",
+    "GemRag": "gemify.rag.pipeline",
 }
 
 

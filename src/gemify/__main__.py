@@ -1,5 +1,5 @@
 """`python -m gemify`."""
 
-from gemify.cli import main
+from gemify.cli.main import main
 
 main()

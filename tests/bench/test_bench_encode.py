@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from conftest import disturb
 from gemify import GemModel
 from gemify.bench.encode import SIDES, as_table, bench_encode, read_texts
-from gemify.cli import app
+from gemify.cli.main import app
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [f"text number {i} " + "word " * (i % 5) for i in range(8)]

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from gemify.bench.gpu import PEAKS, SHAPES, Bench, Setup, as_table, bench_gpu, bend, flops, rates, require_device
-from gemify.cli import app
+from gemify.cli.main import app
 
 
 def by_formula(name: str, rows: int, length: int, *, training: bool) -> float:

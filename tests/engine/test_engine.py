@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from asking import GREEDY, Heard, running
+from engine_client import GREEDY, Heard, running
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-import tiny
+import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.engine.engine import Engine
-from gemify.engine.jobs import Closed, Failed, Piece, QueueFull, Stopping
+from gemify.engine.requests import Closed, Failed, Piece, QueueFull, Stopping
 from gemify.engine.sampling import Sampling
 from gemify.model.encode import encode_ids
-from gemify.model.handover import prefill
-from gemify.model.joining import adapts_to_length
+from gemify.model.prefill import prefill
+from gemify.model.rope_shift import adapts_to_length
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -50,12 +50,12 @@ def greedy(gem: GemModel, ids: list[int], new: int) -> str:
     return gem.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("name", sorted(tiny.ARCHITECTURES))
+@pytest.mark.parametrize("name", sorted(tiny_models.ARCHITECTURES))
 def test_rows_that_come_and_go_write_what_generate_writes(name: str, tmp_path: Path) -> None:
-    kernel = "eager" if name in tiny.EAGER_ONLY else "sdpa"
+    kernel = "eager" if name in tiny_models.EAGER_ONLY else "sdpa"
     tune = "tokens" if name == "deepseek_v3" else "gated"  # PEFT's LoRA cannot adapt its low-rank layers
     gem = GemModel.from_base(
-        str(tiny.save(tmp_path, name, attn_implementation=kernel)), attn_implementation=kernel, tune=tune
+        str(tiny_models.save(tmp_path, name, attn_implementation=kernel)), attn_implementation=kernel, tune=tune
     )
     disturb(gem)
     asked = [(some_ids(i, 1 + i * 7 % 30), 1 + i * 5 % 14) for i in range(12)]
@@ -88,7 +88,7 @@ def one_recovery(gem: GemModel, ids: list[int], new: int) -> str:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window"])
 def test_a_template_is_in_texts_and_behind_prompts(name: str, tmp_path: Path) -> None:
-    base = str(tiny.save(tmp_path, name))
+    base = str(tiny_models.save(tmp_path, name))
     around, behind, plain = (
         GemModel.from_base(base, special_tokens=2, max_length=64, template=t)
         for t in ('say : "{text}" is:"', '{text} is:"', "{text}")
@@ -347,10 +347,10 @@ def test_nobody_waits_for_a_bulk_request(shared_gem: GemModel) -> None:
 def test_a_model_whose_positions_adapt_takes_one_pass_at_a_time(shared_gem: GemModel, tmp_path: Path) -> None:
     assert not adapts_to_length(shared_gem.lm)
     config = AutoConfig.for_model(
-        "llama", **tiny._COMMON, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+        "llama", **tiny_models._COMMON, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tiny.tokenizer().save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
     gem = GemModel.from_base(str(tmp_path))
     assert adapts_to_length(gem.lm)
     engine = Engine(gem)

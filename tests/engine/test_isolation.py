@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from asking import GREEDY, running
+from engine_client import GREEDY, running
 from test_engine import greedy, some_ids
 
-import tiny
+import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.engine import answer
-from gemify.engine.jobs import Failed, QueueFull
+from gemify.engine import sequence
+from gemify.engine.requests import Failed, QueueFull
 from gemify.engine.sampling import Sampler, Sampling
-from gemify.model.cache import RowCache
+from gemify.model.kv_cache import RowCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def gem(tmp_path_factory: pytest.TempPathFactory) -> GemModel:
-    made = GemModel.from_base(str(tiny.save(tmp_path_factory.mktemp("base"))), special_tokens=2)
+    made = GemModel.from_base(str(tiny_models.save(tmp_path_factory.mktemp("base"))), special_tokens=2)
     disturb(made)
     return made
 
@@ -41,7 +41,7 @@ def test_an_answer_that_fails_ends_alone(gem: GemModel, monkeypatch: pytest.Monk
                 raise RuntimeError("no number")
             return super().draw(logits_V)
 
-    monkeypatch.setattr(answer, "Sampler", Unlucky)
+    monkeypatch.setattr(sequence, "Sampler", Unlucky)
     with running(gem) as asker:
         with asker.engine.paused():
             before = asker.write(some_ids(1, 9))
@@ -120,7 +120,7 @@ def test_what_is_remembered_has_its_limit_too(gem: GemModel) -> None:
 
 
 def test_without_special_tokens_an_empty_text_harms_nobody(tmp_path: Path) -> None:
-    plain = GemModel.from_base(str(tiny.save(tmp_path)), special_tokens=0, tune="full", pooling="mean")
+    plain = GemModel.from_base(str(tiny_models.save(tmp_path)), special_tokens=0, tune="full", pooling="mean")
     with running(plain) as asker:
         with asker.engine.paused():
             empty, other = asker.embed([[]]), asker.embed([some_ids(1, 5)])

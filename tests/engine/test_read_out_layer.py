@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from asking import running
+from engine_client import running
 
-import tiny
+import tiny_models
 from conftest import disturb
 from gemify import GemModel
 
@@ -18,7 +18,7 @@ TEXTS = ["a cat on a mat", "x", "the river is long and red " * 3]
 
 
 def test_the_engine_embeds_at_the_layer_and_writes_with_all(tmp_path: Path) -> None:
-    base = str(tiny.save(tmp_path, num_hidden_layers=4))
+    base = str(tiny_models.save(tmp_path, num_hidden_layers=4))
     gem, plain = GemModel.from_base(base, layer=2), GemModel.from_base(base)
     for one in (gem, plain):
         disturb(one)

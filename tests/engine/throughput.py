@@ -16,13 +16,13 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from asking import running
+from engine_client import running
 
 from gemify import GemModel
 from gemify.bench.traffic import traffic
 from gemify.engine.sampling import Sampling
-from gemify.model.passes import left_pad
-from gemify.rag.prompt import ChatFormat
+from gemify.model.forward import left_pad
+from gemify.rag.chat_template import ChatFormat
 
 
 def main(dtype: str = "float32", answers: str = "16", tokens: str = "48") -> None:

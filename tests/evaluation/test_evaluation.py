@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import tiny
-from gemify.evaluation.language import language_loss, same_logits
-from gemify.evaluation.sts import Pair, read_pairs, spearman
-from gemify.evaluation.vectors import write_vectors
+import tiny_models
+from gemify.evaluation.language_model import language_loss, same_logits
+from gemify.io.vectors import write_vectors
+from gemify.training.sts import Pair, read_pairs, spearman
 
 
 class Lengths:
@@ -29,7 +29,7 @@ def test_spearman_of_a_known_order() -> None:
 
 
 def test_pairs_are_read_and_bad_ones_named(tmp_path: Path) -> None:
-    path = tiny.write_pairs(tmp_path / "p.jsonl", 4)
+    path = tiny_models.write_pairs(tmp_path / "p.jsonl", 4)
     with gzip.open(tmp_path / "p.jsonl.gz", "wt") as file:
         file.write(path.read_text())
     assert read_pairs(path) == read_pairs(tmp_path / "p.jsonl.gz")
@@ -47,7 +47,7 @@ def test_pairs_are_read_and_bad_ones_named(tmp_path: Path) -> None:
 
 
 def test_language_loss_is_the_models_own() -> None:
-    lm, tokenizer = tiny.build("llama"), tiny.tokenizer()
+    lm, tokenizer = tiny_models.build("llama"), tiny_models.tokenizer()
     texts = ["a text", "a rather longer text than the first", "x"]
     total = count = 0.0
     for text in texts:
@@ -59,8 +59,8 @@ def test_language_loss_is_the_models_own() -> None:
 
 
 def test_same_logits_notices_one_changed_weight() -> None:
-    lm, tokenizer = tiny.build("llama"), tiny.tokenizer()
-    other = tiny.build("llama")
+    lm, tokenizer = tiny_models.build("llama"), tiny_models.tokenizer()
+    other = tiny_models.build("llama")
     assert same_logits(lm, other, tokenizer, ["abc"])
     with torch.no_grad():
         other.lm_head.weight[5, 0] += 1e-4

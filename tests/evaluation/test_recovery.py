@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-import tiny
+import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.evaluation.recovery import LENGTHS, recovery, texts_by_length, token_f1, vector_attack
@@ -136,7 +136,7 @@ def made_up(count: int, *, seed: int) -> list[str]:
 
 def attacked(encode: Any, *, bos: bool = False) -> Any:
     """What the attack uses of a GEM."""
-    tokenizer = tiny.tokenizer()
+    tokenizer = tiny_models.tokenizer()
     if bos:
         start = TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
         tokenizer.backend_tokenizer.post_processor = start

@@ -17,17 +17,17 @@ pytest.importorskip("rouge_score")
 from scipy.stats import spearmanr
 
 import gemify.evaluation.suite
-import tiny
 import tiny_data
+import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.evaluation.embedding import run_task
-from gemify.evaluation.encoders import load_baseline
-from gemify.evaluation.published import GEM16, LLM2VEC15
-from gemify.evaluation.store import Store, Subject
-from gemify.evaluation.subjects import encoder_subject
+from gemify.evaluation.baselines import load_baseline
+from gemify.evaluation.models import encoder_subject
+from gemify.evaluation.mteb_runner import run_task
+from gemify.evaluation.mteb_tasks import LOCAL_TASKS
+from gemify.evaluation.report.published import GEM16, LLM2VEC15
+from gemify.evaluation.results import Store, Subject
 from gemify.evaluation.suite import SUITES, Plan, evaluate
-from gemify.evaluation.vector_tasks import LOCAL_TASKS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -300,9 +300,9 @@ def test_two_gems_share_their_bases_cells(run: Run, model: str, sibling: str) ->
 
 
 def test_a_gem_on_another_base_is_another_model(run: Run, model: str, tmp_path: Path) -> None:
-    other = tiny.build("llama", seed=5)
+    other = tiny_models.build("llama", seed=5)
     other.save_pretrained(tmp_path / "llama")
-    tiny.tokenizer().save_pretrained(tmp_path / "llama")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "llama")
     mine = run(model, STS)[0]
     theirs = run(model, STS, base=str(tmp_path / "llama"))[0]
     assert run.estimates == [(1, 1), (1, 1)]
@@ -365,7 +365,7 @@ def test_a_sentence_transformer_is_measured_under_its_own_name(run: Run, base_di
 
 
 def _settings() -> Any:
-    from gemify.evaluation.subjects import Settings
+    from gemify.evaluation.models import Settings
 
     return Settings()
 
@@ -476,7 +476,7 @@ def test_tasks_by_name_replace_a_suites(data: Path) -> None:
 
 def test_run_task_and_evaluate_share_their_results(run: Run, model: str) -> None:
     """The library's two doors lead to the same files."""
-    from gemify.evaluation.vector_tasks import make_task
+    from gemify.evaluation.mteb_tasks import make_task
 
     gem = run(model, STS)[0]
     toy = tiny_data.Trigrams()

@@ -14,17 +14,17 @@ import torch
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 
-import tiny
+import tiny_models
 from gemify import GemModel
 from gemify.model.attention import MaskNotUsed, gem_mask, require_maskable
-from gemify.model.passes import MaskedBatch, masked_pass, positions_of, special_pass, suffix_pass, text_pass
+from gemify.model.forward import MaskedBatch, masked_pass, positions_of, special_pass, suffix_pass, text_pass
 from gemify.paper.tokens import Columns, Row, Segment, columns, raw_row, split_row
 
 KERNELS = [
     (name, kernel)
-    for name in tiny.ARCHITECTURES
+    for name in tiny_models.ARCHITECTURES
     for kernel in ("sdpa", "eager")
-    if not (kernel == "sdpa" and name in tiny.EAGER_ONLY)
+    if not (kernel == "sdpa" and name in tiny_models.EAGER_ONLY)
 ]
 ROWS = [
     split_row(list(range(20, 34)), 9),  # a prefix longer than the sliding windows
@@ -54,7 +54,7 @@ def real(batch: MaskedBatch, row: int) -> torch.Tensor:
 @pytest.mark.parametrize(("name", "kernel"), KERNELS)
 @torch.no_grad()
 def test_mask_is_exact(name: str, kernel: str, k: int, side: str) -> None:
-    lm = tiny.build(name, kernel)
+    lm = tiny_models.build(name, kernel)
     special = list(range(3, 3 + k))
     batch = padded([columns(r, special) for r in ROWS], side)
     logits = masked_pass(lm, batch)
@@ -125,7 +125,7 @@ def two_passes(lm: PreTrainedModel, row: Row, special: list[int]) -> tuple[torch
 @torch.no_grad()
 def test_cache_surgery_equals_the_masked_pass(name: str, k: int, shared: bool) -> None:
     """passes.py in a left-padded batch of unequal texts against one masked row alone."""
-    lm = tiny.build(name)
+    lm = tiny_models.build(name)
     special = list(range(3, 3 + k))
     rows = [ROWS[0], ROWS[2]]
     ids = torch.zeros(2, 9, dtype=torch.long)
@@ -151,7 +151,7 @@ def test_cache_surgery_equals_the_masked_pass(name: str, k: int, shared: bool) -
 @torch.no_grad()
 def test_packed_rows_equal_rows_alone() -> None:
     """Two rows in one sequence (no 2-D mask, restarting positions), as transformers packs them."""
-    lm = tiny.build("llama")
+    lm = tiny_models.build("llama")
     one, two = columns(ROWS[0], [3, 4], shared_position=False), columns(ROWS[2], [3, 4], shared_position=False)
     segments = torch.tensor([[int(s) for s in one.segments + two.segments]])
     with gem_mask(segments):
@@ -165,7 +165,7 @@ def test_packed_rows_equal_rows_alone() -> None:
 
 
 def test_no_gradient_reaches_the_prefix_past_the_special_token() -> None:
-    lm = tiny.build("llama")
+    lm = tiny_models.build("llama")
     laid = columns(split_row(list(range(20, 30)), 5), [3])
     table = lm.get_input_embeddings()
     for hide, expected_zero in ((True, True), (False, False)):
@@ -183,22 +183,22 @@ def test_no_gradient_reaches_the_prefix_past_the_special_token() -> None:
         assert bool((seen.grad[0, :5] == 0).all()) is expected_zero
 
 
-@pytest.mark.parametrize("name", sorted(tiny.HYBRIDS))
+@pytest.mark.parametrize("name", sorted(tiny_models.HYBRIDS))
 def test_hybrids_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="cannot be made a GEM"):
-        require_maskable(tiny.build(name, "eager"))
+        require_maskable(tiny_models.build(name, "eager"))
 
 
-@pytest.mark.parametrize("name", sorted(tiny.ARCHITECTURES))
+@pytest.mark.parametrize("name", sorted(tiny_models.ARCHITECTURES))
 def test_attention_only_models_are_accepted(name: str) -> None:
-    lm = tiny.build(name, "eager").train()
+    lm = tiny_models.build(name, "eager").train()
     require_maskable(lm)  # raises if it refuses
     assert lm.training  # and leaves the model as it was
 
 
 def test_flash_attention_is_refused(base_dir: Path, tmp_path: Path) -> None:
     GemModel.from_base(str(base_dir)).save_pretrained(saved := tmp_path / "gem")
-    lm = tiny.build("llama")
+    lm = tiny_models.build("llama")
     lm.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"flash_attention_2.*sdpa"):
         require_maskable(lm)
@@ -208,7 +208,7 @@ def test_flash_attention_is_refused(base_dir: Path, tmp_path: Path) -> None:
 
 
 def test_a_mask_that_reaches_no_layer_is_an_error() -> None:
-    lm = tiny.build("llama")
+    lm = tiny_models.build("llama")
     ready_made = torch.ones(1, 1, 4, 4, dtype=torch.bool)  # transformers takes a 4-D mask as it is
     with pytest.raises(MaskNotUsed), torch.no_grad(), gem_mask(torch.ones(1, 4, dtype=torch.long)):
         lm(input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=ready_made, use_cache=False)
@@ -220,8 +220,8 @@ def test_flex_attention_has_the_mask(k: int, monkeypatch: pytest.MonkeyPatch) ->
     """The compiled block mask and kernel, traced but not built as machine code: the same logits as sdpa's."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     batch = MaskedBatch.of([columns(r, list(range(3, 3 + k))) for r in ROWS])
-    expected = masked_pass(tiny.build("llama", "sdpa"), batch)
-    flex = tiny.build("llama", "flex_attention")
+    expected = masked_pass(tiny_models.build("llama", "sdpa"), batch)
+    flex = tiny_models.build("llama", "flex_attention")
     require_maskable(flex)
     torch.testing.assert_close(masked_pass(flex, batch)[real_columns(batch)], expected[real_columns(batch)])
 
@@ -231,7 +231,7 @@ def test_a_block_mask_of_a_long_row_holds_no_square_of_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     L, at, k, side = 8192, 5000, 3, 128
     segments = [Segment.TEXT] * at + [Segment.SPECIAL] * k + [Segment.SUFFIX] * (L - at - k)
-    lm = tiny.build("llama", "flex_attention")
+    lm = tiny_models.build("llama", "flex_attention")
     embedded = torch.zeros(1, L, lm.config.hidden_size)
     with gem_mask(torch.tensor([segments])):
         made = create_causal_mask(lm.config, embedded, attention_mask=None, past_key_values=None)

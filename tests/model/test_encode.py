@@ -12,21 +12,21 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import tiny
+import tiny_models
 from gemify import GemModel
-from gemify.model import compiling, encode
+from gemify.model import compile, encode
 from gemify.model.batching import length_groups
 from gemify.model.encode import TextTokenizer
-from gemify.model.passes import MaskedBatch, masked_pass
+from gemify.model.forward import MaskedBatch, masked_pass
 from gemify.paper.tokens import Row, columns
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("name", tiny_models.ARCHITECTURES)
 def test_a_batch_without_a_mask_equals_its_rows_alone(name: str) -> None:
     """Padding on the right is behind every real column: what a row gives alone, under a full mask, it gives here."""
-    lm = tiny.build(name, "eager" if name in tiny.EAGER_ONLY else "sdpa")
+    lm = tiny_models.build(name, "eager" if name in tiny_models.EAGER_ONLY else "sdpa")
     rows = [columns(Row("split", tuple(range(10, 10 + n))), [5]) for n in (9, 17, 1, 12)]
     with torch.no_grad():
         together = masked_pass(lm, MaskedBatch.of(rows), body_only=True)
@@ -128,7 +128,7 @@ def test_compiled_layers_serve_encode_alone(gem: GemModel, monkeypatch: pytest.M
         return graph.forward
 
     torch.compiler.reset()
-    monkeypatch.setattr(compiling, "OPTIONS", {"dynamic": True, "fullgraph": True, "backend": backend})
+    monkeypatch.setattr(compile, "OPTIONS", {"dynamic": True, "fullgraph": True, "backend": backend})
     np.testing.assert_allclose(gem.encode([*texts, "z" * 80], compile=True)[:4], before, atol=1e-5)
     seen = len(graphs)
     assert 1 <= seen <= 2  # the layers share theirs; a batch of one row may have its own

@@ -16,11 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import gemify.model.gem
-import tiny
+import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.model.config import CONFIG_FILE
-from gemify.model.passes import MaskedBatch, masked_pass
+from gemify.model.forward import MaskedBatch, masked_pass
 from gemify.paper.tokens import Row, Segment, columns
 
 TEXTS = ["hello", "a somewhat longer text than that", "", "hello", "x" * 40]
@@ -201,8 +201,8 @@ def test_other_base_weights_are_named(gem: GemModel, tmp_path: Path, caplog: pyt
     with caplog.at_level(logging.WARNING):
         GemModel.from_pretrained(tmp_path / "gem")
     assert caplog.text == ""
-    tiny.build("llama", seed=7).save_pretrained(tmp_path / "other")
-    tiny.tokenizer().save_pretrained(tmp_path / "other")
+    tiny_models.build("llama", seed=7).save_pretrained(tmp_path / "other")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "other")
     with caplog.at_level(logging.WARNING):
         GemModel.from_pretrained(tmp_path / "gem", base=str(tmp_path / "other"))
     assert "trained on other base weights" in caplog.text
@@ -290,7 +290,7 @@ def test_bad_bases_are_named(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="no causal LM"):
         GemModel.from_base(str(bert))
-    tiny.build("llama").save_pretrained(tmp_path / "bare")
+    tiny_models.build("llama").save_pretrained(tmp_path / "bare")
     with pytest.raises(ValueError, match="tokenizer"):
         GemModel.from_base(str(tmp_path / "bare"))
 
@@ -298,7 +298,7 @@ def test_bad_bases_are_named(tmp_path: Path) -> None:
 def test_a_tokenizer_without_a_fast_backend_is_refused(tmp_path: Path) -> None:
     from transformers import ByT5Tokenizer
 
-    tiny.build("llama").save_pretrained(tmp_path / "slow")
+    tiny_models.build("llama").save_pretrained(tmp_path / "slow")
     ByT5Tokenizer().save_pretrained(tmp_path / "slow")
     with pytest.raises(ValueError, match="no fast backend"):
         GemModel.from_base(str(tmp_path / "slow"))

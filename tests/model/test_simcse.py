@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-import tiny
+import tiny_models
 from gemify import GemModel
-from gemify.cli import app
+from gemify.cli.main import app
 from gemify.model.base import load_base
 
 TEXTS = ["hello", "a somewhat longer text than that", "", "hello", "x" * 40]
@@ -55,7 +55,7 @@ def test_untrained_it_is_the_mean_pooled_base_exactly(base_dir: Path, tune: str)
 @pytest.mark.parametrize("architecture", ["llama", "mistral-window", "gpt2", "gemma3"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_batches_do_not_matter(tmp_path: Path, architecture: str, side: str) -> None:
-    gem = simcse(tiny.save(tmp_path / "base", architecture))
+    gem = simcse(tiny_models.save(tmp_path / "base", architecture))
     gem.tokenizer.padding_side = side
     for order in (TEXTS, TEXTS[::-1]):
         for batch_size in (1, 2, 8):

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import tiny
+import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.model.streaming import stream, stream_chat
-from gemify.model.turn import turn
+from gemify.model.streaming import stream, stream_chat, turn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
@@ -139,7 +138,7 @@ def test_words_that_begin_with_their_space(tmp_path: Path) -> None:
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|r|>"]})
-    tiny.build("llama").save_pretrained(tmp_path / "sp")
+    tiny_models.build("llama").save_pretrained(tmp_path / "sp")
     tokenizer.save_pretrained(tmp_path / "sp")
     gem = GemModel.from_base(str(tmp_path / "sp"), special_tokens=["<|r|>"])
     ids = [5, 6, 3, 5, 8, 1, 6, 9, 10, 11, 3, 3, 7]

@@ -12,14 +12,14 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
-import tiny
+import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.cli import app
+from gemify.cli.main import app
+from gemify.model.adapter import gate
 from gemify.model.attention import gem_mask
 from gemify.model.config import CONFIG_FILE, GemConfig
-from gemify.model.gate import gate
-from gemify.model.template import PROMPTEOL
+from gemify.model.tokenization import PROMPTEOL
 from gemify.paper.tokens import Segment
 
 BOTH = 'say : "{text}" is:"'
@@ -29,22 +29,22 @@ TEXTS = ["hello", "a somewhat longer text than that", "", "x" * 40, "<|reserved_
 
 def spelled(words: str) -> list[int]:
     """Ids by the tiny tokenizer's own table: one a byte, a control token's name one."""
-    ids: list[int] = tiny.tokenizer()(words)["input_ids"]
+    ids: list[int] = tiny_models.tokenizer()(words)["input_ids"]
     return ids
 
 
 def bos_base(directory: Path, name: str) -> Path:
     """A model whose tokenizer begins every text with <s>."""
-    kernel = "eager" if name in tiny.EAGER_ONLY else "sdpa"
-    tiny.save(directory, name, attn_implementation=kernel)
-    tokenizer = tiny.tokenizer()
+    kernel = "eager" if name in tiny_models.EAGER_ONLY else "sdpa"
+    tiny_models.save(directory, name, attn_implementation=kernel)
+    tokenizer = tiny_models.tokenizer()
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer.save_pretrained(directory)
     return directory
 
 
 def made(base: Path, name: str = "llama", **settings: Any) -> GemModel:
-    kernel = "eager" if name in tiny.EAGER_ONLY else "sdpa"
+    kernel = "eager" if name in tiny_models.EAGER_ONLY else "sdpa"
     gem = GemModel.from_base(str(base), attn_implementation=kernel, **settings)
     disturb(gem)
     return gem
@@ -68,7 +68,7 @@ def row(gem: GemModel, text: str, template: str, *, head: tuple[int, ...] = ()) 
     """What should run for a text: the special token's name in it is read as bytes, other control tokens are not."""
     name = gem.config.special_tokens[0]
     before, after = template.split("{text}")
-    own = spelled(text) if name not in text else tiny.tokenizer()(text, split_special_tokens=True)["input_ids"]
+    own = spelled(text) if name not in text else tiny_models.tokenizer()(text, split_special_tokens=True)["input_ids"]
     return [*head, *spelled(before), *own, *spelled(after)]
 
 
@@ -138,8 +138,8 @@ def test_a_texts_ids_are_its_own(base_dir: Path) -> None:
     (ids,) = gem.text_tokenizer(["a {text} <|reserved_0|>"], max_tokens=None)
     assert not set(ids) & set(gem.special_ids)
     own = gem.text_tokenizer.plain(["a {text} <|reserved_0|>"])[0]
-    assert own == tiny.tokenizer()("a {text} <|reserved_0|>", split_special_tokens=True)["input_ids"]
-    before = tiny.tokenizer()("<|reserved_0|> ", split_special_tokens=True)["input_ids"]
+    assert own == tiny_models.tokenizer()("a {text} <|reserved_0|>", split_special_tokens=True)["input_ids"]
+    before = tiny_models.tokenizer()("<|reserved_0|> ", split_special_tokens=True)["input_ids"]
     assert ids == [*before, *own, 4]  # the other control token in the template is that token
 
 
@@ -200,7 +200,7 @@ def test_what_has_no_room_or_no_reader_is_refused(base_dir: Path) -> None:
 
 def test_a_baselines_template_gives_its_row(base_dir: Path) -> None:
     """PromptEOL of the bare base, and a GEM's row with the same words, differ in the last column alone."""
-    from gemify.evaluation.encoders import BaselineEncoder
+    from gemify.evaluation.baselines import BaselineEncoder
 
     gem = made(base_dir, template=PROMPTEOL)
     baseline = BaselineEncoder(gem.lm, gem.tokenizer, "prompteol")

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from gemify import GemModel
-from gemify.model.cache import key_values
+from gemify.model.kv_cache import key_values
 from gemify.rag.kv_store import KvStore
-from gemify.rag.running_prompt import RunningPrompt
+from gemify.rag.prompt_cache import RunningPrompt
 
 IDS = list(range(10, 40))
 

@@ -11,8 +11,8 @@ import pytest
 
 import gemify.reproduce.run
 from gemify import GemModel
-from gemify.evaluation.published import TABLES, task_type
-from gemify.evaluation.store import Store, Subject
+from gemify.evaluation.report.published import TABLES, task_type
+from gemify.evaluation.results import Store, Subject
 from gemify.reproduce.run import TABLE_NAMES, expected_seconds, planned, reproduce
 from gemify.reproduce.scales import SCALES, scale_of
 from gemify.reproduce.tables import cells_of

@@ -14,9 +14,10 @@ import httpx
 import numpy as np
 import pytest
 from pydantic import BaseModel
-from served import Served, serving, tiny_gem
+from running_server import Served, serving, tiny_gem
 
-from gemify.serving import connections, types
+from gemify.serving import http_protocol
+from gemify.serving.protocol import requests
 
 PATHS = ("/v1/embeddings", "/v1/chat/completions", "/v1/completions", "/v1/search", "/v1/recover")
 GOOD: dict[str, Any] = {
@@ -27,22 +28,22 @@ GOOD: dict[str, Any] = {
     "/v1/recover": {"input": "a", "max_tokens": 2},
 }
 REQUESTS: dict[str, type[BaseModel]] = {
-    "/v1/embeddings": types.EmbeddingsRequest,
-    "/v1/chat/completions": types.ChatRequest,
-    "/v1/completions": types.CompletionsRequest,
-    "/v1/search": types.SearchRequest,
-    "/v1/recover": types.RecoverRequest,
+    "/v1/embeddings": requests.EmbeddingsRequest,
+    "/v1/chat/completions": requests.ChatRequest,
+    "/v1/completions": requests.CompletionsRequest,
+    "/v1/search": requests.SearchRequest,
+    "/v1/recover": requests.RecoverRequest,
 }
 HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Served]:
-    patience, connections._PATIENCE = connections._PATIENCE, 1.0
+    patience, http_protocol._PATIENCE = http_protocol._PATIENCE, 1.0
     gem = tiny_gem(tmp_path_factory.mktemp("model"))
     with serving(gem, max_body_bytes=1_000_000, body_timeout=1.0, default_max_tokens=8) as running:
         yield running
-    connections._PATIENCE = patience
+    http_protocol._PATIENCE = patience
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
-from served import Served, serving, tiny_gem
+from running_server import Served, serving, tiny_gem
 
 from gemify import GemModel
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browsing import Visit, browsing
-from served import Served, indexed, serving
+from browser import Visit, browsing
+from running_server import Served, indexed, serving
 
-from gemify.rag.index import GemIndex
-from gemify.serving.recovery import longest_common
+from gemify.retrieval.index import GemIndex
+from gemify.serving.routes.recover import longest_common
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 CORPUS = {

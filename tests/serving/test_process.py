@@ -19,12 +19,12 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from served import tiny_gem
+from running_server import tiny_gem
 from typer.testing import CliRunner
 
 from gemify import cli_serve
-from gemify.cli import app
-from gemify.serving.keys import ENVIRONMENT
+from gemify.cli.main import app
+from gemify.serving.auth import ENVIRONMENT
 from gemify.serving.settings import Settings
 
 SECRET = "the secret prompt of a client"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import serving
+from running_server import serving
 
 from gemify import GemModel
 

@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from served import Served, serving, tiny_gem
+from running_server import Served, serving, tiny_gem
 
-from gemify.engine.jobs import Closed, Failed, Job, Piece, QueueFull
+from gemify.engine.requests import Closed, Failed, Job, Piece, QueueFull
 
 ASK: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"

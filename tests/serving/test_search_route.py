@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import Served, indexed, serving
+from running_server import Served, indexed, serving
 
-from gemify.rag.answering import GemRag, Settings
-from gemify.rag.index import GemIndex
+from gemify.rag.pipeline import GemRag, Settings
+from gemify.retrieval.index import GemIndex
 
 CORPUS = {
     "birds.md": "# Birds\n\nOwls hunt at night.\n\n# Bees\n\nBees dance.\n",

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-import tiny
+import tiny_models
 from gemify.model.encode import TextTokenizer
 from gemify.paper.tokens import Row
 from gemify.training.batches import Batches
@@ -57,7 +57,7 @@ def test_the_text_column_wins_over_pairs(tmp_path: Path) -> None:
 
 
 def test_views_keep_what_the_tokenizer_puts_first(texts_file: Path) -> None:
-    bos = tiny.tokenizer()
+    bos = tiny_models.tokenizer()
     bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     recipe = Recipe.of(
         {
@@ -79,17 +79,17 @@ def test_views_keep_what_the_tokenizer_puts_first(texts_file: Path) -> None:
 @pytest.mark.parametrize("both", [False, True])
 def test_a_template_stands_around_views_and_nothing_of_it_is_dropped(tmp_path: Path, view: str, both: bool) -> None:
     """Texts are of letters a to h, the template's words of others: what is whose shows."""
-    letters = {i for c in "abcdefgh" for i in tiny.tokenizer()(c)["input_ids"]}
+    letters = {i for c in "abcdefgh" for i in tiny_models.tokenizer()(c)["input_ids"]}
     (tmp_path / "a.txt").write_text("".join("abcdefgh"[i % 8 :] + "abcdefgh" * 3 + "\n" for i in range(40)))
     (tmp_path / "p.jsonl").write_text(
         "".join(json.dumps({"anchor": "abcdefgh" * 2, "positive": "hgfedcba" * (1 + i % 2)}) + "\n" for i in range(40))
     )
-    bos = tiny.tokenizer()
+    bos = tiny_models.tokenizer()
     bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     words = "<|reserved_1|>X {text} YZ"
     before, after = (
         (1, *bos("<|reserved_1|>X ", add_special_tokens=False)["input_ids"]),
-        tuple(tiny.tokenizer()(" YZ")["input_ids"]),
+        tuple(tiny_models.tokenizer()(" YZ")["input_ids"]),
     )
     for name in ("a.txt", "p.jsonl"):
         entries = {
@@ -166,7 +166,7 @@ def test_missing_files_and_unreachable_data_sets_are_named(tmp_path: Path) -> No
 
 
 def tokenize() -> TextTokenizer:
-    return TextTokenizer(tiny.tokenizer(), frozenset([3]))
+    return TextTokenizer(tiny_models.tokenizer(), frozenset([3]))
 
 
 def batches(path: Path, **options: object) -> Batches:
@@ -246,7 +246,7 @@ def test_the_papers_contrast_is_over_the_special_rows_of_the_batch(texts_file: P
 
 
 def test_epochs_differ_and_use_every_text(tmp_path: Path) -> None:
-    path = tiny.write_texts(tmp_path / "few.txt", 64)
+    path = tiny_models.write_texts(tmp_path / "few.txt", 64)
     made = list(batches(path, ntp_steps=16, max_steps=16, reconstruction=1.0))
     first, second = ([tuple(r.prefix for r in b["batch"].rows) for b in part] for part in (made[:8], made[8:]))
     assert {p for b in first for p in b} == {p for b in second for p in b}

@@ -9,20 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-import gemify.training.target_loss as target_loss_module
-import tiny
+import gemify.training.objective as objective_module
+import tiny_models
 from conftest import disturb, objective
 from gemify import GemModel
 from gemify.model.encode import TextTokenizer
-from gemify.model.passes import MaskedBatch, masked_pass
+from gemify.model.forward import MaskedBatch, masked_pass
 from gemify.paper.objectives import info_nce, next_token_loss
 from gemify.paper.tokens import columns, raw_row, reconstruction_row, split_row
 from gemify.paper.views import View, whole
 from gemify.training.batches import Batches
 from gemify.training.data import Source
-from gemify.training.objective import Computed, MicroBatch, target_count
+from gemify.training.objective import Computed, MicroBatch, has_plain_head, target_count
 from gemify.training.recipe import Recipe
-from gemify.training.target_loss import has_plain_head
 
 ROWS = [
     split_row(list(range(20, 32)), 5),
@@ -221,19 +220,19 @@ def test_an_anchor_of_several_pairs_runs_once(gem: GemModel) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "cohere2", "gemma2"])
 def test_the_head_at_targets_only_is_the_same_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Head and loss together, in chunks, where the model's head is plain; else (scaled, capped logits) its own."""
-    lm = tiny.build(name, "eager" if name in tiny.EAGER_ONLY else "sdpa")
+    lm = tiny_models.build(name, "eager" if name in tiny_models.EAGER_ONLY else "sdpa")
     plain = has_plain_head(lm)
     assert plain == (name in ("llama", "gpt2", "opt"))
     if not plain:
         return
-    monkeypatch.setattr(target_loss_module, "_CPU_CHUNK", 8)
+    monkeypatch.setattr(objective_module, "_CPU_CHUNK", 8)
     ids_BT = torch.randint(10, 300, (3, 9), generator=torch.Generator().manual_seed(0))
     hidden = lm.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     results = []
     for ours in (True, False):
         lm.zero_grad()
         if ours:
-            loss = target_loss_module.target_loss(lm, hidden, ids_BT[:, 1:].flatten())
+            loss = objective_module.target_loss(lm, hidden, ids_BT[:, 1:].flatten())
         else:
             loss = next_token_loss(lm(input_ids=ids_BT).logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
         loss.backward()

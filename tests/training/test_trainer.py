@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import gemify.training.trainer
-import tiny
+import tiny_models
 from gemify import GemModel
 from gemify.training.batches import Batches
 from gemify.training.objective import MicroBatch
@@ -293,10 +293,10 @@ def test_a_template_is_trained_saved_and_kept_on_resuming(base_dir: Path, texts_
 def test_rows_that_outrun_the_models_positions_are_refused(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="set --max-length to at most 511"):
         train(recipe(base_dir, texts_file, max_length=600), tmp_path / "run", show_progress_bar=False)
-    narrow = tiny.build("llama")
+    narrow = tiny_models.build("llama")
     narrow.config.max_position_embeddings = 650
     narrow.save_pretrained(tmp_path / "narrow")
-    tiny.tokenizer().save_pretrained(tmp_path / "narrow")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "narrow")
     made = recipe(tmp_path / "narrow", texts_file, max_length=300, template="x" * 400 + "{text}")
     with pytest.raises(ValueError, match=r"up to 701 positions, .* has 650: set --max-length to at most 249"):
         train(made, tmp_path / "run", show_progress_bar=False)

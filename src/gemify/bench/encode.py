@@ -32,11 +32,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gemify.evaluation.encoders import BaselineEncoder, load_sentence_transformer
+from gemify.evaluation.baselines import BaselineEncoder, load_sentence_transformer
 from gemify.model.base import default_device
 from gemify.model.export import export
+from gemify.model.forward import right_pad
 from gemify.model.gem import GemModel
-from gemify.model.passes import right_pad
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from gemify.evaluation.subjects import Settings, load_encoder
+from gemify.evaluation.models import Settings, load_encoder
 
 _MOST = 64  # texts encoded together
 

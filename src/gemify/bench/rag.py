@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from gemify.bench.questions import Question
 from gemify.model.gem import GemModel
-from gemify.rag.answering import Answer, GemRag, QueryEmbedder, Settings
 from gemify.rag.kv_store import KvStore
+from gemify.rag.pipeline import Answer, GemRag, QueryEmbedder, Settings
 
 
 @dataclass(frozen=True)

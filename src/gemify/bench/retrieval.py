@@ -10,8 +10,8 @@ from tqdm.auto import tqdm
 
 from gemify.bench.questions import Question
 from gemify.model.gem import GemModel
-from gemify.rag.answering import GemRag
-from gemify.rag.index import GemIndex, Mode
+from gemify.rag.pipeline import GemRag
+from gemify.retrieval.index import GemIndex, Mode
 
 _DEPTH = 10
 

@@ -13,7 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from gemify.model.gem import GemModel
-from gemify.rag.index import GemIndex, Mode
+from gemify.retrieval.index import GemIndex, Mode
 
 _WARM = 5
 

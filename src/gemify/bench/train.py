@@ -25,8 +25,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from gemify.model.base import load_base
-from gemify.model.meter import peak_memory_bytes
-from gemify.model.passes import right_pad
+from gemify.model.forward import right_pad
+from gemify.model.throughput import peak_memory_bytes
 from gemify.paper.tokens import IGNORED
 from gemify.training.batches import Batches
 from gemify.training.data import Source

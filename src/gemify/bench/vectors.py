@@ -30,11 +30,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from gemify.bench.mixture import Mixture
-from gemify.corpus.place import Place
-from gemify.corpus.plan import Shard
-from gemify.corpus.rows import Passage
-from gemify.corpus.writing import commit, sweep, table, write_part
-from gemify.rag.corpus import TABLE, Corpus, CorpusMeta
+from gemify.io.directory import Place
+from gemify.retrieval.bulk.lance_writer import commit, sweep, table, write_part
+from gemify.retrieval.bulk.plan import Shard
+from gemify.retrieval.bulk.rows import Passage
+from gemify.retrieval.vector_table import TABLE, Corpus, CorpusMeta
 
 KINDS = ("exact", "flat", "sq", "pq", "rq", "binary")
 _K = 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from gemify.engine.jobs import Closed, EmbeddingJob
+from gemify.engine.requests import Closed, EmbeddingJob
 from gemify.model.batching import length_groups
 from gemify.model.encode import encode_ids
 from gemify.model.gem import GemModel

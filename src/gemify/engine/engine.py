@@ -19,13 +19,12 @@ from dataclasses import dataclass
 import torch
 
 from gemify.engine.embedding import Embedding
-from gemify.engine.jobs import EmbeddingJob, Listener, QueueFull, WritingJob
-from gemify.engine.openmp import release_threads
+from gemify.engine.requests import EmbeddingJob, Listener, QueueFull, WritingJob
 from gemify.engine.sampling import Sampling
-from gemify.engine.worker import J, Worker
-from gemify.engine.writing import Writing
+from gemify.engine.scheduler import Writing
+from gemify.engine.worker import J, Worker, release_threads
 from gemify.model.gem import GemModel
-from gemify.model.joining import adapts_to_length
+from gemify.model.rope_shift import adapts_to_length
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from typing import Any, get_args
 
 from tqdm.auto import tqdm
 
+from gemify.evaluation.baselines import BASELINES, Baseline
 from gemify.evaluation.cost import encoding_cost
-from gemify.evaluation.embedding import is_finished, run_task
-from gemify.evaluation.encoders import BASELINES, Baseline
-from gemify.evaluation.language import arithmetic, compare_logits, text_losses
-from gemify.evaluation.language_tasks import (
+from gemify.evaluation.estimate import language_tokens, vector_tokens
+from gemify.evaluation.language_model import arithmetic, compare_logits, text_losses
+from gemify.evaluation.lm_eval_prefix_cache import share_prefixes
+from gemify.evaluation.lm_eval_tasks import (
     HELD_OUT,
     LANGUAGE_TASKS,
     LanguageTask,
@@ -28,14 +29,13 @@ from gemify.evaluation.language_tasks import (
     make_harness,
     run_language_task,
 )
-from gemify.evaluation.published import GEM16, LLM2VEC15
+from gemify.evaluation.models import Contestants, Settings, encoder_subject, load_encoder
+from gemify.evaluation.mteb_runner import is_finished, run_task
+from gemify.evaluation.mteb_tasks import LOCAL_TASKS, make_task
 from gemify.evaluation.recovery import recovery, texts_by_length, vector_attack
-from gemify.evaluation.rows import read_lines
-from gemify.evaluation.shared_prefix import share_prefixes
-from gemify.evaluation.store import Store, Subject
-from gemify.evaluation.subjects import Contestants, Settings, encoder_subject, load_encoder
-from gemify.evaluation.vector_tasks import LOCAL_TASKS, make_task
-from gemify.evaluation.workload import language_tokens, vector_tokens
+from gemify.evaluation.report.published import GEM16, LLM2VEC15
+from gemify.evaluation.results import Store, Subject
+from gemify.io.jsonl import read_lines
 
 logger = logging.getLogger(__name__)
 

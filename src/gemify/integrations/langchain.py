@@ -32,7 +32,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import BaseModel, ConfigDict
 
-from gemify.integrations.one_model import SharedGem, SharesModel, embed, joined_text, sampling
+from gemify.integrations.shared_model import SharedGem, SharesModel, embed, joined_text, sampling
 from gemify.model.streaming import TextStream, stream_chat
 
 

@@ -32,7 +32,7 @@ from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 
-from gemify.integrations.one_model import SharedGem, SharesModel, embed, joined_text, sampling
+from gemify.integrations.shared_model import SharedGem, SharesModel, embed, joined_text, sampling
 from gemify.model.streaming import TextStream, stream, stream_chat
 
 _ROLES = {

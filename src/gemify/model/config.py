@@ -7,11 +7,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from gemify.model.pooling import POOLINGS, Pooling
-from gemify.model.template import PLAIN, require_template
-from gemify.model.tune import TUNES, Tune
+from gemify.model.tokenization import PLAIN, require_template
+
+# Which weights of a model are trained (`gemify.model.adapter` says what each choice does).
+
+Tune = Literal["gated", "tokens", "lora", "full"]
+TUNES: tuple[Tune, ...] = ("gated", "tokens", "lora", "full")
+
 
 CONFIG_FILE = "config_gemify.json"
 FORMAT_VERSION = 1
@@ -33,7 +38,7 @@ class GemConfig:
     max_length: int = 512
     """Most tokens of a text that are read, template and special tokens included; longer texts are cut at the end."""
     template: str = PLAIN
-    """What stands around every text that is embedded (`gemify.model.template`)."""
+    """What stands around every text that is embedded (`gemify.model.tokenization`)."""
     layer: int | None = None
     """The layer whose state, after the final norm, is the embedding: 1 is the first. None: the last."""
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -137,7 +142,7 @@ def require_special_tokens(k: int, *, tune: Tune, pooling: Pooling) -> None:
 
 
 def require_layer(layer: int | None) -> None:
-    """Refuse what is no number of a layer. Whether a model has it: `gemify.model.depth`."""
+    """Refuse what is no number of a layer. Whether a model has it: `gemify.model.early_exit`."""
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 1):
         raise ValueError(
             f"layer must be a number from 1 (the first layer) on, got {layer!r}: leave it out for the last"

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from gemify.model.batching import length_groups
 from gemify.model.config import GemConfig
-from gemify.model.depth import first_layers
-from gemify.model.meter import Meter
-from gemify.model.passes import MaskedBatch, masked_pass
+from gemify.model.early_exit import first_layers
+from gemify.model.forward import MaskedBatch, masked_pass
 from gemify.model.pooling import pool_columns
-from gemify.model.texts import TextTokenizer as TextTokenizer
+from gemify.model.throughput import Meter
+from gemify.model.tokenization import TextTokenizer as TextTokenizer
 from gemify.paper.tokens import Row, columns
 
 _POOL = 4096  # texts tokenised and sorted at a time

@@ -15,7 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gemify.model import handover
+from gemify.io.atomic import atomic_directory
+from gemify.model import prefill as prefilling
+from gemify.model.adapter import ADAPTER_FILE, Adapter, AdapterSettings, Tune, adapter_settings, attached
 from gemify.model.attention import require_kernel, require_maskable
 from gemify.model.base import (
     Loading,
@@ -27,19 +29,17 @@ from gemify.model.base import (
     quiet,
     special_token_ids,
 )
-from gemify.model.compiling import compiled
+from gemify.model.compile import compiled
 from gemify.model.config import CONFIG_FILE, GemConfig, require_special_tokens, resolve_directory
-from gemify.model.depth import first_layers, prepare
+from gemify.model.early_exit import first_layers, prepare
 from gemify.model.encode import TextTokenizer, encode_texts
-from gemify.model.gate import ADAPTER_FILE, Adapter, AdapterSettings, Tune, adapter_settings, attached
-from gemify.model.handover import Handle
-from gemify.model.identity import embedding_fingerprint
-from gemify.model.meter import Meter
-from gemify.model.passes import left_pad, special_pass, text_pass
+from gemify.model.fingerprint import embedding_fingerprint
+from gemify.model.forward import left_pad, special_pass, text_pass
 from gemify.model.pooling import Pooling, pool
+from gemify.model.prefill import Handle
 from gemify.model.recovery import end_ids, greedy_from_specials
-from gemify.model.storage import atomic_directory
-from gemify.model.template import PLAIN, require_template
+from gemify.model.throughput import Meter
+from gemify.model.tokenization import PLAIN, require_template
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class GemModel:
 
         Args:
             base: directory, GGUF file, Hugging Face repo id, or ``starter``.
-            tune: what will be trained; see `gemify.model.gate`.
+            tune: what will be trained; see `gemify.model.adapter`.
             special_tokens: how many, or their names. A reserved, unused control token is preferred to adding one.
                 0: the SimCSE baseline, a mean over the text (``lora`` and ``full`` only).
             pooling: ``mean`` or ``concat`` over the special tokens (GEM, Section 3.1).
@@ -256,7 +256,7 @@ class GemModel:
             prompt_name: name of a prompt in ``config.prompts`` to put before every text.
             prompt: the prompt itself.
             batch_size: most rows a batch. ``max_tokens``: most tokens a batch [default: what suits the device].
-            compile: compile the layers first, once, for encoding alone (`gemify.model.compiling`).
+            compile: compile the layers first, once, for encoding alone (`gemify.model.compile`).
             truncate_dim: keep the first so many dimensions.
 
         Returns:
@@ -326,7 +326,7 @@ class GemModel:
         """Run texts once, uncut, and keep their KV cache. `embed` and `generate` go on from the handle, in any order."""
         self.lm.eval()
         ids_BT, mask_BT = self._prompt_ids(texts, add_special_tokens=add_special_tokens)
-        return handover.prefill(self.lm, ids_BT, mask_BT, single=isinstance(texts, str))
+        return prefilling.prefill(self.lm, ids_BT, mask_BT, single=isinstance(texts, str))
 
     @torch.no_grad()
     def embed(self, handle: Handle, *, since: int = 0) -> Tensor:
@@ -340,7 +340,7 @@ class GemModel:
         self.require_in_place()
         shared, after = self.config.shared_position, self.text_tokenizer.after
         with first_layers(self.lm, self.config.layer):
-            hidden_BKD = handover.embed(
+            hidden_BKD = prefilling.embed(
                 self.lm, handle, self.special_ids, shared_position=shared, since=since, after=after
             )
         vectors_BD = pool(hidden_BKD, self.config.pooling).float().cpu()
@@ -378,7 +378,7 @@ class GemModel:
     def generate_ids(self, handle: Handle | None, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Tensor:
         """`generate` on token ids, [B, T] padded on the left; returns prompts and continuations, [B, T + new]."""
         never = self.config.special_ids
-        return handover.generate_ids(self.lm, self.tokenizer, handle, ids_BT, mask_BT, never=never, **options)
+        return prefilling.generate_ids(self.lm, self.tokenizer, handle, ids_BT, mask_BT, never=never, **options)
 
     def chat(self, messages: Sequence[Message], *, max_new_tokens: int = 256, **options: Any) -> str:
         """Answer a conversation in the base model's own chat format."""
@@ -404,7 +404,7 @@ class GemModel:
         self.lm.eval()
         if isinstance(texts, Handle):
             self.require_in_place()
-            text, single = handover.followed(self.lm, texts.text, self.text_tokenizer.after), texts.single
+            text, single = prefilling.followed(self.lm, texts.text, self.text_tokenizer.after), texts.single
         else:
             single = isinstance(texts, str)
             listed = [texts] if isinstance(texts, str) else texts

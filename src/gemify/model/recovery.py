@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gemify.model.cache import fork
-from gemify.model.passes import Specials
+from gemify.model.forward import Specials
+from gemify.model.kv_cache import fork
 
 
 def end_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

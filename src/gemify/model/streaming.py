@@ -7,21 +7,44 @@ so that a tokenizer whose words begin with their space loses one at each line br
 
 from __future__ import annotations
 
-import contextlib
 import threading
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from gemify.model.gem import GemModel
+
+import contextlib
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import copy_context
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gemify.model.gem import GemModel, Message
-from gemify.model.handover import Handle
+from gemify.model.prefill import Handle
 from gemify.model.recovery import end_ids
-from gemify.model.turn import turn
+
+# Whose turn it is: one lock for each loaded model, for code that is called from many threads.
+#
+# The passes themselves keep their state in ContextVars. What threads share is the tokenizer's switches (a text that spells
+# a special token flips one), torch's random numbers (a seed means nothing if another generation draws too), the meter,
+# and the cores. So a caller that does not own the model alone takes a turn around each call.
+
+_locks: WeakKeyDictionary[GemModel, Any] = WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def turn(gem: GemModel) -> AbstractContextManager[bool]:
+    """``with turn(gem):`` runs alone on this model. A thread that has the turn may take it again."""
+    with _making:
+        lock: AbstractContextManager[bool] = _locks.setdefault(gem, threading.RLock())
+    return lock
+
 
 _Queue = SimpleQueue[str | BaseException | None]
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"

@@ -24,8 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from gemify.model.cache import from_key_values, key_values
-from gemify.model.storage import atomic_file
+from gemify.io.atomic import atomic_file
+from gemify.model.kv_cache import from_key_values, key_values
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class KvStore:
     """A directory of KV caches of at most ``budget_bytes``. Several processes may share it.
 
     Args:
-        fingerprint: of the model's weights and precision (`gemify.model.identity.cache_fingerprint`); caches of others
+        fingerprint: of the model's weights and precision (`gemify.model.fingerprint.cache_fingerprint`); caches of others
             are never found.
         bits: 16 is exact for models that run in 16 bits, 32 for those that run in float32.
     """

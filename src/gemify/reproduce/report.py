@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from gemify.evaluation.published import TABLES, task_type
-from gemify.evaluation.store import Store, Subject
+from gemify.evaluation.report.published import TABLES, task_type
+from gemify.evaluation.results import Store, Subject
 from gemify.reproduce.scales import GATED, Scale
 from gemify.reproduce.tables import Cell, title_of
 from gemify.training.recipe import PRESETS

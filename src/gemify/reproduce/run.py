@@ -4,7 +4,7 @@ Layout of the output, which all tables may share (a cell that two tables have in
 
     DIR/<table>.md              the table, written anew after every cell
     DIR/runs/<cell>/            a training run (`gemify.training.trainer`), its checkpoints removed when it is complete
-    DIR/evaluation/             what was measured (`gemify.evaluation.store.Store`)
+    DIR/evaluation/             what was measured (`gemify.evaluation.results.Store`)
     DIR/cells/<cell>.<measure>.json   a finished cell: what was asked, under which names it is in the store, seconds
 """
 
@@ -21,8 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
-from gemify.evaluation.store import Store, Subject, read_json
-from gemify.model.storage import atomic_file
+from gemify.evaluation.results import Store, Subject, read_json
+from gemify.io.atomic import atomic_file
 from gemify.reproduce.report import Finished, markdown
 from gemify.reproduce.scales import TABLE_NAMES, Scale, scale_of
 from gemify.reproduce.tables import Cell, cells_of

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from gemify.evaluation.published import TABLES
+from gemify.evaluation.report.published import TABLES
 from gemify.reproduce.scales import TABLE_NAMES, Base, Scale
 
 Measure = Literal["scores", "recovery"]

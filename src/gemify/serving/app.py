@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,20 +18,44 @@ from starlette.responses import Response
 
 from gemify import __version__
 from gemify.engine.sampling import Sampling
-from gemify.serving import chat, completions, embeddings, health, models, page, recovery, search
-from gemify.serving.access import Access
-from gemify.serving.asking import Asking
-from gemify.serving.description import describe
+from gemify.serving.auth import KeyRing, Limits
+from gemify.serving.dispatch import Asking
 from gemify.serving.errors import ApiError, bad
-from gemify.serving.house import House, Searchable
-from gemify.serving.keys import KeyRing, Limits
 from gemify.serving.metrics import Metrics
-from gemify.serving.prompts import Prompts
-from gemify.serving.responses import Error
+from gemify.serving.middleware import Access
+from gemify.serving.protocol.responses import Error
+from gemify.serving.routes import chat, completions, embeddings, health, recover, search, ui
 from gemify.serving.settings import Settings
+from gemify.serving.state import House, Searchable
+from gemify.serving.tokenization import Prompts
 
 if TYPE_CHECKING:
     from gemify.engine.engine import Engine
+
+# GET /openapi.json: what the framework derives from the routes, made true.
+
+_KEYLESS = frozenset({"/health", "/ready"})
+
+
+def describe(app: FastAPI, *, with_keys: bool) -> Callable[[], dict[str, Any]]:
+    """The application's description: invalid bodies are 400 here, not 422, and a key is asked for where there are some."""
+    derived = app.openapi
+
+    def described() -> dict[str, Any]:
+        schema = derived()
+        for name in ("HTTPValidationError", "ValidationError"):
+            schema["components"]["schemas"].pop(name, None)
+        for path, methods in schema["paths"].items():
+            for facts in methods.values():
+                facts["responses"].pop("422", None)
+                if with_keys and path not in _KEYLESS:
+                    facts["security"] = [{"key": []}]
+        if with_keys:
+            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        return schema
+
+    return described
+
 
 logger = logging.getLogger("gemify.serving")
 
@@ -80,11 +104,11 @@ def create_app(
     app.state.house, app.state.settings = house, settings
     for part in (chat, completions, embeddings):
         app.include_router(part.router, responses=_ERRORS)
-    for part in (search, recovery):
+    for part in (search, recover):
         app.include_router(part.router, responses=_ERRORS)
-    app.include_router(models.router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
+    app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)
-    app.include_router(page.router)
+    app.include_router(ui.router)
     app.openapi = describe(app, with_keys=len(house.keys) > 0)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)

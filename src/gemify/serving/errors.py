@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from gemify.engine.jobs import QueueFull, Stopping
+from gemify.engine.requests import QueueFull, Stopping
 
 _TYPES = {
     401: "authentication_error",

@@ -23,14 +23,14 @@ from fastapi import FastAPI
 
 from gemify.engine.engine import Engine
 from gemify.serving.app import create_app
-from gemify.serving.connections import Connection
-from gemify.serving.keys import ENVIRONMENT, KeyRing
-from gemify.serving.logs import set_up_logs
+from gemify.serving.auth import ENVIRONMENT, KeyRing
+from gemify.serving.http_protocol import Connection
+from gemify.serving.log_format import set_up_logs
 from gemify.serving.settings import Settings
 
 if TYPE_CHECKING:
     from gemify.model.gem import GemModel
-    from gemify.rag.index import GemIndex
+    from gemify.retrieval.index import GemIndex
 
 logger = logging.getLogger("gemify.serving")
 
@@ -176,6 +176,6 @@ def _load(settings: Settings) -> GemModel:
 def _open_index(settings: Settings, gem: GemModel) -> GemIndex | None:
     if settings.store is None:
         return None
-    from gemify.rag.index import GemIndex
+    from gemify.retrieval.index import GemIndex
 
     return GemIndex.open(settings.store, gem, create=False)

@@ -12,8 +12,8 @@ from gemify.model.encode import TextTokenizer
 from gemify.paper.tokens import Row, random_split, raw_row, reconstruction_row, soft_prompt_row, split_row, summary_row
 from gemify.paper.views import View
 from gemify.training.data import Example, Source
+from gemify.training.distributed import Share
 from gemify.training.objective import MicroBatch, target_count
-from gemify.training.processes import Share
 from gemify.training.recipe import Recipe
 
 

@@ -12,8 +12,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from gemify.model.storage import atomic_file
-from gemify.training.processes import most
+from gemify.io.atomic import atomic_file
+from gemify.training.distributed import most
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -12,11 +12,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from gemify.model.adapter import TUNES, Tune
 from gemify.model.attention import require_kernel
 from gemify.model.config import require_layer, require_special_tokens
-from gemify.model.gate import TUNES, Tune
 from gemify.model.pooling import POOLINGS, Pooling
-from gemify.model.template import PLAIN, require_template
+from gemify.model.tokenization import PLAIN, require_template
 from gemify.paper.schedule import Schedule
 from gemify.paper.views import VIEW_KINDS, ViewKind, Views
 

@@ -29,17 +29,17 @@ from transformers import (
 )
 from transformers.trainer_utils import rotate_checkpoints
 
-from gemify.evaluation.sts import Pair, read_pairs, spearman
+from gemify.io.atomic import atomic_file, sync
 from gemify.model.gem import GemModel
-from gemify.model.meter import peak_memory_bytes, throughput
-from gemify.model.storage import atomic_file, sync
+from gemify.model.throughput import peak_memory_bytes, throughput
 from gemify.training.batches import Batches
 from gemify.training.callbacks import Progress, StopOnSignal
 from gemify.training.data import Source
+from gemify.training.distributed import add_up, wait_for_all
+from gemify.training.fsdp import Sharded, is_sharded, lm_weights, load_weights, outermost_whole, whole_weights
 from gemify.training.objective import Objective
-from gemify.training.processes import add_up, wait_for_all
 from gemify.training.recipe import Recipe
-from gemify.training.sharding import Sharded, is_sharded, lm_weights, load_weights, outermost_whole, whole_weights
+from gemify.training.sts import Pair, read_pairs, spearman
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,202 @@
+"""The verbs that answer from a store: `gemify ask` and `chat`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemify.cli.options import (
+    Base,
+    Device,
+    Dtype,
+    Json,
+    KeepKv,
+    KvBits,
+    KvBudget,
+    KvStoreDir,
+    StoreModel,
+    StoreUri,
+    echo_err,
+    kv_store_of,
+    load_gem,
+)
+
+if TYPE_CHECKING:
+    from gemify.rag.pipeline import Answer, GemRag
+
+Passages = Annotated[int, typer.Option("-k", min=0, help="How many passages go into the prompt.")]
+Mode = Annotated[str, typer.Option(help="How they are found: vector (meaning), fts (words, BM25) or hybrid.")]
+Order = Annotated[
+    str | None,
+    typer.Option(
+        help="question-first (the question is computed once, to find and to answer) or passages-first (what --keep-kv"
+        " keeps can serve). [default: question-first; passages-first with --keep-kv]"
+    ),
+]
+Documents = Annotated[
+    str,
+    typer.Option(
+        help="What the answer sees: text (exact), or the approximations joined (caches that ran apart) and special (the"
+        " passages' special tokens alone)."
+    ),
+]
+System = Annotated[str | None, typer.Option(help="System message.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")]
+Seed = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this string; may be repeated.")]
+
+
+def ask(
+    question: Annotated[str | None, typer.Argument(help="A question; none: read stdin.")] = None,
+    *,
+    store: StoreUri,
+    k: Passages = 3,
+    mode: Mode = "hybrid",
+    order: Order = None,
+    documents: Documents = "text",
+    keep_kv: KeepKv = False,
+    kv_bits: KvBits = 16,
+    kv_budget: KvBudget = None,
+    kv_store: KvStoreDir = None,
+    handover: Annotated[
+        bool, typer.Option("--handover/--no-handover", help="Answer from the cache that embedded the question.")
+    ] = True,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    model: StoreModel = None,
+    base: Base = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a question from the passages of a store, with sources."""
+    asked = question if question is not None else sys.stdin.read()
+    if not asked.strip():
+        raise ValueError("no question given: pass one as an argument or on stdin")
+    rag, options = _rag(locals())
+    answer = rag.ask(_asked(asked), on_text=None if as_json else _write, **options)
+    _finish(answer, as_json=as_json)
+
+
+def chat(
+    store: StoreUri,
+    k: Passages = 3,
+    mode: Mode = "hybrid",
+    order: Order = None,
+    documents: Documents = "text",
+    keep_kv: KeepKv = False,
+    kv_bits: KvBits = 16,
+    kv_budget: KvBudget = None,
+    kv_store: KvStoreDir = None,
+    system: System = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    model: StoreModel = None,
+    base: Base = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """A conversation over a store, a question a line; its cache is carried over the turns. /quit or Ctrl-D ends it."""
+    rag, options = _rag({**locals(), "handover": True})
+    conversation = rag.conversation()
+    for question in _questions():
+        try:
+            answer = conversation.ask(question, on_text=None if as_json else _write, **options)
+        except KeyboardInterrupt:  # ends the answer, not the conversation
+            typer.echo()
+            continue
+        except ValueError as error:
+            echo_err(f"gemify: error: {error}")
+            continue
+        _finish(answer, as_json=as_json)
+
+
+def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
+    """What answers, and the options of `generate`, from a verb's arguments."""
+    from gemify.rag.pipeline import SYSTEM, GemRag, Settings
+    from gemify.retrieval.index import GemIndex
+    from gemify.retrieval.vector_table import open_store
+
+    settings = Settings(
+        passages=given["k"],
+        mode=given["mode"],
+        order=given["order"] or ("passages-first" if given["keep_kv"] else "question-first"),
+        documents=given["documents"],
+        handover=given["handover"],
+        system=SYSTEM if given["system"] is None else given["system"],
+        max_new_tokens=given["max_new_tokens"],
+    )
+    keeping = kv_store_of(given)
+    name = given["model"] or open_store(given["store"]).meta.model or "starter"
+    gem = load_gem(name, given["base"], given["dtype"], given["device"])
+    kv = keeping(gem) if keeping is not None else None
+    index = GemIndex.open(given["store"], gem, create=False)
+    index.require_text()
+    options: dict[str, Any] = {"do_sample": given["temperature"] > 0, "stop": given["stop"] or None}
+    if given["temperature"] > 0:
+        options.update(temperature=given["temperature"], top_p=given["top_p"])
+    if given["seed"] is not None:
+        import torch
+
+        torch.manual_seed(given["seed"])
+    return GemRag(gem, index, kv=kv, settings=settings), options
+
+
+def _questions() -> Iterator[str]:
+    """Lines that hold something, up to /quit or the end of the input."""
+    while True:
+        if sys.stdin.isatty():
+            typer.echo("> ", err=True, nl=False)
+        try:
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            return
+        if not line or line.strip() in ("/quit", "/exit"):
+            return
+        if line.strip():
+            yield _asked(line)
+
+
+def _asked(text: str) -> str:
+    from gemify.retrieval.section import whole_characters
+
+    return whole_characters(text.strip())
+
+
+def _write(text: str) -> None:
+    typer.echo(text, nl=False)
+    sys.stdout.flush()
+
+
+def _finish(answer: Answer, *, as_json: bool) -> None:
+    timing = answer.timing
+    if as_json:
+        sources = [
+            {"number": n, "file": p.file, "place": p.place, "title": p.title, "score": p.score, "text": p.text}
+            for n, p in enumerate(answer.passages, start=1)
+        ]
+        record = {"answer": answer.text, "sources": sources, "timing": vars(timing)}
+        typer.echo(json.dumps(record, ensure_ascii=False))
+        sys.stdout.flush()
+        return
+    typer.echo("\n")
+    for line in answer.sources():
+        typer.echo(line)
+    echo_err(
+        f"question {timing.embed * 1000:.0f} ms, search {timing.search * 1000:.0f} ms, first token"
+        f" {timing.first_token:.2f} s, in all {timing.total:.2f} s; {timing.computed:,} prompt tokens run"
+    )

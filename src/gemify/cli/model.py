@@ -1,0 +1,219 @@
+"""The verbs over one GEM: `gemify embed`, `generate`, `recover`, `info` and `export`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gemify.cli.options import Base, Device, Json, Model, Quiet, echo_err, load_gem, print_json
+
+
+def embed(
+    model: Model,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts; none: read --input or stdin, a text a line.")
+    ] = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", "-i", help=".txt, .jsonl or .parquet file, a text a row.")
+    ] = None,
+    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help=".npy, .jsonl or .parquet; none: JSONL to stdout.")
+    ] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="Prompt of the model to put before every text.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt to put before every text.")] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to length 1.")] = False,
+    truncate_dim: Annotated[int | None, typer.Option(help="Keep the first so many dimensions.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Most texts a batch.")] = 64,
+    base: Base = None,
+    device: Device = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the layers first: worth it for thousands of texts.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Embed texts."""
+    from gemify.io.vectors import check_format, write_vectors
+    from gemify.model.throughput import in_words
+
+    if texts and input is not None:
+        raise typer.BadParameter("give texts or --input, not both")
+    if output is not None:
+        check_format(output)
+    listed = list(texts) if texts else list(_read_texts(input, text_column))
+    if not listed:
+        raise ValueError("no text given: pass texts as arguments, --input FILE, or lines on stdin")
+    gem = load_gem(model, base, None, device)
+    vectors = gem.encode(
+        listed,
+        prompt_name=prompt_name,
+        prompt=prompt,
+        batch_size=batch_size,
+        normalize_embeddings=normalize,
+        truncate_dim=truncate_dim,
+        compile=compile,
+        show_progress_bar=not quiet and len(listed) > batch_size,
+    )
+    report = gem.meter.report()
+    if output is None:
+        for text, vector in zip(listed, vectors, strict=True):
+            print_json({"text": text, "embedding": vector.tolist()})
+    else:
+        write_vectors(output, listed, vectors, metrics=report)
+        typer.echo(str(output))
+    if not quiet:
+        echo_err(in_words(report))
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt; none: read stdin.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat format.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    embedding: Annotated[
+        bool, typer.Option("--embedding", help="Also give the prompt's embedding (with --json).")
+    ] = False,
+    base: Base = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt, as the base model does."""
+    text = prompt if prompt is not None else sys.stdin.read()
+    if not text.strip():
+        raise ValueError("no prompt given: pass one as an argument or on stdin")
+    if embedding and not as_json:
+        raise typer.BadParameter("--embedding needs --json")
+    import torch
+    from transformers import TextStreamer
+
+    gem = load_gem(model, base, None, device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    options: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options.update(temperature=temperature, top_p=top_p)
+    if raw or not gem.tokenizer.chat_template:
+        handle = gem.prefill(text)
+    else:
+        messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
+        handle = gem.prefill_chat(messages)
+    if not as_json:
+        options["streamer"] = TextStreamer(gem.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    vector = {"embedding": gem.embed(handle).tolist()} if embedding else {}
+    answer = gem.generate(handle, max_new_tokens=max_new_tokens, **options)
+    if as_json:
+        print_json({"text": answer, **vector})
+
+
+def recover(
+    model: Model,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: lines on stdin.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest recovery.")] = 64,
+    base: Base = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Decode texts from their special tokens alone: what an embedding's KV remembers."""
+    listed = list(texts) if texts else list(_read_texts(None, "text"))
+    if not listed:
+        raise ValueError("no text given: pass texts as arguments, or lines on stdin")
+    gem = load_gem(model, base, None, device)
+    for text, back in zip(listed, gem.recover(listed, max_new_tokens=max_new_tokens), strict=True):
+        if as_json:
+            print_json({"text": text, "recovered": back})
+        else:
+            typer.echo(back)
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="starter, starter-multi, a GEM directory or a Hugging Face repo id.")],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare logits with the base model's, bit for bit.")
+    ] = False,
+    base: Base = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a GEM is, and with --verify that its language model is the base, untouched."""
+    from gemify.model.config import GemConfig, resolve_directory
+    from gemify.model.tokenization import PLAIN
+
+    directory = resolve_directory(model)
+    config = GemConfig.from_directory(directory)
+    facts: dict[str, Any] = dataclasses.asdict(config)
+    facts["bytes"] = sum(f.stat().st_size for f in directory.iterdir() if f.is_file())
+    summary = directory / "summary.json"
+    if summary.is_file():
+        facts["training"] = json.loads(summary.read_text())
+    if verify:
+        facts["logits_equal_base"] = _verify(model, base or config.base, None if base else config.base_revision, device)
+    if as_json:
+        print_json(facts)
+        return
+    if config.template == PLAIN:
+        del facts["template"]
+    if config.layer is None:
+        del facts["layer"]
+    for name, value in facts.items():
+        typer.echo(
+            f"{name:20} {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | tuple | list) else value}"
+        )
+
+
+def export(
+    model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a Hugging Face repo id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    base: Base = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. [default: as the model is stored]")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a GEM as plain directories for sentence-transformers, vLLM, llama.cpp and PEFT (docs/engines.md)."""
+    from gemify.model.config import GemConfig, resolve_directory
+    from gemify.model.export import export as write
+    from gemify.model.export import require_exportable
+
+    config = GemConfig.from_directory(resolve_directory(model))
+    require_exportable(config, output, dtype)  # said before a model is loaded
+    written = write(load_gem(model, base, None, "cpu"), output, dtype=dtype)
+    if as_json:
+        print_json({**dataclasses.asdict(written), "directory": str(output)})
+        return
+    echo_err(f"special token: {' '.join(written.special_tokens)}")
+    for name in written.embedding:
+        echo_err(f"{output / name}: for sentence-transformers and vLLM")
+    for name in written.adapters:
+        echo_err(f"{output / name}: acts at the special token; vectors without it are untrained")
+    typer.echo(str(output))
+
+
+def _verify(model: str, base: str, revision: str | None, device: str | None) -> bool:
+    from gemify.evaluation.language_model import PROBES, same_logits
+    from gemify.model.base import load_base
+
+    gem = load_gem(model, base, None, device)
+    lm, _ = load_base(base, device=device, revision=revision)
+    return same_logits(lm, gem.lm, gem.tokenizer, PROBES)
+
+
+def _read_texts(path: Path | None, column: str) -> Iterator[str]:
+    if path is not None:
+        from gemify.training.data import Source
+
+        for row, example in enumerate(Source(str(path), column, keep_empty=True)):
+            if example.second is not None:
+                raise ValueError(f"{path} row {row + 1}: no column {column!r}: set --text-column")
+            yield example.text
+    elif not sys.stdin.isatty():
+        yield from (line.rstrip("\n") for line in sys.stdin)

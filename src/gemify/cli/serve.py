@@ -1,0 +1,62 @@
+"""The verb `gemify serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def serve(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: starter]")
+    ] = None,
+    store: Annotated[str | None, typer.Option("--store", "-s", help="An index, for /v1/search and the page.")] = None,
+    host: Annotated[str | None, typer.Option(help="Where to listen. [default: 127.0.0.1: this machine alone]")] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: any free one. [default: 8000]")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags win over it.")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of `name: key` lines. [default: the environment's GEMIFY_API_KEYS]")
+    ] = None,
+    allow_no_key: Annotated[
+        bool | None, typer.Option("--allow-no-key", help="Let other machines in without keys.")
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key. [default: no limit]")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key. [default: no limit]")] = None,
+    max_rows: Annotated[int | None, typer.Option(min=1, help="Most answers written at a time. [default: 16]")] = None,
+    max_waiting: Annotated[
+        int | None, typer.Option(min=1, help="Most texts and answers that wait. [default: 2048]")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option("--cors-origin", help="A web page's origin that may ask; may be repeated.")
+    ] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds a request may take. [default: 600]")] = None,
+    drain_seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="From SIGTERM, when /ready says no, to the last connection. [default: 0]"),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What clients call the model. [default: the directory's name]")
+    ] = None,
+    log_prompts: Annotated[bool | None, typer.Option("--log-prompts", help="Log what clients send.")] = None,
+    trust_remote_code: Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the base model.")
+    ] = None,
+    base: Annotated[str | None, typer.Option("--base", help="Look for the base model here instead.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32]")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... [default: the accelerator if any]")] = None,
+) -> None:
+    """Serve chat and embeddings at once from one model, in OpenAI's API, with a page at / to look at."""
+    flags: dict[str, Any] = {name: value for name, value in locals().items() if value is not None and name != "config"}
+    if "cors_origin" in flags:
+        flags["cors_origins"] = tuple(flags.pop("cors_origin"))
+    try:
+        from gemify.serving.settings import Settings
+
+        from_file = Settings.from_yaml(config) if config is not None else {}
+        settings = Settings.of({**from_file, **flags}, source=str(config or "the flags"))
+        from gemify.serving.server import serve as run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed: pip install 'gemify[serve]'") from error
+    run(settings)

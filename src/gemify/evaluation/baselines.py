@@ -1,0 +1,131 @@
+"""What a GEM is compared with: embeddings of its untrained base, and any sentence-transformers model.
+
+All of them read the same base weights through the same code, so a difference is the method's. Each method turns a text
+into one row of tokens and pools the last hidden states over a span of it:
+
+    mean, weighted-mean, last    [text]                                  pooled over the text
+    prompteol                    This sentence : "[text]" means in one word:"      its last token
+    echo                         Rewrite the sentence: [text], rewritten sentence: [text]   the second text
+
+Sources: position-weighted mean, SGPT (arXiv 2202.08904); PromptEOL (arXiv 2307.16645); Echo (arXiv 2402.15449).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from gemify.model.base import load_base
+from gemify.model.batching import length_groups
+from gemify.model.encode import TextTokenizer
+from gemify.model.forward import positions_of, right_pad
+from gemify.model.tokenization import PLAIN, PROMPTEOL
+
+Baseline = Literal["mean", "weighted-mean", "last", "prompteol", "echo"]
+BASELINES: tuple[Baseline, ...] = ("mean", "weighted-mean", "last", "prompteol", "echo")
+_TEMPLATES = {"prompteol": PROMPTEOL, "echo": "Rewrite the sentence: {text}, rewritten sentence: "}
+
+
+@dataclass(frozen=True)
+class BaselineEncoder:
+    """A base model's embeddings by one of `BASELINES`."""
+
+    lm: Any
+    tokenizer: Any
+    method: Baseline
+    max_length: int = 512
+    """Most tokens of a text; longer ones are cut at the end, as are those that do not fit the model's positions."""
+
+    def __post_init__(self) -> None:
+        if self.method not in BASELINES:
+            raise ValueError(f"unknown baseline {self.method!r}: choose from {', '.join(BASELINES)}")
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        inputs: Sequence[str],
+        *,
+        prompt: str | None = None,
+        batch_size: int = 64,
+        max_tokens: int = 8192,
+        show_progress_bar: bool = False,
+    ) -> np.ndarray:
+        """Vectors [N, D], float32. A prompt is read before the text and not pooled."""
+        distinct = list(dict.fromkeys(inputs))
+        rows = self._rows(distinct, prompt)
+        out: np.ndarray | None = None
+        bar = tqdm(total=len(rows), desc="encode", unit="text", disable=not show_progress_bar)
+        for group in length_groups([len(ids) for ids, _ in rows], max_tokens=max_tokens):
+            for first in range(0, len(group), batch_size):
+                some = group[first : first + batch_size]
+                vectors_BD = self._pool([rows[i] for i in some]).float().cpu().numpy()
+                if out is None:
+                    out = np.zeros((len(rows), vectors_BD.shape[1]), dtype=np.float32)
+                out[some] = vectors_BD
+                bar.update(len(some))
+        bar.close()
+        if out is None:
+            return np.zeros((0, self.lm.config.get_text_config().hidden_size), dtype=np.float32)
+        place = {text: at for at, text in enumerate(distinct)}
+        return out[[place[text] for text in inputs]]
+
+    def _rows(self, texts: Sequence[str], prompt: str | None) -> list[tuple[list[int], int]]:
+        """Ids of each row, and the column at which its pooled span starts."""
+        tokenize = TextTokenizer(self.tokenizer, frozenset(), _TEMPLATES.get(self.method, PLAIN))
+        before = tokenize.plain([prompt])[0] if prompt else []
+        empty = tokenize.plain(["\n"])[0]  # a text without tokens still has a vector
+        start, right = tokenize.head + before + tokenize.before, tokenize.after
+        times = 2 if self.method == "echo" else 1
+        positions = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        room = min(self.max_length, (positions - len(start) - len(right)) // times)
+        if room < 1:
+            raise ValueError(f"the prompt leaves no room for a text in {positions} positions: shorten it")
+        bodies = [ids or empty for ids in tokenize.plain(texts, max_tokens=int(room))]
+        if self.method == "echo":
+            fronts = [start + ids + right for ids in bodies]
+            return [(front + ids, len(front)) for front, ids in zip(fronts, bodies, strict=True)]
+        return [(start + ids + right, len(start)) for ids in bodies]
+
+    def _pool(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
+        ids_BT, mask_BT = (t.to(self.lm.device) for t in right_pad([ids for ids, _ in rows]))
+        hidden_BTD = self.lm.get_decoder()(
+            input_ids=ids_BT, attention_mask=mask_BT.long(), position_ids=positions_of(mask_BT), use_cache=False
+        ).last_hidden_state.float()
+        lengths_B = mask_BT.sum(-1)
+        if self.method in ("last", "prompteol"):
+            return hidden_BTD[torch.arange(len(rows), device=ids_BT.device), lengths_B - 1]
+        start_B1 = torch.tensor([[start] for _, start in rows], device=ids_BT.device)
+        columns_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device)[None].expand_as(ids_BT)
+        weights_BT = (mask_BT & (columns_BT >= start_B1)).float()
+        if self.method == "weighted-mean":
+            weights_BT = weights_BT * (columns_BT - start_B1 + 1)
+        return (hidden_BTD * weights_BT[..., None]).sum(1) / weights_BT.sum(1, keepdim=True)
+
+
+def load_baseline(base: str, method: Baseline, **loading: Any) -> BaselineEncoder:
+    """A baseline on a base model: directory, .gguf, repo id or ``starter``."""
+    if method not in BASELINES:
+        raise ValueError(f"unknown baseline {method!r}: choose from {', '.join(BASELINES)}")
+    return BaselineEncoder(*load_base(base, **loading), method)
+
+
+def load_sentence_transformer(name: str, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
+    """A sentence-transformers model from a directory or the hub; ValueError in one line if there is none."""
+    from sentence_transformers import SentenceTransformer
+
+    path = Path(name)
+    if (path.is_absolute() or name.startswith(".")) and not path.is_dir():
+        raise ValueError(f"no such sentence-transformers directory: {name}")
+    try:
+        return SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
+    except Exception as error:  # it raises whatever its modules and the hub raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot load the sentence-transformers model {name!r}: {reason}") from error

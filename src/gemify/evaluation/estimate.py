@@ -1,0 +1,61 @@
+"""About how many tokens a task takes: for estimates before a long run, nothing else. Four characters a token."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+from pathlib import Path
+from typing import Any
+
+from gemify.evaluation.lm_eval_tasks import HELD_OUT, local_file
+from gemify.evaluation.mteb_tasks import LOCAL_TASKS
+
+_UNKNOWN = 200_000.0
+_HEADERS = 57 * 600.0  # MMLU's five solved questions of each subject
+
+
+def vector_tokens(name: str, data: Path | None, *, limit: int | None) -> float:
+    """Tokens that an embedding task encodes."""
+    if data is not None and name in LOCAL_TASKS:
+        tokens = 0.0
+        for file in LOCAL_TASKS[name].files:
+            rows, size = _size(data / file)
+            tokens += size / 4 * _share(rows, limit)
+        return tokens
+    import mteb
+
+    statistics: Any = mteb.get_task(name).metadata.descriptive_stats or {}
+    tokens = 0.0
+    for split in statistics.values():
+        rows = int(split.get("num_samples") or 1)
+        tokens += float(split.get("number_of_characters") or 4 * _UNKNOWN) / 4 * _share(rows, limit)
+    return tokens or _UNKNOWN
+
+
+def language_tokens(name: str, data: Path | None, *, limit: int | None) -> float:
+    """Tokens that a language benchmark runs, every shared beginning once."""
+    file = local_file(name)
+    if data is None or name == HELD_OUT or file is None:
+        return _UNKNOWN
+    rows, size = _size(data / file)
+    per_subject = 57 if name == "mmlu" else 1
+    return size / 4 * _share(rows, None if limit is None else limit * per_subject) + (_HEADERS if name == "mmlu" else 0)
+
+
+def _share(rows: int, limit: int | None) -> float:
+    return 1.0 if limit is None else min(1.0, limit / max(1, rows))
+
+
+@functools.cache
+def _size(path: Path) -> tuple[int, int]:
+    """Rows and characters of a file."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    rows = characters = 0
+    try:
+        with opener(path, "rb") as file:
+            for line in file:
+                rows += 1
+                characters += len(line)
+    except (OSError, EOFError):
+        pass  # a broken file says so when its task is run
+    return rows, characters

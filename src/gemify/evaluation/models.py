@@ -1,0 +1,213 @@
+"""Who is measured: names, revisions and facts of GEMs, their bases, baselines and other encoders; and loading them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemify import __version__
+from gemify.evaluation.baselines import Baseline, BaselineEncoder, load_sentence_transformer
+from gemify.evaluation.results import Subject
+from gemify.model.base import fingerprint, load_base
+from gemify.model.config import CONFIG_FILE, GemConfig, resolve_directory
+from gemify.model.gem import GemModel
+
+DTYPES = ("float32", "bfloat16", "float16")
+_WHOLE = 2**26  # bytes of a weights file that are hashed whole; a longer one is sampled
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything but the weights that moves a figure. It is part of every revision."""
+
+    dtype: str = "float32"
+    instructions: bool = False
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        if self.limit is not None and self.limit < 2:
+            raise ValueError(f"limit must be at least 2 rows, got {self.limit}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    def revision(self, weights: str, *, language_only: bool = False) -> str:
+        parts = [weights, self.dtype]
+        if self.instructions and not language_only:
+            parts.append("instructions")
+        if self.limit is not None:
+            parts.append(f"limit{self.limit}")
+        return "-".join(parts)
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "dtype": self.dtype,
+            "instructions": self.instructions,
+            "limit": self.limit,
+            "gemify": __version__,
+        }
+
+
+class Contestants:
+    """The models of one evaluation: loads each when it is first needed."""
+
+    def __init__(self, model: str | None, *, base: str | None, settings: Settings, device: str | None) -> None:
+        self.settings, self.device = settings, device
+        self.directory = resolve_directory(model) if model is not None else None
+        self.config = GemConfig.from_directory(self.directory) if self.directory is not None else None
+        name = base or (self.config.base if self.config is not None else None)
+        if name is None:
+            raise ValueError(
+                "nothing to evaluate: give --model DIR, --base MODEL with --baselines, or --encoder st:PATH"
+            )
+        self.model, self.base_name, self.base_given = model, name, base
+        self._gem: GemModel | None = None
+        self._base: tuple[Any, Any] | None = None
+
+    @property
+    def gem(self) -> GemModel:
+        if self._gem is None:
+            assert self.model is not None
+            self._gem = GemModel.from_pretrained(
+                self.model, base=self.base_given, dtype=self.settings.torch_dtype, device=self.device
+            )
+        return self._gem
+
+    @property
+    def base(self) -> tuple[Any, Any]:
+        """The base model and its tokenizer."""
+        if self._base is None:
+            revision = self.config.base_revision if self.config is not None and self.base_given is None else None
+            self._base = load_base(
+                self.base_name, dtype=self.settings.torch_dtype, device=self.device, revision=revision
+            )
+        return self._base
+
+    def baseline(self, method: Baseline) -> BaselineEncoder:
+        lm, tokenizer = self.base
+        return BaselineEncoder(lm, tokenizer, method)
+
+    def gem_subject(self) -> Subject:
+        assert self.directory is not None
+        assert self.config is not None
+        directory = self.directory.resolve()
+        label = (
+            directory.name
+            if directory.parent.name != "checkpoints"
+            else f"{directory.parents[1].name}-{directory.name}"
+        )
+        base = self.base_subject()
+        weights = weights_hash(directory)
+        if self.base_given is not None and self.config.tune != "full":
+            found = fingerprint(self.base[0])
+            weights += "" if found == self.config.base_fingerprint else f"-on-{found}"  # another model, then
+        words = "SimCSE, no special token" if self.config.k == 0 else f"GEM {self.config.tune}"
+        facts = {
+            "label": f"{words}: {label}",
+            "kind": "gem",
+            "tune": self.config.tune,
+            "special_tokens": self.config.k,
+            "pooling": self.config.pooling,
+            **({"layer": self.config.layer} if self.config.layer is not None else {}),
+            "base": self.base_name,
+            "base_subject": {"name": base.name, "revision": base.revision},
+            "path": str(self.model),
+            **_training(directory),
+            **self.settings.facts(),
+        }
+        return Subject(f"gem/{_plain(label)}", self.settings.revision(weights), facts)
+
+    def base_subject(self) -> Subject:
+        """The base as a language model."""
+        return self._of_base("base", f"{_short(self.base_name)}, base model", "base", language_only=True)
+
+    def baseline_subject(self, method: Baseline) -> Subject:
+        words = {"mean": "mean pooling", "weighted-mean": "weighted mean pooling", "last": "last token"}
+        names = {"prompteol": "PromptEOL", "echo": "Echo"}
+        label = f"{_short(self.base_name)}, {words.get(method) or names[method]}"
+        return self._of_base(method, label, "baseline", language_only=False)
+
+    def _of_base(self, name: str, label: str, kind: str, *, language_only: bool) -> Subject:
+        weights = self.config.base_fingerprint if self.config is not None and self.base_given is None else None
+        weights = weights or fingerprint(self.base[0])
+        facts = {"label": label, "kind": kind, "tune": None, "base": self.base_name, **self.settings.facts()}
+        if language_only:
+            facts["instructions"] = False  # they are for vectors
+        revision = self.settings.revision(weights, language_only=language_only)
+        return Subject(f"{_plain(_short(self.base_name))}/{name}", revision, facts)
+
+
+def encoder_subject(spec: str, settings: Settings) -> tuple[Subject, str]:
+    """Subject and path of an ``--encoder``: ``st:PATH`` or ``st:NAME``, a sentence-transformers model."""
+    kind, _, path = spec.partition(":")
+    if kind != "st" or not path:
+        raise ValueError(f"unknown encoder {spec!r}: write st:PATH or st:NAME for a sentence-transformers model")
+    directory = Path(path)
+    weights = weights_hash(directory) if directory.is_dir() else "hub"
+    label = directory.resolve().name if directory.is_dir() else path.rsplit("/", 1)[-1]
+    facts = {"label": label, "kind": "encoder", "tune": None, "path": path, **settings.facts()}
+    name = label if directory.is_dir() else path  # of two models on the hub the owner may be all that differs
+    return Subject(f"st/{_plain(name)}", settings.revision(weights), facts), path
+
+
+def load_encoder(path: str, settings: Settings, device: str | None) -> Any:
+    return load_sentence_transformer(path, device=device, dtype=settings.torch_dtype)
+
+
+def weights_hash(directory: Path) -> str:
+    """Twelve hex digits of the weights and configuration in a directory; long files are sampled at 64 places."""
+    digest = hashlib.sha256()
+    weights = [p for ending in ("safetensors", "bin") for p in directory.rglob(f"*.{ending}")]
+    files = sorted(p for p in weights if "checkpoints" not in p.relative_to(directory).parts)
+    for path in [*files, directory / CONFIG_FILE]:
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE:
+                digest.update(file.read())
+                continue
+            for part in range(64):
+                file.seek(part * (size // 64))
+                digest.update(file.read(2**16))
+    return digest.hexdigest()[:12]
+
+
+def _training(directory: Path) -> dict[str, Any]:
+    """Summary and loss curve of the run that made a GEM, if they lie beside it."""
+    summary, curve = directory / "summary.json", directory / "metrics.jsonl"
+    facts: dict[str, Any] = {"training": None, "curve": []}
+    try:
+        if summary.is_file():
+            facts["training"] = json.loads(summary.read_text(encoding="utf-8"))
+        if curve.is_file():
+            facts["curve"] = list(_curve(curve.read_text(encoding="utf-8").splitlines()))
+    except ValueError as error:
+        raise ValueError(f"{directory}: summary.json or metrics.jsonl is damaged: restore or remove it") from error
+    return facts
+
+
+def _curve(lines: Iterable[str]) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        entry = json.loads(line)
+        if "loss" in entry:
+            yield {name: entry[name] for name in ("step", "loss", "ntp", "contrastive", "alpha") if name in entry}
+
+
+def _short(name: str) -> str:
+    return Path(name).name if Path(name).exists() else name.rsplit("/", 1)[-1]
+
+
+def _plain(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)

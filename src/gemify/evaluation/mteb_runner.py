@@ -1,0 +1,137 @@
+"""Runs mteb's tasks over any encoder, and keeps the results in mteb's own format."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemify.evaluation.results import Store, Subject
+
+logger = logging.getLogger(__name__)
+
+
+class MtebEncoder:
+    """An encoder (ours, or sentence-transformers') as mteb calls one.
+
+    ``instruction`` is put before every text, before queries only in retrieval and reranking: "instruction: text", as
+    LLM2Vec does (arXiv 2404.05961).
+    """
+
+    def __init__(self, encoder: Any, subject: Subject, *, instruction: str = "") -> None:
+        from mteb.models.model_meta import ModelMeta
+
+        self.encoder = encoder
+        self.prompt = f"{instruction.strip().rstrip('.:')}: " if instruction else None
+        self.mteb_model_meta = ModelMeta.create_empty({"name": subject.name, "revision": subject.revision})
+
+    def encode(
+        self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, batch_size: int = 64, **_: Any
+    ) -> np.ndarray:
+        texts = [text for batch in inputs for text in batch["text"]]
+        side = getattr(prompt_type, "value", prompt_type)
+        encode = self.encoder.encode
+        options: dict[str, Any] = {}
+        if self.prompt and side != "document":
+            options["prompt"] = self.prompt
+        elif side in ("query", "document") and hasattr(self.encoder, f"encode_{side}"):
+            encode = getattr(self.encoder, f"encode_{side}")  # the model's own prompts, if it has any
+        with _loud():
+            vectors = encode(texts, batch_size=batch_size, **options)
+        return np.asarray(vectors, dtype=np.float32)
+
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        from mteb.similarity_functions import cos_sim
+
+        return cos_sim(embeddings1, embeddings2)
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        from mteb.similarity_functions import pairwise_cos_sim
+
+        return pairwise_cos_sim(embeddings1, embeddings2)
+
+
+def instruction_of(task: Any) -> str:
+    """The task's instruction for queries (mteb keeps those of LLM2Vec and E5), or its task type's."""
+    prompt = task.metadata.prompt
+    if isinstance(prompt, dict):
+        prompt = prompt.get("query")
+    return str(prompt or getattr(task, "abstask_prompt", "") or "")
+
+
+def is_finished(store: Store, subject: Subject, name: str) -> bool:
+    """Whether a task of one subset is done. A file cut short by a kill is removed, to be made again."""
+    path = store.directory / "results" / subject.folder / f"{name}.json"
+    if not path.is_file():
+        return False
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        logger.warning("%s is damaged and is measured again", path)
+        path.unlink()
+        return False
+    return True
+
+
+def run_task(
+    encoder: Any,
+    task: Any,
+    subject: Subject,
+    store: Store,
+    *,
+    instructions: bool = False,
+    batch_size: int = 64,
+) -> float:
+    """Evaluate one task, write its result, and return its main score times 100. What is there is not run again."""
+    import mteb
+
+    wrapped = MtebEncoder(
+        encoder,
+        subject,
+        instruction=instruction_of(task) if instructions else "",
+    )
+    with _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = mteb.evaluate(
+            wrapped,
+            task,
+            cache=mteb.ResultCache(cache_path=Path(store.directory)),
+            overwrite_strategy="only-missing",
+            co2_tracker=False,
+            encode_kwargs={"batch_size": batch_size, "show_progress_bar": False},
+            show_progress_bar=False,
+        )
+    return 100.0 * float(result.task_results[0].get_score())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """mteb and datasets tell of every step; their bars and logs would bury ours."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    levels = {name: logging.getLogger(name).level for name in ("mteb", "datasets")}
+    for name in levels:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
+        if shown:
+            datasets.enable_progress_bars()
+
+
+@contextlib.contextmanager
+def _loud() -> Iterator[None]:
+    """Warnings of the encoder itself are still shown."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        yield

@@ -1,0 +1,378 @@
+"""Embedding tasks: any of mteb's by name, from the hub or from local files, and a few that are local only.
+
+A local task is mteb's own task object whose data come from files; sampling, metrics and result format stay mteb's.
+Local files (``--data``), relative to the data directory::
+
+    mteb/sts/{STSBenchmark.test,STSBenchmark.dev,STS12.test,STS13.test,STS14.test}.jsonl.gz   sentence1 sentence2 score
+    mteb/{banking77,clinc150}/{train,test}.jsonl.gz                     text label
+    mteb/mrpc/test.jsonl.gz                                             sent1 sent2 label
+    mteb/wikiqa_rerank/test.jsonl.gz                                    query positive[] negative[]
+    mteb/stc2/{biomedical_titles,searchsnippets,stackoverflow_titles}.jsonl.gz       text label
+    mteb/nfcorpus/{corpus,queries}.jsonl.gz, qrels.test.tsv             BEIR
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemify.io.jsonl import numbered_lines, read_rows
+
+NUMBER = (int, float)
+
+
+@dataclass(frozen=True)
+class LocalTask:
+    """How a task's data are read from files, and for a task that mteb does not have what it is."""
+
+    files: tuple[str, ...]
+    read: Callable[[list[Path]], Any]
+    """The task's ``dataset`` from its files, in mteb's layout."""
+    type: Any = ""
+    """mteb's task type, for tasks that are not mteb's own."""
+    split: str = "test"
+    instruction: str = ""
+    main_score: str = ""
+
+
+def make_task(name: str, data: Path | None, *, limit: int | None = None) -> Any:
+    """An mteb task object that loads its data when it is evaluated.
+
+    Args:
+        name: a name mteb knows, or one of `LOCAL_TASKS`.
+        data: directory of local data; none: the hub.
+        limit: use about so many rows (queries, for retrieval): a quick look, not comparable.
+
+    Raises:
+        ValueError: unknown name, or a file that is not there.
+    """
+    local = LOCAL_TASKS.get(name)
+    if local is not None and data is not None:
+        paths = [data / file for file in local.files]
+        if missing := [p for p in paths if not p.is_file()]:
+            raise ValueError(f"{name} needs {missing[0]}, which does not exist: check --data")
+        task = _custom_task(name, local) if local.type else _mteb_task(name)
+        load: Callable[[], Any] = lambda: local.read(paths)  # noqa: E731
+    elif local is not None and local.type:
+        raise ValueError(f"{name} is read from local files only: give --data DIR")
+    elif data is not None:
+        raise ValueError(
+            f"{name} is not among the local tasks ({', '.join(LOCAL_TASKS)}): leave out --data to use the hub"
+        )
+    else:
+        task = _mteb_task(name)
+        load = _hub_loader(task)
+
+    def load_data(**_: Any) -> None:
+        if not task.data_loaded:
+            task.dataset = load()
+            if limit is not None:
+                task.dataset = _cut(task, limit)
+            task.data_loaded = True
+
+    task.load_data = load_data
+    return task
+
+
+def _mteb_task(name: str) -> Any:
+    import mteb
+
+    try:
+        return mteb.get_task(name, languages=["eng"], exclusive_language_filter=True)
+    except KeyError as error:
+        raise ValueError(f"unknown task: {str(error.args[0]).removeprefix('KeyError: ')}") from error
+
+
+def _hub_loader(task: Any) -> Callable[[], Any]:
+    original = task.load_data
+
+    def load() -> Any:
+        try:
+            original()
+            if hasattr(task, "convert_v1_dataset_format_to_v2"):
+                task.convert_v1_dataset_format_to_v2(num_proc=None)
+        except (ConnectionError, OSError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"cannot load {task.metadata.name} from the hub ({reason}): connect, or give --data DIR"
+            ) from error
+        task.data_loaded = False
+        return task.dataset
+
+    return load
+
+
+def _custom_task(name: str, local: LocalTask) -> Any:
+    """A task of our own on one of mteb's abstract task classes."""
+    from mteb.abstasks.classification import AbsTaskClassification
+    from mteb.abstasks.clustering import AbsTaskClustering
+    from mteb.abstasks.pair_classification import AbsTaskPairClassification
+    from mteb.abstasks.retrieval import AbsTaskRetrieval
+    from mteb.abstasks.sts import AbsTaskSTS
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    parent = {
+        "STS": AbsTaskSTS,
+        "Classification": AbsTaskClassification,
+        "Clustering": AbsTaskClustering,
+        "PairClassification": AbsTaskPairClassification,
+        "Reranking": AbsTaskRetrieval,
+    }[local.type]
+    prompt: Any = {"query": local.instruction} if local.type == "Reranking" else local.instruction
+    metadata = TaskMetadata(
+        name=name,
+        description=f"{name}, read from local files.",
+        reference=None,
+        dataset={"path": local.files[0].removesuffix(".jsonl.gz"), "revision": "local"},
+        type=local.type,
+        category="t2t",
+        modalities=["text"],
+        eval_splits=[local.split],
+        eval_langs=["eng-Latn"],
+        main_score=local.main_score,
+        prompt=prompt,
+    )
+    settings: dict[str, Any] = {"metadata": metadata}
+    if local.type == "Clustering":  # sets of 12,000 to 20,000 rows: mteb's own share of 4 % would leave too few
+        settings |= {"max_fraction_of_documents_to_embed": None, "max_document_to_embed": 4096}
+    return type(name, (parent,), settings)()
+
+
+# Files -> datasets
+
+
+def _sts(split: str) -> Callable[[list[Path]], Any]:
+    def read(paths: list[Path]) -> Any:
+        from datasets import Dataset
+
+        rows = read_rows(paths[0], {"sentence1": str, "sentence2": str, "score": NUMBER})
+        columns = {name: [r[name] for r in rows] for name in ("sentence1", "sentence2")}
+        return {split: Dataset.from_dict({**columns, "score": [float(r["score"]) for r in rows]})}
+
+    return read
+
+
+def _classification(paths: list[Path]) -> Any:
+    from datasets import Dataset, DatasetDict
+
+    kinds: dict[str, Any] = {"text": str, "label": (str, int)}
+    splits = {name: read_rows(path, kinds) for name, path in zip(("train", "test"), paths, strict=True)}
+    number = {label: at for at, label in enumerate(sorted({str(r["label"]) for r in splits["train"]}))}
+    made = {}
+    for name, rows in splits.items():
+        if strange := {str(r["label"]) for r in rows} - set(number):
+            raise ValueError(f"{paths[1]}: label {sorted(strange)[0]!r} does not occur in {paths[0]}")
+        made[name] = Dataset.from_dict(
+            {"text": [r["text"] for r in rows], "label": [number[str(r["label"])] for r in rows]}
+        )
+    return DatasetDict(made)
+
+
+def _held_out_classification(paths: list[Path]) -> Any:
+    """A split of the training set, to choose settings on: every fourth row of each label is held out."""
+    from datasets import Dataset, DatasetDict
+
+    rows = read_rows(paths[0], {"text": str, "label": (str, int)})
+    number = {label: at for at, label in enumerate(sorted({str(r["label"]) for r in rows}))}
+    seen: defaultdict[str, int] = defaultdict(int)
+    parts: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+    for row in rows:
+        label = str(row["label"])
+        seen[label] += 1
+        parts["test" if seen[label] % 4 == 0 else "train"].append({"text": row["text"], "label": number[label]})
+    return DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()})
+
+
+def _pairs(paths: list[Path]) -> Any:
+    from datasets import Dataset
+
+    rows = read_rows(paths[0], {"sent1": str, "sent2": str, "label": int})
+    columns = {"sentence1": "sent1", "sentence2": "sent2", "labels": "label"}
+    return {"test": Dataset.from_dict({name: [r[old] for r in rows] for name, old in columns.items()})}
+
+
+def _clustering(paths: list[Path]) -> Any:
+    from datasets import Dataset
+
+    rows = read_rows(paths[0], {"text": str, "label": (str, int)})
+    return {
+        "test": Dataset.from_dict({"sentences": [r["text"] for r in rows], "labels": [str(r["label"]) for r in rows]})
+    }
+
+
+def _reranking(paths: list[Path]) -> Any:
+    rows = read_rows(paths[0], {"query": str, "positive": list, "negative": list})
+    queries, corpus = [], []
+    relevant: dict[str, dict[str, int]] = {}
+    ranked: dict[str, list[str]] = {}
+    for at, row in enumerate(rows):
+        query = f"q{at}"
+        queries.append({"id": query, "text": row["query"]})
+        relevant[query], ranked[query] = {}, []
+        for kind, worth in (("positive", 1), ("negative", 0)):
+            if not all(isinstance(text, str) for text in row[kind]):
+                raise ValueError(f"{paths[0]} row {at + 1}: {kind!r} must hold texts only: mend or remove the row")
+            for number, text in enumerate(row[kind]):
+                document = f"{query}-{kind}-{number}"
+                corpus.append({"id": document, "title": "", "text": text})
+                relevant[query][document] = worth
+                ranked[query].append(document)
+    return _retrieval_data(queries, corpus, relevant, ranked)
+
+
+def _beir(paths: list[Path]) -> Any:
+    corpus = read_rows(paths[0], {"_id": str, "title": str, "text": str})
+    queries = read_rows(paths[1], {"_id": str, "text": str})
+    known = {row["_id"] for row in corpus}
+    relevant: dict[str, dict[str, int]] = defaultdict(dict)
+    for number, line in numbered_lines(paths[2]):
+        parts = line.split("\t")
+        if parts[0] == "query-id":
+            continue
+        if len(parts) != 3 or not parts[2].lstrip("-").isdigit():
+            raise ValueError(f"{paths[2]} line {number}: expected query-id, corpus-id and score, got {line[:60]!r}")
+        if parts[1] in known:
+            relevant[parts[0]][parts[1]] = int(parts[2])
+    if not any(row["_id"] in relevant for row in queries):
+        raise ValueError(f"{paths[2]} names no query of {paths[1]} with a document of {paths[0]}: check the files")
+    return _retrieval_data(
+        [{"id": q["_id"], "text": q["text"]} for q in queries if q["_id"] in relevant],
+        [{"id": d["_id"], "title": d["title"], "text": d["text"]} for d in corpus],
+        dict(relevant),
+        None,
+    )
+
+
+def _retrieval_data(queries: list[Any], corpus: list[Any], relevant: Any, ranked: Any) -> Any:
+    from datasets import Dataset
+
+    split = {
+        "queries": Dataset.from_list(queries),
+        "corpus": Dataset.from_list(corpus),
+        "relevant_docs": relevant,
+        "top_ranked": ranked,
+    }
+    return {"default": {"test": split}}
+
+
+# A quick look
+
+
+def _cut(task: Any, limit: int) -> Any:
+    """The first rows of a shuffled copy of every evaluated split; training rows and distractors are cut to match."""
+
+    def rows(data: Any, count: int) -> Any:
+        return data.shuffle(seed=0).select(range(min(count, len(data))))
+
+    def splits(data: Any, *, labels: str | None) -> Any:
+        made = {}
+        for name, part in data.items():
+            if isinstance(part, dict) and "queries" in part:
+                made[name] = _cut_retrieval(part, limit)
+            elif labels is not None and name == getattr(task, "train_split", None):
+                made[name] = _some_of_each(part, labels, task.samples_per_label * 2)
+            elif labels is not None:
+                made[name] = _many_labels(part.shuffle(seed=0), labels, limit)
+            else:
+                made[name] = rows(part, limit)
+        return made
+
+    label = task.label_column_name if task.metadata.type == "Classification" else None
+    if all(isinstance(part, dict) for part in task.dataset.values()):
+        return {subset: splits(part, labels=label) for subset, part in task.dataset.items()}
+    return type(task.dataset)(splits(task.dataset, labels=label))
+
+
+def _cut_retrieval(part: Any, limit: int) -> Any:
+    queries = part["queries"].select(range(min(limit, len(part["queries"]))))
+    relevant = {q: part["relevant_docs"][q] for q in queries["id"] if q in part["relevant_docs"]}
+    wanted = {d for documents in relevant.values() for d in documents}
+    ranked = part.get("top_ranked")
+    if ranked:
+        ranked = {q: ranked[q] for q in relevant if q in ranked}
+        wanted |= {d for documents in ranked.values() for d in documents}
+    others = random.Random(0).sample(range(len(part["corpus"])), min(10 * limit, len(part["corpus"])))
+    keep = sorted({at for at, d in enumerate(part["corpus"]["id"]) if d in wanted} | (set() if ranked else set(others)))
+    return {"queries": queries, "corpus": part["corpus"].select(keep), "relevant_docs": relevant, "top_ranked": ranked}
+
+
+def _some_of_each(data: Any, label: str, count: int) -> Any:
+    seen: defaultdict[Any, int] = defaultdict(int)
+    keep = []
+    for at, value in enumerate(data[label]):
+        seen[value] += 1
+        if seen[value] <= count:
+            keep.append(at)
+    return data.select(keep)
+
+
+def _many_labels(data: Any, label: str, count: int) -> Any:
+    """Rows of as many labels as there can be, three at least: mteb takes rows of two labels for a binary task."""
+    seen: defaultdict[Any, int] = defaultdict(int)
+    rank = []
+    for value in data[label]:
+        rank.append(seen[value])
+        seen[value] += 1
+    return data.select(sorted(range(len(rank)), key=rank.__getitem__)[: max(3, count)])
+
+
+_BANKING = ("mteb/banking77/train.jsonl.gz", "mteb/banking77/test.jsonl.gz")
+_SIMILAR = "Retrieve semantically similar text"
+LOCAL_TASKS: dict[str, LocalTask] = {
+    **{
+        name: LocalTask((f"mteb/sts/{name}.test.jsonl.gz",), _sts("test"))
+        for name in ("STSBenchmark", "STS12", "STS13", "STS14")
+    },
+    "STSBenchmarkDev": LocalTask(
+        ("mteb/sts/STSBenchmark.dev.jsonl.gz",), _sts("test"), "STS", "test", _SIMILAR, "cosine_spearman"
+    ),
+    "Banking77Classification": LocalTask(_BANKING, _classification),
+    "Banking77Dev": LocalTask(
+        _BANKING[:1],
+        _held_out_classification,
+        "Classification",
+        "test",
+        "Given a online banking query, find the corresponding intents",
+        "accuracy",
+    ),
+    "CLINC150": LocalTask(
+        ("mteb/clinc150/train.jsonl.gz", "mteb/clinc150/test.jsonl.gz"),
+        _classification,
+        "Classification",
+        "test",
+        "Given a user utterance as query, find the user intents",
+        "accuracy",
+    ),
+    "MRPC": LocalTask(("mteb/mrpc/test.jsonl.gz",), _pairs, "PairClassification", "test", _SIMILAR, "max_ap"),
+    "WikiQAReranking": LocalTask(
+        ("mteb/wikiqa_rerank/test.jsonl.gz",),
+        _reranking,
+        "Reranking",
+        "test",
+        "Given a question, retrieve sentences that answer the question",
+        "map_at_1000",
+    ),
+    **{
+        name: LocalTask(
+            (f"mteb/stc2/{file}.jsonl.gz",),
+            _clustering,
+            "Clustering",
+            "test",
+            f"Identify the topic of {what}",
+            "v_measure",
+        )
+        for name, file, what in (
+            ("STC2Biomedical", "biomedical_titles", "biomedical paper titles"),
+            ("STC2SearchSnippets", "searchsnippets", "search engine snippets"),
+            ("STC2StackOverflow", "stackoverflow_titles", "Stack Overflow question titles"),
+        )
+    },
+    "NFCorpus": LocalTask(
+        ("mteb/nfcorpus/corpus.jsonl.gz", "mteb/nfcorpus/queries.jsonl.gz", "mteb/nfcorpus/qrels.test.tsv"), _beir
+    ),
+}
+"""Tasks that can be read from local files. Those with a ``type`` are not mteb's own."""

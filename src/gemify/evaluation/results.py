@@ -1,0 +1,114 @@
+"""Where an evaluation keeps what it measured: one small JSON file a cell, written when the cell is finished.
+
+A directory may hold any number of models. What is there is never measured again, so an interrupted evaluation goes on
+where it stopped, and a base model is measured once for all that was made of it. Layout::
+
+    DIR/results/<org__name>/<revision>/<Task>.json     embedding tasks, in mteb's own format
+    DIR/models/<org__name>/<revision>.json             what the model is (`Subject.facts`)
+    DIR/<kind>/<org__name>/<revision>/<task>.json      everything else; kinds: language, recovery, cost, gate
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from gemify.io.atomic import atomic_file
+
+Kind = Literal["language", "recovery", "cost", "gate"]
+KINDS: tuple[Kind, ...] = ("language", "recovery", "cost", "gate")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model as it is measured: its weights and every setting that moves a figure."""
+
+    name: str
+    """``org/model``, as mteb wants it: ``gem/run1``, ``starter/mean``, ``st/all-MiniLM-L6-v2``, ``starter/base``."""
+    revision: str
+    """Fingerprint of the weights, then the settings: ``1f3a9c02-float32``, with ``-instructions`` or ``-limit50``."""
+    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """label, kind (gem, baseline, encoder, base), tune, base, base_name, path, limit, instructions, dtype, ..."""
+
+    def __post_init__(self) -> None:
+        if self.name.count("/") != 1 or not re.fullmatch(r"[\w.\-]+", self.revision):
+            raise ValueError(f"a subject is named org/model with a plain revision, got {self.name!r} {self.revision!r}")
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.name.replace("/", "__")) / self.revision
+
+
+@dataclass(frozen=True)
+class Store:
+    """The results in a directory."""
+
+    directory: Path
+
+    def __post_init__(self) -> None:
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"cannot keep results in {self.directory}: it is a file, give a directory")
+
+    def path(self, kind: Kind, subject: Subject, task: str) -> Path:
+        return self.directory / kind / subject.folder / f"{task}.json"
+
+    def read(self, kind: Kind, subject: Subject, task: str) -> dict[str, Any] | None:
+        """A finished cell, or none. A damaged file raises ValueError, with what to do."""
+        return read_json(path) if (path := self.path(kind, subject, task)).is_file() else None
+
+    def write(self, kind: Kind, subject: Subject, task: str, value: Mapping[str, Any]) -> None:
+        _write_json(self.path(kind, subject, task), value)
+
+    def register(self, subject: Subject) -> None:
+        """Write down what a model is, for the report."""
+        _write_json(self._model_file(subject), {"name": subject.name, "revision": subject.revision, **subject.facts})
+
+    def subjects(self) -> list[Subject]:
+        """Every model there is, in order of name."""
+        found = []
+        for path in sorted((self.directory / "models").glob("*/*.json")):
+            facts = read_json(path)
+            found.append(Subject(facts.pop("name"), facts.pop("revision"), facts))
+        return found
+
+    def cells(self, kind: Kind, subject: Subject) -> dict[str, dict[str, Any]]:
+        """All finished cells of a kind, by task."""
+        folder = self.directory / kind / subject.folder
+        return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+
+    def scores(self, subject: Subject) -> dict[str, dict[str, Any]]:
+        """Embedding tasks by name: ``score`` (mteb's main score, times 100), ``type``, ``metric``, ``seconds``."""
+        scores = {}
+        for path in sorted((self.directory / "results" / subject.folder).glob("*.json")):
+            if path.stem == "model_meta":
+                continue
+            result = read_json(path)
+            rows = [row for split in result["scores"].values() for row in split]
+            scores[path.stem] = {
+                "score": 100.0 * sum(row["main_score"] for row in rows) / len(rows),
+                "seconds": result.get("evaluation_time"),
+            }
+        return scores
+
+    def _model_file(self, subject: Subject) -> Path:
+        return self.directory / "models" / f"{subject.folder}.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file of ours; ValueError if it is damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError(f"holds a {type(value).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: delete it and evaluate again") from error
+    return value
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with atomic_file(path) as stage:
+        stage.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

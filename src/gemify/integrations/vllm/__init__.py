@@ -1,0 +1,1 @@
+"""A GEM inside vLLM."""

@@ -1,0 +1,1 @@
+"""Files, rows, signals: what every room stands on. It knows nothing of models."""

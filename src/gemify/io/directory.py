@@ -1,0 +1,120 @@
+"""A directory on a disk or in an object store, for the small files of a run: each is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from gemify.io.atomic import atomic_file
+
+
+class Place:
+    """A directory at a path or at a URI that pyarrow takes (``s3://bucket/path``)."""
+
+    def __init__(self, uri: str | Path) -> None:
+        from pyarrow.fs import FileSystem
+
+        self.uri = resolved(uri)
+        self.local = not is_remote(self.uri)
+        try:
+            self.files, self.path = FileSystem.from_uri(self.uri)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.uri} cannot be written to ({reason(error)}): give a directory, or a URI such as s3://bucket/path"
+            ) from error
+
+    def read(self, name: str) -> bytes | None:
+        """A file's bytes, or None if there is none."""
+        try:
+            with self.files.open_input_file(f"{self.path}/{name}") as file:
+                return bytes(file.read())
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file in one step."""
+        with self.staged(name) as stage, self.files.open_output_stream(stage) as file:
+            file.write(content)
+
+    def write_first(self, name: str, content: bytes) -> bool:
+        """Write a file in one step, unless there is one; whether it was written.
+
+        A disk without hard links does it under a lock, which is as good as the disk's locks are between machines. In an
+        object store there is none: two that write in the same instant may both be told so; the last one's content is there.
+        """
+        if not self.local:
+            return self._checked(name, content)
+        try:
+            self._link(Path(self.path, name), content)
+            return True
+        except FileExistsError:
+            return False
+        except OSError:  # each such disk has its own word for it
+            from filelock import FileLock
+
+            with FileLock(Path(self.path, ".first.lock")):
+                return self._checked(name, content)
+
+    @contextlib.contextmanager
+    def staged(self, name: str) -> Iterator[str]:
+        """A path to write to, which becomes the file when the block ends well. (Object stores do so by themselves.)"""
+        if not self.local:
+            yield f"{self.path}/{name}"
+            return
+        with atomic_file(Path(self.path, name)) as stage:
+            yield str(stage)
+
+    def names(self, directory: str) -> list[str]:
+        """Sorted names of the files in a directory; hidden ones are not finished, and left out."""
+        from pyarrow.fs import FileSelector
+
+        wanted = FileSelector(f"{self.path}/{directory}".rstrip("/"), allow_not_found=True)
+        found: list[Any] = [f for f in self.files.get_file_info(wanted) if f.is_file]
+        return sorted(f.base_name for f in found if not f.base_name.startswith("."))
+
+    def _checked(self, name: str, content: bytes) -> bool:
+        if self.read(name) is not None:
+            return False
+        self.write(name, content)
+        return True
+
+    @staticmethod
+    def _link(target: Path, content: bytes) -> None:
+        whole = target.with_name(f".{target.name}.{os.getpid()}.whole")
+        try:
+            with atomic_file(whole) as stage:
+                stage.write_bytes(content)
+            os.link(whole, target)  # other than a rename, refused where there is a file
+        finally:
+            whole.unlink(missing_ok=True)
+
+
+def is_remote(uri: str) -> bool:
+    return "://" in uri
+
+
+def resolved(uri: str | Path) -> str:
+    """A URI as it is; a path, or a file:// URI of one, as an absolute path."""
+    if str(uri).startswith("file://"):
+        return url2pathname(urlsplit(str(uri)).path)
+    return str(uri) if is_remote(str(uri)) else os.path.abspath(uri)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line, without places in Lance's sources. (Object stores answer in XML.)"""
+    if told := re.search("<Message>(.+?)</Message>", str(error)):
+        return told[1]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first.removeprefix("lance error: ").removeprefix("LanceError(IO): ").split(", /")[0][:200]
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether it is a full disk that stands behind an error. (Lance's have no number.)"""
+    return os.strerror(errno.ENOSPC) in str(error)

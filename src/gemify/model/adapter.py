@@ -1,0 +1,355 @@
+"""Weights that act at special-token positions only: the only file that knows PEFT's LoRA internals.
+
+Two parts, both switched by one context, `gate(columns_BT)`:
+
+- `GatedLora`: a PEFT LoRA variant. In every adapted linear layer it adds the low-rank term to the gated columns alone.
+- `SpecialRows`: the special tokens' own input embeddings. At gated columns they replace what the embedding table says.
+
+With no gate open, or none in the batch, every layer returns what the base layer returned, untouched: the base model's
+logits, KV cache and generated text stay as they are to the last bit. The output head is never touched, also where it
+is tied to the embedding table.
+
+On disk this is a stock PEFT directory: an aLoRA adapter whose invocation tokens are the special tokens (or, without
+LoRA, PEFT's trainable tokens), so that PEFT alone gives the same embedding for ``text S``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, LoraVariant
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from gemify.model.base import STARTER, STARTER_REPO
+from gemify.model.config import TUNES as TUNES
+from gemify.model.config import GemConfig
+from gemify.model.config import Tune as Tune
+
+ADAPTER_FILE = "adapter_model.safetensors"
+_NAME = "default"
+
+
+class AdapterSettings(TypedDict, total=False):
+    """LoRA's settings, in PEFT's words. `Adapter` has the defaults."""
+
+    rank: int
+    lora_alpha: float | None
+    lora_dropout: float
+    target_modules: str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Gate:
+    columns_BT: Tensor  # bool: where the trained weights act
+    which_BT: Tensor  # int: which special token stands there (0 elsewhere)
+    index_N: Tensor  # int: the True columns' numbers among all B * T
+    everywhere: bool
+
+
+_open: ContextVar[_Gate | None] = ContextVar("gemify_gate", default=None)
+
+
+class _Traced:
+    """The gate of a function that is being compiled: the compiler reads no context variable."""
+
+    gate: _Gate | None = None
+
+
+_traced = _Traced()
+
+
+def current_gate() -> _Gate | None:
+    """The gate that is open, or None."""
+    return _traced.gate if torch.compiler.is_compiling() else _open.get()
+
+
+def with_gate(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """``forward`` with the open gate as one more argument, the first, so that it can be compiled."""
+
+    def taking(opened: _Gate | None, *args: Any, **kwargs: Any) -> Any:
+        _traced.gate = opened
+        output = forward(*args, **kwargs)
+        _traced.gate = None
+        return output
+
+    return taking
+
+
+@contextlib.contextmanager
+def gate(columns_BT: Tensor) -> Iterator[None]:
+    """Let the trained weights act at the True columns. The special tokens stand there in order, once a row."""
+    which_BT = (columns_BT.long().cumsum(-1) - 1).clamp_(min=0)
+    index_N = columns_BT.flatten().nonzero()[:, 0]  # once a pass: every layer would wait for it otherwise
+    token = _open.set(_Gate(columns_BT, which_BT, index_N, index_N.numel() == columns_BT.numel()))
+    try:
+        yield
+    finally:
+        _open.reset(token)
+
+
+class GatedLora(LoraVariant):
+    """LoRA on the gated columns of the layer's input, nothing elsewhere. Not mergeable, by nature."""
+
+    def supports_lora_conversion(self) -> bool:
+        return False
+
+    @staticmethod
+    def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
+        pass
+
+    @staticmethod
+    def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        raise ValueError("a gated adapter acts at the special tokens only and cannot be merged: train with --tune lora")
+
+    @staticmethod
+    def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        GatedLora.merge_safe(module, active_adapter, orig_weight)
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        opened = current_gate()
+        if opened is None:
+            return result
+        shape, count = opened.columns_BT.shape, opened.columns_BT.numel()
+        if x.shape[:-1] != shape and x.shape[:-1] != (count,):  # some blocks flatten [B, T, D] to [B * T, D]
+            raise RuntimeError(
+                f"a layer got {tuple(x.shape[:-1])} tokens where {count} were expected: it sees only a part"
+                " of the tokens (a routed expert), so it cannot be gated; leave it out of target_modules"
+            )
+        a, b = module.lora_A[active_adapter], module.lora_B[active_adapter]
+        dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
+        if opened.everywhere:
+            return result + b(a(dropout(x.to(a.weight.dtype)))) * scaling
+        index_N = opened.index_N.to(x.device)
+        gated_ND = x.flatten(0, -2)[index_N].to(a.weight.dtype)
+        delta = (b(a(dropout(gated_ND))) * scaling).to(result.dtype)
+        if not torch.is_grad_enabled() and result.is_contiguous():  # the layer's own fresh output: no copy of all of it
+            result.view(-1, result.shape[-1]).index_add_(0, index_N, delta)
+            return result
+        return result.flatten(0, -2).index_add(0, index_N, delta).view_as(result)
+
+
+class SpecialRows(nn.Module):
+    """The k special tokens' input embeddings, [k, D], put in place of the table's rows at gated columns."""
+
+    def __init__(self, rows_KD: Tensor) -> None:
+        super().__init__()
+        self.rows_KD = nn.Parameter(rows_KD.clone())
+
+    def attach(self, lm: PreTrainedModel) -> None:
+        table = lm.get_input_embeddings()
+        scale = getattr(table, "embed_scale", None)  # Gemma-like tables scale in their forward
+
+        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            opened = _open.get()
+            if opened is None or args[0].shape != opened.columns_BT.shape:
+                return args
+            # An added token may have no row in the table: any valid id does, its row is replaced below.
+            return (args[0].masked_fill(opened.columns_BT.to(args[0].device), 0), *args[1:])
+
+        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            opened = _open.get()
+            if opened is None or args[0].shape != opened.columns_BT.shape:
+                return output
+            columns = opened.columns_BT.to(output.device)
+            rows = self.rows_KD[opened.which_BT.to(output.device)[columns]]
+            if scale is not None:
+                rows = rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
+            return output.index_put(torch.where(columns), rows.to(output.dtype))
+
+        table.register_forward_pre_hook(before)
+        table.register_forward_hook(after)
+
+
+class Adapter(nn.Module):
+    """All that a ``gated``, ``tokens`` or ``lora`` GEM has learned, attached to a base model in place."""
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        *,
+        tune: Tune,
+        special_ids: Sequence[int],
+        rows_KD: Tensor,
+        rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        target_modules: str | Sequence[str] = "all-linear",
+        base_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.tune = tune
+        self.special_ids = [int(i) for i in special_ids]
+        self.base_name = base_name
+        self._embedding_name = next(n for n, m in lm.named_modules() if m is lm.get_input_embeddings())
+        lm.requires_grad_(False)
+        keep_head_fast(lm)
+        self._peft: list[PeftModel] = []  # in a list: its parameters are the language model's, not ours to register
+        if tune in ("gated", "lora"):
+            config = LoraConfig(
+                task_type="CAUSAL_LM",
+                r=rank,
+                lora_alpha=rank if lora_alpha is None else lora_alpha,
+                lora_dropout=lora_dropout,
+                target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
+                alora_invocation_tokens=self.special_ids if tune == "gated" else None,
+            )
+            self._peft.append(get_peft_model(lm, config))
+            if tune == "gated":
+                for layer in self._lora_layers(lm):
+                    layer.lora_variant[_NAME] = GatedLora()
+                    layer.cast_input_dtype_enabled = False  # every layer's whole input, also with no gate open
+        self.rows = SpecialRows(rows_KD)
+        self.rows.attach(lm)
+        self.rows.to(lm.device)
+
+    @staticmethod
+    def _lora_layers(lm: nn.Module) -> list[LoraLayer]:
+        return [m for m in lm.modules() if isinstance(m, LoraLayer)]
+
+    def set_training(self, training: bool) -> None:
+        """Switch the dropout inside the adapter, and nothing else."""
+        for layer in self._lora_layers(self._peft[0]) if self._peft else []:
+            layer.lora_dropout.train(training)
+
+    def lora_parameters(self) -> list[nn.Parameter]:
+        return [p for n, p in self._peft[0].named_parameters() if "lora_" in n] if self._peft else []
+
+    def _row_key(self) -> str:
+        inner = ".token_adapter" if self._peft else ""
+        return f"base_model.model.{self._embedding_name}{inner}.trainable_tokens_delta"
+
+    def state(self) -> dict[str, Tensor]:
+        """The learned tensors under the names that PEFT gives them."""
+        lora = get_peft_model_state_dict(self._peft[0], save_embedding_layers=False) if self._peft else {}
+        state = lora | ({self._row_key(): self.rows.rows_KD} if self.special_ids else {})
+        return {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        state = dict(state)
+        rows = state.pop(self._row_key(), self.rows.rows_KD[:0])
+        if rows.shape != self.rows.rows_KD.shape:
+            got = tuple(rows.shape)
+            raise ValueError(f"the adapter holds other special-token rows (got {got}) than its configuration says")
+        with torch.no_grad():
+            self.rows.rows_KD.copy_(rows)
+        if self._peft:
+            wanted = set(get_peft_model_state_dict(self._peft[0], save_embedding_layers=False))
+            if wanted != set(state):
+                odd = sorted(wanted ^ set(state))[0]
+                raise ValueError(f"the adapter's weights do not fit this base model (first odd one: {odd})")
+            set_peft_model_state_dict(self._peft[0], state)
+
+    def save(self, directory: Path) -> None:
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors``, readable by stock PEFT."""
+        config: PeftConfig
+        if self._peft:
+            config = self._peft[0].peft_config[_NAME]
+            config.trainable_token_indices = {self._embedding_name: self.special_ids} if self.special_ids else None
+        else:
+            config = TrainableTokensConfig(
+                task_type="CAUSAL_LM", token_indices=self.special_ids, target_modules=[self._embedding_name]
+            )
+        config.base_model_name_or_path = self.base_name
+        was, config.inference_mode = config.inference_mode, True
+        try:
+            config.save_pretrained(str(directory))
+        finally:
+            config.inference_mode = was
+            if self._peft:
+                config.trainable_token_indices = None
+        save_file(self.state(), directory / ADAPTER_FILE, metadata={"format": "pt"})
+
+    def load(self, directory: Path) -> None:
+        self.load_state(load_file(directory / ADAPTER_FILE))
+
+    def save_without_rows(self, directory: Path, *, special_id: int) -> None:
+        """Write a gated adapter of one special token, for a base whose table holds its row: plain LoRA tensors only."""
+        config = copy.copy(self._peft[0].peft_config[_NAME])
+        config.alora_invocation_tokens, config.trainable_token_indices = [special_id], None
+        config.base_model_name_or_path, config.inference_mode = None, True
+        config.save_pretrained(str(directory))
+        state = self.state()
+        del state[self._row_key()]
+        save_file(state, directory / ADAPTER_FILE, metadata={"format": "pt"})
+
+    def unload(self, lm: PreTrainedModel) -> PreTrainedModel:
+        """The plain language model, its adapter (not gated ones) folded in, its table as it was. Ends the adapter."""
+        if not self._peft:
+            return lm
+        peft = self._peft.pop()
+        plain: PreTrainedModel = peft.merge_and_unload() if self.tune == "lora" else peft.unload()
+        return plain
+
+    def merge(self) -> PreTrainedModel:
+        """The plain language model with ordinary LoRA folded in and the special rows written to its table."""
+        if self.tune != "lora":
+            raise ValueError(
+                f"only an ordinary LoRA can be merged, this adapter is {self.tune!r}: train with --tune lora"
+            )
+        lm: PreTrainedModel = self._peft[0].merge_and_unload()
+        with torch.no_grad():
+            lm.get_input_embeddings().weight[self.special_ids] = self.rows.rows_KD.to(lm.get_input_embeddings().weight)
+        return lm
+
+
+def attached(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: AdapterSettings) -> Adapter | None:
+    """The adapter that a GEM's configuration asks for, on its model; none where the model itself is trained."""
+    if config.tune == "full":
+        return None
+    return Adapter(
+        lm,
+        tune=config.tune,
+        special_ids=config.special_ids,
+        rows_KD=rows_KD.float(),
+        base_name=STARTER_REPO if config.base == STARTER else config.base,
+        **settings,
+    )
+
+
+def adapter_settings(directory: Path) -> AdapterSettings:
+    """The settings `Adapter` needs to be rebuilt from a saved directory."""
+    config = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig):
+        return {}
+    return {
+        "rank": config.r,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": config.target_modules,
+    }
+
+
+# The output head of a frozen model, kept fast.
+#
+# Where only the last column's logits are asked, transformers hands the head a slice of the hidden states. PyTorch folds
+# such a slice into one matrix only if the head's weight wants a gradient; for a frozen weight it multiplies row by row, and
+# on a CPU copies the whole table for each: 0.26 seconds a row in bfloat16 for 49,152 words, against 0.01 for all rows. A
+# copy of the slice, which is small, brings the frozen head onto the path of the unfrozen one, with the same bits.
+
+
+def keep_head_fast(lm: PreTrainedModel) -> None:
+    """From now on the head of ``lm`` gets hidden states [B, T, D] that can be seen as one matrix."""
+    head = lm.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_one_matrix)
+
+
+def _one_matrix(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    hidden_BTD = inputs[0]
+    if isinstance(hidden_BTD, Tensor) and hidden_BTD.dim() == 3:
+        rows, columns, _ = hidden_BTD.stride()
+        if rows != columns * hidden_BTD.shape[1]:
+            return (hidden_BTD.clone(memory_format=torch.contiguous_format), *inputs[1:])
+    return None

@@ -1,0 +1,274 @@
+"""The passes of GEM over a language model: the text, the special tokens on its KV, the suffix on theirs.
+
+With frozen base weights the text's states are constants (no text token sees a special token), so the text runs once
+without gradients, k special columns run on its KV with gradients, and the suffix runs on the special tokens' KV alone:
+"cache surgery". It equals the single masked pass (`masked_pass`) and needs no backward pass through the text.
+
+Texts are padded on the left here, so that a special token sits right after its text and a suffix right after its
+special tokens, and sliding windows measure true distances. B rows, T columns, K special tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from gemify.model.adapter import gate
+from gemify.model.attention import gem_mask
+from gemify.model.early_exit import running
+from gemify.model.kv_cache import columns_of, concatenate, fork, from_key_values, new_cache, select, tail
+from gemify.paper.tokens import IGNORED, Columns, Segment
+
+
+@dataclass(frozen=True)
+class Text:
+    """A batch of texts that has run: its KV cache, and which columns are text (True) and not left padding."""
+
+    cache: DynamicCache
+    mask_BT: Tensor
+
+    @property
+    def lengths_B(self) -> Tensor:
+        return self.mask_BT.sum(-1)
+
+    def rows(self, rows: Sequence[int]) -> Text:
+        """Some of the texts, in the given order; a text may come more than once."""
+        index = torch.tensor(list(rows), device=self.mask_BT.device)
+        return Text(select(self.cache, index), self.mask_BT[index])
+
+
+@dataclass(frozen=True)
+class Specials:
+    """The special tokens of a batch of texts after their pass."""
+
+    hidden_BKD: Tensor | None
+    """Last hidden states, the embedding before pooling (None if the pass was made for its logits)."""
+    logits_BV: Tensor | None
+    """Logits at the last special token, which predict the first suffix token."""
+    cache: DynamicCache
+    """KV of the special tokens alone."""
+    next_position_B: Tensor
+
+
+def left_pad(texts: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids [B, T] and mask [B, T] (bool) of texts padded on the left."""
+    T = max((len(t) for t in texts), default=0)
+    ids = [[fill] * (T - len(t)) + list(t) for t in texts]
+    mask = [[False] * (T - len(t)) + [True] * len(t) for t in texts]
+    return torch.tensor(ids, dtype=torch.long).view(len(texts), T), torch.tensor(mask, dtype=torch.bool).view(
+        len(texts), T
+    )
+
+
+def right_pad(texts: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Ids [B, T] and mask [B, T] (bool) of texts padded on the right."""
+    ids_BT, mask_BT = left_pad([t[::-1] for t in texts], fill=fill)
+    return ids_BT.flip(-1), mask_BT.flip(-1)
+
+
+def positions_of(mask_BT: Tensor) -> Tensor:
+    """Position ids of padded rows: counted over the real columns only."""
+    return (mask_BT.long().cumsum(-1) - 1).clamp_(min=0)
+
+
+def text_pass(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> Text:
+    """Run texts through the decoder body (no LM head) and keep their KV."""
+    cache = new_cache(lm)
+    if ids_BT.shape[1]:
+        lm.get_decoder()(
+            input_ids=ids_BT,
+            attention_mask=mask_BT.long(),
+            position_ids=positions_of(mask_BT),
+            past_key_values=cache,
+            use_cache=True,
+        )
+    return Text(cache, mask_BT)
+
+
+def special_pass(
+    lm: PreTrainedModel,
+    text: Text,
+    special_ids: Sequence[int],
+    *,
+    shared_position: bool = True,
+    seen_BT: Tensor | None = None,
+    with_logits: bool = False,
+) -> Specials:
+    """Run the special tokens on a text's KV, with the trained weights on. Leaves ``text.cache`` as it was.
+
+    ``seen_BT`` hides text columns from the special tokens (a contrastive view). With ``with_logits`` the LM head runs on
+    the last special token; without it, it does not run at all.
+    """
+    B, K = text.mask_BT.shape[0], len(special_ids)
+    if K == 0:
+        raise ValueError("this model has no special tokens: nothing to recover a text from, and to embed use encode")
+    device = text.mask_BT.device
+    start_B1 = text.lengths_B[:, None]
+    step_K = torch.zeros(K, dtype=torch.long, device=device) if shared_position else torch.arange(K, device=device)
+    visible_BT = text.mask_BT if seen_BT is None else text.mask_BT & seen_BT
+    ones_BK = torch.ones(B, K, dtype=torch.bool, device=device)
+    cache = fork(text.cache, layers=running())
+    inputs = {
+        "input_ids": torch.tensor([list(special_ids)] * B, device=device),
+        "attention_mask": torch.cat([visible_BT, ones_BK], dim=1).long(),
+        "position_ids": start_B1 + step_K,
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    apart: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if K > 1:  # special tokens do not see each other
+        segments_BT = torch.cat([text.mask_BT.long() * Segment.TEXT, ones_BK.long() * Segment.SPECIAL], dim=1)
+        apart = gem_mask(segments_BT, shared_position=shared_position)
+    with gate(ones_BK), apart:
+        if with_logits:
+            logits_BV = lm(**inputs, logits_to_keep=1).logits[:, -1]
+            hidden_BKD = None
+        else:
+            logits_BV = None
+            hidden_BKD = lm.get_decoder()(**inputs).last_hidden_state
+    return Specials(hidden_BKD, logits_BV, tail(lm, cache, K), start_B1[:, 0] + (1 if shared_position else K))
+
+
+def text_and_special_pass(
+    lm: PreTrainedModel,
+    before: Text,
+    ids_BT: Tensor,
+    mask_BT: Tensor,
+    special_ids: Sequence[int],
+    *,
+    since: int,
+    shared_position: bool,
+    after: Sequence[int] = (),
+) -> tuple[Text, Tensor]:
+    """Run more text (padded on the left), a template's words ``after`` it and the special tokens in one pass.
+
+    Gives the text up to these words, and the special tokens' last hidden states [B, K, D]. They see the columns from
+    ``since`` on; no text column sees them. The layers' caches must keep all columns (`keeps_all`).
+    With `first_layers` open no more text can be given: the layers above would lack it.
+    """
+    assert running() is None or not ids_BT.shape[1]
+    kept = before.mask_BT.shape[1] + ids_BT.shape[1]
+    if after:
+        after_BT = torch.tensor([list(after)] * ids_BT.shape[0], device=ids_BT.device)
+        ids_BT, mask_BT = torch.cat([ids_BT, after_BT], 1), torch.cat([mask_BT, torch.ones_like(after_BT).bool()], 1)
+    B, K, device = ids_BT.shape[0], len(special_ids), ids_BT.device
+    whole_BT = torch.cat([before.mask_BT, mask_BT], dim=1)
+    T, new = whole_BT.shape[1], ids_BT.shape[1]
+    ones_BK = torch.ones(B, K, dtype=torch.bool, device=device)
+    step_K = torch.zeros(K, dtype=torch.long, device=device) if shared_position else torch.arange(K, device=device)
+    position_BT = torch.cat([positions_of(whole_BT)[:, T - new :], whole_BT.sum(-1)[:, None] + step_K], dim=1)
+    cache = fork(before.cache)
+    masked: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if since or K > 1:
+        segments_BT = torch.cat([whole_BT.long() * Segment.TEXT, ones_BK.long() * Segment.SPECIAL], dim=1)
+        segments_BT[:, :since] *= int(Segment.HIDDEN)  # padding stays padding
+        masked = gem_mask(segments_BT, shared_position=shared_position)
+    with gate(torch.cat([torch.zeros_like(mask_BT), ones_BK], dim=1)), masked:
+        hidden_BTD = lm.get_decoder()(
+            input_ids=torch.cat([ids_BT, torch.tensor([list(special_ids)] * B, device=device)], dim=1),
+            attention_mask=torch.cat([whole_BT, ones_BK], dim=1).long(),
+            position_ids=position_BT,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+    return Text(from_key_values(lm, columns_of(cache, 0, kept)), whole_BT[:, :kept]), hidden_BTD[:, -K:]
+
+
+def suffix_pass(
+    lm: PreTrainedModel, specials: Specials, ids_BT: Tensor, mask_BT: Tensor, *, body_only: bool = False
+) -> Tensor:
+    """Logits [B, T, V] of suffixes (padded on the right) that know of their text only its special tokens' KV.
+
+    With ``body_only`` last hidden states [B, T, D].
+    """
+    K = specials.cache.get_seq_length()
+    ones_BK = torch.ones(ids_BT.shape[0], K, dtype=torch.long, device=ids_BT.device)
+    inputs = {
+        "input_ids": ids_BT,
+        "attention_mask": torch.cat([ones_BK, mask_BT.long()], dim=1),
+        "position_ids": specials.next_position_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device),
+        "past_key_values": fork(specials.cache),
+        "use_cache": True,
+    }
+    return lm.get_decoder()(**inputs).last_hidden_state if body_only else lm(**inputs).logits
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """Rows laid out for one masked forward pass, padded on the right: everything [B, T]."""
+
+    ids_BT: Tensor
+    segments_BT: Tensor
+    positions_BT: Tensor
+    labels_BT: Tensor
+    shared_position: bool = True
+
+    @staticmethod
+    def of(rows: Sequence[Columns], *, shared_position: bool = True, device: torch.device | str = "cpu") -> MaskedBatch:
+        def pad(lists: Sequence[Sequence[int]], fill: int) -> Tensor:
+            return right_pad(lists, fill=fill)[0].to(device)
+
+        return MaskedBatch(
+            pad([r.ids for r in rows], 0),
+            pad([r.segments for r in rows], int(Segment.PAD)),
+            pad([r.positions for r in rows], 0),
+            pad([r.labels for r in rows], IGNORED),
+            shared_position,
+        )
+
+
+def masked_pass(lm: PreTrainedModel, batch: MaskedBatch, *, body_only: bool = False) -> Tensor:
+    """One forward pass under the GEM mask: logits [B, T, V], or with ``body_only`` last hidden states [B, T, D].
+
+    A batch in which the GEM mask is the causal one (raw rows; one special token at the end) runs without a mask of ours.
+    With ``body_only`` it runs without any: its padding is on the right, where no real column looks.
+    """
+    special_BT = batch.segments_BT == Segment.SPECIAL
+    beyond_causal_BT = (batch.segments_BT == Segment.SUFFIX) | (batch.segments_BT == Segment.HIDDEN)
+    masked = contextlib.ExitStack()
+    causal = True
+    if bool(special_BT.any()):
+        masked.enter_context(gate(special_BT))
+        causal = not bool(beyond_causal_BT.any()) and int(special_BT.sum(-1).max()) == 1
+        if not causal:
+            masked.enter_context(gem_mask(batch.segments_BT, shared_position=batch.shared_position))
+    inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": False}
+    if not (causal and body_only):  # positions count from 0 then, and a kernel that needs no mask is the fastest
+        inputs["attention_mask"] = (batch.segments_BT != Segment.PAD).long()
+        inputs["position_ids"] = batch.positions_BT
+    with masked:
+        if body_only:
+            return lm.get_decoder()(**inputs).last_hidden_state
+        return lm(**inputs).logits
+
+
+def join_specials(lm: PreTrainedModel, parts: Sequence[Specials]) -> Specials:
+    """The special tokens of several batches as one batch, in order."""
+
+    def cat(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [t for t in tensors if t is not None]
+        return torch.cat(present) if present else None
+
+    return Specials(
+        cat([p.hidden_BKD for p in parts]),
+        cat([p.logits_BV for p in parts]),
+        concatenate(lm, [p.cache for p in parts]),
+        torch.cat([p.next_position_B for p in parts]),
+    )
+
+
+def select_specials(specials: Specials, rows: Sequence[int]) -> Specials:
+    """Some rows of a batch of special tokens."""
+    index = torch.tensor(list(rows), device=specials.next_position_B.device)
+    return Specials(
+        None if specials.hidden_BKD is None else specials.hidden_BKD[index],
+        None if specials.logits_BV is None else specials.logits_BV[index],
+        select(specials.cache, index),
+        specials.next_position_B[index],
+    )

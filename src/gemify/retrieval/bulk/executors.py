@@ -1,0 +1,146 @@
+"""What runs the shards: this process, or Ray Data with one worker a device, on one machine or a cluster.
+
+Ray gives shards out, starts killed workers anew and gives their shards out again; nothing here does. Since a shard that
+is done stays done, what a worker had finished when it died is not computed twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gemify.io.directory import Place
+from gemify.retrieval.bulk.plan import Shard
+from gemify.retrieval.bulk.rows import Reader
+from gemify.retrieval.bulk.shard import Done, Model, embed_shard
+from gemify.retrieval.vector_table import CorpusMeta
+
+_BLOCKS = 4096  # groups of shards that Ray knows by name
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a worker needs to know."""
+
+    uri: str
+    meta: CorpusMeta
+    base: str | None = None
+    device: str | None = None
+    batch_size: int = 32
+    skip_bad: bool = False
+
+    def load(self) -> Model:
+        """The model that the corpus is made by."""
+        from gemify.model.gem import GemModel
+
+        loading: Any = {"device": self.device, "dtype": self.meta.dtype}
+        return GemModel.from_pretrained(self.meta.model, base=self.base, **loading)
+
+    def embedder(self, model: Model) -> Callable[[Shard], Done]:
+        """`embed_shard` with this job's settings; shards are best given in their order."""
+        reader, place = Reader(self.meta, skip_bad=self.skip_bad), Place(self.uri)
+        return lambda shard: embed_shard(shard, model=model, reader=reader, place=place, batch_size=self.batch_size)
+
+
+def run_here(shards: Sequence[Shard], job: Job, model: Model) -> Generator[Done, None, None]:
+    """One shard after the other, in this process."""
+    embed = job.embedder(model)
+    for shard in shards:
+        yield embed(shard)
+
+
+def run_on_ray(shards: Sequence[Shard], job: Job, *, workers: int | None = None) -> Generator[Done, None, None]:
+    """Shards in the order in which they are done, by workers on a Ray cluster (``RAY_ADDRESS``) or a local one.
+
+    ``workers``: by default one a GPU of the cluster; without GPUs, one a machine. Raises ValueError and OSError as a
+    worker met them, RuntimeError for what Ray could not mend.
+    """
+    try:
+        import ray.data
+        from ray.exceptions import RayError
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the engine ray needs Ray ({error.name} is missing): pip install 'gemify[ray]'") from None
+    if not shards:
+        return
+    with _cluster(ray, workers):
+        rows = ray.data.from_items([{"shard": s.to_json()} for s in shards], override_num_blocks=_blocks(len(shards)))
+        done = rows.map_batches(
+            ShardWorker,
+            batch_size=1,
+            fn_constructor_args=(job,),
+            **_devices(ray, job, workers),
+        )
+        try:
+            for row in done.iter_rows():
+                if row["error"]:
+                    raise ValueError(row["error"])
+                yield Done.from_json(row["done"])
+        except RayError as error:
+            reason = str(getattr(error, "cause", None) or error).strip().splitlines() or ["no reason given"]
+            raise RuntimeError(f"a worker failed: {reason[0]}") from error
+
+
+class ShardWorker:
+    """One model on one device; Ray calls it with a shard at a time."""
+
+    def __init__(self, job: Job) -> None:
+        self._embed: Callable[[Shard], Done] | None = None
+        try:
+            model = job.load()
+            if model.fingerprint != job.meta.fingerprint:
+                raise ValueError(
+                    f"{job.meta.model} is another model on a worker (fingerprint {model.fingerprint}) than where the run"
+                    f" began ({job.meta.fingerprint}): put the same one on every machine"
+                )
+            self._embed = job.embedder(model)
+        except (ValueError, OSError) as error:  # told with the first shard: Ray would start the worker anew
+            self._error = f"a worker cannot load the model: {str(error).splitlines()[0]}"
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        if self._embed is None:
+            return {"done": [""], "error": [self._error]}
+        try:
+            return {"done": [self._embed(Shard.from_json(str(batch["shard"][0]))).to_json()], "error": [""]}
+        except ValueError as error:
+            return {"done": [""], "error": [str(error)]}
+
+
+def _blocks(shards: int) -> int:
+    return max(1, min(shards, _BLOCKS))
+
+
+def _devices(ray: Any, job: Job, workers: int | None) -> dict[str, Any]:
+    """How many workers, and what each of them takes of a machine."""
+    there = ray.cluster_resources()
+    gpus = int(there.get("GPU", 0)) if job.device is None or job.device.startswith("cuda") else 0
+    size = workers or gpus or len(ray.nodes())
+    share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(there.get("CPU", 1)) // size)}
+    return {"compute": ray.data.ActorPoolStrategy(size=size), **share}
+
+
+@contextlib.contextmanager
+def _cluster(ray: Any, workers: int | None) -> Iterator[None]:
+    """Ray as it runs already, or one for the time being."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan and its bars; ours say what is done
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    if ray.is_initialized():
+        yield
+        return
+    local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(workers or 1, os.cpu_count() or 1)}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
+    except Exception as error:  # Ray raises the bare class where a machine is too busy to start it in 30 seconds
+        raise RuntimeError(f"Ray did not start: {(str(error).splitlines() or ['no reason given'])[0]}") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray takes it, and would end the process without a commit
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,302 @@
+"""`embed_corpus`: inputs in, one searchable table of vectors out. Killed at any point, the same call goes on.
+
+plan      read the inputs through: shards, and whether they are those that an earlier run met
+embed     every shard that has no done marker, here or on Ray
+commit    the parts of all markers become the table, in the order of the input
+index     once all is done
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from tqdm.auto import tqdm
+
+from gemify.io.directory import Place, is_full, is_remote, reason, resolved
+from gemify.retrieval.bulk.executors import Job, run_here, run_on_ray
+from gemify.retrieval.bulk.lance_writer import commit, committed, sweep
+from gemify.retrieval.bulk.plan import Shard, find_inputs, plan
+from gemify.retrieval.bulk.rows import Reader
+from gemify.retrieval.bulk.shard import MARKERS, Done, Model
+from gemify.retrieval.document_store import Store
+from gemify.retrieval.lance import IndexKind, only_writer
+from gemify.retrieval.vector_table import MANIFEST, Corpus, CorpusMeta, require_index
+
+Engine = Literal["local", "ray"]
+_ELSEWHERE = "leave the setting out, or give another --output"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run did, and what there is after it."""
+
+    rows: int
+    """In the corpus."""
+    left: int
+    """Rows of the inputs that are still to do."""
+    embedded: int
+    """In this run."""
+    skipped: int
+    """Bad rows, of all runs."""
+    bad: tuple[str, ...]
+    """The first of them."""
+    tokens: int
+    seconds: float
+    """Of embedding, from the first shard to the last."""
+    indexes: tuple[str, ...]
+    """Built in this run."""
+    stopped: bool
+    """By Ctrl-C or SIGTERM."""
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.embedded / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def begun(output: str | Path) -> CorpusMeta | None:
+    """What a run that was begun there says of itself."""
+    there = Place(output).read(MANIFEST)
+    return None if there is None else CorpusMeta.from_json(there, str(output))
+
+
+def embed_corpus(
+    inputs: Sequence[str | Path],
+    output: str | Path,
+    model: Model,
+    *,
+    model_name: str,
+    base: str | None = None,
+    device: str | None = None,
+    engine: Engine = "local",
+    workers: int | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    index: IndexKind | Literal["auto", "none"] = "auto",
+    show_progress_bar: bool = False,
+    **settings: Any,
+) -> Report:
+    """Embed the rows of files into a corpus that `gemify search` opens.
+
+    Args:
+        inputs: .parquet and .jsonl(.gz) files, or directories of them.
+        output: a directory, or a URI that Lance and pyarrow take (``s3://bucket/path``).
+        model: with Ray it only says which one it is; the workers load theirs by ``model_name``, ``base``, ``device``.
+        limit: most rows to embed now, in whole shards.
+        skip_bad: leave rows out that cannot be read, and count them.
+        index: of the vectors. auto: one that fits, from 20,000 rows on. none: none of the words either.
+        settings: fields of `CorpusMeta`, for a new corpus; of one that was begun they must be the same, or None.
+
+    Raises:
+        ValueError: bad input, or a corpus begun with another model, other settings or other inputs.
+        OSError: a disk that is full or fails. What is done stays, and the same call goes on.
+    """
+    _check(engine, workers, batch_size, limit, index)
+    found = find_inputs(inputs)
+    uri = resolved(output)
+    if not is_remote(uri) and Path(uri).exists() and not Path(uri).is_dir():
+        raise ValueError(f"cannot write a corpus to {uri}: it is a file, give a directory")
+    if Store.exists(uri):
+        raise ValueError(f"{uri} is a store that gemify index wrote: give another --output")
+    place = Place(uri)
+    meta = _settled(place, model, model_name, settings)
+    _require_possible(meta, index)
+    if meta.format == "parquet":
+        found = _others(found, inputs, place)
+    if place.local:
+        Path(place.path).mkdir(parents=True, exist_ok=True)
+    job = Job(uri, meta, base, device, batch_size, skip_bad)
+    with only_writer(uri), _goes_on(uri):
+        shards = _planned(found, meta, show_progress_bar)
+        done = _known(place, shards, uri)
+        place.write(MANIFEST, meta.to_json().encode())
+        todo = _limited([s for s in shards if s.number not in done], limit)
+        run = run_here(todo, job, model) if engine == "local" else run_on_ray(todo, job, workers=workers)
+        before = len(done)
+        begin = time.perf_counter()
+        stopped = _through(run, done, shards, show_progress_bar)
+        seconds = time.perf_counter() - begin
+        if stopped:  # workers may have done more than they could still say
+            done.update({n: d for n, d in _known(place, shards, uri).items() if n not in done})
+        whole = len(done) == len(shards)
+        built = _finish(place, meta, list(done.values()), index if whole else "none", whole)
+    new = list(done.values())[before:]
+    return Report(
+        rows=sum(d.rows for d in done.values()),
+        left=sum(s.rows for s in shards if s.number not in done),
+        embedded=sum(d.rows for d in new),
+        skipped=sum(d.skipped for d in done.values()),
+        bad=tuple(line for d in done.values() for line in d.bad)[:20],
+        tokens=sum(d.tokens for d in new),
+        seconds=seconds,
+        indexes=tuple(built),
+        stopped=stopped,
+    )
+
+
+@contextlib.contextmanager
+def _goes_on(uri: str) -> Iterator[None]:
+    """Say in one line that a disk failed, and that nothing is lost."""
+    try:
+        yield
+    except OSError as error:
+        mend = "make room" if is_full(error) else "mend that"
+        raise OSError(
+            f"{uri} is not finished ({reason(error)}): what is done stays, {mend} and run the same command again"
+        ) from error
+
+
+def _check(engine: str, workers: int | None, batch_size: int, limit: int | None, index: str) -> None:
+    if engine not in get_args(Engine):
+        raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(get_args(Engine))}")
+    if index not in (allowed := ("auto", "none", *get_args(IndexKind))):
+        raise ValueError(f"unknown index {index!r}: choose one of {', '.join(allowed)}")
+    if workers is not None and engine != "ray":
+        raise ValueError("--workers are Ray's: give --engine ray")
+    for name, value in (("workers", workers), ("batch size", batch_size), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def _settled(place: Place, model: Model, name: str, settings: dict[str, Any]) -> CorpusMeta:
+    """What the corpus is, or was begun as. A run that ended before any shard was done settled nothing."""
+    given = {key: value for key, value in settings.items() if value is not None}
+    uri, old = place.uri, begun(place.uri)
+    kept = {} if old is None else dataclasses.asdict(old)
+    made: dict[str, Any] = {"model": name, "fingerprint": model.fingerprint, "dimension": model.get_embedding_dim()}
+    wanted = CorpusMeta(**{**kept, **made, **given})
+    if old is None or not (place.names(MARKERS) or any(n.endswith(".parquet") for n in place.names(""))):
+        return wanted
+    if old.fingerprint != wanted.fingerprint:
+        raise ValueError(
+            f"{uri} was begun by another model ({old.model}, fingerprint {old.fingerprint}; this one has"
+            f" {wanted.fingerprint}): load that model, or give another --output"
+        )
+    for key in given:
+        if getattr(old, key) != getattr(wanted, key):
+            said = f"{key.replace('_', ' ')} {getattr(old, key)}, not {getattr(wanted, key)}"
+            raise ValueError(f"{uri} was begun with {said}: {_ELSEWHERE}")
+    return wanted
+
+
+def _require_possible(meta: CorpusMeta, index: str) -> None:
+    """Refuse what would only fail, or do nothing, once all is embedded."""
+    if index not in ("auto", "none"):
+        if meta.format == "parquet" or meta.precision == "int8":
+            kind = "Parquet files" if meta.format == "parquet" else "int8 vectors"
+            raise ValueError(f"{kind} get no index of vectors, got {index}: leave --index out")
+        require_index(meta.precision, index, meta.dimension)
+
+
+def _others(found: Sequence[Path], given: Sequence[str | Path], place: Place) -> list[Path]:
+    """Inputs without the corpus' own Parquet files."""
+    if any(Path(one).absolute().is_relative_to(place.uri) for one in given):
+        raise ValueError(
+            f"the inputs lie in the output {place.uri}, beside Parquet files of its own: give another --output"
+        )
+    return [path for path in found if not path.is_relative_to(place.uri)]
+
+
+def _planned(inputs: Sequence[Path], meta: CorpusMeta, show: bool) -> list[Shard]:
+    size = sum(path.stat().st_size for path in inputs)
+    with tqdm(total=size, desc="read inputs", unit="B", unit_scale=True, disable=not show, leave=False) as bar:
+        shards = list(plan(inputs, shard_rows=meta.shard_rows, columns=Reader(meta).columns, read=bar.update))
+    if not shards:
+        raise ValueError(f"the inputs hold no row ({', '.join(str(p) for p in inputs[:3])}): give rows")
+    return shards
+
+
+def _known(place: Place, shards: Sequence[Shard], uri: str) -> dict[int, Done]:
+    """The shards that are done, by number. Raises ValueError where they are of other inputs."""
+    with ThreadPoolExecutor(8) as pool:  # an object store answers slowly
+        texts = pool.map(lambda name: place.read(f"{MARKERS}/{name}"), place.names(MARKERS))
+        known = {d.shard.number: d for d in map(Done.from_json, filter(None, texts))}
+    for number, done in known.items():
+        was = done.shard
+        if number >= len(shards):
+            raise ValueError(
+                f"{uri} was begun with more input ({Path(was.path).name} from row {was.first + 1}): give all of it again,"
+                " or another --output"
+            )
+        now = shards[number]
+        if (Path(now.path).name, now.first, now.digest) != (Path(was.path).name, was.first, was.digest):
+            raise ValueError(
+                f"{now.path} rows {now.first + 1}-{now.first + now.rows} are not those that {uri} was begun with"
+                f" ({Path(was.path).name} from row {was.first + 1}): give the same inputs, or another --output"
+            )
+    return dict(sorted(known.items()))
+
+
+def _limited(shards: Sequence[Shard], limit: int | None) -> list[Shard]:
+    """The first shards that hold so many rows."""
+    taken: list[Shard] = []
+    for shard in shards:
+        if limit is not None and limit <= 0:
+            break
+        taken.append(shard)
+        limit = None if limit is None else limit - shard.rows
+    return taken
+
+
+def _through(run: Generator[Done, None, None], done: dict[int, Done], shards: Sequence[Shard], show: bool) -> bool:
+    """Run to the end or to a signal; whether it was a signal."""
+    total, begin = sum(s.rows for s in shards), sum(d.shard.rows for d in done.values())
+    tokens, start = 0, time.perf_counter()
+    with tqdm(total=total, initial=begin, desc="embed", unit=" rows", disable=not show) as bar:
+        try:
+            with (
+                _sigterm_as_interrupt(),
+                contextlib.closing(run) if hasattr(run, "close") else contextlib.nullcontext(),
+            ):
+                for one in run:
+                    done[one.shard.number] = one
+                    tokens += one.tokens
+                    bar.set_postfix_str(f"{tokens / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+                    bar.update(one.shard.rows)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """End at once: a shard that is cut short is done anew. In other threads than the main one signals are left."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _finish(place: Place, meta: CorpusMeta, done: list[Done], index: str, whole: bool) -> list[str]:
+    """Commit what is done; once that is all, index and sweep. What was indexed is named."""
+    done.sort(key=lambda d: d.shard.number)
+    parts = [part for d in done for part in d.parts]
+    if meta.format == "parquet" or not parts:
+        return []
+    name = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+    if committed(place) != name:
+        commit(place, meta, parts, name=name)
+    built: list[str] = []
+    if index != "none":
+        built = Corpus.open(place.uri).build_indexes(None if index == "auto" else index)  # type: ignore[arg-type]
+    if whole:
+        sweep(place)
+    return built

@@ -1,0 +1,103 @@
+"""One shard: read, embed, write, and only then mark as done.
+
+`embed_shard` may be run any number of times, killed at any point, and run in two processes at once: a shard's first done
+marker counts, and names the one part that does. What others wrote lies unused until the run's end sweeps it away.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from gemify.io.directory import Place
+from gemify.model.throughput import Meter
+from gemify.retrieval.bulk.lance_writer import table, write_part
+from gemify.retrieval.bulk.plan import Shard
+from gemify.retrieval.bulk.rows import Reader
+from gemify.retrieval.vector_table import CorpusMeta
+
+MARKERS = "done"
+_ATTEMPTS = 3  # for a disk or a network that fails and comes back
+_NAMED = 20  # bad rows of a shard
+
+
+class Model(Protocol):
+    """What a corpus asks of a model; `GemModel` is one."""
+
+    meter: Meter
+
+    @property
+    def fingerprint(self) -> str: ...
+    def get_embedding_dim(self) -> int: ...
+    def encode_document(self, inputs: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Done:
+    """A shard's done marker."""
+
+    shard: Shard
+    rows: int
+    """Embedded: the shard's, less blank and bad ones."""
+    skipped: int
+    bad: list[str] = field(default_factory=list)
+    """The first of the skipped rows, and why."""
+    parts: list[str] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Done:
+        values = json.loads(text)
+        return cls(**{**values, "shard": Shard(**values["shard"])})
+
+
+def marker(shard: Shard) -> str:
+    """The name of a shard's marker."""
+    return f"{MARKERS}/{shard.name}.json"
+
+
+def embed_shard(
+    shard: Shard, *, model: Model, reader: Reader, place: Place, batch_size: int = 32, wait: float = 1.0
+) -> Done:
+    """Bring a shard's passages into the corpus, if they are not there. ``wait``: seconds before a second attempt."""
+    for attempt in range(1, _ATTEMPTS + 1):
+        try:
+            return _embed(shard, model, reader, place, batch_size)
+        except OSError:
+            reader.close()  # a file that failed half-way does not go on where it was
+            if attempt == _ATTEMPTS:
+                raise
+            time.sleep(wait * attempt)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _embed(shard: Shard, model: Model, reader: Reader, place: Place, batch_size: int) -> Done:
+    if (there := place.read(marker(shard))) is not None:
+        return Done.from_json(there)
+    begin = time.perf_counter()
+    skipped: list[str] = []
+    passages = reader.passages(shard, skipped)
+    meta: CorpusMeta = reader.meta
+    vectors_ND, tokens = np.empty((0, meta.dimension), np.float32), 0
+    if passages:
+        vectors_ND = np.asarray(model.encode_document([p.words for p in passages], batch_size=batch_size))
+        tokens = model.meter.tokens - model.meter.padding
+    if wrong := np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1)).tolist():
+        raise ValueError(
+            f"{shard.path}: the vector of passage {passages[wrong[0]].id!r} has numbers that are not finite: compute in"
+            " another precision (--dtype float32)"
+        )
+    parts = write_part(place, meta, shard, table(meta, passages, vectors_ND))
+    seconds = time.perf_counter() - begin
+    done = Done(shard, len(passages), len(skipped), skipped[:_NAMED], parts, tokens, seconds)
+    if place.write_first(marker(shard), done.to_json().encode()):
+        return done
+    return Done.from_json(place.read(marker(shard)) or b"")

@@ -1,0 +1,213 @@
+"""Markdown, HTML, PDF and Word files -> sections, each through a kept library that is imported when first needed.
+
+What these libraries raise on damaged files is open-ended, so everything they raise is caught and said in one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from gemify.retrieval.section import Section, Skipped
+
+_SPACE = re.compile(r"\s+")
+_UNSEEN = ("script", "style", "noscript", "template", "svg", "head")
+_BLOCK = re.compile(
+    "^(address|article|aside|blockquote|body|caption|dd|details|div|dl|dt|fieldset|figcaption|figure|footer|form|h[1-6]"
+    "|header|hr|html|li|main|nav|ol|p|pre|section|summary|table|tbody|td|tfoot|th|thead|tr|ul)$"
+)
+_HEADING = re.compile(r"h([1-6])$")
+
+
+def _by_heading(blocks: Iterable[tuple[int, str]], *, title: str) -> Iterator[Section]:
+    """Sections of blocks with their heading levels (0: a paragraph); each heading begins one."""
+    outline = _Outline()
+    parts: list[str] = []
+    for level, text in blocks:
+        if level and parts:
+            yield Section("\n\n".join(parts), title=title, headings=outline.path)
+            parts = []
+        if level:
+            outline.enter(level, text)
+        if text.strip():
+            parts.append(text)
+    if parts:
+        yield Section("\n\n".join(parts), title=title, headings=outline.path)
+
+
+class _Outline:
+    """The headings above the text now being read."""
+
+    def __init__(self) -> None:
+        self._levels: list[tuple[int, str]] = []
+
+    def enter(self, level: int, heading: str) -> None:
+        self._levels = [(above, h) for above, h in self._levels if above < level]
+        if heading := _SPACE.sub(" ", heading).strip():
+            self._levels.append((level, heading))
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        return tuple(heading for _, heading in self._levels)
+
+
+def read_markdown(path: Path) -> Iterator[Section | Skipped]:
+    """A section a heading, its text as it is written."""
+    from markdown_it import MarkdownIt
+
+    text = _utf8(path)
+    lines = [line for line in re.split(r"(?<=\n)", text) if line]  # the parser's: str.splitlines knows more line ends
+    tokens = MarkdownIt("commonmark").parse(text)
+    starts: list[tuple[int, int, str]] = []
+    for at, token in enumerate(tokens):
+        if token.type == "heading_open" and token.level == 0 and token.map is not None:
+            starts.append((token.map[0], int(token.tag[1:]), tokens[at + 1].content))
+    outline = _Outline()
+    title = next((heading for _, level, heading in starts if level == 1), "")
+    bounds = [0, *(line for line, _, _ in starts), len(lines)]
+    for number, (first, last) in enumerate(pairwise(bounds)):
+        if number:
+            outline.enter(starts[number - 1][1], starts[number - 1][2])
+        if first < last:
+            body = "".join(lines[first:last])
+            yield Section(body, title=title, headings=outline.path, unit="line", first=first + 1)
+
+
+def _utf8(path: Path) -> str:
+    raw = path.read_bytes()
+    if b"\0" in raw:
+        raise ValueError("a binary file: give text")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = 1 + raw.count(b"\n", 0, error.start)
+        raise ValueError(f"line {line} is not UTF-8 text: convert the file (iconv -t utf-8)") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_html(path: Path) -> Iterator[Section | Skipped]:
+    """A section a heading, of what a reader of the page sees."""
+    from bs4 import BeautifulSoup
+
+    raw = path.read_bytes()
+    if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("a binary file: give HTML")
+    try:
+        soup = BeautifulSoup(raw, "html.parser")
+        title = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
+        for unseen in soup(_UNSEEN):
+            unseen.decompose()
+        blocks = list(_blocks(soup))
+    except (RecursionError, AssertionError, LookupError) as error:
+        raise ValueError(f"cannot be read as HTML ({type(error).__name__}): restore the file") from error
+    yield from _by_heading(blocks, title=title)
+
+
+def _blocks(soup: Any) -> Iterator[tuple[int, str]]:
+    """Paragraphs of a page with the level of the heading that each is, or 0."""
+    from bs4.element import Comment, Doctype, NavigableString, ProcessingInstruction
+
+    now: Any = None
+    words: list[str] = []
+    for node in soup.descendants:
+        if node.name == "br" or (node.name and _BLOCK.match(node.name)):
+            words.append("\n")
+        if not isinstance(node, NavigableString) or isinstance(node, Comment | Doctype | ProcessingInstruction):
+            continue
+        block = node.find_parent(_BLOCK)
+        if block is not now and words:
+            yield from _block(now, words)
+            words = []
+        now = block
+        words.append(str(node))
+    yield from _block(now, words)
+
+
+def _block(block: Any, words: list[str]) -> Iterator[tuple[int, str]]:
+    text = "".join(words)
+    if block is not None and block.name == "pre":
+        text = text.strip("\n")
+    else:
+        text = "\n".join(filter(None, (_SPACE.sub(" ", line).strip() for line in _lines(words))))
+    if text.strip():
+        heading = _HEADING.match(block.name) if block is not None else None
+        yield (int(heading[1]) if heading else 0), text
+
+
+def _lines(words: list[str]) -> list[str]:
+    """Text between breaks: a line end in the source is a space, a <br> is a line end."""
+    lines = [""]
+    for word in words:
+        if word == "\n":
+            lines.append("")
+        else:
+            lines[-1] += word
+    return lines
+
+
+def read_pdf(path: Path) -> Iterator[Section | Skipped]:
+    """One section: the pages one after another, so that a sentence may go on overleaf."""
+    import pypdf
+
+    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every oddity that it mends
+    try:
+        reader = pypdf.PdfReader(path)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise ValueError("an encrypted PDF: remove its password")
+        pages, title = list(reader.pages), reader.metadata.title if reader.metadata else None
+    except (ValueError, OSError):
+        raise
+    except pypdf.errors.DependencyError as error:
+        raise ValueError("an encrypted PDF: pip install cryptography, or remove the encryption") from error
+    except Exception as error:
+        raise ValueError(f"cannot be read as PDF ({_named(error)}): restore the file") from error
+    text, starts = "", []
+    for number, page in enumerate(pages, start=1):
+        starts.append(len(text))
+        try:
+            text += page.extract_text().replace("\0", "").encode("utf-8", "ignore").decode() + "\n"
+        except Exception as error:
+            yield Skipped(str(path), f"page {number} cannot be read ({_named(error)}): restore the file")
+    if not text.strip():
+        raise ValueError("a PDF without text (scanned pages?): run text recognition (OCR) on it")
+    yield Section(text, title=title if isinstance(title, str) else "", unit="page", starts=tuple(starts))
+
+
+def read_docx(path: Path) -> Iterator[Section | Skipped]:
+    """A section a heading; a table is a line a row, its cells between bars."""
+    import docx
+    from docx.table import Table
+
+    try:
+        document = docx.Document(str(path))
+        title = document.core_properties.title or ""
+        parts = [
+            (0, _table(item)) if isinstance(item, Table) else (_level(item), item.text)
+            for item in document.iter_inner_content()
+        ]
+    except OSError:
+        raise
+    except Exception as error:
+        raise ValueError(f"cannot be read as a Word file ({_named(error)}): restore the file") from error
+    yield from _by_heading(parts, title=title)
+
+
+def _level(paragraph: Any) -> int:
+    style = (paragraph.style.name if paragraph.style is not None else "") or ""
+    if style == "Title":
+        return 1
+    number = style.removeprefix("Heading ")
+    return int(number) if style.startswith("Heading ") and number.isdigit() else 0
+
+
+def _table(table: Any) -> str:
+    return "\n".join(" | ".join(cell.text.strip() for cell in row.cells) for row in table.rows)
+
+
+def _named(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0][:80]
+    return f"{type(error).__name__}: {first}" if first else type(error).__name__

@@ -1,0 +1,107 @@
+"""LanceDB: its connections, tables, indexes and errors. The only file that imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+from gemify.io.directory import is_full, is_remote, reason
+
+IndexKind = Literal["flat", "sq", "pq", "rq"]
+"""Vectors as they are, in 8 bits a number, as codes of their parts, in 1 bit a number; all behind partitions."""
+
+_PART = 500  # values of one SQL list
+
+
+def connect(uri: str) -> Any:
+    """The database there; every read sees the last commit."""
+    os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are for its developers
+    import lancedb
+
+    try:
+        return lancedb.connect(uri, read_consistency_interval=timedelta(0))
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{uri} cannot be opened ({reason(error)}): give a directory, or a URI that can be reached, such as s3://bucket/path"
+        ) from error
+
+
+def table_names(database: Any, uri: str) -> list[str]:
+    with readable(uri):
+        return list(database.list_tables().tables)
+
+
+def open_table(database: Any, name: str, uri: str) -> Any:
+    try:
+        with readable(uri):
+            return database.open_table(name)
+    except ValueError as error:
+        if "not found" not in str(error):
+            raise
+        raise ValueError(f"the store {uri} has lost its {name}: restore it, or delete it and index again") from error
+
+
+def vector_index(kind: IndexKind, *, partitions: int, distance: str = "dot") -> Any:
+    """How to build an index of a column of vectors."""
+    from lancedb.index import IvfFlat, IvfPq, IvfRq, IvfSq
+
+    made = {"flat": IvfFlat, "sq": IvfSq, "pq": IvfPq, "rq": IvfRq}[kind]
+    return made(distance_type=distance, num_partitions=partitions)
+
+
+def words_index() -> Any:
+    """How to build a full-text index of a column."""
+    from lancedb.index import FTS
+
+    return FTS()
+
+
+def words_query(words: str, columns: Sequence[str]) -> Any:
+    """A search for words in columns that have a full-text index; the score is BM25."""
+    from lancedb.query import MatchQuery, MultiMatchQuery
+
+    return MatchQuery(words, columns[0]) if len(columns) == 1 else MultiMatchQuery(words, list(columns))
+
+
+def sql_lists(values: Iterable[str]) -> Iterator[str]:
+    """Texts as SQL lists of some hundred values each."""
+    listed = ["'" + v.replace("'", "''") + "'" for v in values]
+    for at in range(0, len(listed), _PART):
+        yield ", ".join(listed[at : at + _PART])
+
+
+@contextlib.contextmanager
+def readable(uri: str) -> Iterator[None]:
+    """Say in one line what LanceDB says in many. A full disk is no damage: OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_full(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), uri) from error
+        raise ValueError(
+            f"the store {uri} cannot be used ({reason(error)}): restore it, or delete it and index again"
+        ) from error
+
+
+@contextlib.contextmanager
+def only_writer(uri: str) -> Iterator[None]:
+    """Keep other writers out (of a local directory; of a remote one the user must keep a single writer)."""
+    if is_remote(uri):
+        yield
+        return
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(Path(uri) / ".lock")  # the system lets go of it when the process dies
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{uri} is being written by another process: wait for it to end") from None
+    try:
+        yield
+    finally:
+        lock.release()

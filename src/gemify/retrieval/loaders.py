@@ -1,0 +1,217 @@
+"""Files -> sections of text with their headings and places. Which files there are, and which reader each kind gets.
+
+The formats with a structure of their own are read in `documents.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemify.retrieval.documents import read_docx, read_html, read_markdown, read_pdf
+from gemify.retrieval.section import Section, Skipped, whole_characters
+
+READING_VERSION = 1
+"""Counted up when a reader changes what it yields: files read by an older one are then read again."""
+
+_SOURCE = (
+    ".py .pyi .js .jsx .mjs .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .go .rs .rb .php .pl .lua .r .jl .swift .m"
+    " .sh .bash .ps1 .sql .yaml .yml .toml .json .ini .cfg .conf .xml .css .scss .tex .proto .csv .tsv"
+)
+_PLAIN = frozenset([".txt", ".text", ".log", ".rst", ".org", *_SOURCE.split()])
+_NAMES = frozenset(["README", "LICENSE", "NOTICE", "AUTHORS", "CHANGELOG", "CONTRIBUTING", "Makefile", "Dockerfile"])
+_WHOLE: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {
+    ".md": read_markdown,
+    ".markdown": read_markdown,
+    ".html": read_html,
+    ".htm": read_html,
+    ".pdf": read_pdf,
+    ".docx": read_docx,
+}
+_ROWS = frozenset([".jsonl", ".ndjson"])
+_PIECE = (
+    1 << 20
+)  # bytes of a plain text after which a section ends, at the next line if it is near: a file of any size is read in flat memory
+_BROKEN_ROWS = 10  # of a file that are named one by one
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a .jsonl row holds its text and its title."""
+
+    text: str = "text"
+    title: str = "title"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search for files met."""
+
+    files: tuple[Path, ...]
+    """Every file to read: absolute, sorted, each once."""
+    directories: tuple[Path, ...]
+    """Those that were asked for, and files that are no more: what is known from one of them and not found is gone."""
+    skipped: tuple[Skipped, ...]
+    """Directories that could not be listed: nothing is known about what lies in them."""
+
+    @functools.cached_property
+    def _known(self) -> frozenset[Path]:
+        return frozenset(self.files)
+
+    def is_gone(self, path: Path) -> bool:
+        """Whether a file seen in an earlier search is no longer there."""
+        if path in self._known or not any(path.is_relative_to(d) for d in self.directories):
+            return False
+        if os.path.isfile(path):  # of no known kind, or hidden: it was named itself
+            return False
+        return not any(path.is_relative_to(s.path) for s in self.skipped)
+
+
+def find_files(paths: Sequence[str | Path], *, known: Container[str] = ()) -> Found:
+    """The files behind paths: a file as it is, a directory with all it holds of known kinds, hidden ones left out.
+
+    The tables of a store that lies among the documents are left out too. Raises ValueError for a path that does not
+    exist, unless it is one of the files ``known`` from an earlier search: that one is gone. (A directory may be missing
+    because its disk is.)
+    """
+    if not paths:
+        raise ValueError("no path given: give files or directories to index")
+    files: set[Path] = set()
+    directories: list[Path] = []
+    skipped: list[Skipped] = []
+    for given in paths:
+        path = Path(os.path.abspath(given))
+        if path.is_dir():
+            directories.append(path)
+            files.update(_walk(path, skipped))
+        elif path.is_file():
+            files.add(path)
+        elif str(path) in known:
+            directories.append(path)
+        else:
+            raise ValueError(f"no such file or directory: {given}")
+    return Found(tuple(sorted(files)), tuple(directories), tuple(skipped))
+
+
+def _walk(root: Path, skipped: list[Skipped]) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        skipped.append(Skipped(str(error.filename), f"cannot list the directory ({error.strerror}): allow it"))
+
+    for directory, inner, names in os.walk(root, onerror=refuse):
+        inner[:] = sorted(n for n in inner if not n.startswith(".") and not n.endswith(".lance"))
+        for name in names:
+            path = Path(directory) / name
+            if not name.startswith(".") and _kind(path) is not None and (path.is_file() or path.is_symlink()):
+                yield path
+
+
+def _kind(path: Path) -> str | None:
+    """The suffix that decides on a file's reader, or None: a kind that is not read."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    if suffix in _PLAIN or suffix in _ROWS:
+        return suffix
+    if path.suffix.lower() in _WHOLE:
+        return path.suffix.lower()
+    return ".txt" if path.name in _NAMES else None
+
+
+def content_hash(path: Path, columns: Columns) -> str:
+    """SHA-256 of a file's bytes and of how they are read. Raises OSError."""
+    how = [READING_VERSION, *((columns.text, columns.title) if _kind(path) in _ROWS else ())]
+    digest = hashlib.sha256(json.dumps(how).encode())
+    with path.open("rb") as file:
+        while block := file.read(_PIECE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_file(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
+    """The sections of a file, in order, and what of it cannot be read.
+
+    Raises ValueError, in one line, where the file as a whole cannot be read.
+    """
+    kind = _kind(path)
+    try:
+        if kind in _ROWS:
+            yield from _rows(path, columns)
+        elif kind in _WHOLE:
+            yield from _WHOLE[kind](path)
+        else:  # a file of no known kind was named by the user: it may be text
+            yield from _plain(path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"a damaged .gz file ({error}): restore it") from error
+    except OSError as error:
+        raise ValueError(
+            f"cannot be read ({error.strerror or type(error).__name__}): allow it or restore it"
+        ) from error
+
+
+def _open(path: Path) -> io.BufferedReader:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+def _decode(raw: bytes, first_line: int) -> str:
+    if b"\0" in raw:
+        raise ValueError("a binary file: give text")
+    try:
+        return raw.decode("utf-8-sig" if first_line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + raw.count(b"\n", 0, error.start)
+        raise ValueError(f"line {line} is not UTF-8 text: convert the file (iconv -t utf-8)") from error
+
+
+def _plain(path: Path) -> Iterator[Section]:
+    first_line = 1
+    with _open(path) as file:
+        while raw := file.read(_PIECE):
+            raw += file.readline(_PIECE)
+            for _ in range(3):  # a line that goes on is cut between characters
+                if (ahead := file.peek(1)[:1]) and 0x80 <= ahead[0] < 0xC0:
+                    raw += file.read(1)
+            yield Section(_decode(raw, first_line), unit="line", first=first_line)
+            first_line += raw.count(b"\n")
+
+
+def _rows(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
+    broken = 0
+    with _open(path) as file:
+        for number, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            try:
+                yield _row(_decode(raw, number), number, columns)
+            except ValueError as error:
+                broken += 1
+                if broken <= _BROKEN_ROWS:
+                    yield Skipped(str(path), f"row {number}: {error}")
+    if broken > _BROKEN_ROWS:
+        yield Skipped(str(path), f"{broken - _BROKEN_ROWS:,} more rows cannot be read")
+
+
+def _row(line: str, number: int, columns: Columns) -> Section:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("not JSON: give one JSON object a line") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    if columns.text not in row:
+        there = whole_characters(", ".join(sorted(row)))
+        raise ValueError(f"no column {columns.text!r} (there are {there}): set the text column")
+    text, title = row[columns.text], row.get(columns.title)
+    if not isinstance(text, str):
+        raise ValueError(f"{columns.text!r} must be text, got {type(text).__name__}")
+    name = next((row[c] for c in ("_id", "id") if isinstance(row.get(c), str | int)), number)
+    title = title if isinstance(title, str) else ""
+    return Section(whole_characters(text), title=whole_characters(title), unit="row", name=whole_characters(str(name)))

@@ -1,0 +1,366 @@
+"""One request's answers: asked of the engine, then written whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import math
+import secrets
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from gemify.engine.requests import Finished, Piece, Vectors
+from gemify.engine.sampling import Sampling, TokenLogprob
+from gemify.serving.dispatch import Asking, ClientGone, while_there
+from gemify.serving.errors import ApiError, bad, error_body, of_engine
+from gemify.serving.protocol.requests import ChatRequest, CompletionsRequest
+from gemify.serving.state import House, house_of, key_of, note
+
+# Answers as OpenAI writes them: whole or in chunks, of chats or of completions.
+
+_LEAST = -9999.0  # JSON has no -infinity
+Kind = Literal["chat", "completion"]
+
+
+@dataclass
+class Choice:
+    """One answer, as far as it has come."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    pieces: int = 0
+    finished: Finished | None = None
+
+    def take(self, event: Piece | Finished) -> None:
+        if isinstance(event, Finished):
+            self.finished = event
+        else:
+            self.texts.append(event.text)
+            self.tokens += event.tokens
+            self.pieces += 1
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens so far; of an unfinished answer, at least nearly."""
+        return self.finished.completion_tokens if self.finished else self.pieces
+
+
+class Form:
+    """How one response's answers are written."""
+
+    def __init__(self, kind: Kind, model: str, *, logprobs: bool) -> None:
+        self.kind, self.model, self.logprobs = kind, model, logprobs
+        self.id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
+        self.created = int(time.time())
+        self._offsets: dict[int, int] = {}
+
+    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+        """The response with everything in it."""
+        name = "chat.completion" if self.kind == "chat" else "text_completion"
+        return self._around(name, [self._choice(i, c) for i, c in enumerate(choices)]) | {"usage": usage}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """A chat chunk that says who speaks."""
+        return self.chunk([self._part(index, {"role": "assistant", "content": "", "refusal": None})])
+
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        part = self._part(index, {"content": piece.text}) if self.kind == "chat" else self._part(index, piece.text)
+        if self.logprobs:
+            part["logprobs"] = self._logprobs(piece.tokens, self._offsets.get(index, 0))
+            self._offsets[index] = self._offsets.get(index, 0) + sum(len(t.text) for t in piece.tokens)
+        return self.chunk([part])
+
+    def ending(self, index: int, finished: Finished) -> dict[str, Any]:
+        return self.chunk([self._part(index, {} if self.kind == "chat" else "", reason=finished.reason)])
+
+    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._around("chat.completion.chunk" if self.kind == "chat" else "text_completion", choices)
+
+    def _around(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": name,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": None,
+            "choices": choices,
+        }
+
+    def _part(self, index: int, said: dict[str, Any] | str, *, reason: str | None = None) -> dict[str, Any]:
+        name = "delta" if self.kind == "chat" else "text"
+        return {"index": index, name: said, "logprobs": None, "finish_reason": reason}
+
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        said: dict[str, Any] = {"text": choice.text}
+        if self.kind == "chat":
+            said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+        logprobs = self._logprobs(choice.tokens, 0) if self.logprobs else None
+        reason = choice.finished.reason if choice.finished else "length"
+        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, tokens: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
+        if self.kind == "chat":
+            content = [_token(t) | {"top_logprobs": [_token(other) for other in t.top]} for t in tokens]
+            return {"content": content, "refusal": None}
+        listed = list(tokens)
+        offsets = [offset]
+        for token in listed:
+            offsets.append(offsets[-1] + len(token.text))
+        return {
+            "tokens": [_name(t) for t in listed],
+            "token_logprobs": [_finite(t.logprob) for t in listed],
+            "top_logprobs": [{_name(other): _finite(other.logprob) for other in t.top} for t in listed],
+            "text_offset": offsets[:-1],
+        }
+
+
+def usage(prompt_tokens: int, reused_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": reused_tokens},
+    }
+
+
+def _token(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": _finite(token.logprob), "bytes": list(token.data)}
+
+
+def _name(token: TokenLogprob) -> str:
+    """A token's text; its bytes where it is a part of a character, its id where it is nothing: different ones differ."""
+    if not token.data:
+        return f"token_id:{token.id}"
+    if "\N{REPLACEMENT CHARACTER}" not in token.text:
+        return token.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
+
+
+def _finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _LEAST
+
+
+# Server-sent events: an answer in pieces, ended with ``[DONE]``, given up when the client goes away.
+
+logger = logging.getLogger("gemify.serving")
+
+
+class EventStream(Response):
+    """Sends chunks as they are made; cancels their jobs at the end, whatever the end is."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, asking: Asking, chunks: AsyncGenerator[dict[str, Any], None], *, timeout: float) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._asking, self._chunks, self._timeout = asking, chunks, timeout
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._asking:
+            try:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await while_there(receive, self._send(send), self._timeout)
+            except ClientGone:
+                scope.setdefault("gemify.notes", {})["gone"] = True
+            except Exception as error:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1):  # a client that reads nothing is not waited for
+                        await _say(send, _told(error, scope), last=True)
+            finally:
+                await self._chunks.aclose()
+
+    async def _send(self, send: Send) -> None:
+        async for chunk in self._chunks:
+            await _say(send, json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode("utf-8"))
+        await _say(send, b"[DONE]", last=True)
+
+
+async def _say(send: Send, data: bytes, *, last: bool = False) -> None:
+    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": not last})
+
+
+def _told(error: Exception, scope: Scope) -> bytes:
+    """An error as an event: the status has been sent already."""
+    with contextlib.suppress(Exception):
+        error = of_engine(error)
+    if not isinstance(error, ApiError):
+        logger.error("stream failed", exc_info=error, extra={"request": scope.get("gemify.id")})
+        return error_body(500, "the server failed at this request: see its log", code="internal_error")
+    scope.setdefault("gemify.notes", {})["error"] = error.code or error.status_code
+    return error.body
+
+
+Wish = ChatRequest | CompletionsRequest
+
+
+@dataclass
+class Replies:
+    """Answers to the prompts of one request, ``n`` to each."""
+
+    request: Request
+    wish: Wish
+    form: Form
+    prompts: Sequence[Sequence[int]]
+    top_logprobs: int | None
+    return_embedding: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the response says under ``gemify``."""
+
+    @property
+    def house(self) -> House:
+        return house_of(self.request)
+
+    async def respond(self) -> Response:
+        """Ask, and give what is to be sent; the engine's refusals are ApiErrors."""
+        self._began = time.perf_counter()
+        limits, key, tokens = self.house.limits, key_of(self.request), sum(map(len, self.prompts))
+        limits.require_tokens(key, tokens)
+        self._choices = [Choice() for _ in range(len(self.prompts) * self._n)]
+        timeout = self.house.settings.timeout
+        asking = Asking()
+        try:
+            self._ask(asking)
+            limits.add_tokens(key, tokens)
+            if self.wish.stream:
+                return EventStream(asking, self._stream(asking), timeout=timeout)
+        except BaseException:
+            asking.__exit__()
+            raise
+        with asking:
+            try:
+                await while_there(self.request.receive, self._collect(asking), timeout)
+            finally:
+                self._count(asking)
+        return JSONResponse(self.form.whole(self._choices, self._usage(asking)) | self._gemify())
+
+    @property
+    def _n(self) -> int:
+        return self.wish.n or 1
+
+    def _ask(self, asking: Asking) -> None:
+        engine = self.house.engine
+        for ids in self.prompts:
+            verb = partial(
+                engine.generate,
+                ids,
+                sampling_of(self.wish, len(ids), self.house, self.top_logprobs),
+                n=self._n,
+                embed_prompt=self.return_embedding,
+                scope=key_of(self.request),
+            )
+            asking.start(verb)
+
+    async def _collect(self, asking: Asking) -> None:
+        async for number, event in asking.events():
+            self._take(number, event)
+
+    def _take(self, number: int, event: Piece | Finished | Vectors) -> int:
+        """Keep what came; the choice it belongs to."""
+        if isinstance(event, Vectors):
+            self.facts["embedding"] = unit(event.vectors_ND)[0].tolist()
+            return 0
+        if not any(choice.pieces for choice in self._choices):
+            self.house.metrics.first_token.observe(time.perf_counter() - self._began)
+        index = number * self._n + event.index
+        self._choices[index].take(event)
+        return index
+
+    async def _stream(self, asking: Asking) -> AsyncGenerator[dict[str, Any], None]:
+        """Chunks. With an embedding to come, none before it: the first one carries it."""
+        with_usage = bool(self.wish.stream_options and self.wish.stream_options.include_usage)
+        extra: dict[str, Any] = {"usage": None} if with_usage else {}
+        held: list[dict[str, Any]] = []
+        if self.form.kind == "chat":
+            held = [self.form.opening(i) for i in range(len(self._choices))]
+        waiting = self.return_embedding
+        try:
+            for chunk in self._ready(held, waiting, extra):
+                yield chunk
+            async for number, event in asking.events():
+                index = self._take(number, event)
+                if isinstance(event, Vectors):
+                    waiting = False
+                elif isinstance(event, Finished):
+                    held.append(self.form.ending(index, event))
+                else:
+                    held.append(self.form.piece(index, event))
+                for chunk in self._ready(held, waiting, extra):
+                    yield chunk
+            if with_usage:
+                yield self.form.chunk([]) | {"usage": self._usage(asking)}
+        finally:
+            self._count(asking)
+
+    def _ready(self, held: list[dict[str, Any]], waiting: bool, extra: dict[str, Any]) -> list[dict[str, Any]]:
+        """The chunks that may go now, and `facts` with the first of them."""
+        if waiting or not held:
+            return []
+        ready = [chunk | extra for chunk in held]
+        ready[0] |= self._gemify()
+        self.facts = {}
+        held.clear()
+        return ready
+
+    def _gemify(self) -> dict[str, Any]:
+        return {"gemify": {"object": "gemify", **self.facts}} if self.facts else {}
+
+    def _usage(self, asking: Asking) -> dict[str, Any]:
+        return usage(asking.prompt_tokens, asking.reused_tokens, self._completion_tokens)
+
+    @property
+    def _completion_tokens(self) -> int:
+        return sum(choice.completion_tokens for choice in self._choices)
+
+    def _count(self, asking: Asking) -> None:
+        """To the key's account and the log, however it ended."""
+        self.house.limits.add_tokens(key_of(self.request), self._completion_tokens)
+        note(
+            self.request,
+            prompt_tokens=asking.prompt_tokens,
+            reused_tokens=asking.reused_tokens,
+            completion_tokens=self._completion_tokens,
+        )
+
+
+def sampling_of(wish: Wish, prompt_tokens: int, house: House, top_logprobs: int | None) -> Sampling:
+    """The engine's words for a request's wishes."""
+    longest = (wish.max_completion_tokens if isinstance(wish, ChatRequest) else None) or wish.max_tokens
+    if longest is None:
+        longest = 16 if isinstance(wish, CompletionsRequest) else house.settings.default_max_tokens
+        if house.engine.limit is not None:
+            longest = max(1, min(longest, house.engine.limit - prompt_tokens))
+    try:
+        return Sampling(
+            max_tokens=longest,
+            temperature=1.0 if wish.temperature is None else wish.temperature,
+            top_p=1.0 if wish.top_p is None else wish.top_p,
+            seed=wish.seed,
+            stop=wish.stop,
+            presence_penalty=wish.presence_penalty or 0.0,
+            frequency_penalty=wish.frequency_penalty or 0.0,
+            logit_bias=wish.logit_bias,
+            top_logprobs=top_logprobs,
+        )
+    except ValueError as error:
+        raise bad(str(error)) from error
+
+
+def unit(vectors_ND: np.ndarray, dimensions: int | None = None) -> np.ndarray:
+    """Vectors cut to so many numbers and scaled to length 1, as OpenAI's are; zeros stay zeros."""
+    cut_ND = np.asarray(vectors_ND, dtype=np.float32)[:, :dimensions]
+    lengths_N1 = np.linalg.norm(cut_ND, axis=1, keepdims=True)
+    return (cut_ND / np.where(lengths_N1 > 0, lengths_N1, 1.0)).astype(np.float32)

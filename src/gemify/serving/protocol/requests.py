@@ -1,0 +1,322 @@
+"""What clients may send: OpenAI's requests, and our own. What cannot be honoured is refused by name, not ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+
+from gemify.serving.errors import unsupported
+from gemify.serving.request_body import json_name
+from gemify.serving.settings import MAX_ANSWERS
+
+_MOST_STOPS = 16
+_LONGEST_STOP = 1000  # each token's text is compared with all of their beginnings
+_MOST_BIASES = 1024
+_LARGEST = 2**63 - 1
+_STRING: dict[str, Any] = {"type": "string"}
+_IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
+_TEXTS: dict[str, Any] = {"type": "array", "minItems": 1, "items": _STRING}
+_ROWS: dict[str, Any] = {"type": "array", "minItems": 1, "items": _IDS}
+_STOP: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
+_TEXT_PART: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": _STRING},
+    "required": ["type", "text"],
+}
+
+Input = list[str] | list[list[int]]
+"""Texts, or the token ids of texts."""
+
+
+def texts_or_ids(value: Any) -> Input:
+    """A string, some, token ids or some lists of them, as a list. One look at each item, and one error at most."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"must be a string, an array of strings, of token ids, or of arrays of token ids, and not empty, got"
+            f" {'an empty array' if value == [] else json_name(value)}"
+        )
+    first = value[0]
+    if isinstance(first, str):
+        _require_all(value, lambda v: type(v) is str, "a string, as the first item is")
+        return value
+    if isinstance(first, list):
+        for at, row in enumerate(value):
+            if type(row) is not list or not row:
+                raise ValueError(f"item {at} must be an array of token ids that is not empty")
+            _require_all(row, _is_id, f"a token id (an integer of at least 0), in item {at}")
+        return value
+    _require_all(value, _is_id, "a string or a token id (an integer of at least 0)")
+    return [value]
+
+
+def _require_all(values: list[Any], fits: Callable[[Any], bool], what: str) -> None:
+    for at, value in enumerate(values):
+        if not fits(value):
+            raise ValueError(f"item {at} must be {what}, got {json_name(value)}")
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
+
+
+def _listed(value: Any) -> Any:
+    """Stop strings: one or some."""
+    if value is None:
+        return ()
+    listed = [value] if isinstance(value, str) else value
+    if (
+        not isinstance(listed, list)
+        or len(listed) > _MOST_STOPS
+        or not all(isinstance(s, str) and 1 <= len(s) <= _LONGEST_STOP for s in listed)
+    ):
+        raise ValueError(
+            f"must be a string or up to {_MOST_STOPS} strings of at least one character and at most {_LONGEST_STOP} each"
+        )
+    return tuple(listed)
+
+
+def _biases(value: Any) -> Any:
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or len(value) > _MOST_BIASES:
+        raise ValueError(f"must be an object of at most {_MOST_BIASES} token ids and their biases")
+    found: dict[int, float] = {}
+    for name, bias in value.items():
+        if not (name.isascii() and name.isdigit() and len(name) <= 18):
+            raise ValueError(f"must name token ids, got {name[:40]!r}")
+        if type(bias) not in (int, float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of token {name} must be a number in -100..100")
+        found[int(name)] = float(bias)
+    return found
+
+
+def _content(value: Any) -> str:
+    """A message's text: a string, or text parts, which are joined."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"must be a string or an array of text parts, got {json_name(value)}")
+    texts: list[str] = []
+    for at, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else json_name(part)
+        if kind != "text":
+            raise ValueError(f"part {at} has the type {str(kind)[:40]!r}: this model reads text only")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"part {at} has no text")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+Inputs = Annotated[Any, BeforeValidator(texts_or_ids), WithJsonSchema({"anyOf": [_STRING | {}, _TEXTS, _IDS, _ROWS]})]
+Stops = Annotated[
+    Any,
+    BeforeValidator(_listed),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                _STOP,
+                {"type": "array", "items": _STOP, "maxItems": _MOST_STOPS},
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+Biases = Annotated[
+    Any,
+    BeforeValidator(_biases),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {
+                    "type": "object",
+                    "maxProperties": _MOST_BIASES,
+                    "propertyNames": {"pattern": "^[0-9]{1,18}$"},
+                    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+                },
+                {"type": "null"},
+            ]
+        }
+    ),
+]
+Content = Annotated[
+    Any, BeforeValidator(_content), WithJsonSchema({"anyOf": [_STRING, {"type": "array", "items": _TEXT_PART}]})
+]
+Unit = Annotated[float, Field(ge=0.0, le=1.0)]
+Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+SearchMode = Literal["vector", "fts", "hybrid"]
+
+
+class _Request(BaseModel):
+    """Types as they are written (``"1"`` is no number); fields that nobody knows are ignored, as OpenAI's servers do."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
+
+    model: str | None = Field(default=None, description="As /v1/models names it; left out, the one there is.")
+    user: str | None = Field(default=None, description="Taken and ignored.")
+
+
+class EmbeddingsRequest(_Request):
+    """Texts to embed."""
+
+    input: Inputs = Field(description="A text, texts, token ids or lists of token ids.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        default=None, description="base64: little-endian float32."
+    )
+    dimensions: int | None = Field(
+        default=None, ge=1, le=_LARGEST, description="Keep so many numbers of each vector, and scale it to length 1."
+    )
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    include_usage: bool | None = Field(default=None, description="A last chunk says how many tokens it was.")
+
+
+class _Writing(_Request):
+    """What chat and completions have in common."""
+
+    max_tokens: int | None = Field(default=None, ge=1, le=_LARGEST, description="Longest answer.")
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
+        default=None, description="0: greedy. Default 1."
+    )
+    top_p: Unit | None = Field(default=None, description="Nucleus sampling. Default 1.")
+    seed: int | None = Field(default=None, ge=-_LARGEST - 1, le=_LARGEST, description="Same seed, same answer.")
+    stop: Stops = Field(default=(), description="The answer ends before the first of these.")
+    n: int | None = Field(default=None, ge=1, le=MAX_ANSWERS, description="How many answers.")
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: Biases = Field(default_factory=dict, description="Added to tokens' logits, by token id.")
+    stream: bool | None = Field(default=None, description="Server-sent events, the last of them [DONE].")
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _require_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: needs stream true")
+        return self
+
+
+def refuse(given: Any, *names: tuple[str, tuple[Any, ...], str]) -> Any:
+    """Refuse parameters (their name, the values that ask for nothing, what to say) that cannot be honoured."""
+    if isinstance(given, dict):
+        for name, harmless, message in names:
+            if name in given and given[name] is not None and given[name] not in harmless:
+                raise unsupported(name, message)
+    return given
+
+
+class CompletionsRequest(_Writing):
+    """Prompts to continue as they are, without a chat's words around them."""
+
+    prompt: Inputs = Field(description="A prompt, prompts, token ids or lists of token ids.")
+    logprobs: int | None = Field(
+        default=None, ge=0, le=20, description="Log probabilities of the tokens, and of so many others at their place."
+    )
+    best_of: int | None = Field(default=None, ge=1, le=MAX_ANSWERS, description="Only as many as n.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, given: Any) -> Any:
+        return refuse(
+            given,
+            ("suffix", ("",), "this model writes forwards: put everything before the answer into the prompt"),
+            ("echo", (False,), "put the prompt before the answer yourself"),
+        )
+
+    @model_validator(mode="after")
+    def _require_best_of(self) -> Self:
+        if self.best_of is not None and self.best_of > (self.n or 1):
+            raise unsupported("best_of", "ask for n answers and choose one")
+        return self
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: str | None = Field(default=None, description="Taken and ignored.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, given: Any) -> Any:
+        why = "this model reads and writes text only"
+        if isinstance(given, dict) and given.get("role") in ("tool", "function"):
+            raise unsupported("messages", f"no role {given['role']!r}: this model calls no tools")
+        return refuse(given, ("tool_calls", ([],), why), ("function_call", (), why), ("audio", (), why))
+
+
+class ChatSearch(BaseModel):
+    """Passages of the index, put into the prompt."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    k: int = Field(default=3, ge=1, le=50, description="How many passages.")
+    mode: SearchMode = "hybrid"
+
+
+class GemifyOptions(BaseModel):
+    """What only this server does."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    return_embedding: bool = Field(default=False, description="The prompt's vector, from the run that answers.")
+    search: ChatSearch | None = Field(default=None, description="Answer the last message from the index.")
+
+
+class ChatRequest(_Writing):
+    """A conversation to answer."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
+    max_completion_tokens: int | None = Field(
+        default=None, ge=1, le=_LARGEST, description="Longest answer; beats max_tokens."
+    )
+    logprobs: bool | None = Field(default=None, description="Log probabilities of the tokens.")
+    top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Of so many others at each place.")
+    gemify: GemifyOptions | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, given: Any) -> Any:
+        why = "this model calls no tools"
+        return refuse(
+            given,
+            ("tools", ([],), why),
+            ("functions", ([],), why),
+            ("tool_choice", ("none", "auto"), why),
+            ("function_call", ("none", "auto"), why),
+            ("response_format", ({"type": "text"},), "answers are plain text"),
+            ("modalities", (["text"],), "answers are text"),
+            ("audio", (), "answers are text"),
+            ("prediction", (), "leave it out"),
+            ("web_search_options", (), "gemify.search searches the server's own index"),
+            ("store", (False,), "nothing is stored"),
+        )
+
+    @model_validator(mode="after")
+    def _require_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs true")
+        return self
+
+
+class SearchRequest(_Request):
+    """A question to the index."""
+
+    query: str = Field(min_length=1, max_length=100_000)
+    k: int = Field(default=5, ge=1, le=100)
+    mode: SearchMode = Field(default="hybrid", description="vector: meaning; fts: words (BM25); hybrid: both.")
+
+
+class RecoverRequest(_Request):
+    """A text to write back from its special tokens alone."""
+
+    input: str = Field(min_length=1)
+    max_tokens: int = Field(default=64, ge=1, le=1024)

@@ -1,0 +1,100 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from starlette.requests import Request
+
+from gemify.serving.auth import NOBODY, KeyRing, Limits
+from gemify.serving.errors import ApiError, busy
+from gemify.serving.metrics import Metrics
+from gemify.serving.settings import Settings
+from gemify.serving.tokenization import Prompts
+
+if TYPE_CHECKING:
+    from gemify.engine.engine import Engine
+
+
+class Searchable(Protocol):
+    """What /v1/search searches (`gemify.retrieval.index.GemIndex`)."""
+
+    def search(
+        self, query: str, *, k: int = 10, mode: Any = "hybrid", vector: np.ndarray | None = None
+    ) -> Sequence[Any]: ...
+
+
+@dataclass
+class House:
+    """The engine, the index, and what is known about those who ask."""
+
+    engine: Engine
+    settings: Settings
+    index: Searchable | None
+    keys: KeyRing
+    limits: Limits
+    metrics: Metrics
+    prompts: Prompts
+    ready: bool = False
+    """The model has answered."""
+    stopping: bool = False
+    body_bytes: int = 0
+    """Of all requests being answered."""
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def model(self) -> str:
+        return self.settings.model_name
+
+    @property
+    def admits_own_names_only(self) -> bool:
+        """Anybody on this machine may ask: then a web page that its user looks at must not pass for this machine's own."""
+        return self.settings.is_local and not len(self.keys) and not self.settings.allow_no_key
+
+    def require_model(self, name: str | None) -> None:
+        if name is not None and name != self.model:
+            raise ApiError(
+                404,
+                f"the model {name[:200]!r} is not here: this server has {self.model!r}",
+                param="model",
+                code="model_not_found",
+            )
+
+    def require_index(self) -> Searchable:
+        if self.index is None:
+            raise ApiError(
+                404,
+                "this server has no index: start it with --store DIR (`gemify index` makes one)",
+                code="no_index",
+            )
+        return self.index
+
+
+def house_of(request: Request) -> House:
+    """The house a request came to."""
+    house: House = request.app.state.house
+    return house
+
+
+def key_of(request: Request) -> str:
+    """The name of the key a request came with."""
+    return str(request.scope.get("gemify.key", NOBODY))
+
+
+def hold(request: Request, size: int) -> None:
+    """Count bytes of a body that this request holds until it has been answered; ApiError 429 where there is no room."""
+    house = house_of(request)
+    most = house.settings.max_bodies_bytes
+    if house.body_bytes + size > most:
+        raise busy(f"the bodies of all requests hold {most:,} bytes already: wait", 1, code="queue_full")
+    house.body_bytes += size
+    request.scope["gemify.bytes"] = request.scope.get("gemify.bytes", 0) + size
+
+
+def note(request: Request, **facts: Any) -> None:
+    """Add to what the log says of this request."""
+    request.scope.setdefault("gemify.notes", {}).update(facts)

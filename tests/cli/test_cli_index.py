@@ -1,0 +1,92 @@
+"""`gemify index` and `gemify search`: results on stdout, talk on stderr, one line for what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import tiny_models
+from conftest import disturb
+from gemify import GemModel
+from gemify.cli.main import app
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    gem = GemModel.from_base(str(tiny_models.save(root / "base")))
+    disturb(gem)
+    gem.save_pretrained(root / "gem")
+    return root / "gem"
+
+
+@pytest.fixture
+def docs(tmp_path: Path) -> Path:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("# Birds\n\nOwls hunt at night.\n")
+    (tmp_path / "docs" / "b.txt").write_text("Tides follow the moon.\n")
+    (tmp_path / "docs" / "c.pdf").write_bytes(b"%PDF nothing")
+    return tmp_path / "docs"
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    done = RUNNER.invoke(app, [str(a) for a in arguments])
+    error = "" if done.exception is None or isinstance(done.exception, SystemExit) else str(done.exception)
+    return done.exit_code, done.stdout, done.stderr + error
+
+
+def test_index_then_search(model: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    monkeypatch.chdir(model.parent)
+    code, out, err = run("index", docs, "--store", store, "--model", "gem", "--chunk-tokens", 64, "--overlap", 8, "-q")
+    assert (code, out) == (0, f"2 passages in {store}\n"), err
+    assert "2 files added" in err
+    assert "c.pdf: cannot be read as PDF" in err
+    monkeypatch.chdir(tmp_path)  # the model's name in the store does not depend on where it was given
+    code, out, _ = run("index", docs, "--store", store, "--json", "-q")
+    facts = json.loads(out)
+    assert (code, facts["unchanged"], facts["passages"], facts["added"]) == (0, 2, 2, [])
+    assert facts["skipped"][0]["path"] == str(docs / "c.pdf")
+    for mode in ("vector", "fts", "hybrid"):
+        code, out, err = run("search", "owls hunt", "--store", store, "-k", 1, "--mode", mode, "--json")
+        passage = json.loads(out)
+        assert set(passage) == {"id", "text", "file", "place", "title", "heading", "score"}
+        if mode == "fts":
+            assert (passage["file"], passage["place"], passage["heading"]) == (str(docs / "a.md"), "lines 1-3", "Birds")
+    code, out, _ = run("search", "owls", "--store", store, "--mode", "fts")
+    assert out.startswith("[1] ")
+    assert "    Owls hunt at night.\n" in out
+    code, out, err = run("search", "zebra", "--store", store, "--mode", "fts")
+    assert (code, out, err) == (0, "", "nothing found\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["index", "{docs}/none", "--store", "{tmp}/s", "--model", "{model}"], "no such file or directory"),
+        (["index", "{docs}", "--store", "{docs}/b.txt", "--model", "{model}"], "it is a file"),
+        (["index", "{docs}", "--store", "{tmp}/s", "--model", "{tmp}/none"], "no such GEM directory"),
+        (["index", "{docs}", "--store", "{tmp}/s", "--model", "{model}", "--chunk-tokens", "8"], "at least 16"),
+        (["index", "{docs}", "--store", "{tmp}/s", "--model", "{model}", "--overlap", "200"], "overlap must lie"),
+        (["index", "{docs}", "--store", "{tmp}/s", "--model", "{model}", "--precision", "int3"], "unknown precision"),
+        (["index", "{docs}", "--store", "{tmp}/s", "--model", "{model}", "--chunk-tokens", "2000"], "do not fit"),
+        (["search", "a", "--store", "{tmp}/none"], "no store at"),
+        (["search", "a", "--store", "{docs}"], "no store in"),
+        (["search", "a", "--store", "{tmp}/none", "--mode", "magic"], "unknown mode"),
+    ],
+)
+def test_what_goes_wrong_is_said(model: Path, docs: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    code, out, err = run(*(a.format(docs=docs, tmp=tmp_path, model=model) for a in arguments))
+    assert (code, out) == (1, "")
+    assert words in err
+    assert not (tmp_path / "s" / "files.lance").exists()
+
+
+def test_wrong_usage_is_code_2(docs: Path) -> None:
+    assert run("index", docs)[0] == 2
+    assert run("search", "a", "--store", "s", "-k", "0")[0] == 2

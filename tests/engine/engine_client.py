@@ -1,0 +1,91 @@
+"""Asking an engine from a test: listeners that remember, and the answers they heard."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from gemify import GemModel
+from gemify.engine.engine import Engine
+from gemify.engine.requests import Closed, Event, Failed, Finished, Job, Piece, Vectors
+from gemify.engine.sampling import Sampling
+
+GREEDY = Sampling(max_tokens=12, temperature=0.0)
+
+
+class Heard:
+    """All events of a job."""
+
+    def __init__(self, on_event: Callable[[Event], None] | None = None) -> None:
+        self.events: list[Event] = []
+        self.closed = threading.Event()
+        self._on_event = on_event
+
+    def __call__(self, event: Event) -> None:
+        assert not self.closed.is_set(), "nothing comes after Closed"
+        self.events.append(event)
+        if isinstance(event, Closed):
+            self.closed.set()
+        if self._on_event:
+            self._on_event(event)
+
+    def wait(self) -> Heard:
+        assert self.closed.wait(60)
+        return self
+
+    def of(self, kind: type[Any]) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def text(self, index: int = 0) -> str:
+        self.wait()
+        assert not self.of(Failed), self.of(Failed)
+        return "".join(piece.text for piece in self.of(Piece) if piece.index == index)
+
+    def tokens(self, index: int = 0) -> list[Any]:
+        self.wait()
+        return [token for piece in self.of(Piece) if piece.index == index for token in piece.tokens]
+
+    def finished(self) -> list[Finished]:
+        self.wait()
+        return sorted(self.of(Finished), key=lambda event: event.index)
+
+    def vectors(self) -> np.ndarray:
+        self.wait()
+        (found,) = self.of(Vectors)
+        return found.vectors_ND
+
+
+class Asker:
+    """Asks an engine, and keeps each job beside what was heard of it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def write(self, ids: Sequence[int], sampling: Sampling = GREEDY, **options: Any) -> Heard:
+        heard = Heard()
+        self.job: Job = self.engine.generate(ids, sampling, heard, **options)
+        return heard
+
+    def embed(self, rows: Sequence[Sequence[int]]) -> Heard:
+        heard = Heard()
+        self.job = self.engine.embed(rows, heard)
+        return heard
+
+    def recover(self, ids: Sequence[int], **options: Any) -> Heard:
+        heard = Heard()
+        self.job = self.engine.recover(ids, heard, **options)
+        return heard
+
+
+@contextmanager
+def running(gem: GemModel, **options: Any) -> Iterator[Asker]:
+    engine = Engine(gem, **options)
+    engine.start()
+    try:
+        yield Asker(engine)
+    finally:
+        engine.stop(timeout=0)

@@ -1,0 +1,97 @@
+"""A server in a thread of this process, for tests to ask with real clients over a real socket."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import AsyncOpenAI, OpenAI
+
+import tiny_models
+from conftest import disturb
+from gemify import GemModel
+from gemify.engine.engine import Engine
+from gemify.retrieval.index import GemIndex
+from gemify.serving.app import create_app
+from gemify.serving.auth import KeyRing
+from gemify.serving.server import Server, listen
+from gemify.serving.settings import Settings
+
+
+class Served:
+    """A running server's address, its parts, and clients for it."""
+
+    def __init__(self, engine: Engine, settings: Settings, app: Any, address: tuple[str, int]) -> None:
+        self.engine, self.settings, self.app, self.address = engine, settings, app, address
+        self.gem: GemModel = engine.gem
+        self.url = f"http://{address[0]}:{address[1]}"
+
+    def client(self, key: str = "no key is needed", **options: Any) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)
+
+    def async_client(self, key: str = "no key is needed") -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def http(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=60, **options)
+
+    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        with self.http() as client:
+            return client.post(path, json=body, headers=headers)
+
+    def wait_until(self, true: Any) -> None:
+        """Wait for something that must come; the tests' own limit of time ends it otherwise."""
+        for _ in range(6000):
+            if true():
+                return
+            time.sleep(0.01)
+        raise AssertionError("it never came")
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.address, timeout=30)
+
+
+@contextmanager
+def serving(
+    gem: GemModel, *, index: Any = None, keys: dict[str, str] | None = None, engine: Any = None, **options: Any
+) -> Iterator[Served]:
+    settings = Settings(**{"port": 0, "served_model_name": "tiny", **options})
+    engine = Engine(gem, **(engine or {}))
+    app = create_app(engine, settings, index, keys=KeyRing((keys or {}).items()))
+    with listen(settings) as listener:
+        server = Server(app, settings)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
+        address = listener.getsockname()[:2]
+        thread.start()
+        served = Served(engine, settings, app, address)
+        try:
+            served.wait_until(lambda: server.started or not thread.is_alive())
+            served.wait_until(lambda: app.state.house.ready or not thread.is_alive())
+            assert thread.is_alive(), "the server did not start"
+            yield served
+        finally:
+            server.should_exit = True
+            thread.join(60)
+            assert not thread.is_alive(), "the server did not stop"
+
+
+def indexed(root: Path, corpus: dict[str, str], *, tokens: int) -> GemIndex:
+    """An index of some files, by a tiny GEM."""
+    for name, text in corpus.items():
+        (root / name).write_text(text)
+    index = GemIndex.open(root / "store", tiny_gem(root / "model"), tokens=tokens, overlap=8)
+    index.add([root / name for name in corpus])
+    return index
+
+
+def tiny_gem(directory: Path) -> GemModel:
+    """A tiny GEM with a chat template, its trained weights made large so that they matter."""
+    gem = GemModel.from_base(str(tiny_models.save(directory / "base")))
+    disturb(gem)
+    return gem
