@@ -22,7 +22,7 @@ import yaml
 from running_server import tiny_gem
 from typer.testing import CliRunner
 
-from gemify import cli_serve
+import gemify.cli.serve
 from gemify.cli.main import app
 from gemify.serving.auth import ENVIRONMENT
 from gemify.serving.settings import Settings
@@ -246,7 +246,7 @@ def test_the_documentation_names_every_option() -> None:
     flags = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)", rows)}
     others = set(re.findall(r"`(\w+)`\*", rows))
     fields = set(vars(Settings()))
-    verb = inspect.signature(cli_serve.serve).parameters
+    verb = inspect.signature(gemify.cli.serve.serve).parameters
     assert flags - {"cors_origin", "config"} == (set(verb) & fields) - {"allow_no_key"}
     assert flags | others | {"cors_origins", "allow_no_key"} == fields | {"cors_origin"}
     defaults = re.search(r"```yaml\n(.*?)```", text, re.S)
