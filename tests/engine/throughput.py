@@ -1,7 +1,7 @@
 """Tokens a second of many answers at once: transformers one by one, its padded batch, its continuous batching, the engine.
 
 ``python tests/engine/throughput.py [float32|bfloat16] [answers] [tokens]``, with the starter model, greedily; each way
-twice, in turn. Not a test: figures for docs/log.md.
+twice, in turn. Not a test: figures for docs/log/.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The figures on llama.cpp in docs/engines.md. Run by hand: python tests/engines/llama_cpp_figures.py STSBenchmark.test.jsonl.gz"""
+"""The figures on llama.cpp in docs/how-to/engines.md. Run by hand: python tests/engines/llama_cpp_figures.py STSBenchmark.test.jsonl.gz"""
 
 from __future__ import annotations
 

@@ -173,6 +173,6 @@ def test_a_gated_gem_with_one_slot(gated: Converted) -> None:
 
 
 def test_a_gated_gem_pooled_by_llama_cpp_is_another_vector(gated: Converted) -> None:
-    """A fault of theirs that docs/engines.md warns of: once this fails, the plain route serves gated GEMs too."""
+    """A fault of theirs that docs/how-to/engines.md warns of: once this fails, the plain route serves gated GEMs too."""
     server = Server(gated, pooling="last", slots=1)
     assert cosines(np.array([server.embed(text) for text in TEXTS]), gated.vectors).max() < 0.9999

@@ -241,7 +241,7 @@ def test_flags_beat_the_file(tmp_path: Path) -> None:
 
 
 def test_the_documentation_names_every_option() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "serve.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "how-to" / "serve.md").read_text()
     rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
     flags = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)", rows)}
     others = set(re.findall(r"`(\w+)`\*", rows))

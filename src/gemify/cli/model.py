@@ -179,7 +179,7 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a GEM as plain directories for sentence-transformers, vLLM, llama.cpp and PEFT (docs/engines.md)."""
+    """Write a GEM as plain directories for sentence-transformers, vLLM, llama.cpp and PEFT (docs/how-to/engines.md)."""
     from gemify.model.config import GemConfig, resolve_directory
     from gemify.model.export import export as write
     from gemify.model.export import require_exportable

@@ -5,7 +5,7 @@
     row 1       . . . . . b b   positions are counted for each row by itself, so a row may start anywhere:
     row 2       c c c c c c c   a text's special tokens alone (recovery) stand at the end of the text
 
-transformers' continuous batching was tried first (docs/log.md): no slower than this on a CPU, but it sets the model to an
+transformers' continuous batching was tried first (docs/log/): no slower than this on a CPU, but it sets the model to an
 attention of its own, under which nothing can be embedded beside it, and knows no seed for a single answer.
 """
 

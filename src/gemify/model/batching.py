@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 PASS_COLUMNS = 12.0
-"""What a forward pass costs beside its columns, in columns: measured on two CPU cores (docs/log.md, "Groups that cost least")."""
+"""What a forward pass costs beside its columns, in columns: measured on two CPU cores (docs/log/training-speed.md, "Groups that cost least")."""
 
 
 def length_groups(lengths: Sequence[int], *, max_tokens: int, pass_columns: float = PASS_COLUMNS) -> list[list[int]]:

@@ -39,7 +39,7 @@ from gemify.model.tokenization import PLAIN, around
 
 # The README.md of an exported GEM: what lies in the directory, and how an engine gets a text's vector out of it.
 
-DOCS = "docs/engines.md of gemify"
+DOCS = "docs/how-to/engines.md of gemify"
 
 
 def card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 A text with some tokens deleted is a poor second view: telling it from other texts is soon too easy to teach anything.
 A model that writes can do better, from unlabelled text alone. Each task below asks the base for one short piece of text
 about a given one; the two become a pair (``anchor``, ``positive``) for `gemify train`. Departs from GEM, Section 3.3,
-which drops tokens; docs/log.md has the figures of both.
+which drops tokens; docs/log/ has the figures of both.
 
     paraphrase  the same in other words               sentence and sentence
     question    a question that the text answers      query and passage
