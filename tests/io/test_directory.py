@@ -10,12 +10,12 @@ from typing import Any, NoReturn
 
 import pytest
 from filelock import FileLock
-from rows_of_words import Words, read_back, write_inputs
 
 from gemify.io.directory import Place
 from gemify.retrieval.bulk.run import embed_corpus
 from gemify.retrieval.document_store import Store
 from gemify.retrieval.vector_table import Corpus, open_store, refuse_corpus
+from rows_of_words import Words, read_back, write_inputs
 
 
 def embed(inputs: list[Path], output: Path | str, **options: Any) -> int:

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from embedding_child import embed
-from rows_of_words import read_back, write_inputs
 
 from children import killed_at
 from conftest import disturb
 from gemify import GemModel
 from gemify.retrieval.bulk.run import Report, embed_corpus
+from rows_of_words import read_back, write_inputs
 
 POINTS = 8
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl, write_parquet
 
 from gemify.retrieval.bulk.plan import plan
 from gemify.retrieval.bulk.rows import Reader
@@ -19,6 +18,7 @@ from gemify.retrieval.bulk.run import Report, embed_corpus
 from gemify.retrieval.document_store import Store, unit
 from gemify.retrieval.index import GemIndex
 from gemify.retrieval.vector_table import Corpus, CorpusMeta
+from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl, write_parquet
 
 
 def embed(inputs: list[Path], output: Path, model: Words | None = None, **options: Any) -> Report:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl
 
 from gemify.io.directory import Place
 from gemify.retrieval.bulk.lance_writer import at_precision, commit
@@ -18,6 +17,7 @@ from gemify.retrieval.bulk.rows import Reader, _Table
 from gemify.retrieval.bulk.shard import embed_shard, marker
 from gemify.retrieval.document_store import unit
 from gemify.retrieval.vector_table import CorpusMeta
+from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl
 
 
 @pytest.fixture
