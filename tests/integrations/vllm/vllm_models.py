@@ -25,7 +25,9 @@ def vllm_python() -> str:
     """A python that has vLLM and gemify's plugin."""
     python = os.environ.get("GEMIFY_VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else "")
     if not python:
-        pytest.skip("vLLM is not here: set GEMIFY_VLLM_PYTHON to a python that has it, and gemify (docs/how-to/engines.md)")
+        pytest.skip(
+            "vLLM is not here: set GEMIFY_VLLM_PYTHON to a python that has it, and gemify (docs/how-to/engines.md)"
+        )
     return python
 
 
