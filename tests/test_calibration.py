@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conftest import SHARED
-from gemify.evaluation.results import Store
+from gemify.evaluation.results import ResultStore
 from gemify.evaluation.suite import Plan, evaluate
 
 pytestmark = [
@@ -31,7 +31,7 @@ def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_minilm_scores_its_published_figure(minilm: Path, tmp_path: Path) -> None:
-    (subject,) = evaluate(
+    (entry,) = evaluate(
         None,
         plan=Plan(("STSBenchmark",)),
         output=tmp_path,
@@ -39,11 +39,11 @@ def test_minilm_scores_its_published_figure(minilm: Path, tmp_path: Path) -> Non
         encoders=[f"st:{minilm}"],
         show_progress_bar=False,
     )
-    assert Store(tmp_path).scores(subject)["STSBenchmark"]["score"] == pytest.approx(82.03, abs=0.05)
+    assert ResultStore(tmp_path).scores(entry)["STSBenchmark"]["score"] == pytest.approx(82.03, abs=0.05)
 
 
 def test_the_mean_pooled_base_scores_what_it_did(tmp_path: Path) -> None:
-    (subject,) = evaluate(
+    (entry,) = evaluate(
         None,
         plan=Plan(("STSBenchmark",)),
         output=tmp_path,
@@ -53,4 +53,4 @@ def test_the_mean_pooled_base_scores_what_it_did(tmp_path: Path) -> None:
         dtype="bfloat16",
         show_progress_bar=False,
     )
-    assert Store(tmp_path).scores(subject)["STSBenchmark"]["score"] == pytest.approx(37.15, abs=0.1)
+    assert ResultStore(tmp_path).scores(entry)["STSBenchmark"]["score"] == pytest.approx(37.15, abs=0.1)

@@ -91,7 +91,7 @@ def test_the_quick_suite_from_end_to_end(gemify_: Command, flags: list[object], 
         assert f"\n## {heading}" in text
     assert "equal bit for bit" in text
     assert text.count("| 0 (identical) |") == 4
-    assert "QUICK LOOK" in text
+    assert "SUBSET RUN" in text
     assert "<script" not in (out / "report.html").read_text()
     (cost,) = (out / "cost").rglob("encode.json")
     cell = json.loads(cost.read_text())

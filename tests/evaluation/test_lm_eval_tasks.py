@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import tiny_models
-from gemify.evaluation.language_model import compare_logits, text_losses
+from gemify.evaluation.language_model import compare_logits, compute_text_losses
 from gemify.evaluation.lm_eval_prefix_cache import share_prefixes
 from gemify.evaluation.lm_eval_tasks import (
     LANGUAGE_TASKS,
     LanguageTask,
-    language_tasks,
     local_file,
     make_harness,
+    make_language_tasks,
     run_language_task,
 )
 from gemify.io.jsonl import read_lines, read_rows
@@ -228,10 +228,10 @@ def test_local_rows_ask_what_the_stock_task_asks(name: str, tmp_path: Path, hub:
     path, split, pairs = STOCK[name]
     hub[path] = {"train": [s for _, s in pairs], split: [s for _, s in pairs]}
     extra = {"source": "x"}  # a column that the task does not know, of differing types
-    (local,) = language_tasks(
+    (local,) = make_language_tasks(
         name, write(tmp_path, name, [{**row, **(extra if at else {"source": 3})} for at, (row, _) in enumerate(pairs)])
     )
-    (stock,) = language_tasks(name, None)
+    (stock,) = make_language_tasks(name, None)
     ours, ours_asked = ask(local)
     theirs, theirs_asked = ask(stock)
     assert ours_asked == theirs_asked
@@ -249,9 +249,9 @@ def test_every_local_task_is_compared() -> None:
 def test_mmlu_asks_what_the_stock_subjects_ask(tmp_path: Path, hub: dict[Any, dict[str, Rows]]) -> None:
     rows = subjects({"virology": 3, "high_school_us_history": 2})
     put_on_hub(hub, rows)
-    local = language_tasks("mmlu", write(tmp_path, "mmlu", rows))
+    local = make_language_tasks("mmlu", write(tmp_path, "mmlu", rows))
     assert [t.name for t in local] == ["mmlu_high_school_us_history", "mmlu_virology"]
-    stock = {t.name: t for t in language_tasks("mmlu", None)}
+    stock = {t.name: t for t in make_language_tasks("mmlu", None)}
     assert len(stock) == 57
     assert {t.group for t in [*local, *stock.values()]} == {"mmlu"}
     for task in local:
@@ -269,7 +269,7 @@ def test_mmlu_asks_what_the_stock_subjects_ask(tmp_path: Path, hub: dict[Any, di
 
 
 def test_figures_worked_out_by_hand(tmp_path: Path) -> None:
-    (task,) = language_tasks("arc_easy", write(tmp_path, "arc_easy", [row for row, _ in ARC]))
+    (task,) = make_language_tasks("arc_easy", write(tmp_path, "arc_easy", [row for row, _ in ARC]))
     acc, norm = [], []
     for row, _ in ARC:
         scores = np.array([Recorder.figure(f"{row['query']}\nAnswer:", f" {c}")[0] for c in row["choices"]])
@@ -315,7 +315,7 @@ def lm_evals_own(harness: Any, names: list[str], *, weight_by_size: bool) -> tup
 def assert_mmlu_is_lm_evals(
     data: Path, hub: dict[Any, dict[str, Rows]], stock: Any, shared: Any
 ) -> tuple[float, float]:
-    cells = [run_language_task(shared, task) for task in language_tasks("mmlu", data)]
+    cells = [run_language_task(shared, task) for task in make_language_tasks("mmlu", data)]
     names = [cell["task"] for cell in cells]
     macro = float(np.mean([cell["metrics"]["acc"] for cell in cells]))
     micro = float(np.mean([x for cell in cells for x in cell["per_sample"]]))
@@ -355,7 +355,7 @@ def test_a_models_figures_are_lm_evals(name: str, tmp_path: Path, hub: dict[Any,
     path, split, pairs = STOCK[name]
     hub[path] = {"train": [s for _, s in pairs], split: [s for _, s in pairs]}
     lm, tokenizer = tiny_models.build("gpt2"), tiny_models.tokenizer()
-    (task,) = language_tasks(name, write(tmp_path, name, [row for row, _ in pairs]))
+    (task,) = make_language_tasks(name, write(tmp_path, name, [row for row, _ in pairs]))
     ours = run_language_task(share_prefixes(make_harness(lm, tokenizer)), task)
     stock_name = "lambada_openai" if name == "lambada" else name
     loaded = _task_manager(stock=True).load([stock_name])
@@ -402,22 +402,22 @@ def complaint(call: Callable[[], Any]) -> str:
 
 
 def test_unknown_names_and_missing_files_are_said(tmp_path: Path) -> None:
-    assert "unknown local language task 'arc'" in complaint(lambda: language_tasks("arc", tmp_path))
+    assert "unknown local language task 'arc'" in complaint(lambda: make_language_tasks("arc", tmp_path))
     for name in LANGUAGE_TASKS[1:]:
-        said = complaint(lambda name=name: language_tasks(name, tmp_path))  # type: ignore[misc]
+        said = complaint(lambda name=name: make_language_tasks(name, tmp_path))  # type: ignore[misc]
         assert said.startswith(f"{name} needs {tmp_path / str(local_file(name))}")
     for group in ("nope", "mmlu_stem", "ai2_arc"):  # a group or tag is many cells
-        assert f"unknown language task {group!r}" in complaint(lambda group=group: language_tasks(group, None))  # type: ignore[misc]
+        assert f"unknown language task {group!r}" in complaint(lambda group=group: make_language_tasks(group, None))  # type: ignore[misc]
 
 
 def test_without_a_network_the_hubs_tasks_say_so() -> None:
-    (task,) = language_tasks("piqa", None)
+    (task,) = make_language_tasks("piqa", None)
     assert complaint(lambda: ask(task)).startswith("cannot load piqa from the hub (")
 
 
 def test_a_task_without_accuracy_is_refused(hub: dict[Any, dict[str, Rows]]) -> None:
     hub["openai/gsm8k", "main"] = {s: [{"question": "1 + 1?", "answer": "#### 2"}] for s in ("train", "test")}
-    (task,) = language_tasks("gsm8k", None)
+    (task,) = make_language_tasks("gsm8k", None)
     assert complaint(lambda: ask(task)) == "gsm8k is not scored by acc but by exact_match: leave it out"
 
 
@@ -438,7 +438,7 @@ def test_a_task_without_accuracy_is_refused(hub: dict[Any, dict[str, Rows]]) -> 
 def test_broken_rows_are_said(name: str, changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     rows = [row for row, _ in STOCK[name][2]]
     rows[1] = {**rows[1], **changed}
-    said = complaint(lambda: [ask(t) for t in language_tasks(name, write(tmp_path, name, rows))])
+    said = complaint(lambda: [ask(t) for t in make_language_tasks(name, write(tmp_path, name, rows))])
     assert str(local_file(name)) in said
     assert message in said
 
@@ -457,9 +457,9 @@ def test_broken_mmlu_is_said(changed: dict[str, Any], message: str, tmp_path: Pa
     rows = subjects({"anatomy": 2})
     assert rows[0]["split"] == "dev"
     rows[0] = {**rows[0], **changed}
-    assert message in complaint(lambda: language_tasks("mmlu", write(tmp_path, "mmlu", rows)))
+    assert message in complaint(lambda: make_language_tasks("mmlu", write(tmp_path, "mmlu", rows)))
     only = [r for r in rows if r["split"] == "test"]
-    assert "0 dev and 2 test" in complaint(lambda: language_tasks("mmlu", write(tmp_path, "mmlu", only)))
+    assert "0 dev and 2 test" in complaint(lambda: make_language_tasks("mmlu", write(tmp_path, "mmlu", only)))
 
 
 # Rows of local files
@@ -520,7 +520,7 @@ def test_text_losses_are_those_of_each_text_alone(name: str) -> None:
         "é ✓",
         *("abcdefgh"[:n] for n in range(9)),
     ]
-    got = text_losses(lm, tokenizer, texts, max_length=20)
+    got = compute_text_losses(lm, tokenizer, texts, max_length=20)
     for text, (loss, count) in zip(texts, got, strict=True):
         ids = tokenizer(text, return_tensors="pt")["input_ids"].long()[:, :20]
         assert count == max(0, ids.shape[1] - 1)

@@ -22,10 +22,10 @@ import tiny_data
 from gemify.evaluation.mteb_runner import instruction_of, is_finished, run_task
 from gemify.evaluation.mteb_tasks import LOCAL_TASKS, make_task
 from gemify.evaluation.report.published import TASK_TYPES
-from gemify.evaluation.results import Store, Subject
+from gemify.evaluation.results import ModelEntry, ResultStore
 from tiny_data import Topics, Trigrams
 
-SUBJECT = Subject("toy/encoder", "r1")
+SUBJECT = ModelEntry("toy/encoder", "r1")
 Score = Callable[..., float]
 
 
@@ -47,7 +47,7 @@ def score(data: Path, tmp_path: Path) -> Score:
         if task.metadata.type == "Clustering":
             task.max_documents_per_cluster = 256  # mteb draws 16,384, with repetition
         with threadpool_limits(1):  # two threads of scikit-learn's wait for each other on a busy machine
-            return run_task(encoder, task, SUBJECT, Store(tmp_path / "out"), **options)
+            return run_task(encoder, task, SUBJECT, ResultStore(tmp_path / "out"), **options)
 
     return run
 
@@ -62,7 +62,7 @@ def test_every_local_task_runs(name: str, score: Score, data: Path, tmp_path: Pa
     got = score(name, Trigrams())
     assert np.isfinite(got)
     assert 0.0 <= got <= 100.0
-    store = Store(tmp_path / "out")
+    store = ResultStore(tmp_path / "out")
     assert is_finished(store, SUBJECT, name)
     assert store.scores(SUBJECT)[name]["score"] == pytest.approx(got, abs=1e-3)
     again = Trigrams()
@@ -228,7 +228,7 @@ def test_truncated_and_mistaken_files_are_named(mine: Path) -> None:
     assert f"{path} holds no row" in one_line("STS13", mine)
 
 
-# A quick look
+# A subset run
 
 
 @pytest.mark.parametrize(
@@ -332,6 +332,6 @@ def test_a_result_cut_short_by_a_kill_is_measured_again(score: Score, tmp_path: 
     first = score("STS12", Trigrams())
     path = tmp_path / "out/results/toy__encoder/r1/STS12.json"
     path.write_bytes(path.read_bytes()[:100])
-    assert not is_finished(Store(tmp_path / "out"), SUBJECT, "STS12")
+    assert not is_finished(ResultStore(tmp_path / "out"), SUBJECT, "STS12")
     assert score("STS12", Trigrams()) == pytest.approx(first)
     assert json.loads(path.read_text())["task_name"] == "STS12"

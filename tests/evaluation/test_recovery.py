@@ -14,7 +14,13 @@ from tokenizers.processors import TemplateProcessing
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.evaluation.recovery import LENGTHS, recovery, texts_by_length, token_f1, vector_attack
+from gemify.evaluation.recovery import (
+    LENGTHS,
+    attack_vectors,
+    measure_recovery,
+    select_texts_by_length,
+    token_f1,
+)
 from gemify.model.encode import TextTokenizer
 
 
@@ -39,15 +45,15 @@ def test_token_f1(wanted: list[int], got: list[int], f1: float) -> None:
 def test_texts_have_the_lengths_asked_for(gem: GemModel) -> None:
     """The tiny tokenizer has a token a byte, so lengths are those of the strings."""
     lines = [f"line{n:05}." for n in range(100)]
-    chosen = texts_by_length(gem, lines, 13)
+    chosen = select_texts_by_length(gem, lines, 13)
     assert [len(text) for text in chosen] == [length for length in LENGTHS for _ in range(2)]
     taken = 0
     for text in chosen:  # beginnings of the given texts, each used once, joined where they are short
         parts = -(-(len(text) + 1) // 11)
         assert text == " ".join(lines[taken : taken + parts])[: len(text)]
         taken += parts
-    assert [len(t) for t in texts_by_length(gem, lines, 1)] == list(LENGTHS)
-    assert [len(t) for t in texts_by_length(gem, ["few", "texts, all of them"], 10)] == [6]
+    assert [len(t) for t in select_texts_by_length(gem, lines, 1)] == list(LENGTHS)
+    assert [len(t) for t in select_texts_by_length(gem, ["few", "texts, all of them"], 10)] == [6]
 
 
 def lcs(one: list[str], other: list[str]) -> int:
@@ -75,7 +81,7 @@ def test_the_cell_compares_what_comes_back(gem: GemModel, monkeypatch: pytest.Mo
         return [answers[t] for t in texts]
 
     monkeypatch.setattr(GemModel, "recover", recover)
-    cell = recovery(gem, list(answers))
+    cell = measure_recovery(gem, list(answers))
     assert cell["k"] == 1
     assert len(asked) > 1
     assert all(allowed >= longest for longest, allowed in asked)  # room for the whole text
@@ -109,10 +115,14 @@ def test_the_first_special_token_alone_recovers_as_a_model_that_has_no_other(bas
         for mine, theirs in zip(one.adapter.lora_parameters(), two.adapter.lora_parameters(), strict=True):
             mine.copy_(theirs)
         one.adapter.rows.rows_KD.copy_(two.adapter.rows.rows_KD[:1])
-    first, alone, both = recovery(two, TEXTS, k=1), recovery(one, TEXTS), recovery(two, TEXTS, k=2)
+    first, alone, both = (
+        measure_recovery(two, TEXTS, k=1),
+        measure_recovery(one, TEXTS),
+        measure_recovery(two, TEXTS, k=2),
+    )
     assert first == alone
     assert first["k"] == 1
-    assert both == recovery(two, TEXTS)
+    assert both == measure_recovery(two, TEXTS)
     assert both["k"] == 2
     longest = max(map(len, TEXTS)) + 8
     assert [r["recovered"] for r in both["rows"]] == two.recover(TEXTS, max_new_tokens=longest)
@@ -120,7 +130,7 @@ def test_the_first_special_token_alone_recovers_as_a_model_that_has_no_other(bas
     assert set(first["rows"][0]) == {"text", "recovered", "tokens", "exact", "token_f1", "rouge_l"}
     for k in (0, 3):
         with pytest.raises(ValueError, match=rf"k must lie in 1\.\.2, got {k}"):
-            recovery(two, TEXTS, k=k)
+            measure_recovery(two, TEXTS, k=k)
 
 
 # From vectors alone
@@ -172,8 +182,8 @@ def mean_f1(cell: dict[str, Any]) -> float:
 
 def test_the_attack_reads_vectors_that_tell_and_no_others() -> None:
     known, texts = made_up(600, seed=1), made_up(100, seed=2)
-    told = vector_attack(attacked(telling), known, texts, ridge=1e-3)
-    guessed = vector_attack(attacked(mute), known, texts)
+    told = attack_vectors(attacked(telling), known, texts, ridge=1e-3)
+    guessed = attack_vectors(attacked(mute), known, texts)
     frequent = "zyxwvutsrqponmlkjihgfedcba"
     chance = float(np.mean([len(set(t) & set(frequent[: len(t)])) / len(t) for t in texts]))
     assert told["chance_token_f1"] == guessed["chance_token_f1"] == pytest.approx(chance, abs=0.03)
@@ -195,7 +205,7 @@ def test_the_attack_is_ridge_regression() -> None:
         return telling(texts) + 3 * mute(texts)
 
     gem = attacked(half)
-    cell = vector_attack(gem, known, texts, ridge=0.2)
+    cell = attack_vectors(gem, known, texts, ridge=0.2)
     letters = "abcdefghijklmnopqrstuvwxyz"
     present = np.array([[float(c in t) for c in letters] for t in known])
     fitted = linear.Ridge(alpha=0.2).fit(gem.encode(known, normalize_embeddings=True), present)
@@ -208,15 +218,15 @@ def test_the_attack_is_ridge_regression() -> None:
 def test_a_beginning_that_every_text_has_is_no_guess() -> None:
     """A BOS would be named right every time: it is neither wanted nor guessed."""
     known, texts = made_up(300, seed=1), made_up(30, seed=2)
-    plain, with_bos = (vector_attack(attacked(telling, bos=bos), known, texts) for bos in (False, True))
+    plain, with_bos = (attack_vectors(attacked(telling, bos=bos), known, texts) for bos in (False, True))
     assert with_bos == plain
 
 
 def test_the_attack_needs_tokens_that_recur(gem: GemModel) -> None:
     with pytest.raises(ValueError, match=r"^no token occurs three times in 2 known texts"):
-        vector_attack(gem, ["abc", "abd"], ["abe"])
+        attack_vectors(gem, ["abc", "abd"], ["abe"])
     lines = made_up(40, seed=3)
-    cell = vector_attack(gem, lines[:30], lines[30:])
+    cell = attack_vectors(gem, lines[:30], lines[30:])
     assert [row["text"] for row in cell["rows"]] == lines[30:]
     assert all(0.0 <= row["token_f1"] <= 1.0 for row in cell["rows"])
     assert 0.0 < cell["chance_token_f1"] < 1.0

@@ -22,11 +22,11 @@ import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.evaluation.baselines import load_baseline
-from gemify.evaluation.models import encoder_subject
+from gemify.evaluation.models import encoder_entry
 from gemify.evaluation.mteb_runner import run_task
 from gemify.evaluation.mteb_tasks import LOCAL_TASKS
 from gemify.evaluation.report.published import GEM16, LLM2VEC15
-from gemify.evaluation.results import Store, Subject
+from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.suite import SUITES, Plan, evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,7 +66,7 @@ class Run:
         self.output, self.data = output, data
         self.estimates: list[tuple[int, int]] = []
 
-    def __call__(self, model: str | None, plan: Plan = PLAN, **options: Any) -> list[Subject]:
+    def __call__(self, model: str | None, plan: Plan = PLAN, **options: Any) -> list[ModelEntry]:
         def hear(pending: int, cells: int, seconds: float) -> None:
             assert (seconds > 0) == (pending > 0)
             self.estimates.append((pending, cells))
@@ -75,8 +75,8 @@ class Run:
         return evaluate(model, plan=plan, output=self.output, **settings)
 
     @property
-    def store(self) -> Store:
-        return Store(self.output)
+    def store(self) -> ResultStore:
+        return ResultStore(self.output)
 
     def files(self) -> dict[str, tuple[int, bytes]]:
         """Every measured cell: when it was written, and what it says."""
@@ -103,8 +103,8 @@ def done(model: str, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     return made
 
 
-def one(run: Run, name: str) -> Subject:
-    (found,) = [s for s in run.store.subjects() if s.name == name]
+def one(run: Run, name: str) -> ModelEntry:
+    (found,) = [s for s in run.store.entries() if s.name == name]
     return found
 
 
@@ -114,7 +114,7 @@ def one(run: Run, name: str) -> Subject:
 def test_every_cell_is_measured(done: Run, model: str) -> None:
     assert done.estimates[0] == (CELLS, CELLS)
     store, gem, base = done.store, one(done, "gem/one"), one(done, "llama/base")
-    assert len(store.subjects()) == 2
+    assert len(store.entries()) == 2
     assert (gem.facts["kind"], gem.facts["tune"], gem.facts["special_tokens"]) == ("gem", "gated", 2)
     assert gem.facts["base_subject"] == {"name": base.name, "revision": base.revision}
     assert (base.facts["kind"], base.facts["limit"]) == ("base", None)
@@ -200,8 +200,8 @@ def test_language_is_measured_again_where_sums_round_otherwise(run: Run, model: 
     try:
         torch.set_num_threads(threads + 1)
         run(model, plan)
-        gem, base = (s for s in run.store.subjects() if s.facts["kind"] in ("gem", "base"))
-        cells = [run.store.read("language", subject, "hellaswag") for subject in (gem, base)]
+        gem, base = (s for s in run.store.entries() if s.facts["kind"] in ("gem", "base"))
+        cells = [run.store.read("language", entry, "hellaswag") for entry in (gem, base)]
     finally:
         torch.set_num_threads(threads)
     assert run.estimates == [(3, 3), (2, 3)]
@@ -278,12 +278,12 @@ def test_every_setting_has_results_of_its_own(run: Run, model: str) -> None:
         cell = run.store.read("language", gem, "held_out")
         assert cell is not None
         assert cell["n"] == options.get("limit", 60)
-    revisions = {s.revision.partition("-")[2] for s in run.store.subjects() if s.name == "gem/one"}
+    revisions = {s.revision.partition("-")[2] for s in run.store.entries() if s.name == "gem/one"}
     assert revisions == {"float32", "float32-limit3", "float32-instructions", "bfloat16"}
     assert len(set(scores)) == 4
     # The base's language does not depend on instructions: measured once, and the facts say so.
     assert run.estimates == [(3, 3), (3, 3), (2, 3), (3, 3)]
-    bases = [s for s in run.store.subjects() if s.name == "llama/base"]
+    bases = [s for s in run.store.entries() if s.name == "llama/base"]
     assert {s.revision.partition("-")[2] for s in bases} == {"float32", "float32-limit3", "bfloat16"}
     assert not any(s.facts["instructions"] for s in bases)
 
@@ -296,7 +296,7 @@ def test_two_gems_share_their_bases_cells(run: Run, model: str, sibling: str) ->
     assert run.estimates == [(4, 4), (2, 4)]
     after = run.files()
     assert {p: after[p] for p in before} == before
-    assert [s.name for s in run.store.subjects()] == ["gem/one", "gem/two", "llama/base"]
+    assert [s.name for s in run.store.entries()] == ["gem/one", "gem/two", "llama/base"]
 
 
 def test_a_gem_on_another_base_is_another_model(run: Run, model: str, tmp_path: Path) -> None:
@@ -331,17 +331,17 @@ def test_benchmarks_cut_by_the_plan_are_named_so(run: Run, model: str) -> None:
 
 
 def test_baselines_are_measured_on_the_gems_base(run: Run, model: str, base_dir: Path) -> None:
-    subjects = run(model, STS, baselines=("mean", "prompteol"))
-    assert [s.name for s in subjects] == ["gem/one", "llama/mean", "llama/prompteol"]
-    assert [s.facts["kind"] for s in subjects] == ["gem", "baseline", "baseline"]
+    entries = run(model, STS, baselines=("mean", "prompteol"))
+    assert [s.name for s in entries] == ["gem/one", "llama/mean", "llama/prompteol"]
+    assert [s.facts["kind"] for s in entries] == ["gem", "baseline", "baseline"]
     rows = tiny_data.read_rows(run.data / "mteb/sts/STSBenchmark.test.jsonl.gz")
-    for subject, method in zip(subjects[1:], ("mean", "prompteol"), strict=True):
+    for entry, method in zip(entries[1:], ("mean", "prompteol"), strict=True):
         encoder = load_baseline(str(base_dir), method, dtype=torch.float32)  # type: ignore[arg-type]
         one, two = (torch.tensor(encoder.encode([r[n] for r in rows])) for n in ("sentence1", "sentence2"))
         found = spearmanr(torch.cosine_similarity(one, two), [r["score"] for r in rows]).statistic
-        assert run.store.scores(subject)["STSBenchmark"]["score"] == pytest.approx(100 * found, abs=0.05)
+        assert run.store.scores(entry)["STSBenchmark"]["score"] == pytest.approx(100 * found, abs=0.05)
     alone = run(None, STS, base=str(base_dir), baselines=("mean",))  # without a GEM: the same baseline
-    assert alone == [subjects[1]]
+    assert alone == [entries[1]]
     assert run.estimates == [(3, 3), (0, 1)]
 
 
@@ -352,26 +352,26 @@ def test_a_sentence_transformer_is_measured_under_its_own_name(run: Run, base_di
     body = models.Transformer(str(base_dir))
     made = SentenceTransformer(modules=[body, models.Pooling(body.get_word_embedding_dimension(), "mean")])
     made.save(str(tmp_path / "mine"))
-    (subject,) = run(None, STS, encoders=[f"st:{tmp_path / 'mine'}"])
-    assert (subject.name, subject.facts["kind"], subject.facts["label"]) == ("st/mine", "encoder", "mine")
-    (toy,) = [s for s in run.store.subjects() if s.name == "st/mine"]
+    (entry,) = run(None, STS, encoders=[f"st:{tmp_path / 'mine'}"])
+    assert (entry.name, entry.facts["kind"], entry.facts["label"]) == ("st/mine", "encoder", "mine")
+    (toy,) = [s for s in run.store.entries() if s.name == "st/mine"]
     rows = tiny_data.read_rows(run.data / "mteb/sts/STSBenchmark.test.jsonl.gz")
     one, two = (made.encode([r[n] for r in rows], convert_to_tensor=True).cpu() for n in ("sentence1", "sentence2"))
     found = spearmanr(torch.cosine_similarity(one, two), [r["score"] for r in rows]).statistic
     assert run.store.scores(toy)["STSBenchmark"]["score"] == pytest.approx(100 * found, abs=0.05)
     changed = next((tmp_path / "mine").rglob("*.safetensors"))
     changed.write_bytes(changed.read_bytes()[:-1] + b"\1")
-    assert encoder_subject(f"st:{tmp_path / 'mine'}", _settings())[0].revision != subject.revision
+    assert encoder_entry(f"st:{tmp_path / 'mine'}", _settings())[0].revision != entry.revision
 
 
 def _settings() -> Any:
-    from gemify.evaluation.models import Settings
+    from gemify.evaluation.models import EvalSettings
 
-    return Settings()
+    return EvalSettings()
 
 
 def test_encoders_of_one_short_name_are_told_apart() -> None:
-    one, two = (encoder_subject(f"st:{owner}/small", _settings())[0] for owner in ("anna", "bert"))
+    one, two = (encoder_entry(f"st:{owner}/small", _settings())[0] for owner in ("anna", "bert"))
     assert one.name != two.name
     assert one.facts["label"] == two.facts["label"] == "small"
 

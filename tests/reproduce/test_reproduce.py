@@ -12,8 +12,8 @@ import pytest
 import gemify.reproduce.run
 from gemify import GemModel
 from gemify.evaluation.report.published import TABLES, task_type
-from gemify.evaluation.results import Store, Subject
-from gemify.reproduce.run import TABLE_NAMES, expected_seconds, planned, reproduce
+from gemify.evaluation.results import ModelEntry, ResultStore
+from gemify.reproduce.run import TABLE_NAMES, estimate_seconds, plan_cells, reproduce
 from gemify.reproduce.scales import SCALES, scale_of
 from gemify.reproduce.tables import cells_of
 from gemify.training.recipe import Recipe
@@ -27,22 +27,25 @@ class Suite:
         self.calls: list[str] = []
         self.fails_at = fails_at
 
-    def __call__(self, model: str | None, **options: Any) -> Sequence[Subject]:
+    def __call__(self, model: str | None, **options: Any) -> Sequence[ModelEntry]:
         if len(self.calls) == self.fails_at:
             raise KeyboardInterrupt
         self.calls.append(Path(model or "vanilla").name)
-        store = Store(options["output"])
+        store = ResultStore(options["output"])
         if model is None:
             assert (options["baselines"], options["base"]) == (("mean",), self.base)
-            subjects = [Subject("tiny/mean", "1", {"kind": "baseline"}), Subject("tiny/base", "1", {"kind": "base"})]
-            k, spoken = 0, subjects[1]
+            entries = [
+                ModelEntry("tiny/mean", "1", {"kind": "baseline"}),
+                ModelEntry("tiny/base", "1", {"kind": "base"}),
+            ]
+            k, spoken = 0, entries[1]
         else:
             k = GemModel.from_pretrained(model).config.k
-            subjects = [Subject(f"gem/{Path(model).name}", "1", {"kind": "gem", "path": model})]
-            spoken = subjects[0]
+            entries = [ModelEntry(f"gem/{Path(model).name}", "1", {"kind": "gem", "path": model})]
+            spoken = entries[0]
         for number, task in enumerate(options["vectors"]):
             result = {"scores": {"test": [{"main_score": 0.5 + 0.01 * k + 0.1 * number}]}, "evaluation_time": 1.0}
-            path = store.directory / "results" / subjects[0].folder / f"{task}.json"
+            path = store.directory / "results" / entries[0].folder / f"{task}.json"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(result))
         for name in [f"mmlu_{i}" for i in range(57)] if "mmlu" in options["language"] else []:
@@ -53,8 +56,8 @@ class Suite:
             store.write("language", spoken, "held_out", loss)
         if options["recovery"]:
             rows = [{"tokens": n, "exact": n < 15, "token_f1": 0.9, "rouge_l": 0.5} for n in range(1, 41)]
-            store.write("recovery", subjects[0], "special_tokens", {"k": k, "rows": rows})
-        return subjects
+            store.write("recovery", entries[0], "special_tokens", {"k": k, "rows": rows})
+        return entries
 
     base = ""
 
@@ -100,7 +103,7 @@ def test_every_table_is_made_of_valid_recipes(table: str, scale: str) -> None:
         assert twins <= printed
         if table in ("table2", "table3", "table4"):
             assert twins == printed
-    assert [c.name for c in planned(table, scale=scale)] == [c.name for c in cells]
+    assert [c.name for c in plan_cells(table, scale=scale)] == [c.name for c in cells]
 
 
 def test_the_paper_scale_is_the_papers_recipe() -> None:
@@ -192,9 +195,9 @@ def test_ctrl_c_leaves_what_is_finished_and_a_rerun_goes_on(
 ) -> None:
     options: dict[str, Any] = {"output": tmp_path / "out", "training_data": str(texts_file)}
     changes: dict[str, Any] = {"base": str(base_dir), "steps": 2}
-    left = planned("table5", **options, **changes)
+    left = plan_cells("table5", **options, **changes)
     assert [c.steps for c in left] == [0, 2]
-    assert expected_seconds(left, tmp_path / "out") is None
+    assert estimate_seconds(left, tmp_path / "out") is None
     with pytest.raises(KeyboardInterrupt):
         go("table5", Suite(fails_at=1))  # trained, not evaluated
     page = (tmp_path / "out" / "table5.md").read_text()
@@ -202,7 +205,7 @@ def test_ctrl_c_leaves_what_is_finished_and_a_rerun_goes_on(
     assert f"| {base_dir.name} | ours | 55.00 | – | 25.00 | – |" in page
     assert "| 1B | paper | 18.29 | 54.35 | 31.70 | 28.30 |" in page
     assert "| 8B | paper | 26.67 | 54.48 | 66.70 | 57.24 |" in page
-    assert [c.name for c in planned("table5", **options, **changes)] == [f"{base_dir.name}-gem-k1"]
+    assert [c.name for c in plan_cells("table5", **options, **changes)] == [f"{base_dir.name}-gem-k1"]
     metrics = tmp_path / "out" / "runs" / f"{base_dir.name}-gem-k1" / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns
     suite = Suite()
@@ -210,8 +213,8 @@ def test_ctrl_c_leaves_what_is_finished_and_a_rerun_goes_on(
     assert suite.calls == [f"{base_dir.name}-gem-k1"]
     assert metrics.stat().st_mtime_ns == before
     assert f"| {base_dir.name} | ours | 55.00 | 56.00 | 25.00 | 25.00 |" in page
-    assert planned("table5", **options, **changes) == []
-    seconds = expected_seconds(left, tmp_path / "out")
+    assert plan_cells("table5", **options, **changes) == []
+    seconds = estimate_seconds(left, tmp_path / "out")
     assert seconds is not None
     assert seconds > 0
 

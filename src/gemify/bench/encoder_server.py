@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from gemify.evaluation.models import Settings, load_encoder
+from gemify.evaluation.models import EvalSettings, load_encoder
 
 _MOST = 64  # texts encoded together
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--port", type=int, required=True)
     given = parser.parse_args()
-    encoder = load_encoder(given.encoder, Settings(given.dtype), None)
+    encoder = load_encoder(given.encoder, EvalSettings(given.dtype), None)
     uvicorn.run(create_app(encoder), host="127.0.0.1", port=given.port, log_level="warning")
 
 

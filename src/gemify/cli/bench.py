@@ -47,19 +47,19 @@ def rag(
     """Answers with and without retrieval, hand-over and kept caches, against a two-model stack."""
     from gemify.bench.questions import read_questions
     from gemify.bench.rag import Peer, as_table, bench_rag
-    from gemify.evaluation.models import Settings, encoder_subject, load_encoder
+    from gemify.evaluation.models import EvalSettings, encoder_entry, load_encoder
     from gemify.model.gem import GemModel
 
     try:
         wanted = [int(length) for length in lengths.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"--lengths must be whole numbers with commas between, got {lengths!r}") from error
-    settings = Settings(dtype)
+    settings = EvalSettings(dtype)
     passages, asked = read_questions(data, questions)
     peer = None
     if encoder is not None:
-        subject, path = encoder_subject(encoder, settings)
-        peer = Peer(subject.facts["label"], load_encoder(path, settings, device).encode)
+        entry, path = encoder_entry(encoder, settings)
+        peer = Peer(entry.facts["label"], load_encoder(path, settings, device).encode)
     gem = GemModel.from_pretrained(model, device=device, dtype=settings.torch_dtype)
     report = bench_rag(
         gem,
@@ -201,12 +201,12 @@ def encode(
     """Tokens a second of `encode`, against sentence-transformers, bidirectional and Echo encoding."""
     from gemify.bench.encode import SIDES, as_table, bench_encode, read_texts
     from gemify.bench.encode import plot as drawn
-    from gemify.evaluation.models import Settings
+    from gemify.evaluation.models import EvalSettings
 
     report = bench_encode(
         model,
         read_texts(data, count),
-        dtype=Settings(dtype).torch_dtype,
+        dtype=EvalSettings(dtype).torch_dtype,
         device=device,
         sides=side or SIDES,
         rounds=rounds,
@@ -281,7 +281,7 @@ def gpu(
 ) -> None:
     """FLOP utilisation of training and encoding at real shapes, and how memory grows with a row."""
     from gemify.bench.gpu import Setup, as_table, bench_gpu, require_device
-    from gemify.evaluation.models import Settings
+    from gemify.evaluation.models import EvalSettings
 
     try:
         rows = tuple(int(length) for length in lengths.split(","))
@@ -289,7 +289,7 @@ def gpu(
         raise typer.BadParameter(f"--lengths must be whole numbers with commas between, got {lengths!r}") from error
     setup = Setup(
         require_device(device),
-        dtype=Settings(dtype).torch_dtype,
+        dtype=EvalSettings(dtype).torch_dtype,
         attention=attention,
         tokens=tokens,
         train_length=train_length,
@@ -304,11 +304,11 @@ def gpu(
 
 
 def _opened(store: str, model: str | None, dtype: str, device: str | None) -> tuple[GemModel, GemIndex]:
-    from gemify.evaluation.models import Settings
+    from gemify.evaluation.models import EvalSettings
     from gemify.model.gem import GemModel
     from gemify.retrieval.index import GemIndex
     from gemify.retrieval.vector_table import open_store
 
     name = model or open_store(store).meta.model or "starter"
-    gem = GemModel.from_pretrained(name, device=device, dtype=Settings(dtype).torch_dtype)
+    gem = GemModel.from_pretrained(name, device=device, dtype=EvalSettings(dtype).torch_dtype)
     return gem, GemIndex.open(store, gem, create=False)

@@ -11,7 +11,7 @@ import typer
 
 from gemify.cli.options import Device, Quiet, echo_err
 
-Limit = Annotated[int | None, typer.Option(min=2, help="Rows of every task: a quick look, marked as such everywhere.")]
+Limit = Annotated[int | None, typer.Option(min=2, help="Rows of every task: a subset run, marked as such everywhere.")]
 Data = Annotated[
     Path | None, typer.Option(help="Directory of local data (mteb/, lm/, text/); none: the Hugging Face hub.")
 ]
@@ -51,7 +51,7 @@ def evaluate(
     from gemify.evaluation.baselines import BASELINES
     from gemify.evaluation.report.model_card import write_card
     from gemify.evaluation.report.render import write_report
-    from gemify.evaluation.results import Store
+    from gemify.evaluation.results import ResultStore
     from gemify.evaluation.suite import Plan
     from gemify.evaluation.suite import evaluate as run
 
@@ -61,7 +61,7 @@ def evaluate(
         raise typer.BadParameter(f"--card writes into the GEM's own directory, and {model} is none")
     chosen = list(BASELINES) if baselines == "all" else [b.strip() for b in baselines.split(",") if b.strip()]
     try:
-        subjects = run(
+        entries = run(
             model,
             plan=Plan.of(suite, data=data, tasks=task or ()),
             output=output,
@@ -86,7 +86,7 @@ def evaluate(
         if path.suffix in (".md", ".html"):
             typer.echo(str(path))
     if card and model is not None:
-        typer.echo(str(write_card(Path(model), Store(output), subjects[0])))
+        typer.echo(str(write_card(Path(model), ResultStore(output), entries[0])))
 
 
 def report(
@@ -116,16 +116,16 @@ def reproduce(
     ] = False,
 ) -> None:
     """Run one of the paper's tables, with its figures beside ours."""
-    from gemify.reproduce.run import expected_seconds, planned
+    from gemify.reproduce.run import estimate_seconds, plan_cells
     from gemify.reproduce.run import reproduce as run
     from gemify.training.trainer import Stopped
 
     options: dict[str, Any] = {"scale": scale, "base": base, "steps": steps, "limit": limit}
-    cells = planned(table, output=output, training_data=training_data, **options)
+    cells = plan_cells(table, output=output, training_data=training_data, **options)
     if as_json:
         typer.echo(json.dumps([{"name": c.name, "label": c.label, "steps": c.steps} for c in cells]))
         return
-    seconds = expected_seconds(cells, output)
+    seconds = estimate_seconds(cells, output)
     echo_err(f"{len(cells)} cells to run" + (f", about {_minutes(seconds)}" if seconds else ""))
     try:
         path = run(

@@ -12,7 +12,7 @@ from typing import Any
 _QUERIES = 30
 
 
-def encoding_cost(
+def measure_encoding_cost(
     model: str, texts: Sequence[str], *, base: str | None, dtype: str, device: str | None
 ) -> dict[str, Any]:
     """Encode ``texts`` in bulk and some of them one by one, in a fresh process that does nothing else.

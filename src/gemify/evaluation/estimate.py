@@ -14,7 +14,7 @@ _UNKNOWN = 200_000.0
 _HEADERS = 57 * 600.0  # MMLU's five solved questions of each subject
 
 
-def vector_tokens(name: str, data: Path | None, *, limit: int | None) -> float:
+def estimate_vector_tokens(name: str, data: Path | None, *, limit: int | None) -> float:
     """Tokens that an embedding task encodes."""
     if data is not None and name in LOCAL_TASKS:
         tokens = 0.0
@@ -32,7 +32,7 @@ def vector_tokens(name: str, data: Path | None, *, limit: int | None) -> float:
     return tokens or _UNKNOWN
 
 
-def language_tokens(name: str, data: Path | None, *, limit: int | None) -> float:
+def estimate_language_tokens(name: str, data: Path | None, *, limit: int | None) -> float:
     """Tokens that a language benchmark runs, every shared beginning once."""
     file = local_file(name)
     if data is None or name == HELD_OUT or file is None:

@@ -22,7 +22,7 @@ PROBES = (
 """A few prompts of different kinds, to compare language models on."""
 
 
-def arithmetic(device: torch.device | str | None) -> str:
+def numerics_signature(device: torch.device | str | None) -> str:
     """What decides how sums are rounded, beside the weights: language scores compare to the last answer only where it is equal.
 
     On a CPU another number of threads adds in another order: in bfloat16 one answer in thirty of MMLU changes.
@@ -48,12 +48,14 @@ def same_logits(one: Any, other: Any, tokenizer: Any, texts: Sequence[str]) -> b
 
 def language_loss(lm: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 256) -> float:
     """Mean next-token loss in nats over the texts' tokens (each text on its own, cut to ``max_length``)."""
-    losses = text_losses(lm, tokenizer, texts, max_length=max_length)
+    losses = compute_text_losses(lm, tokenizer, texts, max_length=max_length)
     return sum(loss for loss, _ in losses) / max(1, sum(count for _, count in losses))
 
 
 @torch.inference_mode()
-def text_losses(lm: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 256) -> list[tuple[float, int]]:
+def compute_text_losses(
+    lm: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 256
+) -> list[tuple[float, int]]:
     """Of each text its summed next-token loss in nats and the number of tokens predicted."""
     rows = [r[:max_length] for r in tokenizer(list(texts), verbose=False)["input_ids"]]
     device = lm.device

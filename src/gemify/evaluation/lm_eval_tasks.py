@@ -106,7 +106,7 @@ def local_file(name: str) -> str | None:
     return _MMLU_FILE if name == "mmlu" else _LOCAL[name].file if name in _LOCAL else None
 
 
-def language_tasks(name: str, data: Path | None) -> list[LanguageTask]:
+def make_language_tasks(name: str, data: Path | None) -> list[LanguageTask]:
     """The cells of a benchmark: one, or for ``mmlu`` its 57 subjects.
 
     ``data``: directory of local files; none: lm-eval's own tasks, from the hub (then any task name of lm-eval's goes).

@@ -13,7 +13,7 @@ import torch
 
 from gemify import __version__
 from gemify.evaluation.baselines import Baseline, BaselineEncoder, load_sentence_transformer
-from gemify.evaluation.results import Subject
+from gemify.evaluation.results import ModelEntry
 from gemify.model.base import fingerprint, load_base
 from gemify.model.config import CONFIG_FILE, GemConfig, resolve_directory
 from gemify.model.gem import GemModel
@@ -23,7 +23,7 @@ _WHOLE = 2**26  # bytes of a weights file that are hashed whole; a longer one is
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvalSettings:
     """Everything but the weights that moves a figure. It is part of every revision."""
 
     dtype: str = "float32"
@@ -58,10 +58,10 @@ class Settings:
         }
 
 
-class Contestants:
+class EvalModels:
     """The models of one evaluation: loads each when it is first needed."""
 
-    def __init__(self, model: str | None, *, base: str | None, settings: Settings, device: str | None) -> None:
+    def __init__(self, model: str | None, *, base: str | None, settings: EvalSettings, device: str | None) -> None:
         self.settings, self.device = settings, device
         self.directory = resolve_directory(model) if model is not None else None
         self.config = GemConfig.from_directory(self.directory) if self.directory is not None else None
@@ -97,7 +97,7 @@ class Contestants:
         lm, tokenizer = self.base
         return BaselineEncoder(lm, tokenizer, method)
 
-    def gem_subject(self) -> Subject:
+    def gem_entry(self) -> ModelEntry:
         assert self.directory is not None
         assert self.config is not None
         directory = self.directory.resolve()
@@ -106,7 +106,7 @@ class Contestants:
             if directory.parent.name != "checkpoints"
             else f"{directory.parents[1].name}-{directory.name}"
         )
-        base = self.base_subject()
+        base = self.base_entry()
         weights = weights_hash(directory)
         if self.base_given is not None and self.config.tune != "full":
             found = fingerprint(self.base[0])
@@ -125,30 +125,30 @@ class Contestants:
             **_training(directory),
             **self.settings.facts(),
         }
-        return Subject(f"gem/{_plain(label)}", self.settings.revision(weights), facts)
+        return ModelEntry(f"gem/{_plain(label)}", self.settings.revision(weights), facts)
 
-    def base_subject(self) -> Subject:
+    def base_entry(self) -> ModelEntry:
         """The base as a language model."""
-        return self._of_base("base", f"{_short(self.base_name)}, base model", "base", language_only=True)
+        return self._base_entry("base", f"{_short(self.base_name)}, base model", "base", language_only=True)
 
-    def baseline_subject(self, method: Baseline) -> Subject:
+    def baseline_entry(self, method: Baseline) -> ModelEntry:
         words = {"mean": "mean pooling", "weighted-mean": "weighted mean pooling", "last": "last token"}
         names = {"prompteol": "PromptEOL", "echo": "Echo"}
         label = f"{_short(self.base_name)}, {words.get(method) or names[method]}"
-        return self._of_base(method, label, "baseline", language_only=False)
+        return self._base_entry(method, label, "baseline", language_only=False)
 
-    def _of_base(self, name: str, label: str, kind: str, *, language_only: bool) -> Subject:
+    def _base_entry(self, name: str, label: str, kind: str, *, language_only: bool) -> ModelEntry:
         weights = self.config.base_fingerprint if self.config is not None and self.base_given is None else None
         weights = weights or fingerprint(self.base[0])
         facts = {"label": label, "kind": kind, "tune": None, "base": self.base_name, **self.settings.facts()}
         if language_only:
             facts["instructions"] = False  # they are for vectors
         revision = self.settings.revision(weights, language_only=language_only)
-        return Subject(f"{_plain(_short(self.base_name))}/{name}", revision, facts)
+        return ModelEntry(f"{_plain(_short(self.base_name))}/{name}", revision, facts)
 
 
-def encoder_subject(spec: str, settings: Settings) -> tuple[Subject, str]:
-    """Subject and path of an ``--encoder``: ``st:PATH`` or ``st:NAME``, a sentence-transformers model."""
+def encoder_entry(spec: str, settings: EvalSettings) -> tuple[ModelEntry, str]:
+    """Entry and path of an ``--encoder``: ``st:PATH`` or ``st:NAME``, a sentence-transformers model."""
     kind, _, path = spec.partition(":")
     if kind != "st" or not path:
         raise ValueError(f"unknown encoder {spec!r}: write st:PATH or st:NAME for a sentence-transformers model")
@@ -157,10 +157,10 @@ def encoder_subject(spec: str, settings: Settings) -> tuple[Subject, str]:
     label = directory.resolve().name if directory.is_dir() else path.rsplit("/", 1)[-1]
     facts = {"label": label, "kind": "encoder", "tune": None, "path": path, **settings.facts()}
     name = label if directory.is_dir() else path  # of two models on the hub the owner may be all that differs
-    return Subject(f"st/{_plain(name)}", settings.revision(weights), facts), path
+    return ModelEntry(f"st/{_plain(name)}", settings.revision(weights), facts), path
 
 
-def load_encoder(path: str, settings: Settings, device: str | None) -> Any:
+def load_encoder(path: str, settings: EvalSettings, device: str | None) -> Any:
     return load_sentence_transformer(path, device=device, dtype=settings.torch_dtype)
 
 

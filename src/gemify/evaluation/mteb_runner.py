@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gemify.evaluation.results import Store, Subject
+from gemify.evaluation.results import ModelEntry, ResultStore
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +24,12 @@ class MtebEncoder:
     LLM2Vec does (arXiv 2404.05961).
     """
 
-    def __init__(self, encoder: Any, subject: Subject, *, instruction: str = "") -> None:
+    def __init__(self, encoder: Any, entry: ModelEntry, *, instruction: str = "") -> None:
         from mteb.models.model_meta import ModelMeta
 
         self.encoder = encoder
         self.prompt = f"{instruction.strip().rstrip('.:')}: " if instruction else None
-        self.mteb_model_meta = ModelMeta.create_empty({"name": subject.name, "revision": subject.revision})
+        self.mteb_model_meta = ModelMeta.create_empty({"name": entry.name, "revision": entry.revision})
 
     def encode(
         self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, batch_size: int = 64, **_: Any
@@ -65,9 +65,9 @@ def instruction_of(task: Any) -> str:
     return str(prompt or getattr(task, "abstask_prompt", "") or "")
 
 
-def is_finished(store: Store, subject: Subject, name: str) -> bool:
+def is_finished(store: ResultStore, entry: ModelEntry, name: str) -> bool:
     """Whether a task of one subset is done. A file cut short by a kill is removed, to be made again."""
-    path = store.directory / "results" / subject.folder / f"{name}.json"
+    path = store.directory / "results" / entry.folder / f"{name}.json"
     if not path.is_file():
         return False
     try:
@@ -82,8 +82,8 @@ def is_finished(store: Store, subject: Subject, name: str) -> bool:
 def run_task(
     encoder: Any,
     task: Any,
-    subject: Subject,
-    store: Store,
+    entry: ModelEntry,
+    store: ResultStore,
     *,
     instructions: bool = False,
     batch_size: int = 64,
@@ -93,7 +93,7 @@ def run_task(
 
     wrapped = MtebEncoder(
         encoder,
-        subject,
+        entry,
         instruction=instruction_of(task) if instructions else "",
     )
     with _quiet(), warnings.catch_warnings():

@@ -45,7 +45,7 @@ def make_task(name: str, data: Path | None, *, limit: int | None = None) -> Any:
     Args:
         name: a name mteb knows, or one of `LOCAL_TASKS`.
         data: directory of local data; none: the hub.
-        limit: use about so many rows (queries, for retrieval): a quick look, not comparable.
+        limit: use about so many rows (queries, for retrieval): a subset run, not comparable.
 
     Raises:
         ValueError: unknown name, or a file that is not there.
@@ -259,7 +259,7 @@ def _retrieval_data(queries: list[Any], corpus: list[Any], relevant: Any, ranked
     return {"default": {"test": split}}
 
 
-# A quick look
+# A subset run
 
 
 def _cut(task: Any, limit: int) -> Any:

@@ -22,7 +22,7 @@ LENGTHS = (6, 12, 24, 48, 96)
 _BATCH = 32
 
 
-def texts_by_length(gem: GemModel, texts: Sequence[str], count: int) -> list[str]:
+def select_texts_by_length(gem: GemModel, texts: Sequence[str], count: int) -> list[str]:
     """About ``count`` texts spread evenly over `LENGTHS`: beginnings of the given ones, joined where they are short."""
     each = max(1, count // len(LENGTHS))
     tokenize = gem.text_tokenizer
@@ -44,7 +44,7 @@ def texts_by_length(gem: GemModel, texts: Sequence[str], count: int) -> list[str
     return chosen
 
 
-def recovery(gem: GemModel, texts: Sequence[str], *, k: int | None = None) -> dict[str, Any]:
+def measure_recovery(gem: GemModel, texts: Sequence[str], *, k: int | None = None) -> dict[str, Any]:
     """Decode texts from the KV of the first ``k`` special tokens (default: all) and compare.
 
     Returns the cell of the report: of each text its length in tokens, whether it came back exactly (spaces aside), the
@@ -81,7 +81,7 @@ def token_f1(wanted: Sequence[int], got: Sequence[int]) -> float:
     return 2.0 * same / (len(wanted) + len(got)) if wanted and got else float(not wanted and not got)
 
 
-def vector_attack(gem: GemModel, known: Sequence[str], texts: Sequence[str], *, ridge: float = 1.0) -> dict[str, Any]:
+def attack_vectors(gem: GemModel, known: Sequence[str], texts: Sequence[str], *, ridge: float = 1.0) -> dict[str, Any]:
     """Guess the tokens of texts from their vectors alone: ridge regression fitted on ``known`` texts.
 
     The attacker is told how many different tokens each text has (which favours the attack) and names that many. Chance

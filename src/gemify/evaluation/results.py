@@ -4,7 +4,7 @@ A directory may hold any number of models. What is there is never measured again
 where it stopped, and a base model is measured once for all that was made of it. Layout::
 
     DIR/results/<org__name>/<revision>/<Task>.json     embedding tasks, in mteb's own format
-    DIR/models/<org__name>/<revision>.json             what the model is (`Subject.facts`)
+    DIR/models/<org__name>/<revision>.json             what the model is (`ModelEntry.facts`)
     DIR/<kind>/<org__name>/<revision>/<task>.json      everything else; kinds: language, recovery, cost, gate
 """
 
@@ -24,7 +24,7 @@ KINDS: tuple[Kind, ...] = ("language", "recovery", "cost", "gate")
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelEntry:
     """A model as it is measured: its weights and every setting that moves a figure."""
 
     name: str
@@ -36,7 +36,9 @@ class Subject:
 
     def __post_init__(self) -> None:
         if self.name.count("/") != 1 or not re.fullmatch(r"[\w.\-]+", self.revision):
-            raise ValueError(f"a subject is named org/model with a plain revision, got {self.name!r} {self.revision!r}")
+            raise ValueError(
+                f"a model entry is named org/model with a plain revision, got {self.name!r} {self.revision!r}"
+            )
 
     @property
     def folder(self) -> Path:
@@ -44,7 +46,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Store:
+class ResultStore:
     """The results in a directory."""
 
     directory: Path
@@ -53,37 +55,37 @@ class Store:
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"cannot keep results in {self.directory}: it is a file, give a directory")
 
-    def path(self, kind: Kind, subject: Subject, task: str) -> Path:
-        return self.directory / kind / subject.folder / f"{task}.json"
+    def path(self, kind: Kind, entry: ModelEntry, task: str) -> Path:
+        return self.directory / kind / entry.folder / f"{task}.json"
 
-    def read(self, kind: Kind, subject: Subject, task: str) -> dict[str, Any] | None:
+    def read(self, kind: Kind, entry: ModelEntry, task: str) -> dict[str, Any] | None:
         """A finished cell, or none. A damaged file raises ValueError, with what to do."""
-        return read_json(path) if (path := self.path(kind, subject, task)).is_file() else None
+        return read_json(path) if (path := self.path(kind, entry, task)).is_file() else None
 
-    def write(self, kind: Kind, subject: Subject, task: str, value: Mapping[str, Any]) -> None:
-        _write_json(self.path(kind, subject, task), value)
+    def write(self, kind: Kind, entry: ModelEntry, task: str, value: Mapping[str, Any]) -> None:
+        _write_json(self.path(kind, entry, task), value)
 
-    def register(self, subject: Subject) -> None:
+    def register(self, entry: ModelEntry) -> None:
         """Write down what a model is, for the report."""
-        _write_json(self._model_file(subject), {"name": subject.name, "revision": subject.revision, **subject.facts})
+        _write_json(self._model_file(entry), {"name": entry.name, "revision": entry.revision, **entry.facts})
 
-    def subjects(self) -> list[Subject]:
+    def entries(self) -> list[ModelEntry]:
         """Every model there is, in order of name."""
         found = []
         for path in sorted((self.directory / "models").glob("*/*.json")):
             facts = read_json(path)
-            found.append(Subject(facts.pop("name"), facts.pop("revision"), facts))
+            found.append(ModelEntry(facts.pop("name"), facts.pop("revision"), facts))
         return found
 
-    def cells(self, kind: Kind, subject: Subject) -> dict[str, dict[str, Any]]:
+    def cells(self, kind: Kind, entry: ModelEntry) -> dict[str, dict[str, Any]]:
         """All finished cells of a kind, by task."""
-        folder = self.directory / kind / subject.folder
+        folder = self.directory / kind / entry.folder
         return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
 
-    def scores(self, subject: Subject) -> dict[str, dict[str, Any]]:
+    def scores(self, entry: ModelEntry) -> dict[str, dict[str, Any]]:
         """Embedding tasks by name: ``score`` (mteb's main score, times 100), ``type``, ``metric``, ``seconds``."""
         scores = {}
-        for path in sorted((self.directory / "results" / subject.folder).glob("*.json")):
+        for path in sorted((self.directory / "results" / entry.folder).glob("*.json")):
             if path.stem == "model_meta":
                 continue
             result = read_json(path)
@@ -94,8 +96,8 @@ class Store:
             }
         return scores
 
-    def _model_file(self, subject: Subject) -> Path:
-        return self.directory / "models" / f"{subject.folder}.json"
+    def _model_file(self, entry: ModelEntry) -> Path:
+        return self.directory / "models" / f"{entry.folder}.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,24 +17,24 @@ from typing import Any, get_args
 from tqdm.auto import tqdm
 
 from gemify.evaluation.baselines import BASELINES, Baseline
-from gemify.evaluation.cost import encoding_cost
-from gemify.evaluation.estimate import language_tokens, vector_tokens
-from gemify.evaluation.language_model import arithmetic, compare_logits, text_losses
+from gemify.evaluation.cost import measure_encoding_cost
+from gemify.evaluation.estimate import estimate_language_tokens, estimate_vector_tokens
+from gemify.evaluation.language_model import compare_logits, compute_text_losses, numerics_signature
 from gemify.evaluation.lm_eval_prefix_cache import share_prefixes
 from gemify.evaluation.lm_eval_tasks import (
     HELD_OUT,
     LANGUAGE_TASKS,
     LanguageTask,
-    language_tasks,
     make_harness,
+    make_language_tasks,
     run_language_task,
 )
-from gemify.evaluation.models import Contestants, Settings, encoder_subject, load_encoder
+from gemify.evaluation.models import EvalModels, EvalSettings, encoder_entry, load_encoder
 from gemify.evaluation.mteb_runner import is_finished, run_task
 from gemify.evaluation.mteb_tasks import LOCAL_TASKS, make_task
-from gemify.evaluation.recovery import recovery, texts_by_length, vector_attack
+from gemify.evaluation.recovery import attack_vectors, measure_recovery, select_texts_by_length
 from gemify.evaluation.report.published import GEM16, LLM2VEC15
-from gemify.evaluation.results import Store, Subject
+from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.io.jsonl import read_lines
 
 logger = logging.getLogger(__name__)
@@ -127,14 +127,14 @@ def evaluate(
     batch_size: int = 64,
     show_progress_bar: bool = True,
     on_estimate: Callable[[int, int, float], None] | None = None,
-) -> list[Subject]:
+) -> list[ModelEntry]:
     """Measure what is not yet measured, and return who was: the GEM, its base, baselines, other encoders.
 
     Args:
         model: a GEM directory or repo id; none: only baselines of ``base`` and other encoders.
-        data: local data (`vector_tasks`, `language_tasks`); none: the hub.
+        data: local data (`vector_tasks`, `make_language_tasks`); none: the hub.
         encoders: sentence-transformers models, as ``st:PATH`` or ``st:NAME``.
-        limit: rows of every task: a quick look, marked so everywhere.
+        limit: rows of every task: a subset run, marked so everywhere.
         on_estimate: told before the start: cells to run, cells in all, and about how many seconds it will take.
 
     Raises:
@@ -142,33 +142,33 @@ def evaluate(
             the first did. What is finished is kept: the same call goes on from there.
     """
     data = _data_root(data)
-    settings = Settings(dtype, instructions, limit)
+    settings = EvalSettings(dtype, instructions, limit)
     if unknown := [b for b in baselines if b not in get_args(Baseline)]:
         raise ValueError(f"unknown baseline {unknown[0]!r}: choose from {', '.join(BASELINES)}")
-    store = Store(output)
+    store = ResultStore(output)
     for name in plan.vectors:
         make_task(name, data)  # names and files are checked before anything is computed
-    contestants = None
+    models = None
     if model is not None or base is not None or baselines or not encoders:
-        contestants = Contestants(model, base=base, settings=settings, device=device)
+        models = EvalModels(model, base=base, settings=settings, device=device)
     build = _Builder(plan, store, data, settings, batch_size=batch_size, device=device)
-    if contestants is not None and model is not None:
-        build.gem(contestants)
-    elif contestants is not None and plan.language:
-        build.base_language(contestants)
-    if contestants is not None:
+    if models is not None and model is not None:
+        build.gem(models)
+    elif models is not None and plan.language:
+        build.base_language(models)
+    if models is not None:
         for method in baselines:
-            build.baseline(contestants, method)  # type: ignore[arg-type]
+            build.baseline(models, method)  # type: ignore[arg-type]
     for spec in encoders:
         build.encoder(spec)
     if not build.cells:
         raise ValueError("nothing to measure: the suite has no task for these models (--base alone needs --baselines)")
     if data is not None and build.reads_texts:
         build.text_file()
-    for subject in build.subjects:
-        store.register(subject)
-    _run(build.cells, speed=lambda: _speed(contestants), bar=show_progress_bar, on_estimate=on_estimate)
-    return build.subjects
+    for entry in build.entries:
+        store.register(entry)
+    _run(build.cells, speed=lambda: _speed(models), bar=show_progress_bar, on_estimate=on_estimate)
+    return build.entries
 
 
 class _Builder:
@@ -177,9 +177,9 @@ class _Builder:
     def __init__(
         self,
         plan: Plan,
-        store: Store,
+        store: ResultStore,
         data: Path | None,
-        settings: Settings,
+        settings: EvalSettings,
         *,
         batch_size: int,
         device: str | None,
@@ -187,45 +187,45 @@ class _Builder:
         self.plan, self.store, self.data, self.settings = plan, store, data, settings
         self.batch_size, self.device = batch_size, device
         self.cells: list[_Cell] = []
-        self.subjects: list[Subject] = []
+        self.entries: list[ModelEntry] = []
         self.reads_texts = False
         """Whether any cell reads held-out text."""
-        self._tasks = [(n, t) for n in plan.language if n != HELD_OUT for t in language_tasks(n, data)]
+        self._tasks = [(n, t) for n in plan.language if n != HELD_OUT for t in make_language_tasks(n, data)]
         self._texts: list[str] | None = None
 
-    def gem(self, models: Contestants) -> None:
-        subject = models.gem_subject()
-        self.subjects.append(subject)
+    def gem(self, models: EvalModels) -> None:
+        entry = models.gem_entry()
+        self.entries.append(entry)
         assert models.config is not None
-        self._vectors(subject, lambda: models.gem)
+        self._vectors(entry, lambda: models.gem)
         with_specials = models.config.k > 0
         if self.plan.recovery and with_specials:
             for k in sorted({1, models.config.k}):
                 task = "special_tokens" if k == models.config.k else f"special_tokens_first{k}"
-                self._add("recovery", subject, task, 4000.0, functools.partial(self._recovery, models, k))
+                self._add("recovery", entry, task, 4000.0, functools.partial(self._recovery, models, k))
         if self.plan.attack:
-            self._add("recovery", subject, "vector", 60_000.0, lambda: self._attack(models))
+            self._add("recovery", entry, "vector", 60_000.0, lambda: self._attack(models))
         if self.plan.cost:
-            self._add("cost", subject, "encode", 15_000.0, lambda: self._cost(models))
+            self._add("cost", entry, "encode", 15_000.0, lambda: self._cost(models))
         if self.plan.language:
-            self._language(subject, lambda: (models.gem.lm, models.gem.tokenizer))
+            self._language(entry, lambda: (models.gem.lm, models.gem.tokenizer))
             self.base_language(models)
         if self.plan.prompts:
-            self._add("gate", subject, "logits", 2 * 30.0 * self.plan.prompts, lambda: self._gate(models))
+            self._add("gate", entry, "logits", 2 * 30.0 * self.plan.prompts, lambda: self._gate(models))
 
-    def base_language(self, models: Contestants) -> None:
-        subject = models.base_subject()
-        self.subjects.append(subject)
-        self._language(subject, lambda: models.base)
+    def base_language(self, models: EvalModels) -> None:
+        entry = models.base_entry()
+        self.entries.append(entry)
+        self._language(entry, lambda: models.base)
 
-    def baseline(self, models: Contestants, method: Baseline) -> None:
-        subject = models.baseline_subject(method)
-        self.subjects.append(subject)
-        self._vectors(subject, lambda: models.baseline(method))
+    def baseline(self, models: EvalModels, method: Baseline) -> None:
+        entry = models.baseline_entry(method)
+        self.entries.append(entry)
+        self._vectors(entry, lambda: models.baseline(method))
 
     def encoder(self, spec: str) -> None:
-        subject, path = encoder_subject(spec, self.settings)
-        self.subjects.append(subject)
+        entry, path = encoder_entry(spec, self.settings)
+        self.entries.append(entry)
         loaded: list[Any] = []
 
         def load() -> Any:
@@ -233,29 +233,29 @@ class _Builder:
                 loaded.append(load_encoder(path, self.settings, self.device))
             return loaded[0]
 
-        self._vectors(subject, load)
+        self._vectors(entry, load)
 
-    def _vectors(self, subject: Subject, load: Callable[[], Any]) -> None:
+    def _vectors(self, entry: ModelEntry, load: Callable[[], Any]) -> None:
         for name in self.plan.vectors:
 
             def run(name: str = name) -> None:
                 run_task(
                     load(),
                     make_task(name, self.data, limit=self.settings.limit),
-                    subject,
+                    entry,
                     self.store,
                     instructions=self.settings.instructions,
                     batch_size=self.batch_size,
                 )
 
-            tokens = vector_tokens(name, self.data, limit=self.settings.limit)
-            done = functools.partial(is_finished, self.store, subject, name)
-            self.cells.append(_Cell(f"{subject.facts['label']}: {name}", tokens, done, run))
+            tokens = estimate_vector_tokens(name, self.data, limit=self.settings.limit)
+            done = functools.partial(is_finished, self.store, entry, name)
+            self.cells.append(_Cell(f"{entry.facts['label']}: {name}", tokens, done, run))
 
-    def _language(self, subject: Subject, load: Callable[[], tuple[Any, Any]]) -> None:
+    def _language(self, entry: ModelEntry, load: Callable[[], tuple[Any, Any]]) -> None:
         limit = self.settings.limit
         if HELD_OUT in self.plan.language:
-            self._add("language", subject, HELD_OUT, 15_000.0, lambda: self._held_out(*load()))
+            self._add("language", entry, HELD_OUT, 15_000.0, lambda: self._held_out(*load()))
         harness: list[Any] = []
 
         def run(task: LanguageTask, rows: int | None) -> dict[str, Any]:
@@ -269,32 +269,32 @@ class _Builder:
             if cut is not None and limit is None:
                 rows = cut
                 task = replace(task, name=f"{task.name}_first{cut}", group=f"{task.group}, first {cut}")
-            tokens = language_tokens(name, self.data, limit=rows) / sum(n == name for n, _ in self._tasks)
-            self._add("language", subject, task.name, tokens, functools.partial(run, task, rows))
+            tokens = estimate_language_tokens(name, self.data, limit=rows) / sum(n == name for n, _ in self._tasks)
+            self._add("language", entry, task.name, tokens, functools.partial(run, task, rows))
 
-    def _add(self, kind: Any, subject: Subject, task: str, tokens: float, run: Callable[[], Any]) -> None:
-        rounding = {"arithmetic": arithmetic(self.device)} if kind == "language" else {}
+    def _add(self, kind: Any, entry: ModelEntry, task: str, tokens: float, run: Callable[[], Any]) -> None:
+        rounding = {"arithmetic": numerics_signature(self.device)} if kind == "language" else {}
 
         def measured() -> None:
             start = time.perf_counter()
             value = {**run(), **rounding}
-            self.store.write(kind, subject, task, {**value, "seconds": round(time.perf_counter() - start, 2)})
+            self.store.write(kind, entry, task, {**value, "seconds": round(time.perf_counter() - start, 2)})
 
         def done() -> bool:  # a difference of 0 would be lost in another rounding: such a cell is run again
-            if not self.store.path(kind, subject, task).is_file():
+            if not self.store.path(kind, entry, task).is_file():
                 return False
-            cell = self.store.read(kind, subject, task) if rounding else None
+            cell = self.store.read(kind, entry, task) if rounding else None
             return cell is None or {**cell, **rounding} == cell
 
         self.reads_texts |= kind != "language" or task == HELD_OUT
-        title = f"{subject.facts['label']}: {task}"
+        title = f"{entry.facts['label']}: {task}"
         self.cells.append(_Cell(title, tokens, done, measured))
 
     # What the cells do
 
     def _held_out(self, lm: Any, tokenizer: Any) -> dict[str, Any]:
         texts = self.texts[-(self.settings.limit or _HELD_OUT_TEXTS) :]
-        losses = text_losses(lm, tokenizer, texts)
+        losses = compute_text_losses(lm, tokenizer, texts)
         return {
             "task": HELD_OUT,
             "group": HELD_OUT,
@@ -304,21 +304,23 @@ class _Builder:
             "per_sample": [s / max(1, n) for s, n in losses],
         }
 
-    def _recovery(self, models: Contestants, k: int) -> dict[str, Any]:
+    def _recovery(self, models: EvalModels, k: int) -> dict[str, Any]:
         count = min(self.plan.recovery, self.settings.limit or self.plan.recovery)
-        return recovery(models.gem, texts_by_length(models.gem, self.texts, count), k=k)
+        return measure_recovery(models.gem, select_texts_by_length(models.gem, self.texts, count), k=k)
 
-    def _attack(self, models: Contestants) -> dict[str, Any]:
+    def _attack(self, models: EvalModels) -> dict[str, Any]:
         count = self.settings.limit or 100
         known = self.texts[: min(20 * count, len(self.texts) - count)]
-        return vector_attack(models.gem, known, self.texts[-count:])
+        return attack_vectors(models.gem, known, self.texts[-count:])
 
-    def _cost(self, models: Contestants) -> dict[str, Any]:
+    def _cost(self, models: EvalModels) -> dict[str, Any]:
         texts = self.texts[-min(_COST_TEXTS, 4 * (self.settings.limit or _COST_TEXTS)) :]
         assert models.model is not None
-        return encoding_cost(models.model, texts, base=models.base_given, dtype=self.settings.dtype, device=self.device)
+        return measure_encoding_cost(
+            models.model, texts, base=models.base_given, dtype=self.settings.dtype, device=self.device
+        )
 
-    def _gate(self, models: Contestants) -> dict[str, Any]:
+    def _gate(self, models: EvalModels) -> dict[str, Any]:
         count = min(self.plan.prompts, self.settings.limit or self.plan.prompts)
         return compare_logits(models.base[0], models.gem.lm, models.gem.tokenizer, self.texts[-count:])
 
@@ -377,7 +379,7 @@ def _run(
         )
 
 
-def _speed(models: Contestants | None) -> float:
+def _speed(models: EvalModels | None) -> float:
     """Tokens a second of a short probe with the model to be measured (a stated guess where there is none)."""
     if models is None or models.model is None:
         return 1000.0

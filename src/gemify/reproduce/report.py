@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from gemify.evaluation.report.published import TABLES, task_type
-from gemify.evaluation.results import Store, Subject
+from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.reproduce.scales import GATED, Scale
 from gemify.reproduce.tables import Cell, title_of
 from gemify.training.recipe import PRESETS
@@ -24,13 +24,13 @@ _NONE = "–"
 class Finished:
     """A finished cell: under which names it was measured, and the seconds it took."""
 
-    subjects: Sequence[Subject]
+    entries: Sequence[ModelEntry]
     training: float
     evaluation: float
 
-    def of_kind(self, *kinds: str) -> list[Subject]:
-        """The subjects of these kinds, in the kinds' order."""
-        return [s for kind in kinds for s in self.subjects if s.facts["kind"] == kind]
+    def of_kind(self, *kinds: str) -> list[ModelEntry]:
+        """The entries of these kinds, in the kinds' order."""
+        return [s for kind in kinds for s in self.entries if s.facts["kind"] == kind]
 
 
 def markdown(
@@ -38,7 +38,7 @@ def markdown(
     scale: Scale,
     cells: Sequence[Cell],
     finished: Mapping[Cell, Finished],
-    store: Store,
+    store: ResultStore,
     training_data: str,
 ) -> str:
     """The whole page."""
@@ -58,22 +58,22 @@ def markdown(
     return "\n".join(lines) + "\n"
 
 
-def figures(cell: Cell, finished: Finished, scale: Scale, store: Store) -> dict[str, float]:
+def figures(cell: Cell, finished: Finished, scale: Scale, store: ResultStore) -> dict[str, float]:
     """A cell's scores in percent by the paper's column names, by task, and the held-out loss in its own unit.
 
     A mean is there only if all that it is a mean of is there: "MTEB subset" is over the scale's tasks, a type's mean
     over those of the type, MMLU the mean over its 57 subjects.
     """
     found: dict[str, float] = {}
-    for subject in finished.of_kind("gem", "baseline"):
-        found |= {task: result["score"] for task, result in store.scores(subject).items() if task in scale.vectors}
+    for entry in finished.of_kind("gem", "baseline"):
+        found |= {task: result["score"] for task, result in store.scores(entry).items() if task in scale.vectors}
     groups = {"MTEB subset": list(scale.vectors)}
     for task in scale.vectors:
         groups.setdefault(task_type(task), []).append(task)
     means = {name: fmean(found[t] for t in some) for name, some in groups.items() if some and set(some) <= set(found)}
     language: dict[str, dict[str, Any]] = {}
-    for subject in finished.of_kind("base", "baseline", "gem") if cell.untouched else finished.of_kind("gem"):
-        language |= store.cells("language", subject)
+    for entry in finished.of_kind("base", "baseline", "gem") if cell.untouched else finished.of_kind("gem"):
+        language |= store.cells("language", entry)
     benchmark = "mmlu" if scale.limit is None else f"mmlu, first {scale.limit}"
     accuracies = [c["metrics"]["acc"] for c in language.values() if c["group"] == benchmark]
     if len(accuracies) == MMLU_SUBJECTS:
@@ -142,13 +142,13 @@ def _by_task(scores: Mapping[Cell, Mapping[str, float]], scale: Scale) -> list[s
     return lines
 
 
-def _recovery(cells: Sequence[Cell], finished: Mapping[Cell, Finished], store: Store) -> list[str]:
+def _recovery(cells: Sequence[Cell], finished: Mapping[Cell, Finished], store: ResultStore) -> list[str]:
     """Recovered texts by length: the share that came back exactly, token F1 and ROUGE-L, in percent."""
     lines = _head(["row", "tokens", "texts", "exact", "token F1", "ROUGE-L"])
     for cell in [c for c in cells if c in finished]:
         rows: list[dict[str, Any]] = []
-        for subject in finished[cell].of_kind("gem"):
-            rows += store.cells("recovery", subject).get("special_tokens", {}).get("rows", [])
+        for entry in finished[cell].of_kind("gem"):
+            rows += store.cells("recovery", entry).get("special_tokens", {}).get("rows", [])
         for low, high in LENGTHS:
             some = [r for r in rows if low <= r["tokens"] <= (high or r["tokens"])]
             means = (

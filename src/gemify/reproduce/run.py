@@ -4,7 +4,7 @@ Layout of the output, which all tables may share (a cell that two tables have in
 
     DIR/<table>.md              the table, written anew after every cell
     DIR/runs/<cell>/            a training run (`gemify.training.trainer`), its checkpoints removed when it is complete
-    DIR/evaluation/             what was measured (`gemify.evaluation.results.Store`)
+    DIR/evaluation/             what was measured (`gemify.evaluation.results.ResultStore`)
     DIR/cells/<cell>.<measure>.json   a finished cell: what was asked, under which names it is in the store, seconds
 """
 
@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gemify.evaluation.results import Store, Subject, read_json
+from gemify.evaluation.results import ModelEntry, ResultStore, read_json
 from gemify.io.atomic import atomic_file
 from gemify.reproduce.report import Finished, markdown
 from gemify.reproduce.scales import TABLE_NAMES, Scale, scale_of
@@ -31,7 +31,7 @@ from gemify.training.trainer import CHECKPOINTS, train
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["TABLE_NAMES", "expected_seconds", "planned", "reproduce"]
+__all__ = ["TABLE_NAMES", "estimate_seconds", "plan_cells", "reproduce"]
 
 
 class Evaluate(Protocol):
@@ -53,7 +53,7 @@ class Evaluate(Protocol):
         instructions: bool,
         device: str | None,
         show_progress_bar: bool,
-    ) -> Sequence[Subject]: ...
+    ) -> Sequence[ModelEntry]: ...
 
 
 def reproduce(
@@ -85,15 +85,16 @@ def reproduce(
     path = output / f"{table}.md"
 
     def write() -> None:
-        finished = {c: f for c in cells if (f := _finished(c, chosen, training_data, output)) is not None}
+        finished = {c: f for c in cells if (f := _read_finished(c, chosen, training_data, output)) is not None}
         with atomic_file(path) as stage:
             stage.write_text(
-                markdown(table, chosen, cells, finished, Store(output / "evaluation"), training_data), encoding="utf-8"
+                markdown(table, chosen, cells, finished, ResultStore(output / "evaluation"), training_data),
+                encoding="utf-8",
             )
 
     write()
     for cell in cells:
-        if _finished(cell, chosen, training_data, output) is not None:
+        if _read_finished(cell, chosen, training_data, output) is not None:
             continue
         if on_cell is not None:
             on_cell(cell)
@@ -111,7 +112,7 @@ def reproduce(
     return path
 
 
-def planned(
+def plan_cells(
     table: str,
     *,
     output: Path | None = None,
@@ -124,10 +125,10 @@ def planned(
     """The cells that `reproduce` would run: all of the table, less those finished in ``output``."""
     chosen = scale_of(scale, base=base, steps=steps, limit=limit)
     cells = cells_of(table, chosen)
-    return [c for c in cells if output is None or _finished(c, chosen, training_data, output) is None]
+    return [c for c in cells if output is None or _read_finished(c, chosen, training_data, output) is None]
 
 
-def expected_seconds(cells: Sequence[Cell], output: Path) -> float | None:
+def estimate_seconds(cells: Sequence[Cell], output: Path) -> float | None:
     """How long cells will take, from what finished ones of the same measure took; None while there is none to go by."""
     total = 0.0
     for cell in cells:
@@ -163,9 +164,9 @@ def _run(
         gc.collect()  # the trainer and its model refer to each other: free the weights before others are loaded
         torch.cuda.empty_cache()
     began = time.perf_counter()
-    subjects = evaluate(
+    entries = evaluate(
         None if recipe is None else str(run),
-        **_measured(cell, scale),
+        **_cell_tasks(cell, scale),
         baselines=("mean",) if recipe is None else (),
         base=cell.base if recipe is None else None,
         output=output / "evaluation",
@@ -177,8 +178,8 @@ def _run(
         show_progress_bar=show_progress_bar,
     )
     record = {
-        "asked": _asked(cell, scale, training_data),
-        "subjects": [[s.name, s.revision, s.facts["kind"]] for s in subjects],
+        "asked": _cell_request(cell, scale, training_data),
+        "subjects": [[s.name, s.revision, s.facts["kind"]] for s in entries],
         "steps": cell.steps,
         "seconds": {"training": training, "evaluation": round(time.perf_counter() - began, 3)},
     }
@@ -194,7 +195,7 @@ def _suite(
     recovery: int,
     limit: int | None,
     **options: Any,
-) -> Sequence[Subject]:
+) -> Sequence[ModelEntry]:
     from gemify.evaluation.suite import Plan, evaluate
 
     return evaluate(model, plan=Plan(vectors, language, recovery, language_limit=limit), **options)
@@ -204,18 +205,18 @@ def _recipe(cell: Cell, training_data: str) -> Recipe | None:
     return None if cell.recipe is None else Recipe.of({**cell.recipe, "data": training_data}, source=cell.name)
 
 
-def _measured(cell: Cell, scale: Scale) -> dict[str, Any]:
+def _cell_tasks(cell: Cell, scale: Scale) -> dict[str, Any]:
     if cell.measure == "recovery":
         return {"vectors": (), "language": (), "recovery": scale.recovery}
     return {"vectors": scale.vectors, "language": scale.language, "recovery": 0}
 
 
-def _asked(cell: Cell, scale: Scale, training_data: str) -> dict[str, Any]:
+def _cell_request(cell: Cell, scale: Scale, training_data: str) -> dict[str, Any]:
     """Everything that decides a cell's figures, as JSON gives it back."""
     asked = {
         "base": cell.base,
         "recipe": None if cell.recipe is None else {**cell.recipe, "data": training_data},
-        **_measured(cell, scale),
+        **_cell_tasks(cell, scale),
         "limit": scale.limit,
         "dtype": scale.dtype,
         "instructions": scale.instructions,
@@ -228,10 +229,10 @@ def _record(cell: Cell, output: Path) -> Path:
     return output / "cells" / f"{cell.name}.{cell.measure}.json"
 
 
-def _finished(cell: Cell, scale: Scale, training_data: str, output: Path) -> Finished | None:
+def _read_finished(cell: Cell, scale: Scale, training_data: str, output: Path) -> Finished | None:
     """What is known of a finished cell; None if it is not finished, or with other settings only."""
     path = _record(cell, output)
-    if not path.is_file() or (record := read_json(path))["asked"] != _asked(cell, scale, training_data):
+    if not path.is_file() or (record := read_json(path))["asked"] != _cell_request(cell, scale, training_data):
         return None
-    subjects = [Subject(name, revision, {"kind": kind}) for name, revision, kind in record["subjects"]]
-    return Finished(subjects, record["seconds"]["training"], record["seconds"]["evaluation"])
+    entries = [ModelEntry(name, revision, {"kind": kind}) for name, revision, kind in record["subjects"]]
+    return Finished(entries, record["seconds"]["training"], record["seconds"]["evaluation"])

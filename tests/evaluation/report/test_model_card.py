@@ -15,7 +15,7 @@ pytest.importorskip("jinja2")
 from huggingface_hub import ModelCard
 
 from gemify.evaluation.report.model_card import CARD_FILE, write_card
-from gemify.evaluation.results import Store, Subject
+from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.model.config import CONFIG_FILE, GemConfig
 
 
@@ -34,26 +34,26 @@ def save(directory: Path, **settings: Any) -> Path:
 
 def measured(directory: Path, *, sts: float = 0.7125, limit: int | None = None, gate: bool = True) -> Any:
     """A store and its subject, with two scores, a language task beside its base's, and the gate."""
-    store = Store(directory)
+    store = ResultStore(directory)
     common = {"dtype": "float32", "limit": limit, "instructions": False}
-    base = Subject("small-lm/base", "b", {"label": "small-lm", "kind": "base", **common})
+    base = ModelEntry("small-lm/base", "b", {"label": "small-lm", "kind": "base", **common})
     revision = "w-float32" + (f"-limit{limit}" if limit else "")
     pair = {"name": base.name, "revision": base.revision}
-    subject = Subject(
+    entry = ModelEntry(
         "gem/my-gem", revision, {"label": "GEM gated: my-gem", "kind": "gem", "base_subject": pair, **common}
     )
-    for one in (base, subject):
+    for one in (base, entry):
         store.register(one)
         samples = [1.0, 0.0, 0.0, 1.0] if one is base else [1.0, 0.0, 0.0, 0.0]
         value = {"task": "arc_easy", "group": "arc_easy", "n": 4, "main": "acc", "per_sample": samples}
         store.write("language", one, "arc_easy", {**value, "metrics": {"acc": sum(samples) / 4}})
     for task, score in (("STSBenchmark", sts), ("NFCorpus", 0.1234)):
-        path = store.directory / "results" / subject.folder / f"{task}.json"
+        path = store.directory / "results" / entry.folder / f"{task}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"scores": {"test": [{"main_score": score}]}, "evaluation_time": 1.0}))
     if gate:
-        store.write("gate", subject, "logits", {"prompts": 20, "identical": 20, "max_difference": 0.0})
-    return store, subject
+        store.write("gate", entry, "logits", {"prompts": 20, "identical": 20, "max_difference": 0.0})
+    return store, entry
 
 
 def figures(text: str) -> set[str]:
@@ -120,14 +120,14 @@ def test_a_card_someone_wrote_is_added_to(gem: Path, tmp_path: Path) -> None:
     assert len(ModelCard.load(gem / CARD_FILE).data.eval_results) == 3
 
 
-def test_a_quick_look_is_marked_and_gives_no_index(gem: Path, tmp_path: Path) -> None:
+def test_a_subset_run_is_marked_and_gives_no_index(gem: Path, tmp_path: Path) -> None:
     path = write_card(gem, *measured(tmp_path / "whole"))
     assert "model-index" in path.read_text()
     write_card(gem, *measured(tmp_path / "quick", limit=10))
     text = path.read_text()
     assert "model-index" not in text
     assert ModelCard.load(path).data.eval_results is None
-    assert "QUICK LOOK, limit 10" in text
+    assert "SUBSET RUN, limit 10" in text
     assert "not comparable with scores of whole tasks" in text
 
 
@@ -139,9 +139,9 @@ def test_a_trained_base_is_not_called_untouched(tmp_path: Path) -> None:
 
 
 def test_what_was_never_measured_or_is_no_gem_gets_no_card(gem: Path, tmp_path: Path) -> None:
-    store, subject = measured(tmp_path / "out")
+    store, entry = measured(tmp_path / "out")
     with pytest.raises(ValueError, match="has no results of gem/other w"):
-        write_card(gem, store, Subject("gem/other", "w"))
+        write_card(gem, store, ModelEntry("gem/other", "w"))
     assert not (gem / CARD_FILE).exists()
     with pytest.raises(ValueError, match=r"holds no config_gemify.json"):
-        write_card(tmp_path, store, subject)
+        write_card(tmp_path, store, entry)

@@ -20,15 +20,15 @@ from PIL import Image
 
 from gemify.evaluation.report import comparison, plots, published
 from gemify.evaluation.report.comparison import eval_results, language_rows, load
-from gemify.evaluation.report.render import PUBLISHED, QUICK, card_section, plain, sections, shown, write_report
-from gemify.evaluation.results import Store, Subject
+from gemify.evaluation.report.render import PUBLISHED, SUBSET, card_section, plain, sections, shown, write_report
+from gemify.evaluation.results import ModelEntry, ResultStore
 
 EVIL = "<script>alert(1)</script> | a `pipe` & *stars*"
-BASE = Subject("starter/base", "aa-float32", {"label": "starter", "kind": "base", "dtype": "float32", "limit": None})
+BASE = ModelEntry("starter/base", "aa-float32", {"label": "starter", "kind": "base", "dtype": "float32", "limit": None})
 
 
-def gem_subject(name: str = "gem/run1", revision: str = "bb-float32", **facts: Any) -> Subject:
-    return Subject(
+def gem_entry(name: str = "gem/run1", revision: str = "bb-float32", **facts: Any) -> ModelEntry:
+    return ModelEntry(
         name,
         revision,
         {
@@ -48,21 +48,23 @@ def gem_subject(name: str = "gem/run1", revision: str = "bb-float32", **facts: A
     )
 
 
-def score(store: Store, subject: Subject, **tasks: float) -> None:
+def score(store: ResultStore, entry: ModelEntry, **tasks: float) -> None:
     """Embedding results as mteb writes them; scores from 0 to 1."""
     for task, value in tasks.items():
-        path = store.directory / "results" / subject.folder / f"{task.replace('SICK_R', 'SICK-R')}.json"
+        path = store.directory / "results" / entry.folder / f"{task.replace('SICK_R', 'SICK-R')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"main_score": value, "hf_subset": "default"}]
         path.write_text(json.dumps({"scores": {"test": rows}, "evaluation_time": 1.0, "task_name": path.stem}))
-    (store.directory / "results" / subject.folder / "model_meta.json").write_text("{}")
+    (store.directory / "results" / entry.folder / "model_meta.json").write_text("{}")
 
 
-def language(store: Store, subject: Subject, task: str, samples: list[float], group: str = "", **kind: Any) -> None:
+def language(
+    store: ResultStore, entry: ModelEntry, task: str, samples: list[float], group: str = "", **kind: Any
+) -> None:
     main = kind.get("main", "acc")
     value = kind.get("value", sum(samples) / len(samples))
     cell = {"task": task, "group": group or task, "n": len(samples), "metrics": {main: value}, "main": main}
-    store.write("language", subject, task, {**cell, "per_sample": samples, "seconds": 1.0})
+    store.write("language", entry, task, {**cell, "per_sample": samples, "seconds": 1.0})
 
 
 def recovered(text: str, back: str, tokens: int, f1: float) -> dict[str, Any]:
@@ -77,9 +79,9 @@ def recovered(text: str, back: str, tokens: int, f1: float) -> dict[str, Any]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
+def store(tmp_path: Path) -> ResultStore:
     """A GEM with a cell of every kind, and its base."""
-    made, gem = Store(tmp_path / "results"), gem_subject()
+    made, gem = ResultStore(tmp_path / "results"), gem_entry()
     made.register(BASE)
     made.register(gem)
     fill(made, gem)
@@ -91,7 +93,7 @@ def store(tmp_path: Path) -> Store:
     return made
 
 
-def fill(store: Store, gem: Subject) -> None:
+def fill(store: ResultStore, gem: ModelEntry) -> None:
     score(store, gem, STSBenchmark=0.72125, STS12=0.6, NFCorpus=0.1, STSBenchmarkDev=0.79)
     language(store, gem, "hellaswag", [1, 0, 0, 0, 1], main="acc_norm")
     language(store, gem, "arc_easy", [1, 0, 1])
@@ -117,7 +119,7 @@ def part(text: str, heading: str) -> str:
     return text.split(f"\n## {heading}")[1].split("\n## ")[0]
 
 
-def test_language_figures_are_the_hand_computed_ones(store: Store, tmp_path: Path) -> None:
+def test_language_figures_are_the_hand_computed_ones(store: ResultStore, tmp_path: Path) -> None:
     text = write_report([store.directory], tmp_path / "out")[0].read_text()
     # One of five differs by -1: mean -0.2, sample variance (4 * 0.04 + 0.64) / 4 = 0.2, error sqrt(0.2 / 5) = 0.2.
     assert line(text, "hellaswag") == ["hellaswag", "acc_norm", "5", "60.00", "40.00", "-20.00", "20.00"]
@@ -136,8 +138,8 @@ def test_language_figures_are_the_hand_computed_ones(store: Store, tmp_path: Pat
     assert line(text, "held-out loss") == expected
 
 
-def test_equal_loss_is_called_identical_only_sample_by_sample(store: Store) -> None:
-    gem = gem_subject()
+def test_equal_loss_is_called_identical_only_sample_by_sample(store: ResultStore) -> None:
+    gem = gem_entry()
     language(store, gem, "held_out", [4.0, 5.0, 3.0], main="loss", value=4.125)
     language(store, gem, "hellaswag", [0, 1, 0, 1, 1], main="acc_norm")  # the same mean, other samples
     rows = {row.task: row for row in language_rows(load([store.directory])[0])}
@@ -147,26 +149,26 @@ def test_equal_loss_is_called_identical_only_sample_by_sample(store: Store) -> N
     assert rows["hellaswag"].difference == 0.0
 
 
-def test_other_samples_give_no_difference(store: Store, tmp_path: Path) -> None:
+def test_other_samples_give_no_difference(store: ResultStore, tmp_path: Path) -> None:
     language(store, BASE, "hellaswag", [1, 1], main="acc_norm")
     text = write_report([store.directory], tmp_path / "out")[0].read_text()
     assert line(text, "hellaswag") == ["hellaswag", "acc_norm", "5", "100.00", "40.00", "–", "–"]
     assert "measured on different samples" in text
 
 
-def test_another_arithmetic_gives_no_difference(store: Store, tmp_path: Path) -> None:
+def test_another_arithmetic_gives_no_difference(store: ResultStore, tmp_path: Path) -> None:
     """Sums that are rounded otherwise change answers of a model that is the same."""
-    for subject, threads in ((BASE, 2), (gem_subject(), 1)):
-        language(store, subject, "hellaswag", [1, 0], main="acc_norm")
-        cell = store.read("language", subject, "hellaswag")
+    for entry, threads in ((BASE, 2), (gem_entry(), 1)):
+        language(store, entry, "hellaswag", [1, 0], main="acc_norm")
+        cell = store.read("language", entry, "hellaswag")
         assert cell is not None
-        store.write("language", subject, "hellaswag", {**cell, "arithmetic": f"cpu, {threads} threads"})
+        store.write("language", entry, "hellaswag", {**cell, "arithmetic": f"cpu, {threads} threads"})
     text = write_report([store.directory], tmp_path / "out")[0].read_text()
     assert line(text, "hellaswag") == ["hellaswag", "acc_norm", "2", "50.00", "50.00", "–", "–"]
     assert "or in another arithmetic" in text
 
 
-def test_embedding_means_and_published_rows(store: Store, tmp_path: Path) -> None:
+def test_embedding_means_and_published_rows(store: ResultStore, tmp_path: Path) -> None:
     text = part(write_report([store.directory], tmp_path / "out")[0].read_text(), "Embedding")
     means, sts, retrieval, paper = re.split(r"\n\*\*", text)[1:]
     assert "| model | STS (2) | Retrieval (1) | all (3) |" in means
@@ -180,8 +182,8 @@ def test_embedding_means_and_published_rows(store: Store, tmp_path: Path) -> Non
     assert "starter |" not in text  # the base has no embedding score, hence no row
 
 
-def test_a_suites_mean_needs_all_its_tasks(store: Store) -> None:
-    gem = gem_subject()
+def test_a_suites_mean_needs_all_its_tasks(store: ResultStore) -> None:
+    gem = gem_entry()
     for at, task in enumerate(published.GEM16[1:]):
         score(store, gem, **{task.replace("-", "_"): at / 100})
     score(store, gem, ClimateFEVER=0.5)
@@ -202,7 +204,7 @@ def test_a_suites_mean_needs_all_its_tasks(store: Store) -> None:
     assert [row.cells for row in nine.rows][::7] == [("GEM gated4", "16.33"), (f"bge-small ({PUBLISHED})", "69.20")]
 
 
-def test_gate_recovery_cost_and_training(store: Store, tmp_path: Path) -> None:
+def test_gate_recovery_cost_and_training(store: ResultStore, tmp_path: Path) -> None:
     text = write_report([store.directory], tmp_path / "out")[0].read_text()
     assert line(part(text, "Logits"), "GEM gated4")[1:] == ["200", "200", "0", "equal bit for bit"]
     stored, _, guessed, _ = re.split(r"\n\*\*", part(text, "Recovery"))[1:]
@@ -217,8 +219,8 @@ def test_gate_recovery_cost_and_training(store: Store, tmp_path: Path) -> None:
     assert training == ["45", "38,259", "218", "–", "11.9%", "–", "–", "0.0648", "–", "–"]
 
 
-def test_recovery_from_fewer_special_tokens_is_shown_too(store: Store, tmp_path: Path) -> None:
-    gem = next(s for s in store.subjects() if s.facts["kind"] == "gem")
+def test_recovery_from_fewer_special_tokens_is_shown_too(store: ResultStore, tmp_path: Path) -> None:
+    gem = next(s for s in store.entries() if s.facts["kind"] == "gem")
     rows = [recovered("a cat", "a bat", 2, 0.375)]
     store.write("recovery", gem, "special_tokens_first1", {"k": 1, "rows": rows})
     text = write_report([store.directory], tmp_path / "out")[0].read_text()
@@ -228,8 +230,8 @@ def test_recovery_from_fewer_special_tokens_is_shown_too(store: Store, tmp_path:
 
 
 def test_a_store_with_almost_nothing_shows_no_figure(tmp_path: Path) -> None:
-    made = Store(tmp_path / "results")
-    made.register(Subject("gem/bare", "cc", {"label": "bare"}))
+    made = ResultStore(tmp_path / "results")
+    made.register(ModelEntry("gem/bare", "cc", {"label": "bare"}))
     paths = write_report([made.directory], tmp_path / "out")
     assert [p.name for p in paths] == ["report.md", "report.html"]
     text = paths[0].read_text()
@@ -237,8 +239,8 @@ def test_a_store_with_almost_nothing_shows_no_figure(tmp_path: Path) -> None:
     assert line(text, "bare")[1:5] == ["–"] * 4
 
 
-def test_missing_base_and_unmeasured_cells_are_dashes(store: Store, tmp_path: Path) -> None:
-    other = gem_subject("gem/run2", "dd-float32", label="other", base_subject=None, training=None, curve=[])
+def test_missing_base_and_unmeasured_cells_are_dashes(store: ResultStore, tmp_path: Path) -> None:
+    other = gem_entry("gem/run2", "dd-float32", label="other", base_subject=None, training=None, curve=[])
     store.register(other)
     score(store, other, STS12=0.5)
     language(store, other, "arc_easy", [1, 0, 0])
@@ -251,8 +253,8 @@ def test_missing_base_and_unmeasured_cells_are_dashes(store: Store, tmp_path: Pa
     assert "other |" not in part(text, "Training")
 
 
-def test_quick_looks_are_marked_everywhere_and_only_there(store: Store, tmp_path: Path) -> None:
-    def written(results: Store, output: Path) -> tuple[str, str, list[str]]:
+def test_subset_runs_are_marked_everywhere_and_only_there(store: ResultStore, tmp_path: Path) -> None:
+    def written(results: ResultStore, output: Path) -> tuple[str, str, list[str]]:
         markdown, html, *images = write_report([results.directory], output)
         titles = []
         for path in images:
@@ -261,25 +263,25 @@ def test_quick_looks_are_marked_everywhere_and_only_there(store: Store, tmp_path
         return markdown.read_text(), html.read_text(), titles
 
     for text in written(store, tmp_path / "whole"):
-        assert QUICK not in str(text)
-    quick = Store(tmp_path / "quick")
-    subject = gem_subject(revision="bb-float32-limit50", limit=50)
-    quick.register(subject)
-    fill(quick, subject)
-    markdown, html, titles = written(quick, tmp_path / "out")
+        assert SUBSET not in str(text)
+    is_subset = ResultStore(tmp_path / "quick")
+    entry = gem_entry(revision="bb-float32-limit50", limit=50)
+    is_subset.register(entry)
+    fill(is_subset, entry)
+    markdown, html, titles = written(is_subset, tmp_path / "out")
     assert len(titles) == 3  # no base there, so no trade-off
-    assert all(QUICK in title for title in titles)
+    assert all(SUBSET in title for title in titles)
     paper = "From the paper"
     tables = re.findall(r"^\*\*(.*)\*\*$", markdown, re.M)
     assert tables
-    assert all(QUICK in title or title.startswith(paper) for title in tables)
-    assert all(QUICK in row for row in markdown.splitlines() if row.startswith("#"))
+    assert all(SUBSET in title or title.startswith(paper) for title in tables)
+    assert all(SUBSET in row for row in markdown.splitlines() if row.startswith("#"))
     assert "limit 50" in markdown
     headings = re.findall(r"<(?:h1|h2|caption|title)>(.*?)</", html)
     assert len(headings) > 8
-    assert all(QUICK in title or title.startswith(paper) for title in headings)
-    assert QUICK in card_section(quick, subject)
-    assert eval_results(quick, subject) == []
+    assert all(SUBSET in title or title.startswith(paper) for title in headings)
+    assert SUBSET in card_section(is_subset, entry)
+    assert eval_results(is_subset, entry) == []
 
 
 class Page(HTMLParser):
@@ -291,8 +293,8 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
 
-def test_the_page_is_self_contained_and_escapes_what_it_shows(store: Store, tmp_path: Path) -> None:
-    store.register(gem_subject("gem/evil", "ee", label=f"{EVIL} $x_$ " + "\n# h", curve=[{"step": 1, "loss": 2.0}]))
+def test_the_page_is_self_contained_and_escapes_what_it_shows(store: ResultStore, tmp_path: Path) -> None:
+    store.register(gem_entry("gem/evil", "ee", label=f"{EVIL} $x_$ " + "\n# h", curve=[{"step": 1, "loss": 2.0}]))
     markdown, html, *images = (p.read_bytes() for p in write_report([store.directory], tmp_path / "out"))
     page = Page()
     page.feed(html.decode())
@@ -332,8 +334,8 @@ def test_examples_are_spread_over_lengths() -> None:
     assert [row["tokens"] for row in chosen] == [1, 10, 19, 28, 37, 46, 55, 64, 73, 82, 91, 100]
 
 
-def test_directories_are_merged_and_the_first_counts(store: Store, tmp_path: Path) -> None:
-    second, gem = Store(tmp_path / "second"), gem_subject(label="renamed")
+def test_directories_are_merged_and_the_first_counts(store: ResultStore, tmp_path: Path) -> None:
+    second, gem = ResultStore(tmp_path / "second"), gem_entry(label="renamed")
     second.register(gem)
     score(second, gem, STS12=0.9, STS13=0.4)
     second.write("gate", gem, "logits", {"prompts": 1, "identical": 0, "max_difference": 2.0})
@@ -346,17 +348,17 @@ def test_directories_are_merged_and_the_first_counts(store: Store, tmp_path: Pat
     assert gate["prompts"] == 200
 
 
-def test_settings_tell_rows_apart(store: Store) -> None:
-    store.register(gem_subject(revision="bb-bfloat16", dtype="bfloat16"))
-    store.register(gem_subject(revision="bb-float32-instructions", instructions=True))
-    store.register(gem_subject(revision="bb-float32-limit9", limit=9))
-    store.register(gem_subject("gem/run9"))
+def test_settings_tell_rows_apart(store: ResultStore) -> None:
+    store.register(gem_entry(revision="bb-bfloat16", dtype="bfloat16"))
+    store.register(gem_entry(revision="bb-float32-instructions", instructions=True))
+    store.register(gem_entry(revision="bb-float32-limit9", limit=9))
+    store.register(gem_entry("gem/run9"))
     labels = [m.label for m in load([store.directory]) if m.fact("kind") == "gem"]
     assert labels == [
         "GEM gated4 (bfloat16, no instructions)",
         "GEM gated4 (float32, no instructions) [gem/run1 bb-float32]",
         "GEM gated4 (float32, with instructions)",
-        "GEM gated4 (float32, no instructions, QUICK LOOK, limit 9)",
+        "GEM gated4 (float32, no instructions, SUBSET RUN, limit 9)",
         "GEM gated4 (float32, no instructions) [gem/run9 bb-float32]",
     ]
 
@@ -373,20 +375,20 @@ def test_a_directory_without_models_is_refused_in_one_line(tmp_path: Path, there
         write_report([], tmp_path / "out")
 
 
-def test_an_output_that_is_a_file_is_refused(store: Store, tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_refused(store: ResultStore, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="is a file, give a directory"):
         write_report([store.directory], tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_writing_again_gives_the_same_files_and_no_old_plot(store: Store, tmp_path: Path) -> None:
+def test_writing_again_gives_the_same_files_and_no_old_plot(store: ResultStore, tmp_path: Path) -> None:
     paths = write_report([store.directory], tmp_path / "out")
     names = ["report-embedding.png", "report-recovery.png", "report-trade-off.png", "report-training.png"]
     assert [p.name for p in paths] == ["report.md", "report.html", *names]
     before = [p.read_bytes() for p in paths]
     assert [p.read_bytes() for p in write_report([store.directory], tmp_path / "out")] == before
-    (store.directory / "recovery" / gem_subject().folder / "special_tokens.json").unlink()
+    (store.directory / "recovery" / gem_entry().folder / "special_tokens.json").unlink()
     write_report([store.directory], tmp_path / "out")
     assert not (tmp_path / "out" / "report-recovery.png").exists()
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(
@@ -394,7 +396,7 @@ def test_writing_again_gives_the_same_files_and_no_old_plot(store: Store, tmp_pa
     )
 
 
-def test_the_trade_off_is_against_held_out_loss_else_accuracy(store: Store) -> None:
+def test_the_trade_off_is_against_held_out_loss_else_accuracy(store: ResultStore) -> None:
     figure = plots.trade_off(load([store.directory]))
     assert figure is not None
     points = [tuple(float(v[0]) for v in mark.get_data()) for mark in figure.axes[0].lines[1:]]
@@ -412,8 +414,8 @@ def test_no_data_no_plot() -> None:
     assert [draw([]) for _, draw in plots.PLOTS.values()] == [None] * len(plots.PLOTS)
 
 
-def test_card_section_has_the_measured_and_nothing_else(store: Store) -> None:
-    text = card_section(store, Subject("gem/run1", "bb-float32"))
+def test_card_section_has_the_measured_and_nothing_else(store: ResultStore) -> None:
+    text = card_section(store, ModelEntry("gem/run1", "bb-float32"))
     assert text.startswith("## Measured results\n")
     assert "(float32, no instructions, whole tasks)" in text
     assert line(text, "arc_easy")[5] == "0 (identical)"
@@ -421,15 +423,15 @@ def test_card_section_has_the_measured_and_nothing_else(store: Store) -> None:
     assert line(text, "STSBenchmark") == ["STSBenchmark", "STS", "72.12"]
     assert "published" not in text
     assert "alert" not in text.replace(plain(f"by {EVIL}"), "")  # no text of the data
-    assert QUICK not in text
+    assert SUBSET not in text
     with pytest.raises(ValueError, match="has no results of gem/none"):
-        card_section(store, Subject("gem/none", "bb"))
+        card_section(store, ModelEntry("gem/none", "bb"))
 
 
-def test_eval_results_are_arguments_of_the_hubs(store: Store) -> None:
+def test_eval_results_are_arguments_of_the_hubs(store: ResultStore) -> None:
     from huggingface_hub import EvalResult
 
-    rows = eval_results(store, gem_subject())
+    rows = eval_results(store, gem_entry())
     found = {row["task_name"]: (row["task_type"], row["metric_value"]) for row in rows}
     assert found["STSBenchmark"] == ("STS", 72.125)
     assert found["NFCorpus"] == ("Retrieval", 10.0)

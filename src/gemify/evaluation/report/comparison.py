@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gemify.evaluation.report.published import DEVELOPMENT_TASKS, TYPES, task_type
-from gemify.evaluation.results import KINDS, Kind, Store, Subject
+from gemify.evaluation.results import KINDS, Kind, ModelEntry, ResultStore
 
 Cell = Mapping[str, Any]
 RAW_METRICS = frozenset({"loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"})
@@ -29,9 +29,9 @@ _WORDS_SHOWN = 60  # of a recovered text; longer ones are cut
 
 @dataclass(frozen=True)
 class Model:
-    """A subject with all that was measured of it."""
+    """A model entry with all that was measured of it."""
 
-    subject: Subject
+    entry: ModelEntry
     label: str
     """For people, and for this model alone in the report: names the settings where they are what differs."""
     scores: Mapping[str, float]
@@ -41,13 +41,13 @@ class Model:
     """The model that its language cells are compared with."""
 
     def fact(self, name: str) -> Any:
-        return self.subject.facts.get(name)
+        return self.entry.facts.get(name)
 
     def cell(self, kind: Kind, task: str) -> Cell | None:
         return self.cells[kind].get(task)
 
     @property
-    def quick(self) -> bool:
+    def is_subset(self) -> bool:
         """Whether it was measured on some samples of each task only."""
         return self.fact("limit") is not None
 
@@ -89,7 +89,7 @@ class Bucket:
 
 
 @dataclass(frozen=True)
-class Word:
+class DiffWord:
     """A word of a text that is compared with another; ``differs``: the other lacks it there."""
 
     text: str
@@ -100,88 +100,88 @@ class Word:
 
 
 def load(directories: Sequence[Path]) -> list[Model]:
-    """The models in the directories, in order of name. The same subject in several of them is one model with the cells
+    """The models in the directories, in order of name. The same entry in several of them is one model with the cells
     of all; where both have a cell the first directory's counts. ValueError for a directory without models."""
     if not directories:
         raise ValueError("a report needs at least one directory of results, got none: name those an evaluation wrote")
-    stores = [Store(Path(directory)) for directory in directories]
-    found: dict[tuple[str, str], Subject] = {}
+    stores = [ResultStore(Path(directory)) for directory in directories]
+    found: dict[tuple[str, str], ModelEntry] = {}
     for store in stores:
-        subjects = store.subjects()
-        if not subjects:
+        entries = store.entries()
+        if not entries:
             state = "holds no evaluated model" if store.directory.exists() else "does not exist"
             raise ValueError(
                 f"{store.directory} {state}: a report needs directories that an evaluation wrote (with a folder"
                 " `models` in them); evaluate a model into it first, or name another"
             )
-        for subject in subjects:
-            found.setdefault((subject.name, subject.revision), subject)
+        for entry in entries:
+            found.setdefault((entry.name, entry.revision), entry)
     labels = _labels([found[key] for key in sorted(found)])
     return [_model(stores, found[key], found, labels) for key in sorted(found)]
 
 
-def one_model(store: Store, subject: Subject) -> Model:
+def one_model(store: ResultStore, entry: ModelEntry) -> Model:
     """A single model of a store."""
-    found = {(s.name, s.revision): s for s in store.subjects()}
-    key = (subject.name, subject.revision)
-    if key not in found and not subject.facts:
+    found = {(s.name, s.revision): s for s in store.entries()}
+    key = (entry.name, entry.revision)
+    if key not in found and not entry.facts:
         raise ValueError(
-            f"{store.directory} has no results of {subject.name} {subject.revision}: evaluate it first, or give one of"
+            f"{store.directory} has no results of {entry.name} {entry.revision}: evaluate it first, or give one of"
             f" {', '.join(f'{n} {r}' for n, r in sorted(found)) or 'the models in another directory'}"
         )
-    found.setdefault(key, subject)
+    found.setdefault(key, entry)
     return _model([store], found[key], found, _labels(list(found.values())))
 
 
 def _model(
-    stores: Sequence[Store],
-    subject: Subject,
-    known: Mapping[tuple[str, str], Subject],
+    stores: Sequence[ResultStore],
+    entry: ModelEntry,
+    known: Mapping[tuple[str, str], ModelEntry],
     labels: Mapping[tuple[str, str], str],
 ) -> Model:
     base = None
-    if pair := subject.facts.get("base_subject"):
+    if pair := entry.facts.get("base_subject"):
         key = (str(pair["name"]), str(pair["revision"]))
-        other = known.get(key, Subject(*key))
+        other = known.get(key, ModelEntry(*key))
         base = Model(other, labels.get(key, other.name), {}, _cells(stores, other))
     scores: dict[str, float] = {}
     for store in stores:
-        for task, result in store.scores(subject).items():
+        for task, result in store.scores(entry).items():
             scores.setdefault(task, float(result["score"]))
-    return Model(subject, labels[subject.name, subject.revision], scores, _cells(stores, subject), base)
+    return Model(entry, labels[entry.name, entry.revision], scores, _cells(stores, entry), base)
 
 
-def _cells(stores: Sequence[Store], subject: Subject) -> dict[Kind, dict[str, Cell]]:
+def _cells(stores: Sequence[ResultStore], entry: ModelEntry) -> dict[Kind, dict[str, Cell]]:
     merged: dict[Kind, dict[str, Cell]] = {}
     for kind in KINDS:
         merged[kind] = {}
         for store in stores:
-            for task, cell in store.cells(kind, subject).items():
+            for task, cell in store.cells(kind, entry).items():
                 merged[kind].setdefault(task, cell)
     return merged
 
 
-def settings_in_words(facts: Mapping[str, Any], among: Iterable[str] = ("dtype", "instructions", "limit")) -> list[str]:
+def describe_settings(facts: Mapping[str, Any], among: Iterable[str] = ("dtype", "instructions", "limit")) -> list[str]:
     """The settings a figure depends on, a few words each."""
     words = {
         "dtype": str(facts.get("dtype") or "dtype not known"),
         "instructions": "with instructions" if facts.get("instructions") else "no instructions",
-        "limit": "whole tasks" if facts.get("limit") is None else f"QUICK LOOK, limit {facts['limit']}",
+        "limit": "whole tasks" if facts.get("limit") is None else f"SUBSET RUN, limit {facts['limit']}",
     }
     return [words[name] for name in among]
 
 
-def _labels(subjects: Sequence[Subject]) -> dict[tuple[str, str], str]:
-    """A label for each subject, no two alike; a quick look always says so."""
-    plain = {(s.name, s.revision): str(s.facts.get("label") or s.name) for s in subjects}
+def _labels(entries: Sequence[ModelEntry]) -> dict[tuple[str, str], str]:
+    """A label for each entry, no two alike; a subset run always says so."""
+    plain = {(s.name, s.revision): str(s.facts.get("label") or s.name) for s in entries}
     labels = {}
-    for subject in subjects:
-        key = (subject.name, subject.revision)
-        alike = [s for s in subjects if plain[s.name, s.revision] == plain[key]]
+    for entry in entries:
+        key = (entry.name, entry.revision)
+        alike = [s for s in entries if plain[s.name, s.revision] == plain[key]]
         differ = [n for n in ("dtype", "instructions") if len({s.facts.get(n) for s in alike}) > 1]
-        if subject.facts.get("limit") is not None:
+        if entry.facts.get("limit") is not None:
             differ.append("limit")
-        words = settings_in_words(subject.facts, differ)
+        words = describe_settings(entry.facts, differ)
         labels[key] = f"{plain[key]} ({', '.join(words)})" if words else plain[key]
     counts = Counter(labels.values())
     return {k: f"{label} [{k[0]} {k[1]}]" if counts[label] > 1 else label for k, label in labels.items()}
@@ -343,7 +343,7 @@ def spread(rows: Sequence[Cell], count: int = 12) -> list[Cell]:
     return [ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count)]
 
 
-def compared(text: str, other: str) -> tuple[tuple[Word, ...], tuple[Word, ...]]:
+def compared(text: str, other: str) -> tuple[tuple[DiffWord, ...], tuple[DiffWord, ...]]:
     """The words of two texts, those without a partner in the other marked; long texts are cut."""
     ours, theirs = text.split(), other.split()
     matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
@@ -351,19 +351,19 @@ def compared(text: str, other: str) -> tuple[tuple[Word, ...], tuple[Word, ...]]
     return _words(ours, {a for a, _ in kept}), _words(theirs, {b for _, b in kept})
 
 
-def _words(words: Sequence[str], kept: set[int]) -> tuple[Word, ...]:
-    marked = tuple(Word(word, at not in kept) for at, word in enumerate(words[:_WORDS_SHOWN]))
-    return (*marked, Word("…")) if len(words) > _WORDS_SHOWN else marked
+def _words(words: Sequence[str], kept: set[int]) -> tuple[DiffWord, ...]:
+    marked = tuple(DiffWord(word, at not in kept) for at, word in enumerate(words[:_WORDS_SHOWN]))
+    return (*marked, DiffWord("…")) if len(words) > _WORDS_SHOWN else marked
 
 
 # For a model's index
 
 
-def eval_results(store: Store, subject: Subject) -> list[dict[str, Any]]:
+def eval_results(store: ResultStore, entry: ModelEntry) -> list[dict[str, Any]]:
     """Arguments of huggingface_hub's ``EvalResult``, one for each embedding task and language measure, as percentages
-    (loss: nats a token). None of a quick look: a model index cannot mark it."""
-    model = one_model(store, subject)
-    if model.quick:
+    (loss: nats a token). None of a subset run: a model index cannot mark it."""
+    model = one_model(store, entry)
+    if model.is_subset:
         return []
     found = [(task_type(task), task, "main_score", score) for task, score in model.scores.items()]
     found += [("Language", row.task, row.metric, row.value) for row in language_rows(model)]

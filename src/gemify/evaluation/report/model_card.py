@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gemify.evaluation.report.comparison import eval_results
 from gemify.evaluation.report.render import card_section
-from gemify.evaluation.results import Store, Subject
+from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.io.atomic import atomic_file
 from gemify.model.base import STARTER, STARTER_REPO
 from gemify.model.config import GemConfig
@@ -19,18 +19,18 @@ CARD_FILE = "README.md"
 _START, _END = "<!-- gemify: measured results -->", "<!-- gemify: end of measured results -->"
 
 
-def write_card(directory: Path, store: Store, subject: Subject) -> Path:
+def write_card(directory: Path, store: ResultStore, entry: ModelEntry) -> Path:
     """Write or renew the measured results in a GEM's README.md; what else stands in it stays."""
     config = GemConfig.from_directory(directory)
     path = directory / CARD_FILE
     text = path.read_text(encoding="utf-8") if path.is_file() else _description(directory.resolve().name, config)
-    block = f"{_START}\n{card_section(store, subject).strip()}\n{_END}"
+    block = f"{_START}\n{card_section(store, entry).strip()}\n{_END}"
     found = re.search(f"{re.escape(_START)}.*?{re.escape(_END)}", text, re.S)
     text = text[: found.start()] + block + text[found.end() :] if found else f"{text.rstrip()}\n\n{block}\n"
     card = ModelCard(text, ignore_metadata_errors=True)
     data: Any = card.data
     known = {k: v for k, v in data.to_dict().items() if k != "model-index"}
-    results = [EvalResult(**row) for row in eval_results(store, subject)]
+    results = [EvalResult(**row) for row in eval_results(store, entry)]
     name = directory.resolve().name
     card.data = ModelCardData(**{"model_name": name, **known, **({"eval_results": results} if results else {})})
     with atomic_file(path) as stage:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-QUICK = "QUICK LOOK"
+SUBSET = "SUBSET RUN"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's palette for colour-blind readers, without its yellow, which white paper swallows."""
 GREYS = ("#c8c8c8", "#9a9a9a", "#6e6e6e")
@@ -181,15 +181,15 @@ PLOTS: dict[str, tuple[str, Callable[[Sequence[Model]], Figure | None]]] = {
 def _figure(
     title: str, models: Sequence[Model], *, width: float = 8.0, height: float = 4.2, lines: int = 0, axes: bool = True
 ) -> tuple[Figure, Axes]:
-    """A figure with its title, which says so if a figure in it is of a quick look, and its only axes.
+    """A figure with its title, which says so if a figure in it is of a subset run, and its only axes.
 
     ``lines``: of the legend below, which the height in inches is added to.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height + 0.2 * lines), layout="constrained", facecolor="white")
-    quick = any(model.quick for model in models)
-    figure.suptitle(f"{title} ({QUICK})" if quick else title, fontsize=12)
+    is_subset = any(model.is_subset for model in models)
+    figure.suptitle(f"{title} ({SUBSET})" if is_subset else title, fontsize=12)
     made: Any = figure.add_subplot() if axes else None
     if made is not None:
         made.spines[["top", "right"]].set_visible(False)

@@ -18,7 +18,7 @@ from typing import Any
 
 from gemify import __version__
 from gemify.evaluation.report import comparison, plots
-from gemify.evaluation.report.comparison import Bucket, LanguageRow, Model, Word
+from gemify.evaluation.report.comparison import Bucket, DiffWord, LanguageRow, Model
 from gemify.evaluation.report.published import (
     DEVELOPMENT_TASKS,
     NINE,
@@ -29,15 +29,15 @@ from gemify.evaluation.report.published import (
     TABLES,
     TYPES,
 )
-from gemify.evaluation.results import Store, Subject
+from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.io.atomic import atomic_file
 
 MISSING = "\N{EN DASH}"
-QUICK = plots.QUICK
+SUBSET = plots.SUBSET
 PUBLISHED = "published, not measured here"
 
 
-Cell = str | tuple[Word, ...]
+Cell = str | tuple[DiffWord, ...]
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,13 @@ class Table:
     caption: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    quick: bool = False
+    is_subset: bool = False
     prose: bool = False
     """Whether its cells are words, not figures."""
 
     @property
     def title(self) -> str:
-        return _marked(self.caption, self.quick)
+        return _marked(self.caption, self.is_subset)
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,11 @@ class Section:
 
     @property
     def title(self) -> str:
-        return _marked(self.heading, any(table.quick for table in self.tables))
+        return _marked(self.heading, any(table.is_subset for table in self.tables))
 
 
-def _marked(title: str, quick: bool) -> str:
-    return f"{title} ({QUICK})" if quick and QUICK not in title else title
+def _marked(title: str, is_subset: bool) -> str:
+    return f"{title} ({SUBSET})" if is_subset and SUBSET not in title else title
 
 
 def shown(value: Any, form: str = ".2f") -> str:
@@ -121,8 +121,8 @@ def _table(
     caption: str, columns: Sequence[str], rows: Sequence[Row], models: Sequence[Model], *, prose: bool = False
 ) -> list[Table]:
     """A table, or none without rows. ``models``: those whose figures it shows."""
-    quick = any(model.quick for model in models)
-    return [Table(caption, tuple(columns), tuple(rows), quick, prose)] if rows else []
+    is_subset = any(model.is_subset for model in models)
+    return [Table(caption, tuple(columns), tuple(rows), is_subset, prose)] if rows else []
 
 
 def _models(models: Sequence[Model]) -> Section:
@@ -132,8 +132,8 @@ def _models(models: Sequence[Model]) -> Section:
             (
                 model.label,
                 *(shown(model.fact(n), "d") for n in ("kind", "tune", "base", "special_tokens")),
-                ", ".join(comparison.settings_in_words(model.subject.facts)),
-                f"{model.subject.name} {model.subject.revision}",
+                ", ".join(comparison.describe_settings(model.entry.facts)),
+                f"{model.entry.name} {model.entry.revision}",
             )
         )
         for model in models
@@ -217,7 +217,7 @@ def _paper_table() -> list[Table]:
 def _language(models: Sequence[Model]) -> Section:
     tables, comparable = [], True
     for model in models:
-        beside = [set(m.cells["language"]) for m in models if m.base and m.base.subject == model.subject]
+        beside = [set(m.cells["language"]) for m in models if m.base and m.base.entry == model.entry]
         if beside and set(model.cells["language"]) <= set.union(*beside):
             continue  # a base whose figures all stand beside its models'
         rows = comparison.language_rows(model)
@@ -368,15 +368,15 @@ def _text(cell: Cell) -> str:
     return cell if isinstance(cell, str) else " ".join(word.text for word in cell)
 
 
-def card_section(store: Store, subject: Subject) -> str:
+def card_section(store: ResultStore, entry: ModelEntry) -> str:
     """Measured results of one model for its model card: Markdown from a second-level heading down, figures with their
     settings, no figure of others, no texts of the data. ValueError if the store does not know the model."""
-    model = comparison.one_model(store, subject)
-    head = _marked("Measured results", model.quick)
-    settings = ", ".join(comparison.settings_in_words(model.subject.facts))
+    model = comparison.one_model(store, entry)
+    head = _marked("Measured results", model.is_subset)
+    settings = ", ".join(comparison.describe_settings(model.entry.facts))
     intro = f"Measured with gemify {__version__} ({settings}). {MISSING}: not measured."
-    if model.quick:
-        intro += " A quick look at some samples of each task: not comparable with scores of whole tasks."
+    if model.is_subset:
+        intro += " A subset run, on some samples of each task: not comparable with scores of whole tasks."
     parts = sections([model], published=False, examples=False)
     body = [markdown_of(part, level=3) for part in parts if part.key != "models"]
     return "\n".join([f"## {head}\n", f"{plain(intro)}\n", *body])
@@ -401,12 +401,12 @@ def write_report(directories: Sequence[Path], output: Path) -> list[Path]:
             if where == section.key and (figure := draw(models)) is not None
         ]
         parts.append(replace(section, drawings=tuple(drawings)))
-    notes, quick = _header(models)
-    title = _marked("Evaluation report", bool(quick))
-    top = [f"# {plain(title)}", *([f"> **{plain(quick)}**"] if quick else []), *(plain(note) for note in notes)]
+    notes, is_subset = _header(models)
+    title = _marked("Evaluation report", bool(is_subset))
+    top = [f"# {plain(title)}", *([f"> **{plain(is_subset)}**"] if is_subset else []), *(plain(note) for note in notes)]
     text = "\n\n".join([*top, *(markdown_of(part) for part in parts)])
     files = {drawing.name: drawing.png for part in parts for drawing in part.drawings}
-    files |= {"report.md": text.encode(), "report.html": _html(title, quick, notes, parts).encode()}
+    files |= {"report.md": text.encode(), "report.html": _html(title, is_subset, notes, parts).encode()}
     for name, content in files.items():
         with atomic_file(output / name) as stage:
             stage.write_bytes(content)
@@ -423,10 +423,10 @@ def _header(models: Sequence[Model]) -> tuple[list[str], str]:
         f"{count}, written by gemify {__version__}. {MISSING}: not measured. Undated: the same results give the same"
         " report.",
     ]
-    quick = [model for model in models if model.quick]
-    limits = ", ".join(str(limit) for limit in sorted({model.fact("limit") for model in quick}))
-    said = f"{QUICK}: {len(quick)} of {count} measured on at most {limits} samples of each task. Not comparable"
-    return notes, f"{said} with figures of whole tasks." if quick else ""
+    is_subset = [model for model in models if model.is_subset]
+    limits = ", ".join(str(limit) for limit in sorted({model.fact("limit") for model in is_subset}))
+    said = f"{SUBSET}: {len(is_subset)} of {count} measured on at most {limits} samples of each task. Not comparable"
+    return notes, f"{said} with figures of whole tasks." if is_subset else ""
 
 
 def _png(figure: Any) -> bytes:
@@ -435,11 +435,11 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _html(title: str, quick: str, notes: Sequence[str], parts: Sequence[Section]) -> str:
+def _html(title: str, is_subset: str, notes: Sequence[str], parts: Sequence[Section]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     source = (
         importlib.resources.files("gemify.evaluation.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(source).render(title=title, quick=quick, notes=notes, sections=parts)
+    return environment.from_string(source).render(title=title, is_subset=is_subset, notes=notes, sections=parts)
