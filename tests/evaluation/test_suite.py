@@ -25,9 +25,9 @@ from gemify.evaluation.baselines import load_baseline
 from gemify.evaluation.models import encoder_entry
 from gemify.evaluation.mteb_runner import run_task
 from gemify.evaluation.mteb_tasks import LOCAL_TASKS
-from gemify.evaluation.report.published import GEM16, LLM2VEC15
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.suite import SUITES, Plan, evaluate
+from gemify.evaluation.task_suites import GEM16, LLM2VEC15
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

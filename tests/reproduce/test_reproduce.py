@@ -11,8 +11,9 @@ import pytest
 
 import gemify.reproduce.run
 from gemify import GemModel
-from gemify.evaluation.report.published import TABLES, task_type
+from gemify.evaluation.report.published import TABLES
 from gemify.evaluation.results import ModelEntry, ResultStore
+from gemify.evaluation.task_suites import task_type
 from gemify.reproduce.run import TABLE_NAMES, estimate_seconds, plan_cells, reproduce
 from gemify.reproduce.scales import SCALES, scale_of
 from gemify.reproduce.tables import cells_of

@@ -33,8 +33,8 @@ from gemify.evaluation.models import EvalModels, EvalSettings, encoder_entry, lo
 from gemify.evaluation.mteb_runner import is_finished, run_task
 from gemify.evaluation.mteb_tasks import LOCAL_TASKS, make_task
 from gemify.evaluation.recovery import attack_vectors, measure_recovery, select_texts_by_length
-from gemify.evaluation.report.published import GEM16, LLM2VEC15
 from gemify.evaluation.results import ModelEntry, ResultStore
+from gemify.evaluation.task_suites import GEM16, LLM2VEC15
 from gemify.io.jsonl import read_lines
 
 logger = logging.getLogger(__name__)

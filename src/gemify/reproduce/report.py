@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from gemify.evaluation.report.published import TABLES, task_type
+from gemify.evaluation.report.published import TABLES
 from gemify.evaluation.results import ModelEntry, ResultStore
+from gemify.evaluation.task_suites import task_type
 from gemify.reproduce.scales import GATED, Scale
 from gemify.reproduce.tables import Cell, title_of
 from gemify.training.recipe import PRESETS

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-from gemify.evaluation.report.published import GEM16
+from gemify.evaluation.task_suites import GEM16
 from gemify.training.recipe import PRESETS
 
 TABLE_NAMES = ("table1", "table2", "table3", "table4", "table5", "table6")

@@ -18,6 +18,7 @@ pytest.importorskip("jinja2")
 
 from PIL import Image
 
+from gemify.evaluation import task_suites
 from gemify.evaluation.report import comparison, plots, published
 from gemify.evaluation.report.comparison import eval_results, language_rows, load
 from gemify.evaluation.report.render import PUBLISHED, SUBSET, card_section, plain, sections, shown, write_report
@@ -184,7 +185,7 @@ def test_embedding_means_and_published_rows(store: ResultStore, tmp_path: Path) 
 
 def test_a_suites_mean_needs_all_its_tasks(store: ResultStore) -> None:
     gem = gem_entry()
-    for at, task in enumerate(published.GEM16[1:]):
+    for at, task in enumerate(task_suites.GEM16[1:]):
         score(store, gem, **{task.replace("-", "_"): at / 100})
     score(store, gem, ClimateFEVER=0.5)
 
@@ -456,11 +457,11 @@ def test_published_figures_are_the_papers() -> None:
 
 
 def test_suites_and_types_are_mteb_s() -> None:
-    assert len(published.GEM16) == 16
-    assert len(published.LLM2VEC15) == 15
-    assert set(published.NINE) < set(published.LLM2VEC15) < set(published.GEM16) < set(published.TASK_TYPES)
-    assert published.task_type("no such task") == "Other"
+    assert len(task_suites.GEM16) == 16
+    assert len(task_suites.LLM2VEC15) == 15
+    assert set(task_suites.NINE) < set(task_suites.LLM2VEC15) < set(task_suites.GEM16) < set(task_suites.TASK_TYPES)
+    assert task_suites.task_type("no such task") == "Other"
     mteb = pytest.importorskip("mteb")
-    assert published.task_type("STS15") == "STS"
-    for task in published.GEM16:
-        assert mteb.get_task(task).metadata.type == published.TASK_TYPES[task]
+    assert task_suites.task_type("STS15") == "STS"
+    for task in task_suites.GEM16:
+        assert mteb.get_task(task).metadata.type == task_suites.TASK_TYPES[task]

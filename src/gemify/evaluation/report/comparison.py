@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from gemify.evaluation.report.published import DEVELOPMENT_TASKS, TYPES, task_type
 from gemify.evaluation.results import KINDS, Kind, ModelEntry, ResultStore
+from gemify.evaluation.task_suites import DEVELOPMENT_TASKS, TYPES, task_type
 
 Cell = Mapping[str, Any]
 RAW_METRICS = frozenset({"loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"})

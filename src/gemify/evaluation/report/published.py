@@ -1,4 +1,4 @@
-"""Figures others published, as plain data: the GEM paper's tables, peers' scores, and the suites they are means over.
+"""Figures others published, as plain data: the GEM paper's tables and peers' scores.
 
 Nothing here was measured by gemify. The paper is Zhang et al., "GEM: Empowering LLM for both Embedding Generation and
 Language Understanding", arXiv 2506.04344v1; scores are percentages, task names and types are mteb's.
@@ -7,95 +7,6 @@ Language Understanding", arXiv 2506.04344v1; scores are percentages, task names 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-TYPES = ("STS", "Classification", "Clustering", "PairClassification", "Reranking", "Retrieval", "Summarization")
-"""mteb's types of English tasks, in the order they are shown."""
-
-TASK_TYPES: dict[str, str] = {
-    "ArguAna": "Retrieval",
-    "ClimateFEVER": "Retrieval",
-    "NFCorpus": "Retrieval",
-    "SciFact": "Retrieval",
-    "StackOverflowDupQuestions": "Reranking",
-    "SciDocsRR": "Reranking",
-    "WikiQAReranking": "Reranking",
-    "BiorxivClusteringS2S": "Clustering",
-    "MedrxivClusteringS2S": "Clustering",
-    "TwentyNewsgroupsClustering": "Clustering",
-    "STC2Biomedical": "Clustering",
-    "STC2SearchSnippets": "Clustering",
-    "STC2StackOverflow": "Clustering",
-    "SprintDuplicateQuestions": "PairClassification",
-    "MRPC": "PairClassification",
-    "Banking77Classification": "Classification",
-    "Banking77Dev": "Classification",
-    "CLINC150": "Classification",
-    "EmotionClassification": "Classification",
-    "MassiveIntentClassification": "Classification",
-    "STS12": "STS",
-    "STS13": "STS",
-    "STS14": "STS",
-    "STS17": "STS",
-    "SICK-R": "STS",
-    "STSBenchmark": "STS",
-    "STSBenchmarkDev": "STS",
-    "SummEval": "Summarization",
-}
-"""Types of the tasks gemify knows without asking mteb."""
-
-DEVELOPMENT_TASKS = frozenset({"STSBenchmarkDev", "Banking77Dev"})
-"""Splits that settings are chosen on: shown, but in no mean."""
-
-GEM16 = (
-    "ArguAna",
-    "ClimateFEVER",
-    "NFCorpus",
-    "SciFact",
-    "StackOverflowDupQuestions",
-    "SciDocsRR",
-    "BiorxivClusteringS2S",
-    "MedrxivClusteringS2S",
-    "TwentyNewsgroupsClustering",
-    "SprintDuplicateQuestions",
-    "Banking77Classification",
-    "EmotionClassification",
-    "MassiveIntentClassification",
-    "STS17",
-    "SICK-R",
-    "STSBenchmark",
-)
-"""The paper's MTEB subset: its Appendix A speaks of 15 tasks and lists these 16."""
-
-LLM2VEC15 = tuple(task for task in GEM16 if task != "ClimateFEVER")
-"""The 15 tasks of LLM2Vec (BehnamGhader et al. 2024), which the paper follows."""
-
-NINE = (
-    "ArguAna",
-    "NFCorpus",
-    "SciFact",
-    "Banking77Classification",
-    "EmotionClassification",
-    "MassiveIntentClassification",
-    "STS17",
-    "SICK-R",
-    "STSBenchmark",
-)
-"""Nine quick tasks of GEM16 for which means of many peers are known (`NINE_MEANS`)."""
-
-SUITES: dict[str, tuple[str, ...]] = {"GEM16": GEM16, "LLM2VEC15": LLM2VEC15, "NINE": NINE}
-"""Named suites. Their means are of all their tasks or are not given."""
-
-
-def task_type(task: str) -> str:
-    """mteb's type of a task: known here, else asked of mteb where it is installed, else "Other"."""
-    if task in TASK_TYPES:
-        return TASK_TYPES[task]
-    try:
-        import mteb
-
-        return str(mteb.get_task(task).metadata.type)
-    except (ImportError, KeyError):
-        return "Other"
 
 
 @dataclass(frozen=True)

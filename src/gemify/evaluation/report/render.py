@@ -19,17 +19,9 @@ from typing import Any
 from gemify import __version__
 from gemify.evaluation.report import comparison, plots
 from gemify.evaluation.report.comparison import Bucket, DiffWord, LanguageRow, Model
-from gemify.evaluation.report.published import (
-    DEVELOPMENT_TASKS,
-    NINE,
-    NINE_MEANS,
-    PAPER_ROWS,
-    PEERS,
-    SUITES,
-    TABLES,
-    TYPES,
-)
+from gemify.evaluation.report.published import NINE_MEANS, PAPER_ROWS, PEERS, TABLES
 from gemify.evaluation.results import ModelEntry, ResultStore
+from gemify.evaluation.task_suites import DEVELOPMENT_TASKS, NINE, SUITES, TYPES
 from gemify.io.atomic import atomic_file
 
 MISSING = "\N{EN DASH}"

@@ -1,0 +1,49 @@
+"""Markdown tables and the text in them, one way for every report."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+MISSING = "\N{EN DASH}"
+"""Stands in a cell for a number that was not measured."""
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: bool = False) -> str:
+    """A table in GitHub's Markdown, without a newline at the end.
+
+    Args:
+        header: Names of the columns.
+        rows: Cells of each row, as many as there are columns. They may hold Markdown: only newlines and bare pipes are
+            replaced, see `escape_markdown` for text from data or users.
+        numeric: Align every column but the first to the right.
+
+    Raises:
+        ValueError: A row has more or fewer cells than the header.
+    """
+    lines = [_row(header), "|---" + ("|--:" if numeric else "|---") * (len(header) - 1) + "|"]
+    for row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"a table of {len(header)} columns got a row of {len(row)} cells: {list(row)}")
+        lines.append(_row(row))
+    return "\n".join(lines)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.split())) for cell in cells) + " |"
+
+
+def escape_markdown(text: str) -> str:
+    """Text as Markdown that shows it literally, on one line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*\[\]|~#$]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
+def format_number(value: object, spec: str = ".2f") -> str:
+    """A value as a cell: a number by its format spec, None as `MISSING`, anything else as ``str`` has it."""
+    if value is None:
+        return MISSING
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return format(value, spec) if math.isfinite(value) else "not finite"
