@@ -16,7 +16,7 @@ from gemify import GemModel
 from gemify.evaluation.language_model import PROBES, language_loss, same_logits
 from gemify.io.atomic import atomic_file
 from gemify.model.base import load_base
-from gemify.model.throughput import in_words
+from gemify.model.throughput import format_summary
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import RECIPE_FILE, Stopped, train
 
@@ -67,8 +67,8 @@ def neighbours(gem: GemModel, title: str) -> None:
 def both_jobs(gem: GemModel) -> None:
     question = "What is the capital of France?"
     started = time.perf_counter()
-    handle = gem.prefill_chat([{"role": "user", "content": question}])
-    answer, vector = gem.generate(handle, max_new_tokens=30, do_sample=False), gem.embed(handle)
+    prefill = gem.prefill_chat([{"role": "user", "content": question}])
+    answer, vector = gem.generate(prefill, max_new_tokens=30, do_sample=False), gem.embed(prefill)
     print(f"\nOne prefill, both jobs ({time.perf_counter() - started:.1f} s):\n  {question} -> {answer.strip()}")
     print(f"  its embedding: {len(vector)} numbers, {[round(float(v), 2) for v in vector[:4]]} ...")
 
@@ -98,7 +98,7 @@ def train_one(training: list[str]) -> GemModel:
         )
     except Stopped as stopped:
         raise SystemExit(f"{str(stopped).split(';')[0]}; `make demo` goes on from there") from None
-    print(f"trained {summary['trainable_parameters']:,} parameters: {in_words(summary)}")
+    print(f"trained {summary['trainable_parameters']:,} parameters: {format_summary(summary)}")
     return gem
 
 

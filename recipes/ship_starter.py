@@ -29,7 +29,7 @@ def main(run: Path, target: Path) -> None:
         save_file(state, stage / ADAPTER_FILE, metadata={"format": "pt"})
         for name in ("adapter_config.json", "summary.json", CONFIG_FILE):
             shutil.copyfile(run / name, stage / name)
-        recipe = Recipe.of({**Recipe.from_yaml(run / RECIPE_FILE), "eval_pairs": None})
+        recipe = Recipe.from_dict({**Recipe.read_yaml(run / RECIPE_FILE), "eval_pairs": None})
         recipe = dataclasses.replace(recipe, data=os.path.relpath(recipe.data))  # no path of the machine it ran on
         (stage / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
 

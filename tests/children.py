@@ -95,13 +95,13 @@ def train_sharded(rank: int, world: int, port: int, recipe: str, output: str, te
 
     config = load_config_from_file(str(Path(__file__).parents[1] / "recipes/accelerate/fsdp2.yaml")).fsdp_config
     os.environ.update({name.upper(): str(value) for name, value in config.items()}, ACCELERATE_USE_FSDP="true")
-    gathered, held = fsdp.whole_weights, []
+    gathered, held = fsdp.gather_weights, []
 
     def counted(objective: Any) -> Any:
         held.append(sum(p.to_local().numel() for p in objective.parameters()))
         return gathered(objective)
 
-    fsdp.whole_weights = counted
+    fsdp.gather_weights = counted
     train_together(rank, world, port, recipe, output, tell)
     tell.send(held[-1:])
 
@@ -113,7 +113,7 @@ def train_together(rank: int, world: int, port: int, recipe: str, output: str, t
     from gemify.training.trainer import Stopped, train
 
     try:
-        made = Recipe.of(Recipe.from_yaml(Path(recipe)))
+        made = Recipe.from_dict(Recipe.read_yaml(Path(recipe)))
         _, summary = train(made, Path(output), resume=True, device="cpu", show_progress_bar=False)
         tell.send(summary)
     except (Stopped, ValueError) as error:
@@ -125,10 +125,10 @@ def gradients_together(rank: int, world: int, port: int, base: str, batch: Any, 
     join(rank, world, port)
     import torch.distributed as dist
 
-    from gemify.training.batches import dealt
+    from gemify.training.batches import shard_batch
 
     dist.init_process_group("gloo")
-    named = gradients(base, dealt(batch, rank, world), options)
+    named = gradients(base, shard_batch(batch, rank, world), options)
     for gradient in named.values():
         dist.all_reduce(gradient)
         gradient /= world

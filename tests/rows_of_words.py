@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gemify.model.throughput import Meter
+from gemify.model.throughput import ThroughputMeter
 
 WORDS = ["owls", "tides", "stone", "bees", "paper", "moon", "river", "seven", "green", "wind"]
 
@@ -62,7 +62,7 @@ class Words:
     """A model whose vectors are known from the words alone; it may fail now and then."""
 
     def __init__(self, dimension: int = 16, name: str = "words") -> None:
-        self.meter, self.dimension, self.fingerprint = Meter(), dimension, name
+        self.meter, self.dimension, self.fingerprint = ThroughputMeter(), dimension, name
         self.embedded: list[str] = []
         self.failures: list[BaseException] = []
 

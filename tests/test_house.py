@@ -168,7 +168,7 @@ def test_everything_imports_without_the_extras() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
 def test_recipes_parse(path: Path) -> None:
-    recipe = Recipe.of(Recipe.from_yaml(path), source=str(path))
+    recipe = Recipe.from_dict(Recipe.read_yaml(path), source=str(path))
     assert recipe.base == "starter"
     if path.name == "starter-paper.yaml":
-        assert recipe == Recipe.of(PRESETS["paper"])
+        assert recipe == Recipe.from_dict(PRESETS["paper"])

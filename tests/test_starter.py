@@ -115,8 +115,8 @@ def test_the_shipped_gem_is_small_and_of_its_recipe(name: str, tmp_path: Path, m
     directory = resolve_directory(name)
     assert sum(f.stat().st_size for f in directory.iterdir()) < 12e6
     root = Path(__file__).parents[1]
-    recipe = Recipe.of(Recipe.from_yaml(root / "recipes" / f"{name}.yaml"))
-    used = Recipe.of(Recipe.from_yaml(directory / "recipe.yaml"))
+    recipe = Recipe.from_dict(Recipe.read_yaml(root / "recipes" / f"{name}.yaml"))
+    used = Recipe.from_dict(Recipe.read_yaml(directory / "recipe.yaml"))
     assert dataclasses.replace(used, data="", eval_pairs=None) == dataclasses.replace(recipe, eval_pairs=None)
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
@@ -124,14 +124,14 @@ def test_the_shipped_gem_is_small_and_of_its_recipe(name: str, tmp_path: Path, m
 
 
 def test_handover(starter_gem: GemModel) -> None:
-    handle = starter_gem.prefill(SENTENCES)
-    vectors = starter_gem.embed(handle)
+    prefill = starter_gem.prefill(SENTENCES)
+    vectors = starter_gem.embed(prefill)
     separate = starter_gem.encode(SENTENCES, convert_to_tensor=True)
     torch.testing.assert_close(vectors, separate, atol=1e-4, rtol=1e-4)
     alone = starter_gem.embed(starter_gem.prefill(SENTENCES[0]))
     assert torch.equal(alone, starter_gem.embed(starter_gem.prefill(SENTENCES[0])))  # fixed shapes: the same bits
     options = {"max_new_tokens": 8, "do_sample": False}
-    assert starter_gem.generate(handle, **options) == starter_gem.generate(SENTENCES, **options)
+    assert starter_gem.generate(prefill, **options) == starter_gem.generate(SENTENCES, **options)
 
 
 def test_save_and_reload_without_a_copy_of_the_base(
@@ -180,8 +180,8 @@ def test_the_recipe_reaches_its_score(shared: Path, tmp_path: Path) -> None:
     """150 steps of the shipped recipe: STSBenchmark test at least 72, held-out loss unchanged. About twenty minutes on two cores."""
     from gemify.training.sts import read_pairs, spearman
 
-    values = Recipe.from_yaml(Path(__file__).parents[1] / "recipes" / "starter-gated.yaml")
-    recipe = Recipe.of({**values, "data": str(shared / "text" / "wiki_sentences.txt.gz")})
+    values = Recipe.read_yaml(Path(__file__).parents[1] / "recipes" / "starter-gated.yaml")
+    recipe = Recipe.from_dict({**values, "data": str(shared / "text" / "wiki_sentences.txt.gz")})
     train(recipe, tmp_path / "run")
     gem = GemModel.from_pretrained(tmp_path / "run")
     assert spearman(gem, read_pairs(shared / "mteb" / "sts" / "STSBenchmark.test.jsonl.gz")) >= 72.0

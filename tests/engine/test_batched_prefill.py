@@ -14,8 +14,8 @@ from conftest import disturb
 from gemify import GemModel
 from gemify.engine.batched_prefill import can_read_together, read
 from gemify.engine.sampling import Sampling
-from gemify.model.forward import Text
-from gemify.model.kv_cache import key_values, new_keeping_cache
+from gemify.model.forward import CachedText
+from gemify.model.kv_cache import key_values, new_full_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ def test_together_is_as_alone(name: str) -> None:
     if not can_read_together(lm):
         assert "window" in name or name in ("gemma2", "gemma3", "cohere2", "gpt_oss")
         return
-    empty = Text(new_keeping_cache(lm), torch.ones(1, 0, dtype=torch.bool))
+    empty = CachedText(new_full_cache(lm), torch.ones(1, 0, dtype=torch.bool))
     before = [read(lm, [empty], [some_ids(i, n)])[0][0] if n else empty for i, n in enumerate((7, 0, 2, 7))]
     rows = [some_ids(10 + i, n) for i, n in enumerate((1, 9, 4, 3))]
     together = read(lm, before, rows)

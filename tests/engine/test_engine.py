@@ -20,8 +20,8 @@ from gemify.engine.engine import Engine
 from gemify.engine.requests import Closed, Failed, Piece, QueueFull, Stopping
 from gemify.engine.sampling import Sampling
 from gemify.model.encode import encode_ids
-from gemify.model.prefill import prefill
-from gemify.model.rope_shift import adapts_to_length
+from gemify.model.prefill import run_prefill
+from gemify.model.rope_shift import has_dynamic_rope
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -83,7 +83,7 @@ def one_vector(gem: GemModel, ids: list[int]) -> np.ndarray:
 
 def one_recovery(gem: GemModel, ids: list[int], new: int) -> str:
     ids_1T = torch.tensor([ids])
-    return gem.recover(prefill(gem.lm, ids_1T, torch.ones_like(ids_1T).bool(), single=True), max_new_tokens=new)
+    return gem.recover(run_prefill(gem.lm, ids_1T, torch.ones_like(ids_1T).bool(), single=True), max_new_tokens=new)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window"])
@@ -96,7 +96,7 @@ def test_a_template_is_in_texts_and_behind_prompts(name: str, tmp_path: Path) ->
     for made in (around, behind, plain):
         disturb(made)
     texts = ["a text", "x" * 99, ""]
-    rows = around.text_tokenizer(texts, max_tokens=around.config.room)
+    rows = around.text_tokenizer(texts, max_tokens=around.config.max_text_tokens)
     assert len(rows[1]) == 62
     with running(around) as asker:
         np.testing.assert_allclose(asker.embed(rows).vectors(), around.encode(texts), atol=1e-5)
@@ -345,14 +345,14 @@ def test_nobody_waits_for_a_bulk_request(shared_gem: GemModel) -> None:
 
 
 def test_a_model_whose_positions_adapt_takes_one_pass_at_a_time(shared_gem: GemModel, tmp_path: Path) -> None:
-    assert not adapts_to_length(shared_gem.lm)
+    assert not has_dynamic_rope(shared_gem.lm)
     config = AutoConfig.for_model(
         "llama", **tiny_models._COMMON, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny_models.tokenizer().save_pretrained(tmp_path)
     gem = GemModel.from_base(str(tmp_path))
-    assert adapts_to_length(gem.lm)
+    assert has_dynamic_rope(gem.lm)
     engine = Engine(gem)
     assert engine._writing.lock is engine._embedding.lock
     assert Engine(shared_gem)._writing.lock is not Engine(shared_gem)._embedding.lock

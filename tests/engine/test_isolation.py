@@ -15,7 +15,7 @@ from gemify import GemModel
 from gemify.engine import sequence
 from gemify.engine.requests import Failed, QueueFull
 from gemify.engine.sampling import Sampler, Sampling
-from gemify.model.kv_cache import RowCache
+from gemify.model.kv_cache import RunningCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -65,7 +65,7 @@ def test_what_a_step_has_taken_in_still_waits(gem: GemModel) -> None:
 
 
 def test_buffers_have_room_for_rows_that_may_come_and_no_more(gem: GemModel) -> None:
-    cache = RowCache(gem.lm)
+    cache = RunningCache(gem.lm)
 
     def text(length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         return [(torch.ones(1, 2, length, 8), torch.ones(1, 2, length, 8)) for _ in cache.layers]
@@ -89,7 +89,7 @@ def test_buffers_have_room_for_rows_that_may_come_and_no_more(gem: GemModel) -> 
 
 
 def test_what_a_row_left_behind_is_not_what_another_is_padded_with(gem: GemModel) -> None:
-    cache = RowCache(gem.lm)
+    cache = RunningCache(gem.lm)
     for length, value in ((30, 1.0), (30, float("nan"))):
         cache.join([(torch.full((1, 2, length, 8), value),) * 2 for _ in cache.layers])
     cache.leave(1)

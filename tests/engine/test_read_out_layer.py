@@ -22,7 +22,7 @@ def test_the_engine_embeds_at_the_layer_and_writes_with_all(tmp_path: Path) -> N
     gem, plain = GemModel.from_base(base, layer=2), GemModel.from_base(base)
     for one in (gem, plain):
         disturb(one)
-    rows = gem.text_tokenizer(TEXTS, max_tokens=gem.config.room)
+    rows = gem.text_tokenizer(TEXTS, max_tokens=gem.config.max_text_tokens)
     with running(plain) as asker:
         written, remembered = asker.write(rows[0]).text(), asker.recover(rows[0], max_tokens=6).text()
     vectors = gem.encode(TEXTS)

@@ -16,9 +16,9 @@ from transformers.masking_utils import create_causal_mask
 
 import tiny_models
 from gemify import GemModel
-from gemify.model.attention import MaskNotUsed, gem_mask, require_maskable
+from gemify.model.attention import MaskNotUsedError, gem_mask, require_maskable
 from gemify.model.forward import MaskedBatch, masked_pass, positions_of, special_pass, suffix_pass, text_pass
-from gemify.paper.tokens import Columns, Row, Segment, columns, raw_row, split_row
+from gemify.paper.tokens import Row, RowInputs, Segment, build_inputs, raw_row, split_row
 
 KERNELS = [
     (name, kernel)
@@ -33,7 +33,7 @@ ROWS = [
 ]
 
 
-def padded(rows: list[Columns], side: str) -> MaskedBatch:
+def padded(rows: list[RowInputs], side: str) -> MaskedBatch:
     batch = MaskedBatch.of(rows)
     if side == "right":
         return batch
@@ -56,7 +56,7 @@ def real(batch: MaskedBatch, row: int) -> torch.Tensor:
 def test_mask_is_exact(name: str, kernel: str, k: int, side: str) -> None:
     lm = tiny_models.build(name, kernel)
     special = list(range(3, 3 + k))
-    batch = padded([columns(r, special) for r in ROWS], side)
+    batch = padded([build_inputs(r, special) for r in ROWS], side)
     logits = masked_pass(lm, batch)
 
     # raw row: the same bits as in a plain forward of the same batch
@@ -140,7 +140,7 @@ def test_cache_surgery_equals_the_masked_pass(name: str, k: int, shared: bool) -
     after = suffix_pass(lm, specials, suffix, torch.ones_like(suffix, dtype=torch.bool))
     for at, row in enumerate(rows):
         alone = masked_pass(
-            lm, MaskedBatch.of([columns(row, special, shared_position=shared)], shared_position=shared)
+            lm, MaskedBatch.of([build_inputs(row, special, shared_position=shared)], shared_position=shared)
         )[0]
         m = len(row.prefix)
         torch.testing.assert_close(specials.logits_BV[at], alone[m + k - 1], atol=1e-5, rtol=1e-5)
@@ -152,7 +152,10 @@ def test_cache_surgery_equals_the_masked_pass(name: str, k: int, shared: bool) -
 def test_packed_rows_equal_rows_alone() -> None:
     """Two rows in one sequence (no 2-D mask, restarting positions), as transformers packs them."""
     lm = tiny_models.build("llama")
-    one, two = columns(ROWS[0], [3, 4], shared_position=False), columns(ROWS[2], [3, 4], shared_position=False)
+    one, two = (
+        build_inputs(ROWS[0], [3, 4], shared_position=False),
+        build_inputs(ROWS[2], [3, 4], shared_position=False),
+    )
     segments = torch.tensor([[int(s) for s in one.segments + two.segments]])
     with gem_mask(segments):
         packed = lm(
@@ -166,7 +169,7 @@ def test_packed_rows_equal_rows_alone() -> None:
 
 def test_no_gradient_reaches_the_prefix_past_the_special_token() -> None:
     lm = tiny_models.build("llama")
-    laid = columns(split_row(list(range(20, 30)), 5), [3])
+    laid = build_inputs(split_row(list(range(20, 30)), 5), [3])
     table = lm.get_input_embeddings()
     for hide, expected_zero in ((True, True), (False, False)):
         segments = [int(Segment.HIDDEN) if hide and s == Segment.TEXT else int(s) for s in laid.segments]
@@ -210,7 +213,7 @@ def test_flash_attention_is_refused(base_dir: Path, tmp_path: Path) -> None:
 def test_a_mask_that_reaches_no_layer_is_an_error() -> None:
     lm = tiny_models.build("llama")
     ready_made = torch.ones(1, 1, 4, 4, dtype=torch.bool)  # transformers takes a 4-D mask as it is
-    with pytest.raises(MaskNotUsed), torch.no_grad(), gem_mask(torch.ones(1, 4, dtype=torch.long)):
+    with pytest.raises(MaskNotUsedError), torch.no_grad(), gem_mask(torch.ones(1, 4, dtype=torch.long)):
         lm(input_ids=torch.tensor([[5, 6, 7, 8]]), attention_mask=ready_made, use_cache=False)
 
 
@@ -219,7 +222,7 @@ def test_a_mask_that_reaches_no_layer_is_an_error() -> None:
 def test_flex_attention_has_the_mask(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiled block mask and kernel, traced but not built as machine code: the same logits as sdpa's."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    batch = MaskedBatch.of([columns(r, list(range(3, 3 + k))) for r in ROWS])
+    batch = MaskedBatch.of([build_inputs(r, list(range(3, 3 + k))) for r in ROWS])
     expected = masked_pass(tiny_models.build("llama", "sdpa"), batch)
     flex = tiny_models.build("llama", "flex_attention")
     require_maskable(flex)

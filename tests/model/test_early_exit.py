@@ -24,9 +24,9 @@ from gemify.integrations.vllm.config import EngineGem
 from gemify.model.adapter import gate
 from gemify.model.attention import gem_mask
 from gemify.model.config import CONFIG_FILE, GemConfig
-from gemify.model.early_exit import first_layers, prepare
+from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.export import export
-from gemify.paper.tokens import Row, columns
+from gemify.paper.tokens import Row, build_inputs
 from gemify.paper.views import View, whole
 from gemify.rag.prompt_cache import RunningPrompt
 from gemify.training.objective import Computed, MicroBatch
@@ -65,8 +65,8 @@ def final_norm(lm: PreTrainedModel) -> nn.Module:
 
 def expected(gem: GemModel, text: str, layer: int) -> Tensor:
     """[K, D] by a full pass under the GEM mask: transformers' own hidden states after that layer, and the final norm."""
-    ids = gem.text_tokenizer([text], max_tokens=gem.config.room)[0]
-    row = columns(Row("split", tuple(ids)), gem.special_ids, shared_position=gem.config.shared_position)
+    ids = gem.text_tokenizer([text], max_tokens=gem.config.max_text_tokens)[0]
+    row = build_inputs(Row("split", tuple(ids)), gem.special_ids, shared_position=gem.config.shared_position)
     segments_BT = torch.tensor([row.segments])
     special_BT = torch.arange(len(row.ids))[None] >= len(ids)
     with torch.no_grad(), gate(special_BT), gem_mask(segments_BT, shared_position=gem.config.shared_position):
@@ -201,10 +201,10 @@ def test_an_error_inside_leaves_all_layers(base: str) -> None:
     ids_BT = torch.tensor([[1, 20, 30, 40]])
     with torch.no_grad():
         before = lm(ids_BT).logits
-        with pytest.raises(KeyError), first_layers(lm, 1):
+        with pytest.raises(KeyError), early_exit(lm, 1):
             raise KeyError
         assert torch.equal(lm(ids_BT).logits, before)
-        with first_layers(lm, 1), first_layers(lm, None):
+        with early_exit(lm, 1), early_exit(lm, None):
             assert torch.equal(lm(ids_BT).logits, before)
 
 
@@ -226,7 +226,7 @@ def test_the_contrast_trains_what_is_below_and_next_tokens_all(base: str) -> Non
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_a_run_trains_saves_and_loads_it(base: str, texts_file: Path, tmp_path: Path, chunk: int | None) -> None:
     values = {"base": base, "data": str(texts_file), "max_steps": 4, "ntp_steps": 2, "batch_size": 4}
-    recipe = Recipe.of({**values, "contrastive_batch_size": 8, "contrastive_chunk_size": chunk, "layer": 2})
+    recipe = Recipe.from_dict({**values, "contrastive_batch_size": 8, "contrastive_chunk_size": chunk, "layer": 2})
     gem, _ = train(recipe, tmp_path / "run", show_progress_bar=False)
     assert json.loads((tmp_path / "run" / CONFIG_FILE).read_text())["layer"] == 2
     again = GemModel.from_pretrained(tmp_path / "run")
@@ -254,7 +254,7 @@ def test_what_is_no_layer_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"^layer must be a number from 1 .*leave it out for the last$"):
         dataclasses.replace(config, layer=wrong)
     with pytest.raises(ValueError, match="layer must be"):
-        Recipe.of({"layer": wrong})
+        Recipe.from_dict({"layer": wrong})
 
 
 def test_a_layer_that_the_model_has_not_is_refused(
@@ -280,7 +280,7 @@ def test_a_model_with_a_loop_of_its_own_is_refused(base: str) -> None:
     with pytest.raises(
         ValueError, match=r"^LlamaForCausalLM runs all its layers in a way of its own: leave layer out$"
     ):
-        prepare(lm, 2)
+        enable_early_exit(lm, 2)
 
 
 ONE = (torch.ones(1, 1, 8), torch.zeros(1, 1, 8))

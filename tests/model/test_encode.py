@@ -18,7 +18,7 @@ from gemify.model import compile, encode
 from gemify.model.batching import length_groups
 from gemify.model.encode import TextTokenizer
 from gemify.model.forward import MaskedBatch, masked_pass
-from gemify.paper.tokens import Row, columns
+from gemify.paper.tokens import Row, build_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_a_batch_without_a_mask_equals_its_rows_alone(name: str) -> None:
     """Padding on the right is behind every real column: what a row gives alone, under a full mask, it gives here."""
     lm = tiny_models.build(name, "eager" if name in tiny_models.EAGER_ONLY else "sdpa")
-    rows = [columns(Row("split", tuple(range(10, 10 + n))), [5]) for n in (9, 17, 1, 12)]
+    rows = [build_inputs(Row("split", tuple(range(10, 10 + n))), [5]) for n in (9, 17, 1, 12)]
     with torch.no_grad():
         together = masked_pass(lm, MaskedBatch.of(rows), body_only=True)
         for hidden_TD, row in zip(together, rows, strict=True):
@@ -52,7 +52,7 @@ def computed(groups: Iterable[Sequence[int]], lengths: Sequence[int]) -> list[in
 )
 def test_no_other_groups_cost_less(lengths: list[int], budget: int, cost: int) -> None:
     """Against every way to cut the sorted rows."""
-    groups = length_groups(lengths, max_tokens=budget, pass_columns=cost)
+    groups = length_groups(lengths, max_tokens=budget, pass_overhead_tokens=cost)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     order, others = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
     for cuts in itertools.product([False, True], repeat=len(order) - 1):

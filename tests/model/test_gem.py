@@ -21,7 +21,7 @@ from conftest import disturb
 from gemify import GemModel
 from gemify.model.config import CONFIG_FILE
 from gemify.model.forward import MaskedBatch, masked_pass
-from gemify.paper.tokens import Row, Segment, columns
+from gemify.paper.tokens import Row, Segment, build_inputs
 
 TEXTS = ["hello", "a somewhat longer text than that", "", "hello", "x" * 40]
 
@@ -58,7 +58,9 @@ def test_encode_equals_one_row_alone(any_gem: GemModel) -> None:
     got = any_gem.encode(TEXTS, batch_size=2, convert_to_tensor=True)
     for text, vector in zip(TEXTS, got, strict=True):
         ids = any_gem.tokenizer(text)["input_ids"]
-        laid = columns(Row("split", tuple(ids)), any_gem.special_ids, shared_position=any_gem.config.shared_position)
+        laid = build_inputs(
+            Row("split", tuple(ids)), any_gem.special_ids, shared_position=any_gem.config.shared_position
+        )
         batch = MaskedBatch.of([laid], shared_position=any_gem.config.shared_position)
         with torch.no_grad():
             hidden = masked_pass(any_gem.lm, batch, body_only=True)[batch.segments_BT == Segment.SPECIAL]
@@ -100,14 +102,14 @@ def test_prompts(base_dir: Path) -> None:
 
 @pytest.mark.parametrize("texts", ["a prompt", ["a prompt", "another, longer prompt", "c"]])
 def test_handover_equals_the_separate_computations(any_gem: GemModel, texts: Any) -> None:
-    handle = any_gem.prefill(texts)
-    kept = [layer.keys.clone() for layer in handle.text.cache.layers]
-    first = any_gem.embed(handle)
-    generated = any_gem.generate(handle, max_new_tokens=8, do_sample=False)
-    again = any_gem.embed(handle)
+    prefill = any_gem.prefill(texts)
+    kept = [layer.keys.clone() for layer in prefill.text.cache.layers]
+    first = any_gem.embed(prefill)
+    generated = any_gem.generate(prefill, max_new_tokens=8, do_sample=False)
+    again = any_gem.embed(prefill)
     assert torch.equal(first, again)  # neither use disturbs the other
-    assert generated == any_gem.generate(handle, max_new_tokens=8, do_sample=False)
-    assert all(torch.equal(a, layer.keys) for a, layer in zip(kept, handle.text.cache.layers, strict=True))
+    assert generated == any_gem.generate(prefill, max_new_tokens=8, do_sample=False)
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(kept, prefill.text.cache.layers, strict=True))
     torch.testing.assert_close(first, torch.tensor(any_gem.encode(texts)), atol=1e-5, rtol=1e-5)
     assert generated == any_gem.generate(texts, max_new_tokens=8, do_sample=False)
 
@@ -115,32 +117,32 @@ def test_handover_equals_the_separate_computations(any_gem: GemModel, texts: Any
 def test_handover_generation_is_bit_equal(gem: GemModel) -> None:
     """Same shapes: every score of the continuation has the bits of a plain generate."""
     texts = ["a prompt", "another one, longer"]
-    handle = gem.prefill(texts)
+    prefill = gem.prefill(texts)
     options = {"max_new_tokens": 6, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
-    ours = gem.generate_ids(handle, handle.ids_BT, handle.text.mask_BT, **options)
-    plain = gem.generate_ids(None, handle.ids_BT, handle.text.mask_BT, **options)
+    ours = gem.generate_ids(prefill, prefill.ids_BT, prefill.text.mask_BT, **options)
+    plain = gem.generate_ids(None, prefill.ids_BT, prefill.text.mask_BT, **options)
     assert torch.equal(ours.sequences, plain.sequences)
     assert all(torch.equal(a, b) for a, b in zip(ours.scores, plain.scores, strict=True))
 
 
 def test_handover_with_sampling_and_several_answers(gem: GemModel) -> None:
-    handle = gem.prefill("a prompt")
+    prefill = gem.prefill("a prompt")
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": True, "num_return_sequences": 3}
     torch.manual_seed(3)
-    ours = gem.generate(handle, **options)
+    ours = gem.generate(prefill, **options)
     torch.manual_seed(3)
     assert ours == gem.generate("a prompt", **options)
     assert len(ours) == 3
     beams = {"max_new_tokens": 6, "do_sample": False, "num_beams": 2}
-    assert gem.generate(handle, **beams) == gem.generate("a prompt", **beams)
+    assert gem.generate(prefill, **beams) == gem.generate("a prompt", **beams)
 
 
 def test_special_ids_are_never_emitted(gem: GemModel) -> None:
     with torch.no_grad():  # a head that wants nothing but the special token
         gem.lm.lm_head.weight.zero_()
         gem.lm.lm_head.weight[gem.special_ids] = 5.0
-    handle = gem.prefill("text")
-    ids = gem.generate_ids(handle, handle.ids_BT, handle.text.mask_BT, max_new_tokens=5, do_sample=False)
+    prefill = gem.prefill("text")
+    ids = gem.generate_ids(prefill, prefill.ids_BT, prefill.text.mask_BT, max_new_tokens=5, do_sample=False)
     assert not set(ids[0].tolist()) & set(gem.special_ids)
     assert gem.recover("text", max_new_tokens=3) is not None
 
@@ -160,7 +162,7 @@ def test_recover_is_greedy_decoding_under_the_mask(any_gem: GemModel) -> None:
     for text in texts:
         ids, out = any_gem.tokenizer(text)["input_ids"], []
         for _ in range(6):
-            laid = columns(
+            laid = build_inputs(
                 Row("reconstruction", tuple(ids), tuple(out)),
                 any_gem.special_ids,
                 shared_position=any_gem.config.shared_position,

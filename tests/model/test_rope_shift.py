@@ -7,10 +7,10 @@ import torch
 
 import tiny_models
 from gemify import GemModel
-from gemify.model.forward import Text, left_pad, text_pass
-from gemify.model.kv_cache import columns_of, from_key_values, key_values
+from gemify.model.forward import CachedText, left_pad, text_pass
+from gemify.model.kv_cache import from_key_values, key_values, slice_key_values
 from gemify.model.prefill import extend
-from gemify.model.rope_shift import join, require_shiftable, shift
+from gemify.model.rope_shift import concatenate, require_shiftable, shift_positions
 
 ROTARY = ["llama", "qwen2", "qwen3", "olmo2", "gpt_neox"]
 
@@ -50,7 +50,7 @@ def test_a_shifted_cache_is_that_of_the_text_at_its_new_place(name: str, by: int
     lm = tiny_models.build(name)
     require_shiftable(lm)
     ids = torch.tensor([[7, 8, 9, 10]])
-    moved = shift(lm, text_pass(lm, ids, torch.ones_like(ids).bool()).cache, by)
+    moved = shift_positions(lm, text_pass(lm, ids, torch.ones_like(ids).bool()).cache, by)
     oracle = lm(input_ids=ids, position_ids=torch.arange(4)[None] + by, use_cache=True).past_key_values
     for (k, v), (k2, v2) in zip(key_values(moved), key_values(oracle), strict=True):
         torch.testing.assert_close(k, k2, rtol=1e-4, atol=1e-5)
@@ -70,9 +70,9 @@ def test_joined_caches_are_what_a_block_mask_gives() -> None:
     parts, at = [], 0
     for ids in (a, b):
         x = torch.tensor([ids])
-        parts.append(shift(lm, text_pass(lm, x, torch.ones_like(x).bool()).cache, at))
+        parts.append(shift_positions(lm, text_pass(lm, x, torch.ones_like(x).bool()).cache, at))
         at += len(ids)
-    text = Text(join(lm, parts), torch.ones(1, 5, dtype=torch.bool))
+    text = CachedText(concatenate(lm, parts), torch.ones(1, 5, dtype=torch.bool))
     got = extend(lm, text, torch.tensor([a + b]), *left_pad([question]), single=True).logits_BV[0]
     see = torch.ones(7, 7, dtype=torch.bool).tril()
     see[3:5, :3] = False
@@ -84,13 +84,13 @@ def test_joined_caches_are_what_a_block_mask_gives() -> None:
 def test_a_cut_cache_goes_on_like_a_shorter_text() -> None:
     lm = tiny_models.build("llama")
     long, short = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[5, 6, 7]])
-    cache = from_key_values(lm, columns_of(text_pass(lm, long, torch.ones_like(long).bool()).cache, 0, 3))
-    text = Text(cache, torch.ones(1, 3, dtype=torch.bool))
+    cache = from_key_values(lm, slice_key_values(text_pass(lm, long, torch.ones_like(long).bool()).cache, 0, 3))
+    text = CachedText(cache, torch.ones(1, 3, dtype=torch.bool))
     got = extend(lm, text, short, *left_pad([[20]]), single=True).logits_BV[0]
     torch.testing.assert_close(got, lm(input_ids=torch.tensor([[5, 6, 7, 20]])).logits[0, -1], rtol=1e-5, atol=1e-5)
     windowed = tiny_models.build("mistral-window")
     with pytest.raises(ValueError, match="sliding windows"):
-        columns_of(text_pass(windowed, long, torch.ones_like(long).bool()).cache, 0, 3)
+        slice_key_values(text_pass(windowed, long, torch.ones_like(long).bool()).cache, 0, 3)
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -100,18 +100,21 @@ def test_embedding_a_part_of_a_prompt_sees_that_part_alone(base_dir, k: int) -> 
 
     gem = GemModel.from_base(str(base_dir), special_tokens=k)
     disturb(gem)
-    handle = gem.prefill("one two three four five six")
-    T = handle.ids_BT.shape[1]
-    assert torch.equal(gem.embed(handle, since=0), gem.embed(handle))
-    part = gem.embed(handle, since=T - 3)
-    assert not torch.allclose(part, gem.embed(handle), atol=1e-3)
-    cut = [(keys.clone(), values.clone()) for keys, values in key_values(handle.text.cache)]
+    prefill = gem.prefill("one two three four five six")
+    T = prefill.ids_BT.shape[1]
+    assert torch.equal(gem.embed(prefill, start=0), gem.embed(prefill))
+    part = gem.embed(prefill, start=T - 3)
+    assert not torch.allclose(part, gem.embed(prefill), atol=1e-3)
+    cut = [(keys.clone(), values.clone()) for keys, values in key_values(prefill.text.cache)]
     for keys, values in cut:  # whatever stands in the hidden columns must not matter
         keys[..., : T - 3, :] = 7.0
         values[..., : T - 3, :] = -7.0
-    spoilt = type(handle)(
-        Text(from_key_values(gem.lm, cut), handle.text.mask_BT), handle.ids_BT, handle.logits_BV, handle.single
+    spoilt = type(prefill)(
+        CachedText(from_key_values(gem.lm, cut), prefill.text.mask_BT),
+        prefill.ids_BT,
+        prefill.logits_BV,
+        prefill.single,
     )
-    torch.testing.assert_close(gem.embed(spoilt, since=T - 3), part)
+    torch.testing.assert_close(gem.embed(spoilt, start=T - 3), part)
     with pytest.raises(ValueError, match="since must be a column"):
-        gem.embed(handle, since=T)
+        gem.embed(prefill, start=T)

@@ -102,11 +102,11 @@ def test_stock_peft_loads_the_adapter(base_dir: Path, tmp_path: Path) -> None:
 
 def test_it_generates_and_says_what_it_cannot_do(base_dir: Path) -> None:
     gem = simcse(base_dir)
-    handle = gem.prefill("a prompt")
+    prefill = gem.prefill("a prompt")
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
-    assert gem.generate(handle, **options) == gem.generate("a prompt", **options)
+    assert gem.generate(prefill, **options) == gem.generate("a prompt", **options)
     with pytest.raises(ValueError, match="to embed use encode"):
-        gem.embed(handle)
+        gem.embed(prefill)
     with pytest.raises(ValueError, match="no special tokens: nothing to recover"):
         gem.recover("a text")
 

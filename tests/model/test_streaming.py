@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.model.streaming import stream, stream_chat, turn
+from gemify.model.streaming import stream, stream_chat
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
@@ -59,13 +59,13 @@ def test_pieces_join_to_what_generate_writes(shared_gem: GemModel, prompt: str, 
 
 def test_a_handle_and_a_chat(shared_gem: GemModel) -> None:
     options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
-    handle = shared_gem.prefill("some text")
-    streamed = stream(shared_gem, handle, **options)
+    prefill = shared_gem.prefill("some text")
+    streamed = stream(shared_gem, prefill, **options)
     assert "".join(streamed) == shared_gem.generate("some text", **options)
     assert (streamed.prompt_tokens, streamed.new_tokens) == (9, 12)
     assert streamed.finish_reason == "length"
     assert "".join(stream_chat(shared_gem, MESSAGES, **options)) == shared_gem.chat(MESSAGES, **options)
-    vector = shared_gem.embed(handle)
+    vector = shared_gem.embed(prefill)
     assert torch.equal(vector, shared_gem.embed(shared_gem.prefill("some text")))
 
 
@@ -204,7 +204,7 @@ def test_nothing_runs_before_the_first_piece(shared_gem: GemModel) -> None:
 def test_a_reader_may_use_the_model_while_it_reads(shared_gem: GemModel) -> None:
     pieces = []
     for piece in stream(shared_gem, "a", max_new_tokens=20, do_sample=False):
-        with turn(shared_gem):
+        with shared_gem.lock:
             shared_gem.encode(piece)
         pieces.append(piece)
     assert "".join(pieces) == shared_gem.generate("a", max_new_tokens=20, do_sample=False)
@@ -213,7 +213,7 @@ def test_a_reader_may_use_the_model_while_it_reads(shared_gem: GemModel) -> None
 def test_dropping_a_stream_that_waits_for_its_turn(shared_gem: GemModel) -> None:
     streamed = stream(shared_gem, "a", max_new_tokens=5)
     reader = threading.Thread(target=lambda: list(streamed), daemon=True)
-    with turn(shared_gem):
+    with shared_gem.lock:
         reader.start()
         while not workers():
             time.sleep(0.01)
@@ -234,5 +234,5 @@ def test_dropping_a_stream_that_waits_for_its_turn(shared_gem: GemModel) -> None
 def test_what_cannot_be_streamed(shared_gem: GemModel, prompt: Any, options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stream(shared_gem, prompt, **options)
-    with pytest.raises(ValueError, match="a handle of 2"):
+    with pytest.raises(ValueError, match="a prefill of 2"):
         stream(shared_gem, shared_gem.prefill(["a", "b"]))

@@ -123,7 +123,7 @@ def test_the_text_is_cut_and_never_the_words(tmp_path: Path) -> None:
     assert gem.max_seq_length == 32 - 2 - around
     room = gem.max_seq_length - 1  # <s>
     long = "abcdefghijklmnopqrstuvwxyz"[: room + 5]
-    (ids,) = gem.text_tokenizer([long], max_tokens=gem.config.room)
+    (ids,) = gem.text_tokenizer([long], max_tokens=gem.config.max_text_tokens)
     assert ids == row(gem, long[:room], BOTH, head=(1,))
     assert len(ids) == 30
     assert (gem.encode(long) == gem.encode(long[:room])).all()
@@ -137,7 +137,7 @@ def test_a_texts_ids_are_its_own(base_dir: Path) -> None:
     assert gem.config.special_tokens == ("<|reserved_0|>",)
     (ids,) = gem.text_tokenizer(["a {text} <|reserved_0|>"], max_tokens=None)
     assert not set(ids) & set(gem.special_ids)
-    own = gem.text_tokenizer.plain(["a {text} <|reserved_0|>"])[0]
+    own = gem.text_tokenizer.tokenize_plain(["a {text} <|reserved_0|>"])[0]
     assert own == tiny_models.tokenizer()("a {text} <|reserved_0|>", split_special_tokens=True)["input_ids"]
     before = tiny_models.tokenizer()("<|reserved_0|> ", split_special_tokens=True)["input_ids"]
     assert ids == [*before, *own, 4]  # the other control token in the template is that token
@@ -148,27 +148,27 @@ def test_a_texts_ids_are_its_own(base_dir: Path) -> None:
 def test_a_text_that_has_run_is_embedded_with_the_words_after_it(tmp_path: Path, name: str, k: int) -> None:
     gem = made(bos_base(tmp_path / name, name), name, special_tokens=k, template=AFTER)
     texts = ["a prompt", "another, longer prompt", "c"]
-    handle = gem.prefill(texts)
-    kept = [layer.keys.clone() for layer in handle.text.cache.layers]
-    torch.testing.assert_close(gem.embed(handle), torch.tensor(gem.encode(texts)), atol=2e-5, rtol=1e-5)
-    assert all(torch.equal(a, layer.keys) for a, layer in zip(kept, handle.text.cache.layers, strict=True))
+    prefill = gem.prefill(texts)
+    kept = [layer.keys.clone() for layer in prefill.text.cache.layers]
+    torch.testing.assert_close(gem.embed(prefill), torch.tensor(gem.encode(texts)), atol=2e-5, rtol=1e-5)
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(kept, prefill.text.cache.layers, strict=True))
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False}
-    assert gem.generate(handle, **options) == gem.generate(texts, **options)  # no words where a text is continued
-    assert gem.recover(handle, max_new_tokens=6) == gem.recover(texts, max_new_tokens=6)
+    assert gem.generate(prefill, **options) == gem.generate(texts, **options)  # no words where a text is continued
+    assert gem.recover(prefill, max_new_tokens=6) == gem.recover(texts, max_new_tokens=6)
     one = gem.prefill(texts[1])
     ids = [1, *spelled(texts[1] + ' means:"')]
     torch.testing.assert_close(gem.embed(one), vector_of(gem, ids), atol=2e-5, rtol=1e-5)
     if "window" not in name and name != "gemma3":  # the oracle's windows are measured with hidden columns in them
-        torch.testing.assert_close(gem.embed(one, since=9), vector_of(gem, ids, hidden=9), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(gem.embed(one, start=9), vector_of(gem, ids, hidden=9), atol=2e-5, rtol=1e-5)
 
 
 def test_words_before_a_text_are_not_in_its_cache(base_dir: Path) -> None:
     gem = made(base_dir, template=BOTH)
-    handle = gem.prefill("a text")
+    prefill = gem.prefill("a text")
     for use in (gem.embed, gem.recover):
         with pytest.raises(ValueError, match=r"has words before the text, .* to embed use encode"):
-            use(handle)
-    assert gem.generate(handle, max_new_tokens=3) is not None
+            use(prefill)
+    assert gem.generate(prefill, max_new_tokens=3) is not None
 
 
 def test_recovery_starts_behind_the_words(base_dir: Path) -> None:

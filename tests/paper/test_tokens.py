@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from gemify.paper.tokens import (
     IGNORED,
     Segment,
-    columns,
+    build_inputs,
     random_split,
     raw_row,
     reconstruction_row,
@@ -21,19 +21,19 @@ SPECIALS = [900, 901, 902]
 
 def test_the_five_kinds_of_rows() -> None:
     text = [1, 2, 3, 4]
-    assert columns(raw_row(text), SPECIALS).ids == text
-    assert columns(split_row(text, 1), SPECIALS).ids == [1, *SPECIALS, 2, 3, 4]
-    assert columns(reconstruction_row(text), SPECIALS).ids == [*text, *SPECIALS, *text]
-    assert columns(reconstruction_row([2, 3], head=[1], end=[4]), [9]).ids == [1, 2, 3, 9, 2, 3, 4]
-    assert columns(summary_row([1, 2], [3]), SPECIALS).ids == [1, 2, *SPECIALS, 3]
-    assert columns(soft_prompt_row([1], [2]), [9]).ids == [1, 9, 2]
+    assert build_inputs(raw_row(text), SPECIALS).ids == text
+    assert build_inputs(split_row(text, 1), SPECIALS).ids == [1, *SPECIALS, 2, 3, 4]
+    assert build_inputs(reconstruction_row(text), SPECIALS).ids == [*text, *SPECIALS, *text]
+    assert build_inputs(reconstruction_row([2, 3], head=[1], end=[4]), [9]).ids == [1, 2, 3, 9, 2, 3, 4]
+    assert build_inputs(summary_row([1, 2], [3]), SPECIALS).ids == [1, 2, *SPECIALS, 3]
+    assert build_inputs(soft_prompt_row([1], [2]), [9]).ids == [1, 9, 2]
 
 
 @given(st.lists(st.integers(0, 99), min_size=2, max_size=12), st.integers(1, 5), st.booleans(), st.integers())
 def test_columns_of_any_split(text: list[int], k: int, shared: bool, seed: int) -> None:
     special = list(range(900, 900 + k))
     at = random_split(len(text), Random(seed))
-    laid = columns(split_row(text, at), special, shared_position=shared)
+    laid = build_inputs(split_row(text, at), special, shared_position=shared)
     n = len(laid.ids)
     assert n == len(laid.segments) == len(laid.positions) == len(laid.labels) == len(text) + k
     for token, segment, label in zip(laid.ids, laid.segments, laid.labels, strict=True):
@@ -46,7 +46,7 @@ def test_columns_of_any_split(text: list[int], k: int, shared: bool, seed: int) 
 
 
 def test_first_suffix_token_is_a_target_and_specials_are_not() -> None:
-    laid = columns(split_row([1, 2, 3], 2), SPECIALS)
+    laid = build_inputs(split_row([1, 2, 3], 2), SPECIALS)
     assert laid.labels == [1, 2, IGNORED, IGNORED, IGNORED, 3]
 
 

@@ -13,7 +13,7 @@ import torch
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.model.prefill import prefill
+from gemify.model.prefill import run_prefill
 from gemify.rag.chat_template import ChatFormat
 from gemify.rag.kv_store import KvStore
 from gemify.rag.pipeline import Conversation, GemRag, Settings
@@ -99,7 +99,7 @@ def test_the_question_is_embedded_where_it_stands(chatty: GemModel) -> None:
     start = layout.starts[-1]
     text = chatty.tokenizer.decode(layout.ids[: start + len(form.plain("who ate?"))])
     handle = chatty.prefill(text, add_special_tokens=False)
-    np.testing.assert_allclose(shelf.asked[0][3], chatty.embed(handle, since=start).numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(shelf.asked[0][3], chatty.embed(handle, start=start).numpy(), rtol=1e-4, atol=1e-5)
     GemRag(chatty, shelf, settings=LAST).ask("who ate?")
     np.testing.assert_allclose(shelf.asked[1][3], chatty.encode_query("who ate?"), rtol=1e-4, atol=1e-5)
 
@@ -123,8 +123,8 @@ def test_a_template_goes_with_the_question_or_has_it_embedded_apart(base_dir: Pa
         layout = form.layout([form.turn("system", FIRST.system), form.turn("user", "who ate?")])
         start, asked = layout.starts[-1], form.plain("who ate?")
         ids = torch.tensor([[*layout.ids[: start + len(asked)], *form.plain(' is:"')]])
-        handle = prefill(bare.lm, ids, torch.ones_like(ids).bool(), single=True)
-        torch.testing.assert_close(vector, bare.embed(handle, since=start), rtol=1e-4, atol=1e-5)
+        handle = run_prefill(bare.lm, ids, torch.ones_like(ids).bool(), single=True)
+        torch.testing.assert_close(vector, bare.embed(handle, start=start), rtol=1e-4, atol=1e-5)
     else:
         torch.testing.assert_close(vector, torch.tensor(gem.encode_query("who ate?")), rtol=1e-4, atol=1e-5)
         with pytest.raises(ValueError, match="has words before the text"):

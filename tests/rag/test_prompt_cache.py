@@ -40,7 +40,7 @@ def test_embedding_on_the_way_equals_embedding_apart(tmp_path: Path, name: str, 
         apart, fused = RunningPrompt(gem), RunningPrompt(gem)
         if begun:
             fused.reach(begun)
-        vector = gem.embed(apart.reach(ids), since=since)
+        vector = gem.embed(apart.reach(ids), start=since)
         torch.testing.assert_close(fused.reach_and_embed(ids, since=since), vector, rtol=1e-5, atol=1e-5)
         assert fused.ids == apart.ids
         further = [*ids, 40, 41]
@@ -60,7 +60,7 @@ def test_a_templates_words_after_a_text_leave_no_trace(tmp_path: Path, name: str
             apart, fused = RunningPrompt(plain), RunningPrompt(gem)
             if begun:
                 fused.reach(begun)
-            vector = plain.embed(apart.reach([*ids, *words]), since=since)  # the words as if they were the text's
+            vector = plain.embed(apart.reach([*ids, *words]), start=since)  # the words as if they were the text's
             torch.testing.assert_close(fused.reach_and_embed(ids, since=since), vector, rtol=1e-5, atol=1e-5)
             assert fused.ids == tuple(ids)
             further = [*ids, 40, 41]

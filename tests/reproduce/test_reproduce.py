@@ -95,7 +95,7 @@ def test_every_table_is_made_of_valid_recipes(table: str, scale: str) -> None:
     assert len({c.name for c in cells}) == len(cells)
     for cell in cells:
         if cell.recipe is not None:
-            recipe = Recipe.of({**cell.recipe, "data": "texts.txt"})
+            recipe = Recipe.from_dict({**cell.recipe, "data": "texts.txt"})
             assert recipe.max_steps == cell.steps == SCALES[scale].steps
             assert recipe.base == cell.base
     if table in TABLES:  # every row of ours that claims a twin has one, and none is forgotten
@@ -108,7 +108,7 @@ def test_every_table_is_made_of_valid_recipes(table: str, scale: str) -> None:
 
 
 def test_the_paper_scale_is_the_papers_recipe() -> None:
-    paper = Recipe.of({**cells_of("table3", scale_of("paper"))[2].recipe, "data": ""})  # type: ignore[dict-item]
+    paper = Recipe.from_dict({**cells_of("table3", scale_of("paper"))[2].recipe, "data": ""})  # type: ignore[dict-item]
     assert (paper.tune, paper.p, paper.max_steps, paper.ntp_steps) == ("full", 0.8, 1000, 100)
     assert (paper.lr, paper.contrastive_lr, paper.batch_size, paper.max_length) == (1e-4, 1e-5, 32, 512)
     assert paper.base == "meta-llama/Llama-3.2-1B"
@@ -127,7 +127,7 @@ def test_equal_cells_of_two_tables_are_one_run() -> None:
         known: dict[str, Any] = {}
         for table in TABLE_NAMES:
             for cell in cells_of(table, scale):
-                recipe = None if cell.recipe is None else Recipe.of({**cell.recipe, "data": ""})
+                recipe = None if cell.recipe is None else Recipe.from_dict({**cell.recipe, "data": ""})
                 assert known.setdefault(cell.name, recipe) == recipe
 
 

@@ -58,9 +58,9 @@ def test_a_question_is_cut_and_its_template_is_not(served: Served) -> None:
     try:
         for question in ("who?", "y" * 90):
             row = asyncio.run(prompts.query(question))
-            assert row == gem.text_tokenizer(["find: " + question], max_tokens=gem.config.room)[0]
+            assert row == gem.text_tokenizer(["find: " + question], max_tokens=gem.config.max_text_tokens)[0]
             assert row[-4:] == gem.tokenizer('is:"')["input_ids"]
-        assert len(row) == gem.config.room
+        assert len(row) == gem.config.max_text_tokens
         assert asyncio.run(prompts.ids("who?")) == gem.tokenizer("who?")["input_ids"]
     finally:
         prompts.close()

@@ -44,8 +44,8 @@ def chat_ids(gem: GemModel, messages: list[Any]) -> list[int]:
 
 def written(gem: GemModel, prompt: str | list[Any], tokens: int) -> str:
     """The library's greedy answer."""
-    handle = gem.prefill(prompt) if isinstance(prompt, str) else gem.prefill_chat(prompt)
-    return gem.generate(handle, max_new_tokens=tokens, do_sample=False)
+    prefill = gem.prefill(prompt) if isinstance(prompt, str) else gem.prefill_chat(prompt)
+    return gem.generate(prefill, max_new_tokens=tokens, do_sample=False)
 
 
 def unit(vectors: Any) -> np.ndarray:

@@ -59,7 +59,7 @@ def test_the_text_column_wins_over_pairs(tmp_path: Path) -> None:
 def test_views_keep_what_the_tokenizer_puts_first(texts_file: Path) -> None:
     bos = tiny_models.tokenizer()
     bos.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    recipe = Recipe.of(
+    recipe = Recipe.from_dict(
         {
             "data": str(texts_file),
             "batch_size": 8,
@@ -106,12 +106,14 @@ def test_a_template_stands_around_views_and_nothing_of_it_is_dropped(tmp_path: P
             "template": words,
         }
         bare = Batches(
-            Recipe.of({**entries, "template": "{text}"}),
+            Recipe.from_dict({**entries, "template": "{text}"}),
             Source(entries["data"]),
             TextTokenizer(bos, frozenset([3])),
             end_id=2,
         )
-        made = Batches(Recipe.of(entries), Source(entries["data"]), TextTokenizer(bos, frozenset([3]), words), end_id=2)
+        made = Batches(
+            Recipe.from_dict(entries), Source(entries["data"]), TextTokenizer(bos, frozenset([3]), words), end_id=2
+        )
         seen = 0
         for plain, batch in zip((b["batch"] for b in bare), (b["batch"] for b in made), strict=True):
             assert batch.rows == plain.rows  # next-token rows are the paper's
@@ -170,7 +172,7 @@ def tokenize() -> TextTokenizer:
 
 
 def batches(path: Path, **options: object) -> Batches:
-    recipe = Recipe.of(
+    recipe = Recipe.from_dict(
         {"data": str(path), "batch_size": 8, "contrastive_batch_size": 16, "max_steps": 12, "ntp_steps": 6, **options}
     )
     return Batches(recipe, Source(str(path)), tokenize(), end_id=2)
@@ -188,7 +190,9 @@ def test_batches_are_a_function_of_the_step(texts_file: Path) -> None:
 @pytest.mark.parametrize("world", [2, 3])
 def test_processes_share_every_batch_out_between_them(texts_file: Path, world: int) -> None:
     """The rows of a batch go round; where they do not come out even, one is taken twice and does not count."""
-    recipe = Recipe.of({"data": str(texts_file), "batch_size": 8, "max_steps": 3, "ntp_steps": 2, "ramp_steps": 0})
+    recipe = Recipe.from_dict(
+        {"data": str(texts_file), "batch_size": 8, "max_steps": 3, "ntp_steps": 2, "ramp_steps": 0}
+    )
     source = Source(str(texts_file))
     whole = [b["batch"] for b in Batches(recipe, source, tokenize(), end_id=2)]
     shares = [
@@ -238,7 +242,7 @@ def test_pairs_are_the_views_and_their_anchors_the_rows(tmp_path: Path) -> None:
 
 def test_the_papers_contrast_is_over_the_special_rows_of_the_batch(texts_file: Path) -> None:
     recipe = {**PRESETS["paper"], "data": str(texts_file), "max_steps": 6, "ntp_steps": 2, "min_length": 2}
-    made = list(Batches(Recipe.of(recipe), Source(str(texts_file)), tokenize(), end_id=2))
+    made = list(Batches(Recipe.from_dict(recipe), Source(str(texts_file)), tokenize(), end_id=2))
     assert [b["batch"].alpha for b in made] == [0, 0, 1, 1, 1, 1]
     for b in made[2:]:
         assert 2 <= len(b["batch"].views) < 20
@@ -284,20 +288,20 @@ def test_too_little_text_is_named(tmp_path: Path) -> None:
 )
 def test_contradicting_recipes_are_refused(values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Recipe.of(values)
+        Recipe.from_dict(values)
 
 
 def test_a_recipe_survives_yaml(tmp_path: Path) -> None:
     for preset in PRESETS.values():
         given = {"data": "x.txt", "special_tokens": 2, "special_names": ["<a>", "<b>"], "template": 'a : "{text}" é:\n'}
-        recipe = Recipe.of({**preset, **given})
+        recipe = Recipe.from_dict({**preset, **given})
         path = tmp_path / "r.yaml"
         path.write_text(recipe.to_yaml())
-        assert Recipe.of(Recipe.from_yaml(path)) == recipe
+        assert Recipe.from_dict(Recipe.read_yaml(path)) == recipe
 
 
 def test_the_paper_preset_is_section_4_2() -> None:
-    paper = Recipe.of(PRESETS["paper"])
+    paper = Recipe.from_dict(PRESETS["paper"])
     assert (paper.max_steps * paper.batch_size, paper.max_length, paper.lr, paper.contrastive_lr) == (
         32_000,
         512,

@@ -29,7 +29,7 @@ from gemify.paper.tokens import reconstruction_row, split_row
 from gemify.paper.views import View, whole
 from gemify.training.batches import Batches
 from gemify.training.data import Source
-from gemify.training.distributed import Share
+from gemify.training.distributed import RankShard
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import last_checkpoint, train
@@ -67,7 +67,7 @@ def heard(started: list[tuple[Any, Connection]]) -> list[Any]:
 def recipe(base_dir: Path, texts_file: Path, path: Path, **options: Any) -> Recipe:
     """Batches whose rows do not come out even over two processes."""
     common = {"max_steps": 6, "ntp_steps": 3, "batch_size": 7, "contrastive_batch_size": 9, "save_steps": 3}
-    made = Recipe.of({"base": str(base_dir), "data": str(texts_file), **common, **options})
+    made = Recipe.from_dict({"base": str(base_dir), "data": str(texts_file), **common, **options})
     path.write_text(made.to_yaml())
     return made
 
@@ -194,7 +194,7 @@ def test_a_killed_worker_ends_the_run_which_then_goes_on(base_dir: Path, texts_f
     assert checkpoint is not None
     assert all(p.stat().st_size for p in checkpoint.iterdir())
     done = int(checkpoint.name.split("-")[1])
-    shorter = Recipe.of({**Recipe.from_yaml(run / "recipe.yaml")})
+    shorter = Recipe.from_dict({**Recipe.read_yaml(run / "recipe.yaml")})
     assert shorter == made
     alone = start_alone(made, run, stop_after=done + 2)
     assert [r["step"] for r in alone] == list(range(1, len(alone) + 1))
@@ -273,7 +273,7 @@ def test_gathered_negatives_have_the_gradient_of_the_whole_batch(
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_a_batch_is_dealt_out_whole(world: int) -> None:
     items = list(range(7))
-    shares = [Share.of(items, rank, world) for rank in range(world)]
+    shares = [RankShard.of(items, rank, world) for rank in range(world)]
     assert len({len(s.items) for s in shares}) == 1
     assert sorted(i for s in shares for i in s.items[: s.own]) == items
     interleaved = [s.items[at] for at in range(len(shares[0].items)) for s in shares]
@@ -281,7 +281,7 @@ def test_a_batch_is_dealt_out_whole(world: int) -> None:
 
 
 def test_more_processes_than_rows_are_refused(gem: Any, texts_file: Path) -> None:
-    made = Recipe.of({"data": str(texts_file), "batch_size": 2})
+    made = Recipe.from_dict({"data": str(texts_file), "batch_size": 2})
     with pytest.raises(ValueError, match="a batch of 2 rows cannot be shared by 3 processes"):
         Batches(made, Source(str(texts_file)), gem.text_tokenizer, end_id=None, world=3)
 

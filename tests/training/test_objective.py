@@ -16,7 +16,7 @@ from gemify import GemModel
 from gemify.model.encode import TextTokenizer
 from gemify.model.forward import MaskedBatch, masked_pass
 from gemify.paper.objectives import info_nce, next_token_loss
-from gemify.paper.tokens import columns, raw_row, reconstruction_row, split_row
+from gemify.paper.tokens import build_inputs, raw_row, reconstruction_row, split_row
 from gemify.paper.views import View, whole
 from gemify.training.batches import Batches
 from gemify.training.data import Source
@@ -39,7 +39,7 @@ VIEWS = [
 def templated(gem: GemModel, template: str) -> list[tuple[View, View]]:
     """`VIEWS` as `Batches` lays them out."""
     tokenize = TextTokenizer(gem.tokenizer, frozenset(gem.special_ids), template)
-    batches = Batches(Recipe.of({"template": template}), Source("a-data-set"), tokenize, end_id=None)
+    batches = Batches(Recipe.from_dict({"template": template}), Source("a-data-set"), tokenize, end_id=None)
     return [(batches._whole(first), batches._whole(second)) for first, second in VIEWS]
 
 
@@ -70,7 +70,7 @@ def test_cache_surgery_has_the_losses_and_gradients_of_the_masked_pass(
     # the same targets by hand: the suffix only
     ntp = torch.zeros(())
     for row in ROWS:
-        laid = columns(row, gem.special_ids, shared_position=shared)
+        laid = build_inputs(row, gem.special_ids, shared_position=shared)
         logits = masked_pass(gem.lm, MaskedBatch.of([laid], shared_position=shared))[0]
         at = len(row.prefix) + k
         picked = logits[at - 1 : at - 1 + len(row.suffix)].log_softmax(-1)
@@ -92,7 +92,7 @@ def test_what_is_trained_is_what_encode_gives(base_dir: Path, k: int) -> None:
     gem = GemModel.from_base(str(base_dir), special_tokens=k, template=words)
     disturb(gem)
     texts = ["a cat sat", "the dog"]
-    recipe = Recipe.of({"template": words, "special_tokens": k})
+    recipe = Recipe.from_dict({"template": words, "special_tokens": k})
     batches = Batches(recipe, Source("a-data-set"), gem.text_tokenizer, end_id=None)
     views = [batches._whole(whole(gem.tokenizer(t)["input_ids"])) for t in texts]
     for embed in (objective(gem, frozen=True)._embed_frozen, objective(gem, frozen=False)._embed_masked):
@@ -100,8 +100,8 @@ def test_what_is_trained_is_what_encode_gives(base_dir: Path, k: int) -> None:
 
 
 def test_grouping_changes_nothing(gem: GemModel) -> None:
-    one = objective(gem, frozen=True, group_tokens=10_000, pass_columns=10_000)(batch(0.5))
-    many = objective(gem, frozen=True, group_tokens=12, pass_columns=0)(batch(0.5))
+    one = objective(gem, frozen=True, group_tokens=10_000, pass_overhead_tokens=10_000)(batch(0.5))
+    many = objective(gem, frozen=True, group_tokens=12, pass_overhead_tokens=0)(batch(0.5))
     torch.testing.assert_close(one.total, many.total, atol=1e-5, rtol=1e-5)
     assert many.computed.padding < one.computed.padding
 
@@ -126,7 +126,7 @@ def test_raw_rows_and_all_tokens_count_when_the_base_is_trained(base_dir: Path) 
     with torch.no_grad():
         raw = gem.lm(input_ids=torch.tensor([rows[0].prefix])).logits[0, :-1].log_softmax(-1)
         expected = expected - raw.gather(1, torch.tensor(rows[0].prefix[1:])[:, None]).sum()
-        laid = columns(rows[1], gem.special_ids)
+        laid = build_inputs(rows[1], gem.special_ids)
         logits = masked_pass(gem.lm, MaskedBatch.of([laid]))[0].log_softmax(-1)
         for at, label in enumerate(laid.labels):
             if at and label >= 0:

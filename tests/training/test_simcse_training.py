@@ -37,7 +37,7 @@ def recipe(base_dir: Path, texts_file: Path, **options: Any) -> Recipe:
         "save_steps": 2,
         **options,
     }
-    return Recipe.of(values)
+    return Recipe.from_dict(values)
 
 
 def objective(gem: GemModel) -> Objective:
@@ -125,7 +125,7 @@ def test_contradictions_are_named(base_dir: Path, texts_file: Path, options: dic
 
 def test_the_recipe_is_the_contrastive_part_of_the_gated_one() -> None:
     simcse, gated = (
-        Recipe.of(Recipe.from_yaml(ROOT / "recipes" / f"starter-{name}.yaml")) for name in ("simcse", "gated")
+        Recipe.from_dict(Recipe.read_yaml(ROOT / "recipes" / f"starter-{name}.yaml")) for name in ("simcse", "gated")
     )
     assert simcse.p == 1.0
     assert simcse.max_steps == gated.max_steps - gated.ntp_steps

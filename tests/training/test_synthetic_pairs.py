@@ -11,7 +11,7 @@ import torch
 
 from gemify.training import synthetic_pairs
 from gemify.training.data import Example, Source
-from gemify.training.synthetic_pairs import TASKS, Order, Writer, worth_keeping, write_pairs
+from gemify.training.synthetic_pairs import TASKS, PairConfig, PairGenerator, passes_filter, write_pairs
 
 TEXT = "The bridge over the river was closed for repairs."
 
@@ -30,7 +30,7 @@ TEXT = "The bridge over the river was closed for repairs."
     ],
 )
 def test_what_is_kept(written: str, ended: bool, kept: bool) -> None:
-    assert worth_keeping(TASKS["paraphrase"], TEXT, written, ended) is kept
+    assert passes_filter(TASKS["paraphrase"], TEXT, written, ended) is kept
 
 
 @pytest.mark.real
@@ -38,7 +38,7 @@ def test_what_is_kept(written: str, ended: bool, kept: bool) -> None:
 def test_the_shared_request_is_the_whole_request(starter: Any, name: str) -> None:
     """Written with the request's head computed once, in a batch: what transformers writes about each text alone."""
     lm, tokenizer = starter
-    writer = Writer(lm, tokenizer, TASKS[name])
+    writer = PairGenerator(lm, tokenizer, TASKS[name])
     texts = [TEXT, "Copper conducts heat better than iron."]
     wrote = {i: text for i, text, _ in writer(texts)}
     for i, text in enumerate(texts):
@@ -71,12 +71,14 @@ def test_a_stopped_run_goes_on_where_it_stopped(starter: Any, tmp_path: Path, mo
         "too short",
     ]
     (tmp_path / "t.txt").write_text("\n".join(lines))
-    order = Order("starter", str(tmp_path / "t.txt"), ("keywords",), count=4)
+    order = PairConfig("starter", str(tmp_path / "t.txt"), ("keywords",), count=4)
     whole = write_pairs(order, tmp_path / "whole.jsonl", show_progress_bar=False)
 
     (tmp_path / "short.txt").write_text("too short")
     with pytest.raises(ValueError, match="holds no text of 8 to 64 tokens"):
-        write_pairs(Order("starter", str(tmp_path / "short.txt")), tmp_path / "none.jsonl", show_progress_bar=False)
+        write_pairs(
+            PairConfig("starter", str(tmp_path / "short.txt")), tmp_path / "none.jsonl", show_progress_bar=False
+        )
     assert not list(tmp_path.glob("none*"))
 
     append, saves = synthetic_pairs._append, []
@@ -97,7 +99,7 @@ def test_a_stopped_run_goes_on_where_it_stopped(starter: Any, tmp_path: Path, mo
     with pytest.raises(ValueError, match="add --resume"):
         write_pairs(order, tmp_path / "again.jsonl", show_progress_bar=False)
     with pytest.raises(ValueError, match="count was 4, is 3"):
-        write_pairs(Order("starter", order.data, ("keywords",), count=3), tmp_path / "again.jsonl", resume=True)
+        write_pairs(PairConfig("starter", order.data, ("keywords",), count=3), tmp_path / "again.jsonl", resume=True)
     assert write_pairs(order, tmp_path / "again.jsonl", resume=True, show_progress_bar=False) == whole
     assert (tmp_path / "again.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
     assert not (tmp_path / "again.jsonl.part").exists()
@@ -123,9 +125,9 @@ def test_a_stopped_run_goes_on_where_it_stopped(starter: Any, tmp_path: Path, mo
 )
 def test_orders_that_cannot_be_met(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Order("starter", "t.txt", **change)
+        PairConfig("starter", "t.txt", **change)
 
 
 def test_the_output_is_jsonl(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"ends in \.jsonl"):
-        write_pairs(Order("starter", "t.txt"), tmp_path / "pairs.csv")
+        write_pairs(PairConfig("starter", "t.txt"), tmp_path / "pairs.csv")

@@ -40,7 +40,7 @@ def recipe(base_dir: Path, texts_file: Path, **options: Any) -> Recipe:
     }
     if values.get("tune") == "full":
         values["lora_dropout"] = 0.0
-    return Recipe.of(values)
+    return Recipe.from_dict(values)
 
 
 def curve(output: Path) -> list[dict[str, Any]]:
@@ -145,7 +145,7 @@ from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
 import torch
 torch.set_num_threads(1)
-recipe = Recipe.of(Recipe.from_yaml(Path(sys.argv[1])))
+recipe = Recipe.from_dict(Recipe.read_yaml(Path(sys.argv[1])))
 train(recipe, Path(sys.argv[2]), resume=True, show_progress_bar=False)
 """
 
@@ -197,7 +197,7 @@ def test_a_signal_stops_with_a_checkpoint(base_dir: Path, texts_file: Path, tmp_
     try:
         with pytest.raises(Stopped, match="go on with --resume"):
             train(
-                Recipe.of({**_plain(made), "max_steps": 2000, "ntp_steps": 1000}),
+                Recipe.from_dict({**_plain(made), "max_steps": 2000, "ntp_steps": 1000}),
                 tmp_path / "run",
                 show_progress_bar=False,
                 on_ready=stop,

@@ -166,7 +166,7 @@ def _sides(
     made["Echo"] = Side(BaselineEncoder(plain.lm, plain.tokenizer, "echo", plain.config.max_length).encode)
 
     def tokens(texts: list[str]) -> list[int]:
-        return [len(ids) + 1 for ids in plain.text_tokenizer(texts, max_tokens=plain.config.room)]
+        return [len(ids) + 1 for ids in plain.text_tokenizer(texts, max_tokens=plain.config.max_text_tokens)]
 
     yield {name: made[name] for name in SIDES if name in wanted and name in made}, tokens
 

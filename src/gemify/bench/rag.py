@@ -208,7 +208,7 @@ def _chosen(names: Sequence[str]) -> list[Row]:
 
 def lengthened(gem: GemModel, passages: Sequence[Mapping[str, Any]], tokens: int) -> Iterator[Document]:
     """A document a passage: the passage and the ones after it, cut to ``tokens``."""
-    rows = gem.text_tokenizer.plain([str(p["text"]) + "\n" for p in passages])
+    rows = gem.text_tokenizer.tokenize_plain([str(p["text"]) + "\n" for p in passages])
     if sum(map(len, rows)) < tokens:
         raise ValueError(f"the passages have {sum(map(len, rows))} tokens in all, documents of {tokens} are wanted")
     for at, passage in enumerate(passages):

@@ -32,7 +32,7 @@ from gemify.training.batches import Batches
 from gemify.training.data import Source
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
-from gemify.training.trainer import begin, in_bf16
+from gemify.training.trainer import build_objective, uses_bf16
 
 KINDS = ("full", "gated", "contrastive")
 GOALS = {"full": 1.1, "gated": 0.7, "contrastive": 0.45}
@@ -84,7 +84,7 @@ def bench_train(
     bar = tqdm(total=len(kinds) * (steps + 1) * 2, desc="train", unit="step", disable=not show_progress_bar)
     shape = {"max_length": max_length, "precision": precision, "group_tokens": group_tokens}
     for kind in kinds:
-        recipe = Recipe.of(
+        recipe = Recipe.from_dict(
             {
                 "base": base,
                 "data": data,
@@ -130,11 +130,11 @@ def _row(kind: str, plain: Timed, ours: Timed) -> dict[str, Any]:
 
 def _pair(recipe: Recipe, device: str | None) -> tuple[Timed, Timed]:
     """The plain step and ours. Where both train every weight they take turns on the same ones, and one optimizer's state."""
-    gem, objective = begin(recipe, device)
+    gem, objective = build_objective(recipe, device)
     source = Source(recipe.data, recipe.text_column, recipe.split)
     batches = Batches(recipe, source, gem.text_tokenizer, end_id=gem.tokenizer.eos_token_id)
     drawn = [b["batch"] for b in islice(iter(batches), recipe.max_steps)]
-    bf16 = in_bf16(recipe, device)
+    bf16 = uses_bf16(recipe, device)
     take_ours = take_plain = _stepper(objective.train(), bf16=bf16 and not recipe.frozen_base)
     lm = gem.lm
     if recipe.frozen_base:

@@ -40,7 +40,7 @@ def embed(
 ) -> None:
     """Embed texts."""
     from gemify.io.vectors import check_format, write_vectors
-    from gemify.model.throughput import in_words
+    from gemify.model.throughput import format_summary
 
     if texts and input is not None:
         raise typer.BadParameter("give texts or --input, not both")
@@ -68,7 +68,7 @@ def embed(
         write_vectors(output, listed, vectors, metrics=report)
         typer.echo(str(output))
     if not quiet:
-        echo_err(in_words(report))
+        echo_err(format_summary(report))
 
 
 def generate(
@@ -103,14 +103,14 @@ def generate(
     if temperature > 0:
         options.update(temperature=temperature, top_p=top_p)
     if raw or not gem.tokenizer.chat_template:
-        handle = gem.prefill(text)
+        prefill = gem.prefill(text)
     else:
         messages = ([{"role": "system", "content": system}] if system else []) + [{"role": "user", "content": text}]
-        handle = gem.prefill_chat(messages)
+        prefill = gem.prefill_chat(messages)
     if not as_json:
         options["streamer"] = TextStreamer(gem.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    vector = {"embedding": gem.embed(handle).tolist()} if embedding else {}
-    answer = gem.generate(handle, max_new_tokens=max_new_tokens, **options)
+    vector = {"embedding": gem.embed(prefill).tolist()} if embedding else {}
+    answer = gem.generate(prefill, max_new_tokens=max_new_tokens, **options)
     if as_json:
         print_json({"text": answer, **vector})
 

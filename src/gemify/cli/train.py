@@ -68,7 +68,7 @@ def train(
     given = {k: v for k, v in locals().items() if v is not None}
     for name in ("output", "preset", "config", "resume", "device", "quiet", "as_json"):
         given.pop(name, None)
-    from gemify.model.throughput import in_words
+    from gemify.model.throughput import format_summary
     from gemify.training.distributed import rank as process
     from gemify.training.recipe import PRESETS, Recipe
     from gemify.training.trainer import Stopped
@@ -76,8 +76,8 @@ def train(
 
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    from_file = Recipe.from_yaml(config) if config is not None else {}
-    recipe = Recipe.of({**PRESETS[preset], **from_file, **given}, source=str(config or "the flags"))
+    from_file = Recipe.read_yaml(config) if config is not None else {}
+    recipe = Recipe.from_dict({**PRESETS[preset], **from_file, **given}, source=str(config or "the flags"))
     try:
         _, summary = run(recipe, output, resume=resume, device=device, show_progress_bar=not quiet)
     except Stopped as stopped:
@@ -88,7 +88,7 @@ def train(
         print_json({"output": str(output), **summary})
         return
     echo_err(
-        f"trained {summary['trainable_parameters']:,} parameters for {summary['steps']} steps: {in_words(summary)}"
+        f"trained {summary['trainable_parameters']:,} parameters for {summary['steps']} steps: {format_summary(summary)}"
     )
     if "sts_spearman" in summary:
         echo_err(f"STS Spearman {summary['sts_spearman']:.2f}")
@@ -116,9 +116,9 @@ def pairs(
     as_json: Json = False,
 ) -> None:
     """Let a language model write pairs for contrast: paraphrases, questions, search words of plain texts."""
-    from gemify.training.synthetic_pairs import Order, write_pairs
+    from gemify.training.synthetic_pairs import PairConfig, write_pairs
 
-    order = Order(base, data, tuple(task or ["paraphrase"]), count, skip, min_length, max_length, text_column)
+    order = PairConfig(base, data, tuple(task or ["paraphrase"]), count, skip, min_length, max_length, text_column)
     counts = write_pairs(order, output, resume=resume, device=device, precision=precision, show_progress_bar=not quiet)
     if as_json:
         print_json({"output": str(output), "pairs": counts})

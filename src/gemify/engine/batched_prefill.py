@@ -17,18 +17,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemify.model.forward import Text, left_pad
-from gemify.model.kv_cache import from_key_values, keeps_all, key_values, new_cache, new_keeping_cache
-from gemify.model.prefill import Handle, extend
-from gemify.model.rope_shift import adapts_to_length
+from gemify.model.forward import CachedText, left_pad
+from gemify.model.kv_cache import from_key_values, keeps_all_positions, key_values, new_cache, new_full_cache
+from gemify.model.prefill import Prefill, extend
+from gemify.model.rope_shift import has_dynamic_rope
 
 
 def can_read_together(lm: PreTrainedModel) -> bool:
     """Whether rows of differing lengths do not touch each other: windows would be measured over the padding."""
-    return keeps_all(new_cache(lm)) and not adapts_to_length(lm)
+    return keeps_all_positions(new_cache(lm)) and not has_dynamic_rope(lm)
 
 
-def read(lm: PreTrainedModel, texts: Sequence[Text], rows: Sequence[Sequence[int]]) -> list[tuple[Text, Tensor]]:
+def read(
+    lm: PreTrainedModel, texts: Sequence[CachedText], rows: Sequence[Sequence[int]]
+) -> list[tuple[CachedText, Tensor]]:
     """Run ``rows`` after ``texts`` (one row each, no padding). Of each prompt its text and next-token logits [1, V]."""
     device = lm.device
     ids_BT, mask_BT = (t.to(device) for t in left_pad(rows))
@@ -40,11 +42,11 @@ def read(lm: PreTrainedModel, texts: Sequence[Text], rows: Sequence[Sequence[int
     return [(_cut_out(lm, handle, row), handle.logits_BV[row : row + 1]) for row in range(len(texts))]
 
 
-def _stacked(lm: PreTrainedModel, texts: Sequence[Text]) -> Text:
+def _stacked(lm: PreTrainedModel, texts: Sequence[CachedText]) -> CachedText:
     """One batch of texts of one row each, padded on the left."""
     lengths = [text.mask_BT.shape[1] for text in texts]
     T = max(lengths)
-    mask_BT, cache = left_pad([[1] * n for n in lengths])[1].to(lm.device), new_keeping_cache(lm)
+    mask_BT, cache = left_pad([[1] * n for n in lengths])[1].to(lm.device), new_full_cache(lm)
     if T:
         held = [key_values(text.cache) if n else None for text, n in zip(texts, lengths, strict=True)]
         like = next(pairs for pairs in held if pairs)
@@ -54,11 +56,11 @@ def _stacked(lm: PreTrainedModel, texts: Sequence[Text]) -> Text:
             padded = [tuple(F.pad(t, (0, 0, T - t.shape[2], 0)) for t in part) for part in parts]
             layers.append((torch.cat([k for k, _ in padded]), torch.cat([v for _, v in padded])))
         cache = from_key_values(lm, layers, into=cache)
-    return Text(cache, mask_BT)
+    return CachedText(cache, mask_BT)
 
 
-def _cut_out(lm: PreTrainedModel, handle: Handle, row: int) -> Text:
+def _cut_out(lm: PreTrainedModel, handle: Prefill, row: int) -> CachedText:
     seen_T = handle.text.mask_BT[row]
     pairs = [(k[row : row + 1, :, seen_T], v[row : row + 1, :, seen_T]) for k, v in key_values(handle.text.cache)]
     mask_1T = torch.ones(1, int(seen_T.sum()), dtype=torch.bool, device=lm.device)
-    return Text(from_key_values(lm, pairs, into=new_keeping_cache(lm)), mask_1T)
+    return CachedText(from_key_values(lm, pairs, into=new_full_cache(lm)), mask_1T)

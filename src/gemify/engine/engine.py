@@ -24,7 +24,7 @@ from gemify.engine.sampling import Sampling
 from gemify.engine.scheduler import Writing
 from gemify.engine.worker import J, Worker, release_threads
 from gemify.model.gem import GemModel
-from gemify.model.rope_shift import adapts_to_length
+from gemify.model.rope_shift import has_dynamic_rope
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Engine:
         self._max_rows, self._max_waiting = max_rows, max_waiting
         step_tokens = step_tokens or (512 if gem.device.type == "cpu" else 8192)
         lock: contextlib.AbstractContextManager[object] = threading.RLock()
-        beside = lock if adapts_to_length(gem.lm) else threading.RLock()
+        beside = lock if has_dynamic_rope(gem.lm) else threading.RLock()
         cores = torch.get_num_threads()
         self._kv_bytes = kv_bytes
         self._answers = Writing(
@@ -147,8 +147,8 @@ class Engine:
         if not 1 <= n <= self._max_rows:
             raise ValueError(f"n must lie in 1..{self._max_rows}, got {n}: ask again for more answers")
         if embed_prompt:
-            self.gem.require_in_place()
-            behind = len(self.gem.text_tokenizer.after) + self.gem.config.k
+            self.gem.require_embeddable_prefill()
+            behind = len(self.gem.text_tokenizer.suffix_ids) + self.gem.config.k
             if self.limit is not None and len(ids) + behind > self.limit:
                 raise ValueError(
                     f"the prompt has {len(ids)} tokens and its embedding takes {behind} more, this model takes"
@@ -227,8 +227,10 @@ class Engine:
 
     def _require_text(self, what: str, ids: Sequence[int]) -> None:
         self._require_ids(what, ids)
-        if len(ids) > self.gem.config.room:
-            raise ValueError(f"{what} has {len(ids)} tokens, this model embeds up to {self.gem.config.room}: cut it up")
+        if len(ids) > self.gem.config.max_text_tokens:
+            raise ValueError(
+                f"{what} has {len(ids)} tokens, this model embeds up to {self.gem.config.max_text_tokens}: cut it up"
+            )
 
     def _accept(self, worker: Worker[J], job: J) -> None:
         with self._accepting:

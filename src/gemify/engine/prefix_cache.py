@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from gemify.model.forward import Text
-from gemify.model.kv_cache import columns_of, from_key_values, new_keeping_cache, size_in_bytes
+from gemify.model.forward import CachedText
+from gemify.model.kv_cache import from_key_values, new_full_cache, size_in_bytes, slice_key_values
 
 _WORTH_KEEPING = 16  # tokens
 
@@ -26,20 +26,20 @@ class Prefixes:
 
     def __init__(self, lm: PreTrainedModel, budget_bytes: int) -> None:
         self._lm, self._budget = lm, budget_bytes
-        self._kept: OrderedDict[Key, tuple[np.ndarray, Text]] = OrderedDict()
+        self._kept: OrderedDict[Key, tuple[np.ndarray, CachedText]] = OrderedDict()
         self.nbytes = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def longest(self, ids: Sequence[int], scope: str = "") -> Text:
+    def longest(self, ids: Sequence[int], scope: str = "") -> CachedText:
         """The longest beginning of ``ids`` that has run, maybe empty, never all of them."""
         best, length = self._best(ids, scope)
         if best is None:
-            return self._text(new_keeping_cache(self._lm), 0)
+            return self._text(new_full_cache(self._lm), 0)
         self._kept.move_to_end(best)
-        pairs = columns_of(self._kept[best][1].cache, 0, length)
-        return self._text(from_key_values(self._lm, pairs, into=new_keeping_cache(self._lm)), length)
+        pairs = slice_key_values(self._kept[best][1].cache, 0, length)
+        return self._text(from_key_values(self._lm, pairs, into=new_full_cache(self._lm)), length)
 
     def better_after(self, ids: Sequence[int], others: Sequence[Sequence[int]], scope: str = "") -> bool:
         """Whether more of ``ids`` could be reused once one of the ``others`` has run."""
@@ -56,7 +56,7 @@ class Prefixes:
                 best, length = key, shared
         return (None, 0) if best is None else (best, length)
 
-    def keep(self, ids: Sequence[int], text: Text, scope: str = "") -> None:
+    def keep(self, ids: Sequence[int], text: CachedText, scope: str = "") -> None:
         """Keep what has run of ``ids``, in place of what it goes on from."""
         size = size_in_bytes(text.cache)
         if len(ids) < _WORTH_KEEPING or size > self._budget:
@@ -76,8 +76,8 @@ class Prefixes:
     def _drop(self, key: Key) -> None:
         self.nbytes -= size_in_bytes(self._kept.pop(key)[1].cache)
 
-    def _text(self, cache: DynamicCache, length: int) -> Text:
-        return Text(cache, torch.ones(1, length, dtype=torch.bool, device=self._lm.device))
+    def _text(self, cache: DynamicCache, length: int) -> CachedText:
+        return CachedText(cache, torch.ones(1, length, dtype=torch.bool, device=self._lm.device))
 
 
 def _shared(a: np.ndarray, b: np.ndarray) -> int:

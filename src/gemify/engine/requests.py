@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from gemify.engine.sampling import Sampling, TokenLogprob
-from gemify.model.forward import Text
+from gemify.model.forward import CachedText
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class WritingJob(Job):
         self.ids, self.sampling, self.n, self.scope = tuple(ids), sampling, n, scope
         self.embed_prompt, self.recovering = embed_prompt, recovering
         self.prompt_tokens = len(ids)
-        self.read: Text | None = None
+        self.read: CachedText | None = None
         """As much of the prompt as has run."""
         self.unfinished = n
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemify.model.forward import Text
-from gemify.model.kv_cache import RowCache, from_key_values, key_values, new_keeping_cache
+from gemify.model.forward import CachedText
+from gemify.model.kv_cache import RunningCache, from_key_values, key_values, new_full_cache
 
 _WORTH_TRIMMING = 64  # columns of padding that all rows share
 
@@ -31,7 +31,7 @@ class Decoding:
         self._reset()
 
     def _reset(self) -> None:
-        self._cache = RowCache(self.lm)  # and with it all memory of rows that were
+        self._cache = RunningCache(self.lm)  # and with it all memory of rows that were
         self._lengths: list[int] = []
         self._positions: list[int] = []
         self.logits_BV = torch.empty(0, 0)
@@ -43,7 +43,7 @@ class Decoding:
     def columns(self) -> int:
         return self._cache.columns if self._lengths else 0
 
-    def join(self, text: Text, logits_BV: Tensor, *, position: int | None = None) -> None:
+    def join(self, text: CachedText, logits_BV: Tensor, *, position: int | None = None) -> None:
         """Add one text as the last row. Its next token stands at ``position`` (None: after the text)."""
         T = text.mask_BT.shape[1]
         self._cache.join(key_values(text.cache))
@@ -82,8 +82,8 @@ class Decoding:
         self._positions = [p + 1 for p in self._positions]
         self.logits_BV = out.logits[:, -1]
 
-    def text(self, row: int) -> Text:
+    def text(self, row: int) -> CachedText:
         """A copy of all that a row has run."""
         length = self._lengths[row]
-        cache = from_key_values(self.lm, self._cache.row(row, length), into=new_keeping_cache(self.lm))
-        return Text(cache, torch.ones(1, length, dtype=torch.bool, device=self.lm.device))
+        cache = from_key_values(self.lm, self._cache.row(row, length), into=new_full_cache(self.lm))
+        return CachedText(cache, torch.ones(1, length, dtype=torch.bool, device=self.lm.device))

@@ -14,10 +14,10 @@ from gemify.engine.requests import Closed, Vectors, WritingJob
 from gemify.engine.running_batch import Decoding
 from gemify.engine.sampling import TokenBytes
 from gemify.engine.sequence import Answer
-from gemify.model.forward import Text, special_pass, text_pass
+from gemify.model.forward import CachedText, special_pass, text_pass
 from gemify.model.gem import GemModel
 from gemify.model.kv_cache import size_in_bytes
-from gemify.model.prefill import Handle
+from gemify.model.prefill import Prefill
 
 
 class Writing:
@@ -125,7 +125,7 @@ class Writing:
     def _read(self, some: Sequence[WritingJob], budget: int) -> int:
         """Run prompts that wait; of a single one as much as the budget allows. How many columns it was."""
         parts: list[tuple[int, ...]] = []
-        texts: list[Text] = []
+        texts: list[CachedText] = []
         for job in some:
             if job.read is None:
                 job.read = self.prefixes.longest(job.ids, job.scope)
@@ -141,13 +141,13 @@ class Writing:
         self.prompt_tokens += sum(map(len, parts))
         return len(parts) * max(map(len, parts))
 
-    def _has_read(self, job: WritingJob, text: Text, logits_BV: torch.Tensor) -> None:
+    def _has_read(self, job: WritingJob, text: CachedText, logits_BV: torch.Tensor) -> None:
         self.waiting.remove(job)
         self.prefixes.keep(job.ids, text, job.scope)
         self._bytes_per_column = size_in_bytes(text.cache) // len(job.ids)
         if job.embed_prompt:
             ids_BT = torch.tensor([job.ids], device=self._gem.device)
-            job.tell(Vectors(self._embedded(Handle(text, ids_BT, logits_BV, single=True))))
+            job.tell(Vectors(self._embedded(Prefill(text, ids_BT, logits_BV, single=True))))
         self._start(job, text, logits_BV)
         job.read = None
 
@@ -160,16 +160,20 @@ class Writing:
         self.prompt_tokens += len(job.ids)
         assert specials.logits_BV is not None
         seen_BK = torch.ones(1, config.k, dtype=torch.bool, device=device)
-        self._start(job, Text(specials.cache, seen_BK), specials.logits_BV, position=int(specials.next_position_B[0]))
+        self._start(
+            job, CachedText(specials.cache, seen_BK), specials.logits_BV, position=int(specials.next_position_B[0])
+        )
         return len(job.ids)
 
-    def _start(self, job: WritingJob, text: Text, logits_BV: torch.Tensor, *, position: int | None = None) -> None:
+    def _start(
+        self, job: WritingJob, text: CachedText, logits_BV: torch.Tensor, *, position: int | None = None
+    ) -> None:
         for index in range(job.n):
             answer = Answer(self._gem, job, index, self._spelled)
             self._decoding.join(text, logits_BV, position=position)
             self.answers.append(answer)
 
-    def _embedded(self, handle: Handle) -> np.ndarray:
+    def _embedded(self, handle: Prefill) -> np.ndarray:
         vectors_1D: np.ndarray = self._gem.embed(handle).numpy()[None]  # of one string: [D]
         return vectors_1D
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from gemify.engine.requests import Closed, Finished, Piece, WritingJob
 from gemify.engine.sampling import Sampler, TokenBytes, TokenLogprob, likeliest
 from gemify.model.gem import GemModel
-from gemify.model.streaming import Pieces
+from gemify.model.streaming import IncrementalDetokenizer
 
 
 class Answer:
@@ -19,7 +19,7 @@ class Answer:
         self._sampler = Sampler(job.sampling, answer=index)
         self._spelled = spelled
         self._new: list[str] = []
-        self._pieces = Pieces(
+        self._pieces = IncrementalDetokenizer(
             gem, sink=self._new.append, stop=job.sampling.stop, max_new_tokens=job.sampling.max_tokens
         )
 
@@ -33,7 +33,7 @@ class Answer:
         wish = self.job.sampling
         token = likeliest_id if wish.plain else self._sampler.draw(logits_V)
         stopped = self._pieces.add([token])
-        ended = stopped or token in self._pieces.ends or len(self.ids) >= wish.max_tokens
+        ended = stopped or token in self._pieces.eos_ids or len(self.ids) >= wish.max_tokens
         if ended:
             self._pieces.finish()
         text, self._new[:] = "".join(self._new), []

@@ -80,15 +80,15 @@ class BaselineEncoder:
     def _rows(self, texts: Sequence[str], prompt: str | None) -> list[tuple[list[int], int]]:
         """Ids of each row, and the column at which its pooled span starts."""
         tokenize = TextTokenizer(self.tokenizer, frozenset(), _TEMPLATES.get(self.method, PLAIN))
-        before = tokenize.plain([prompt])[0] if prompt else []
-        empty = tokenize.plain(["\n"])[0]  # a text without tokens still has a vector
-        start, right = tokenize.head + before + tokenize.before, tokenize.after
+        before = tokenize.tokenize_plain([prompt])[0] if prompt else []
+        empty = tokenize.tokenize_plain(["\n"])[0]  # a text without tokens still has a vector
+        start, right = tokenize.bos_ids + before + tokenize.prefix_ids, tokenize.suffix_ids
         times = 2 if self.method == "echo" else 1
         positions = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
         room = min(self.max_length, (positions - len(start) - len(right)) // times)
         if room < 1:
             raise ValueError(f"the prompt leaves no room for a text in {positions} positions: shorten it")
-        bodies = [ids or empty for ids in tokenize.plain(texts, max_tokens=int(room))]
+        bodies = [ids or empty for ids in tokenize.tokenize_plain(texts, max_tokens=int(room))]
         if self.method == "echo":
             fronts = [start + ids + right for ids in bodies]
             return [(front + ids, len(front)) for front, ids in zip(fronts, bodies, strict=True)]

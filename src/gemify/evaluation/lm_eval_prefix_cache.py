@@ -124,7 +124,7 @@ def _score_group(
     assert past is not None
     width = seen_BT.shape[1]
     rows_at_once = max(1, _LOGITS // (first_BV.shape[1] * max(len(e[2]) for e in longer)))
-    groups = length_groups([width + len(e[2]) for e in longer], max_tokens=max_tokens, pass_columns=max_tokens)
+    groups = length_groups([width + len(e[2]) for e in longer], max_tokens=max_tokens, pass_overhead_tokens=max_tokens)
     parts = [g[i : i + rows_at_once] for g in groups for i in range(0, len(g), rows_at_once)]
     for part in parts:
         some = [longer[i] for i in part]

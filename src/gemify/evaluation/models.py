@@ -14,8 +14,9 @@ import torch
 from gemify import __version__
 from gemify.evaluation.baselines import Baseline, BaselineEncoder, load_sentence_transformer
 from gemify.evaluation.results import ModelEntry
-from gemify.model.base import fingerprint, load_base
+from gemify.model.base import load_base
 from gemify.model.config import CONFIG_FILE, GemConfig, resolve_directory
+from gemify.model.fingerprint import weights_fingerprint
 from gemify.model.gem import GemModel
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -109,7 +110,7 @@ class EvalModels:
         base = self.base_entry()
         weights = weights_hash(directory)
         if self.base_given is not None and self.config.tune != "full":
-            found = fingerprint(self.base[0])
+            found = weights_fingerprint(self.base[0])
             weights += "" if found == self.config.base_fingerprint else f"-on-{found}"  # another model, then
         words = "SimCSE, no special token" if self.config.k == 0 else f"GEM {self.config.tune}"
         facts = {
@@ -139,7 +140,7 @@ class EvalModels:
 
     def _base_entry(self, name: str, label: str, kind: str, *, language_only: bool) -> ModelEntry:
         weights = self.config.base_fingerprint if self.config is not None and self.base_given is None else None
-        weights = weights or fingerprint(self.base[0])
+        weights = weights or weights_fingerprint(self.base[0])
         facts = {"label": label, "kind": kind, "tune": None, "base": self.base_name, **self.settings.facts()}
         if language_only:
             facts["instructions"] = False  # they are for vectors

@@ -33,7 +33,7 @@ def select_texts_by_length(gem: GemModel, texts: Sequence[str], count: int) -> l
         parts: list[str] = []
         for text in stream:
             parts.append(text)
-            ids = tokenize.plain([" ".join(parts)])[0]
+            ids = tokenize.tokenize_plain([" ".join(parts)])[0]
             if len(ids) < length:
                 continue
             chosen.append(gem.tokenizer.decode(ids[:length], skip_special_tokens=False).strip())
@@ -58,9 +58,9 @@ def measure_recovery(gem: GemModel, texts: Sequence[str], *, k: int | None = Non
     rows: list[dict[str, Any]] = []
     for start in range(0, len(texts), _BATCH):
         some = list(texts[start : start + _BATCH])
-        ids = tokenize.plain(some)
+        ids = tokenize.tokenize_plain(some)
         back = with_k.recover(some, max_new_tokens=max(len(i) for i in ids) + 8)
-        back_ids = tokenize.plain(back)
+        back_ids = tokenize.tokenize_plain(back)
         for text, guess, wanted, got in zip(some, back, ids, back_ids, strict=True):
             rows.append(
                 {
@@ -88,8 +88,8 @@ def attack_vectors(gem: GemModel, known: Sequence[str], texts: Sequence[str], *,
     names the tokens most frequent in the known texts.
     """
     tokenize = gem.text_tokenizer
-    known_ids = [set(ids) for ids in tokenize.plain(known, max_tokens=gem.config.max_length)]
-    wanted_ids = [set(ids) for ids in tokenize.plain(texts, max_tokens=gem.config.max_length)]
+    known_ids = [set(ids) for ids in tokenize.tokenize_plain(known, max_tokens=gem.config.max_length)]
+    wanted_ids = [set(ids) for ids in tokenize.tokenize_plain(texts, max_tokens=gem.config.max_length)]
     counts = Counter(i for ids in known_ids for i in ids)
     vocabulary = [i for i, n in counts.most_common() if n >= 3]
     if not vocabulary:

@@ -98,7 +98,7 @@ class ChatGem(SharesModel, BaseChatModel):
     def get_token_ids(self, text: str) -> list[int]:
         """Ids of a text, so that LangChain counts in this model's tokens."""
         tokenize = self.gem.text_tokenizer
-        ids: list[int] = tokenize.head + tokenize.plain([text])[0]
+        ids: list[int] = tokenize.bos_ids + tokenize.tokenize_plain([text])[0]
         return ids
 
     def _start(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> TextStream:

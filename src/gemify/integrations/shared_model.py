@@ -10,7 +10,6 @@ from pydantic import Field
 from pydantic.json_schema import SkipJsonSchema
 
 from gemify.model.gem import GemModel
-from gemify.model.streaming import turn
 
 SharedGem = Annotated[SkipJsonSchema[GemModel], Field(exclude=True, repr=False)]
 """A pydantic field for the model: no part of what is printed, dumped or logged."""
@@ -31,7 +30,7 @@ class SharesModel:
 
 def embed(gem: GemModel, texts: Sequence[str], *, query: bool = False, **options: Any) -> list[list[float]]:
     """Vectors of texts as lists, from `GemModel.encode_query` or `encode_document`."""
-    with turn(gem):
+    with gem.lock:
         vectors: list[list[float]] = (gem.encode_query if query else gem.encode_document)(
             list(texts), **options
         ).tolist()

@@ -194,7 +194,7 @@ class Adapter(nn.Module):
         self.base_name = base_name
         self._embedding_name = next(n for n, m in lm.named_modules() if m is lm.get_input_embeddings())
         lm.requires_grad_(False)
-        keep_head_fast(lm)
+        speed_up_frozen_head(lm)
         self._peft: list[PeftModel] = []  # in a list: its parameters are the language model's, not ours to register
         if tune in ("gated", "lora"):
             config = LoraConfig(
@@ -339,7 +339,7 @@ def adapter_settings(directory: Path) -> AdapterSettings:
 # copy of the slice, which is small, brings the frozen head onto the path of the unfrozen one, with the same bits.
 
 
-def keep_head_fast(lm: PreTrainedModel) -> None:
+def speed_up_frozen_head(lm: PreTrainedModel) -> None:
     """From now on the head of ``lm`` gets hidden states [B, T, D] that can be seen as one matrix."""
     head = lm.get_output_embeddings()
     if head is not None:

@@ -27,7 +27,7 @@ from gemify.paper.tokens import Segment
 WRAPPED = ("sdpa", "eager", "flex_attention")
 
 
-class MaskNotUsed(RuntimeError):
+class MaskNotUsedError(RuntimeError):
     """A forward pass ran under `gem_mask`, but built no attention mask from it."""
 
 
@@ -48,7 +48,7 @@ def gem_mask(segments_BT: Tensor, *, shared_position: bool = True) -> Iterator[N
     """Run the forward passes inside under the GEM mask.
 
     ``segments_BT``: `Segment` codes of all columns the queries may look at, cached ones included. With
-    ``shared_position`` every special token's sliding window is measured from the place of the first. Raises `MaskNotUsed`
+    ``shared_position`` every special token's sliding window is measured from the place of the first. Raises `MaskNotUsedError`
     at the end if no mask was built from it (another thread, or an attention kernel we did not wrap).
     """
     _install()
@@ -59,7 +59,7 @@ def gem_mask(segments_BT: Tensor, *, shared_position: bool = True) -> Iterator[N
     finally:
         _open.reset(token)
     if not request.consumed:
-        raise MaskNotUsed("the GEM mask reached no attention layer: use attn_implementation='sdpa' or 'eager'")
+        raise MaskNotUsedError("the GEM mask reached no attention layer: use attn_implementation='sdpa' or 'eager'")
 
 
 def _anchors(segments_BT: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def require_maskable(lm: PreTrainedModel) -> None:
             logits_BTV = lm(
                 input_ids=ids_BT.to(device), attention_mask=torch.ones_like(ids_BT).to(device), use_cache=False
             ).logits
-    except MaskNotUsed as error:
+    except MaskNotUsedError as error:
         raise ValueError(f"{type(lm).__name__} cannot be made a GEM: it builds no attention mask ({error})") from error
     finally:
         lm.train(was_training)

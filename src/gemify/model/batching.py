@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-PASS_COLUMNS = 12.0
+PASS_OVERHEAD_TOKENS = 12.0
 """What a forward pass costs beside its columns, in columns: measured on two CPU cores (docs/log/training-speed.md, "Groups that cost least")."""
 
 
-def length_groups(lengths: Sequence[int], *, max_tokens: int, pass_columns: float = PASS_COLUMNS) -> list[list[int]]:
+def length_groups(
+    lengths: Sequence[int], *, max_tokens: int, pass_overhead_tokens: float = PASS_OVERHEAD_TOKENS
+) -> list[list[int]]:
     """Partition row numbers into groups of like length, longest first, that together cost least.
 
-    A group costs its columns (rows times longest row) and ``pass_columns`` more: with 0 nothing is ever padded, with as
+    A group costs its columns (rows times longest row) and ``pass_overhead_tokens`` more: with 0 nothing is ever padded, with as
     many as ``max_tokens`` there are as few groups as can be. A group holds at most ``max_tokens`` columns; a longer
     single row is a group of its own. In order of length the best groups are neighbours, so that the least cost of the
     first n rows follows from that of fewer.
@@ -27,7 +29,7 @@ def length_groups(lengths: Sequence[int], *, max_tokens: int, pass_columns: floa
             first += 1
         cost = least_N[first:end] + longest_N[first:end] * np.arange(end - first, 0, -1)
         best = int(cost.argmin())
-        least_N[end], begin_N[end] = cost[best] + pass_columns, first + best
+        least_N[end], begin_N[end] = cost[best] + pass_overhead_tokens, first + best
     groups: list[list[int]] = []
     end = len(order)
     while end:

@@ -68,7 +68,7 @@ class GemConfig:
         return len(self.special_ids)
 
     @property
-    def room(self) -> int:
+    def max_text_tokens(self) -> int:
         """Most tokens before the special tokens: a text's, the template's and what the tokenizer puts first."""
         return self.max_length - self.k
 
@@ -77,7 +77,7 @@ class GemConfig:
         """Whether the base model's weights are left alone at ordinary positions."""
         return self.tune in ("gated", "tokens")
 
-    def chosen_prompt(self, name: str | None, prompt: str | None) -> str:
+    def resolve_prompt(self, name: str | None, prompt: str | None) -> str:
         """The words to put before a text: ``prompt`` itself, the one of that name, or the default one."""
         if prompt is not None and name is not None:
             raise ValueError("give a prompt or a prompt_name, not both")

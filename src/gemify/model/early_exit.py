@@ -1,6 +1,6 @@
 """A read-out layer below the last: passes that are made for their vectors alone need not run what lies above it.
 
-A decoder runs its list of layers from the first to the last and then its final norm. While `first_layers` is open in a
+A decoder runs its list of layers from the first to the last and then its final norm. While `early_exit` is open in a
 thread, that list ends earlier for this thread: the final norm then reads the state after layer n, which keeps the
 vectors' scale what it is for the last layer (intermediate states have a few very large channels). The weights are the
 model's own, and other threads, such as one that generates with the same model, run all layers as ever.
@@ -38,16 +38,16 @@ class Layers(nn.ModuleList):
         return nn.ModuleList(list(self)[at]) if isinstance(at, slice) else super().__getitem__(at)
 
 
-def running() -> int | None:
+def active_layers() -> int | None:
     """How many layers a pass in this thread runs; None: all."""
     return _until.get()
 
 
 @contextlib.contextmanager
-def first_layers(lm: PreTrainedModel, layer: int | None) -> Iterator[None]:
+def early_exit(lm: PreTrainedModel, layer: int | None) -> Iterator[None]:
     """Run the decoder's first ``layer`` layers and its final norm alone, in this thread, inside. None: all of them."""
     if layer is not None and lm not in _ready:
-        prepare(lm, layer)
+        enable_early_exit(lm, layer)
     token = _until.set(layer)
     try:
         yield
@@ -69,8 +69,8 @@ def layer_count(lm: PreTrainedModel) -> int:
     return int(lm.config.get_text_config().num_hidden_layers)
 
 
-def prepare(lm: PreTrainedModel, layer: int) -> None:
-    """Make a model ready for `first_layers`, and try it. ValueError if it has no such layer, or runs all in any case."""
+def enable_early_exit(lm: PreTrainedModel, layer: int) -> None:
+    """Make a model ready for `early_exit`, and try it. ValueError if it has no such layer, or runs all in any case."""
     depth = layer_count(lm)
     if not 1 <= layer <= depth:
         raise ValueError(f"layer must lie in 1..{depth}, the layers of this model, got {layer}")
@@ -84,18 +84,18 @@ def prepare(lm: PreTrainedModel, layer: int) -> None:
 
 @torch.no_grad()
 def _last_layer_runs(lm: PreTrainedModel, layers: nn.ModuleList, layer: int) -> bool:
-    """Whether one token, run with `first_layers` open, reaches the last layer."""
+    """Whether one token, run with `early_exit` open, reaches the last layer."""
     ran: list[bool] = []
     handle = layers[-1].register_forward_pre_hook(lambda *_: ran.append(True))
     try:
-        with first_layers(lm, layer):
+        with early_exit(lm, layer):
             lm.get_decoder()(input_ids=torch.ones(1, 1, dtype=torch.long, device=lm.device), use_cache=False)
     finally:
         handle.remove()
     return bool(ran)
 
 
-def cut(lm: PreTrainedModel, layer: int) -> None:
+def truncate_layers(lm: PreTrainedModel, layer: int) -> None:
     """Take the layers above ``layer`` out of a model for good, and out of its configuration."""
     depth, config = layer_count(lm), lm.config.get_text_config()
     layers = layers_of(lm)

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 
 from gemify.model.batching import length_groups
 from gemify.model.config import GemConfig
-from gemify.model.early_exit import first_layers
+from gemify.model.early_exit import early_exit
 from gemify.model.forward import MaskedBatch, masked_pass
-from gemify.model.pooling import pool_columns
-from gemify.model.throughput import Meter
+from gemify.model.pooling import pool_hidden_states
+from gemify.model.throughput import ThroughputMeter
 from gemify.model.tokenization import TextTokenizer as TextTokenizer
-from gemify.paper.tokens import Row, columns
+from gemify.paper.tokens import Row, build_inputs
 
 _POOL = 4096  # texts tokenised and sorted at a time
 
@@ -27,15 +27,15 @@ _POOL = 4096  # texts tokenised and sorted at a time
 def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[int]]) -> Tensor:
     """Vectors [B, D or K * D] of tokenised texts: one forward pass, no LM head, no layer above the read-out one."""
     laid_out = [
-        columns(Row("split", tuple(r)), config.special_ids, shared_position=config.shared_position) for r in rows
+        build_inputs(Row("split", tuple(r)), config.special_ids, shared_position=config.shared_position) for r in rows
     ]
     device = lm.device
     batch = MaskedBatch.of(laid_out, shared_position=config.shared_position, device=device)
     if not batch.ids_BT.numel():  # texts without tokens, and no special tokens either: nothing to run
         return torch.zeros(len(rows), lm.config.get_text_config().hidden_size)
-    with first_layers(lm, config.layer):
+    with early_exit(lm, config.layer):
         hidden_BTD = masked_pass(lm, batch, body_only=True)
-    return pool_columns(hidden_BTD, batch.segments_BT, config.pooling).float()
+    return pool_hidden_states(hidden_BTD, batch.segments_BT, config.pooling).float()
 
 
 def step_tokens(device: torch.device) -> int:
@@ -53,7 +53,7 @@ def encode_texts(
     batch_size: int,
     max_tokens: int | None = None,
     show_progress_bar: bool,
-    meter: Meter,
+    meter: ThroughputMeter,
 ) -> Tensor:
     """Vectors [N, D] in the order of the texts, on the CPU in float32.
 
@@ -85,7 +85,7 @@ def _tokenised(
 
     def ids(pool: Sequence[str]) -> dict[str, list[int]]:
         distinct = list(dict.fromkeys(pool))
-        return dict(zip(distinct, tokenize(distinct, max_tokens=config.room), strict=True))
+        return dict(zip(distinct, tokenize(distinct, max_tokens=config.max_text_tokens), strict=True))
 
     if len(pools) == 1:  # a thread would only be waited for
         yield ids(pools[0])
@@ -105,7 +105,7 @@ def _encode_rows(
     rows: Sequence[Sequence[int]],
     batch_size: int,
     max_tokens: int,
-    meter: Meter,
+    meter: ThroughputMeter,
     bar: tqdm[Any],
 ) -> Tensor:
     """Vectors [N, D] of tokenised texts, in batches of like length."""

@@ -31,11 +31,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gemify.io.atomic import atomic_directory
-from gemify.model.base import grow_table, quiet
+from gemify.model.base import grow_table, hide_progress_bars
 from gemify.model.config import CONFIG_FILE, GemConfig
-from gemify.model.early_exit import cut
+from gemify.model.early_exit import truncate_layers
 from gemify.model.gem import GemModel
-from gemify.model.tokenization import PLAIN, around
+from gemify.model.tokenization import PLAIN, split_template
 
 # The README.md of an exported GEM: what lies in the directory, and how an engine gets a text's vector out of it.
 
@@ -56,9 +56,9 @@ def card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequence[str]
         "A language model that also embeds: a text's vector is the last hidden state at its special token.",
         "",
         f"- Special token{'s' if config.k > 1 else ''}: {names}",
-        f"- Longest text: {config.room} tokens and the special token",
+        f"- Longest text: {config.max_text_tokens} tokens and the special token",
     ]
-    before, after = (json.dumps(words, ensure_ascii=False) for words in around(config.template))
+    before, after = (json.dumps(words, ensure_ascii=False) for words in split_template(config.template))
     plain = config.template == PLAIN
     if not plain:
         lines.append(
@@ -128,7 +128,7 @@ def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported
             assert gem.adapter is not None
             gem.adapter.save_without_rows(stage / name, special_id=special)
         lm = plain_model(gem)
-        with quiet():
+        with hide_progress_bars():
             (lm if dtype is None else lm.to(DTYPES[dtype])).save_pretrained(stage)
         gem.tokenizer.save_pretrained(stage)
         if not gated:
@@ -137,8 +137,8 @@ def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported
         weights = stage
         if embedding and config.layer is not None:
             weights = stage / "cut"
-            cut(lm, config.layer)
-            with quiet():
+            truncate_layers(lm, config.layer)
+            with hide_progress_bars():
                 lm.save_pretrained(weights)
         for name, special in zip(embedding, config.special_ids, strict=bool(embedding)):
             _write_embedding(gem, lm, weights, stage / name, special)
@@ -224,7 +224,7 @@ def _write_embedding(gem: GemModel, lm: PreTrainedModel, model: Path, directory:
     _write_json(directory / "config_sentence_transformers.json", settings)
     _write_json(
         directory / "sentence_bert_config.json",
-        {"max_seq_length": gem.config.room + 1, "do_lower_case": False},
+        {"max_seq_length": gem.config.max_text_tokens + 1, "do_lower_case": False},
     )
 
 
@@ -233,7 +233,7 @@ def _write_tokenizer(gem: GemModel, directory: Path, special: int) -> None:
     tokenizer = copy.deepcopy(gem.tokenizer)
     texts = gem.text_tokenizer
     # Of several ids each: what the tokenizer puts first and the template's words before a text; those after it and S.
-    pieces = {"before": [*texts.head, *texts.before], "after": [*texts.after, special]}
+    pieces = {"before": [*texts.bos_ids, *texts.prefix_ids], "after": [*texts.suffix_ids, special]}
     front = ["before"] if pieces["before"] else []
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=[*front, "$A", "after"],
@@ -245,7 +245,7 @@ def _write_tokenizer(gem: GemModel, directory: Path, special: int) -> None:
         ],
     )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = gem.config.room + 1
+    tokenizer.model_max_length = gem.config.max_text_tokens + 1
     tokenizer.save_pretrained(directory)
     _forget_names(directory, gem.config.special_tokens)
 

@@ -9,9 +9,23 @@ import torch
 from transformers import PreTrainedModel
 
 from gemify.model.adapter import Adapter
-from gemify.model.base import fingerprint
 from gemify.model.config import GemConfig
 from gemify.model.tokenization import PLAIN
+
+
+@torch.no_grad()
+def weights_fingerprint(lm: PreTrainedModel) -> str:
+    """A short hash of the weights: of every tensor its name, shape and up to 1,024 evenly spaced values in bfloat16.
+
+    Loading the same file in another precision keeps it; other weights, or another quantisation of them, change it.
+    """
+    digest = hashlib.sha256()
+    for name, p in sorted(lm.named_parameters()):
+        flat = p.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)][:1024]
+        digest.update(f"{name} {tuple(p.shape)} ".encode())
+        digest.update(sample.to(torch.bfloat16).float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapter | None) -> str:
@@ -21,7 +35,7 @@ def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapt
     weights themselves are hashed.
     """
     settings = [
-        config.base_fingerprint if adapter is not None else fingerprint(lm),
+        config.base_fingerprint if adapter is not None else weights_fingerprint(lm),
         list(config.special_ids),
         config.pooling,
         config.shared_position,
@@ -43,5 +57,5 @@ def cache_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapter |
 
     The weights are the loaded ones, which ``base=`` may have made others than the GEM was trained on.
     """
-    settings = [embedding_fingerprint(lm, config, adapter), fingerprint(lm), str(lm.dtype)]
+    settings = [embedding_fingerprint(lm, config, adapter), weights_fingerprint(lm), str(lm.dtype)]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]

@@ -21,13 +21,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gemify.model.adapter import gate
 from gemify.model.attention import gem_mask
-from gemify.model.early_exit import running
-from gemify.model.kv_cache import columns_of, concatenate, fork, from_key_values, new_cache, select, tail
-from gemify.paper.tokens import IGNORED, Columns, Segment
+from gemify.model.early_exit import active_layers
+from gemify.model.kv_cache import concatenate_rows, fork, from_key_values, new_cache, select, slice_key_values, tail
+from gemify.paper.tokens import IGNORED, RowInputs, Segment
 
 
 @dataclass(frozen=True)
-class Text:
+class CachedText:
     """A batch of texts that has run: its KV cache, and which columns are text (True) and not left padding."""
 
     cache: DynamicCache
@@ -37,10 +37,10 @@ class Text:
     def lengths_B(self) -> Tensor:
         return self.mask_BT.sum(-1)
 
-    def rows(self, rows: Sequence[int]) -> Text:
+    def rows(self, rows: Sequence[int]) -> CachedText:
         """Some of the texts, in the given order; a text may come more than once."""
         index = torch.tensor(list(rows), device=self.mask_BT.device)
-        return Text(select(self.cache, index), self.mask_BT[index])
+        return CachedText(select(self.cache, index), self.mask_BT[index])
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def positions_of(mask_BT: Tensor) -> Tensor:
     return (mask_BT.long().cumsum(-1) - 1).clamp_(min=0)
 
 
-def text_pass(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> Text:
+def text_pass(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> CachedText:
     """Run texts through the decoder body (no LM head) and keep their KV."""
     cache = new_cache(lm)
     if ids_BT.shape[1]:
@@ -88,12 +88,12 @@ def text_pass(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> Text:
             past_key_values=cache,
             use_cache=True,
         )
-    return Text(cache, mask_BT)
+    return CachedText(cache, mask_BT)
 
 
 def special_pass(
     lm: PreTrainedModel,
-    text: Text,
+    text: CachedText,
     special_ids: Sequence[int],
     *,
     shared_position: bool = True,
@@ -113,7 +113,7 @@ def special_pass(
     step_K = torch.zeros(K, dtype=torch.long, device=device) if shared_position else torch.arange(K, device=device)
     visible_BT = text.mask_BT if seen_BT is None else text.mask_BT & seen_BT
     ones_BK = torch.ones(B, K, dtype=torch.bool, device=device)
-    cache = fork(text.cache, layers=running())
+    cache = fork(text.cache, layers=active_layers())
     inputs = {
         "input_ids": torch.tensor([list(special_ids)] * B, device=device),
         "attention_mask": torch.cat([visible_BT, ones_BK], dim=1).long(),
@@ -137,26 +137,26 @@ def special_pass(
 
 def text_and_special_pass(
     lm: PreTrainedModel,
-    before: Text,
+    before: CachedText,
     ids_BT: Tensor,
     mask_BT: Tensor,
     special_ids: Sequence[int],
     *,
-    since: int,
+    start: int,
     shared_position: bool,
-    after: Sequence[int] = (),
-) -> tuple[Text, Tensor]:
-    """Run more text (padded on the left), a template's words ``after`` it and the special tokens in one pass.
+    suffix_ids: Sequence[int] = (),
+) -> tuple[CachedText, Tensor]:
+    """Run more text (padded on the left), a template's words ``suffix_ids`` it and the special tokens in one pass.
 
     Gives the text up to these words, and the special tokens' last hidden states [B, K, D]. They see the columns from
-    ``since`` on; no text column sees them. The layers' caches must keep all columns (`keeps_all`).
-    With `first_layers` open no more text can be given: the layers above would lack it.
+    ``start`` on; no text column sees them. The layers' caches must keep all columns (`keeps_all_positions`).
+    With `early_exit` open no more text can be given: the layers above would lack it.
     """
-    assert running() is None or not ids_BT.shape[1]
+    assert active_layers() is None or not ids_BT.shape[1]
     kept = before.mask_BT.shape[1] + ids_BT.shape[1]
-    if after:
-        after_BT = torch.tensor([list(after)] * ids_BT.shape[0], device=ids_BT.device)
-        ids_BT, mask_BT = torch.cat([ids_BT, after_BT], 1), torch.cat([mask_BT, torch.ones_like(after_BT).bool()], 1)
+    if suffix_ids:
+        suffix_BT = torch.tensor([list(suffix_ids)] * ids_BT.shape[0], device=ids_BT.device)
+        ids_BT, mask_BT = torch.cat([ids_BT, suffix_BT], 1), torch.cat([mask_BT, torch.ones_like(suffix_BT).bool()], 1)
     B, K, device = ids_BT.shape[0], len(special_ids), ids_BT.device
     whole_BT = torch.cat([before.mask_BT, mask_BT], dim=1)
     T, new = whole_BT.shape[1], ids_BT.shape[1]
@@ -165,9 +165,9 @@ def text_and_special_pass(
     position_BT = torch.cat([positions_of(whole_BT)[:, T - new :], whole_BT.sum(-1)[:, None] + step_K], dim=1)
     cache = fork(before.cache)
     masked: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if since or K > 1:
+    if start or K > 1:
         segments_BT = torch.cat([whole_BT.long() * Segment.TEXT, ones_BK.long() * Segment.SPECIAL], dim=1)
-        segments_BT[:, :since] *= int(Segment.HIDDEN)  # padding stays padding
+        segments_BT[:, :start] *= int(Segment.HIDDEN)  # padding stays padding
         masked = gem_mask(segments_BT, shared_position=shared_position)
     with gate(torch.cat([torch.zeros_like(mask_BT), ones_BK], dim=1)), masked:
         hidden_BTD = lm.get_decoder()(
@@ -177,7 +177,7 @@ def text_and_special_pass(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-    return Text(from_key_values(lm, columns_of(cache, 0, kept)), whole_BT[:, :kept]), hidden_BTD[:, -K:]
+    return CachedText(from_key_values(lm, slice_key_values(cache, 0, kept)), whole_BT[:, :kept]), hidden_BTD[:, -K:]
 
 
 def suffix_pass(
@@ -210,7 +210,9 @@ class MaskedBatch:
     shared_position: bool = True
 
     @staticmethod
-    def of(rows: Sequence[Columns], *, shared_position: bool = True, device: torch.device | str = "cpu") -> MaskedBatch:
+    def of(
+        rows: Sequence[RowInputs], *, shared_position: bool = True, device: torch.device | str = "cpu"
+    ) -> MaskedBatch:
         def pad(lists: Sequence[Sequence[int]], fill: int) -> Tensor:
             return right_pad(lists, fill=fill)[0].to(device)
 
@@ -248,7 +250,7 @@ def masked_pass(lm: PreTrainedModel, batch: MaskedBatch, *, body_only: bool = Fa
         return lm(**inputs).logits
 
 
-def join_specials(lm: PreTrainedModel, parts: Sequence[Specials]) -> Specials:
+def concatenate_specials(lm: PreTrainedModel, parts: Sequence[Specials]) -> Specials:
     """The special tokens of several batches as one batch, in order."""
 
     def cat(tensors: list[Tensor | None]) -> Tensor | None:
@@ -258,7 +260,7 @@ def join_specials(lm: PreTrainedModel, parts: Sequence[Specials]) -> Specials:
     return Specials(
         cat([p.hidden_BKD for p in parts]),
         cat([p.logits_BV for p in parts]),
-        concatenate(lm, [p.cache for p in parts]),
+        concatenate_rows(lm, [p.cache for p in parts]),
         torch.cat([p.next_position_B for p in parts]),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
@@ -22,23 +23,22 @@ from gemify.model.attention import require_kernel, require_maskable
 from gemify.model.base import (
     Loading,
     choose_special_tokens,
-    fingerprint,
     grow_table,
+    hide_progress_bars,
     initial_rows,
     load_base,
-    quiet,
     special_token_ids,
 )
 from gemify.model.compile import compiled
 from gemify.model.config import CONFIG_FILE, GemConfig, require_special_tokens, resolve_directory
-from gemify.model.early_exit import first_layers, prepare
+from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.encode import TextTokenizer, encode_texts
-from gemify.model.fingerprint import embedding_fingerprint
+from gemify.model.fingerprint import embedding_fingerprint, weights_fingerprint
 from gemify.model.forward import left_pad, special_pass, text_pass
 from gemify.model.pooling import Pooling, pool
-from gemify.model.prefill import Handle
-from gemify.model.recovery import end_ids, greedy_from_specials
-from gemify.model.throughput import Meter
+from gemify.model.prefill import Prefill
+from gemify.model.recovery import find_eos_ids, greedy_from_specials
+from gemify.model.throughput import ThroughputMeter
 from gemify.model.tokenization import PLAIN, require_template
 
 logger = logging.getLogger(__name__)
@@ -58,17 +58,19 @@ class GemModel:
         self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GemConfig, adapter: Adapter | None
     ) -> None:
         self.lm, self.tokenizer, self.config, self.adapter = lm, tokenizer, config, adapter
-        self.meter = Meter()
+        self.lock = threading.RLock()
+        """Hold it around each call where threads share this model (``with gem.lock:``)."""
+        self.meter = ThroughputMeter()
         """What the last `encode` computed."""
         self.text_tokenizer = TextTokenizer(tokenizer, frozenset(config.special_ids), config.template)
         """The tokenizer as embedding uses it."""
-        if config.template != PLAIN and self.max_seq_length <= len(self.text_tokenizer.head):
+        if config.template != PLAIN and self.max_seq_length <= len(self.text_tokenizer.bos_ids):
             raise ValueError(
                 f"the template {config.template!r} leaves no room for a text in {config.max_length} tokens"
                 " (max_length): shorten it"
             )
         if config.layer is not None:
-            prepare(lm, config.layer)
+            enable_early_exit(lm, config.layer)
 
     # Making, loading, saving
 
@@ -121,7 +123,7 @@ class GemModel:
             tune=tune,
             base=base,
             base_revision=loading.get("revision"),
-            base_fingerprint=fingerprint(lm),
+            base_fingerprint=weights_fingerprint(lm),
             special_tokens=tuple(names),
             special_ids=tuple(ids),
             pooling=pooling,
@@ -156,7 +158,7 @@ class GemModel:
         lm, tokenizer = load_base(str(directory) if full else base or config.base, **loading)
         if full:
             return cls(lm, tokenizer, config, None)
-        if (found := fingerprint(lm)) != config.base_fingerprint:
+        if (found := weights_fingerprint(lm)) != config.base_fingerprint:
             logger.warning(
                 "%s was trained on other base weights (fingerprint %s) than those loaded from %s (%s): another"
                 " quantisation or precision moves embeddings a little, another model makes them meaningless",
@@ -203,7 +205,7 @@ class GemModel:
                 self.adapter.save(stage)
             else:
                 lm = self.adapter.merge() if self.adapter is not None else self.lm
-                with quiet():
+                with hide_progress_bars():
                     lm.save_pretrained(stage, state_dict=weights)
             self.tokenizer.save_pretrained(stage)
             (stage / CONFIG_FILE).write_text(self.config.to_json(), encoding="utf-8")
@@ -226,7 +228,7 @@ class GemModel:
     @property
     def max_seq_length(self) -> int:
         """Most tokens of a text that are read, template and special tokens not counted."""
-        return self.config.room - len(self.text_tokenizer.before) - len(self.text_tokenizer.after)
+        return self.config.max_text_tokens - len(self.text_tokenizer.prefix_ids) - len(self.text_tokenizer.suffix_ids)
 
     @property
     def fingerprint(self) -> str:
@@ -271,8 +273,8 @@ class GemModel:
             raise ValueError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}")
         if truncate_dim is not None and not 1 <= truncate_dim <= self.get_embedding_dim():
             raise ValueError(f"truncate_dim must lie in 1..{self.get_embedding_dim()}, got {truncate_dim}")
-        before = self.config.chosen_prompt(prompt_name, prompt)
-        self.meter = Meter()
+        before = self.config.resolve_prompt(prompt_name, prompt)
+        self.meter = ThroughputMeter()
         if texts:
             self.lm.eval()
             with compiled(self.lm) if compile else contextlib.nullcontext():
@@ -322,69 +324,71 @@ class GemModel:
     # Generating
 
     @torch.no_grad()
-    def prefill(self, texts: Texts, *, add_special_tokens: bool = True) -> Handle:
-        """Run texts once, uncut, and keep their KV cache. `embed` and `generate` go on from the handle, in any order."""
+    def prefill(self, texts: Texts, *, add_special_tokens: bool = True) -> Prefill:
+        """Run texts once, uncut, and keep their KV cache. `embed` and `generate` go on from it, in any order."""
         self.lm.eval()
         ids_BT, mask_BT = self._prompt_ids(texts, add_special_tokens=add_special_tokens)
-        return prefilling.prefill(self.lm, ids_BT, mask_BT, single=isinstance(texts, str))
+        return prefilling.run_prefill(self.lm, ids_BT, mask_BT, single=isinstance(texts, str))
 
     @torch.no_grad()
-    def embed(self, handle: Handle, *, since: int = 0) -> Tensor:
-        """Embeddings of a handle's texts, [B, D] ([D] for one string): only what comes after the texts is computed.
+    def embed(self, prefill: Prefill, *, start: int = 0) -> Tensor:
+        """Embeddings of a prefill's texts, [B, D] ([D] for one string): only what comes after the texts is computed.
 
-        These are the template's words after a text and the special tokens, which see the columns from ``since`` on, such
-        as a question inside a prompt. The handle's cache stays as it was. Without special tokens, or with a template that
-        has words before the text, the vector is not in the cache: ValueError (`require_in_place`).
+        These are the template's words after a text and the special tokens, which see the columns from ``start`` on, such
+        as a question inside a prompt. The prefill's cache stays as it was. Without special tokens, or with a template that
+        has words before the text, the vector is not in the cache: ValueError (`require_embeddable_prefill`).
         """
         self.lm.eval()
-        self.require_in_place()
-        shared, after = self.config.shared_position, self.text_tokenizer.after
-        with first_layers(self.lm, self.config.layer):
+        self.require_embeddable_prefill()
+        shared, suffix_ids = self.config.shared_position, self.text_tokenizer.suffix_ids
+        with early_exit(self.lm, self.config.layer):
             hidden_BKD = prefilling.embed(
-                self.lm, handle, self.special_ids, shared_position=shared, since=since, after=after
+                self.lm, prefill, self.special_ids, shared_position=shared, start=start, suffix_ids=suffix_ids
             )
         vectors_BD = pool(hidden_BKD, self.config.pooling).float().cpu()
-        return vectors_BD[0] if handle.single else vectors_BD
+        return vectors_BD[0] if prefill.single else vectors_BD
 
-    def require_in_place(self) -> None:
+    def require_embeddable_prefill(self) -> None:
         """Refuse to embed a text in its own cache where its vector is not of it."""
         if not self.config.k:
             raise ValueError(
                 "this model has no special tokens: nothing to recover a text from, and to embed use encode"
             )
-        if self.text_tokenizer.before:
+        if self.text_tokenizer.prefix_ids:
             raise ValueError(
                 f"this model's template {self.config.template!r} has words before the text, which a cache of the text"
                 " alone has not seen: to embed use encode"
             )
 
     @torch.no_grad()
-    def generate(self, prompts: Texts | Handle, *, max_new_tokens: int = 256, **options: Any) -> Any:
+    def generate(self, prompts: Texts | Prefill, *, max_new_tokens: int = 256, **options: Any) -> Any:
         """Continue prompts: transformers' own `generate`, with the special tokens' ids never emitted.
 
-        Takes one string (gives a string), several (give a list), or a `Handle`, whose texts are not run again.
+        Takes one string (gives a string), several (give a list), or a `Prefill`, whose texts are not run again.
         ``options`` are those of transformers' `generate` (do_sample, temperature, stop_strings, streamer, ...).
         """
         self.lm.eval()
-        if isinstance(prompts, Handle):
-            handle, ids_BT, mask_BT, single = prompts, prompts.ids_BT, prompts.text.mask_BT, prompts.single
+        if isinstance(prompts, Prefill):
+            prefill, ids_BT, mask_BT, single = prompts, prompts.ids_BT, prompts.text.mask_BT, prompts.single
         else:
-            handle, (ids_BT, mask_BT), single = None, self._prompt_ids(prompts), isinstance(prompts, str)
-        out_BT = self.generate_ids(handle, ids_BT, mask_BT, max_new_tokens=max_new_tokens, **options)
+            prefill, (ids_BT, mask_BT), single = None, self._prompt_ids(prompts), isinstance(prompts, str)
+        out_BT = self.generate_ids(prefill, ids_BT, mask_BT, max_new_tokens=max_new_tokens, **options)
         texts = self.tokenizer.batch_decode(out_BT[:, ids_BT.shape[1] :], skip_special_tokens=True)
         return texts[0] if single and len(texts) == 1 else texts
 
     @torch.no_grad()
-    def generate_ids(self, handle: Handle | None, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Tensor:
+    def generate_ids(self, prefill: Prefill | None, ids_BT: Tensor, mask_BT: Tensor, **options: Any) -> Tensor:
         """`generate` on token ids, [B, T] padded on the left; returns prompts and continuations, [B, T + new]."""
-        never = self.config.special_ids
-        return prefilling.generate_ids(self.lm, self.tokenizer, handle, ids_BT, mask_BT, never=never, **options)
+        suppressed = self.config.special_ids
+        return prefilling.generate_ids(
+            self.lm, self.tokenizer, prefill, ids_BT, mask_BT, suppressed_ids=suppressed, **options
+        )
 
     def chat(self, messages: Sequence[Message], *, max_new_tokens: int = 256, **options: Any) -> str:
         """Answer a conversation in the base model's own chat format."""
         return str(self.generate(self.prefill_chat(messages), max_new_tokens=max_new_tokens, **options))
 
-    def prefill_chat(self, messages: Sequence[Message]) -> Handle:
+    def prefill_chat(self, messages: Sequence[Message]) -> Prefill:
         """`prefill` of a conversation, laid out by the tokenizer's chat template up to the answer's start."""
         if not self.tokenizer.chat_template:
             raise ValueError(
@@ -396,19 +400,19 @@ class GemModel:
     # Recovery
 
     @torch.no_grad()
-    def recover(self, texts: Texts | Handle, *, max_new_tokens: int = 64) -> Any:
+    def recover(self, texts: Texts | Prefill, *, max_new_tokens: int = 64) -> Any:
         """Decode texts greedily from their special tokens' KV alone (GEM, Appendix B).
 
         What comes back is what the special tokens remember, and so also what a stored KV of them gives away.
         """
         self.lm.eval()
-        if isinstance(texts, Handle):
-            self.require_in_place()
-            text, single = prefilling.followed(self.lm, texts.text, self.text_tokenizer.after), texts.single
+        if isinstance(texts, Prefill):
+            self.require_embeddable_prefill()
+            text, single = prefilling.append_tokens(self.lm, texts.text, self.text_tokenizer.suffix_ids), texts.single
         else:
             single = isinstance(texts, str)
             listed = [texts] if isinstance(texts, str) else texts
-            rows = self.text_tokenizer(listed, max_tokens=self.config.room)
+            rows = self.text_tokenizer(listed, max_tokens=self.config.max_text_tokens)
             ids_BT, mask_BT = (t.to(self.device) for t in left_pad(rows))
             text = text_pass(self.lm, ids_BT, mask_BT)
         shared = self.config.shared_position
@@ -418,8 +422,8 @@ class GemModel:
             for ids in greedy_from_specials(
                 self.lm,
                 specials,
-                ends=end_ids(self.lm, self.tokenizer),
-                never=self.config.special_ids,
+                eos_ids=find_eos_ids(self.lm, self.tokenizer),
+                suppressed_ids=self.config.special_ids,
                 max_new_tokens=max_new_tokens,
             )
         ]
@@ -432,7 +436,7 @@ class GemModel:
         if not listed:
             raise ValueError("no text given: give at least one prompt")
         table = self.lm.get_input_embeddings().weight.shape[0]
-        rows = self.text_tokenizer.prompts(listed, add_special_tokens=add_special_tokens, table=table)
+        rows = self.text_tokenizer.tokenize_prompts(listed, add_special_tokens=add_special_tokens, vocab_size=table)
         if empty := [i for i, r in enumerate(rows) if not r]:
             raise ValueError(f"prompt {empty[0]} has no tokens: give a prompt that is not empty")
         pad = self.tokenizer.pad_token_id

@@ -1,6 +1,6 @@
 """What GEM does with a KV cache: the only file that knows how transformers stores one.
 
-A text's cache is computed once (a handle holds it). Special tokens and generation go on from a *fork*: a cache object
+A text's cache is computed once (a `Prefill` holds it). Special tokens and generation go on from a *fork*: a cache object
 of its own over the same tensors, which transformers grows by concatenation, so the original is never written to. The
 *tail* is a cache of the last k columns alone: all that a suffix may know of a text.
 """
@@ -21,7 +21,7 @@ def new_cache(lm: PreTrainedModel) -> DynamicCache:
     return DynamicCache(config=lm.config)
 
 
-def new_keeping_cache(lm: PreTrainedModel) -> DynamicCache:
+def new_full_cache(lm: PreTrainedModel) -> DynamicCache:
     """An empty cache that keeps all columns. Sliding windows then hide old ones by their mask alone."""
     cache = new_cache(lm)
     cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
@@ -65,7 +65,7 @@ def size_in_bytes(cache: DynamicCache) -> int:
     return sum(t.numel() * t.element_size() for pair in key_values(cache) for t in pair)
 
 
-def concatenate(lm: PreTrainedModel, caches: list[DynamicCache]) -> DynamicCache:
+def concatenate_rows(lm: PreTrainedModel, caches: list[DynamicCache]) -> DynamicCache:
     """One cache of all rows of caches of equal length, in order."""
     if len(caches) == 1:
         return caches[0]
@@ -89,19 +89,19 @@ def from_key_values(
     return made
 
 
-def keeps_all(cache: DynamicCache) -> bool:
+def keeps_all_positions(cache: DynamicCache) -> bool:
     """Whether every layer keeps all columns: sliding windows drop old ones."""
     return not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
 
 
-def columns_of(cache: DynamicCache, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
+def slice_key_values(cache: DynamicCache, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of some of the columns; ValueError where sliding windows have dropped any."""
-    if not keeps_all(cache):
+    if not keeps_all_positions(cache):
         raise ValueError("this model's sliding windows drop old columns: its cache cannot be cut")
     return [(keys[..., start:stop, :], values[..., start:stop, :]) for keys, values in key_values(cache)]
 
 
-class RowCache(DynamicCache):
+class RunningCache(DynamicCache):
     """A cache whose rows come and go: B rows of T columns, each row's own ones at the right.
 
     Keys and values are views of buffers with room for more rows and columns, so that a step writes one column and a row

@@ -17,7 +17,7 @@ def pool(hidden_BKD: Tensor, pooling: Pooling) -> Tensor:
     return hidden_BKD.mean(dim=1) if pooling == "mean" else hidden_BKD.flatten(1)
 
 
-def pool_columns(hidden_BTD: Tensor, segments_BT: Tensor, pooling: Pooling) -> Tensor:
+def pool_hidden_states(hidden_BTD: Tensor, segments_BT: Tensor, pooling: Pooling) -> Tensor:
     """The vectors of rows that have run whole, [B, D] or [B, K * D].
 
     Pools over the special tokens; in rows without any (the SimCSE baseline) it is the mean over the text, in float32. A

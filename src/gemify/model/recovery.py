@@ -11,7 +11,7 @@ from gemify.model.forward import Specials
 from gemify.model.kv_cache import fork
 
 
-def end_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def find_eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that end a text: the tokenizer's and the generation configuration's."""
     ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     return {e for e in [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])] if e is not None}
@@ -19,7 +19,12 @@ def end_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]
 
 @torch.no_grad()
 def greedy_from_specials(
-    lm: PreTrainedModel, specials: Specials, *, ends: Collection[int], never: Sequence[int], max_new_tokens: int
+    lm: PreTrainedModel,
+    specials: Specials,
+    *,
+    eos_ids: Collection[int],
+    suppressed_ids: Sequence[int],
+    max_new_tokens: int,
 ) -> list[list[int]]:
     """Token ids decoded greedily after the special tokens, each row up to its end token.
 
@@ -30,13 +35,13 @@ def greedy_from_specials(
     logits_BV, cache, position_B = specials.logits_BV, fork(specials.cache), specials.next_position_B
     rows: list[list[int]] = [[] for _ in range(logits_BV.shape[0])]
     done = [False] * len(rows)
-    blocked = [i for i in never if i < logits_BV.shape[1]]
+    blocked = [i for i in suppressed_ids if i < logits_BV.shape[1]]
     for _ in range(max_new_tokens):
         next_B = logits_BV.index_fill(
             1, torch.tensor(blocked, device=logits_BV.device, dtype=torch.long), -torch.inf
         ).argmax(-1)
         for at, token in enumerate(next_B.tolist()):
-            done[at] = done[at] or token in ends
+            done[at] = done[at] or token in eos_ids
             if not done[at]:
                 rows[at].append(token)
         if all(done):

@@ -1,7 +1,7 @@
 """Caches of texts that ran apart, put one behind the other: the only file that knows rotary positions.
 
     ran apart      0 1 2 3      0 1 2         positions that their keys were rotated to
-    joined         0 1 2 3      4 5 6         `shift` turns the second one's keys by 4 more
+    joined         0 1 2 3      4 5 6         `shift_positions` turns the second one's keys by 4 more
 
 Rotary keys depend on a position by one rotation, so that moving a cache is exact. Joining is not: a text that ran
 apart has not seen the texts before it, and each has an attention sink of its own (its first token). What that costs is
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from gemify.model.kv_cache import from_key_values, keeps_all, key_values, new_cache
+from gemify.model.kv_cache import from_key_values, keeps_all_positions, key_values, new_cache
 
 
-def shift(lm: PreTrainedModel, cache: DynamicCache, by: int) -> DynamicCache:
+def shift_positions(lm: PreTrainedModel, cache: DynamicCache, by: int) -> DynamicCache:
     """A cache as if its text had stood ``by`` positions later (or earlier), if the model's positions are rotary."""
     if by == 0:
         return cache
@@ -27,8 +27,8 @@ def shift(lm: PreTrainedModel, cache: DynamicCache, by: int) -> DynamicCache:
     return from_key_values(lm, [(_turn(keys, frequencies, by), values) for keys, values in key_values(cache)])
 
 
-def join(lm: PreTrainedModel, caches: Sequence[DynamicCache]) -> DynamicCache:
-    """One cache with the columns of several, in order. Positions are left as they are: `shift` them before."""
+def concatenate(lm: PreTrainedModel, caches: Sequence[DynamicCache]) -> DynamicCache:
+    """One cache with the columns of several, in order. Positions are left as they are: `shift_positions` them before."""
     parts = [key_values(cache) for cache in caches]
     return from_key_values(
         lm,
@@ -41,17 +41,17 @@ def join(lm: PreTrainedModel, caches: Sequence[DynamicCache]) -> DynamicCache:
 
 @torch.no_grad()
 def require_shiftable(lm: PreTrainedModel) -> None:
-    """Try it: a token run at two places must have keys that differ by `shift` alone. ValueError if not.
+    """Try it: a token run at two places must have keys that differ by `shift_positions` alone. ValueError if not.
 
     One token, because it attends to itself wherever it stands: what else differs is then the positions' doing, and in
     low precision no rounding grows from layer to layer.
     """
-    if not keeps_all(new_cache(lm)):
+    if not keeps_all_positions(new_cache(lm)):
         raise ValueError("this model's caches cannot be joined: its sliding windows drop old columns")
     tokens = torch.full((1, 1), lm.get_input_embeddings().weight.shape[0] // 2, device=lm.device)
     try:
         here, there = (_run(lm, tokens, first) for first in (0, 9))
-        moved = key_values(shift(lm, here, 9))
+        moved = key_values(shift_positions(lm, here, 9))
         worst = max(
             float((a.float() - b.float()).norm() / b.float().norm().clamp_min(1e-6))
             for (a, _), (b, _) in zip(moved, key_values(there), strict=True)
@@ -62,7 +62,7 @@ def require_shiftable(lm: PreTrainedModel) -> None:
         raise ValueError("this model's caches cannot be joined: its positions are not plain rotary ones")
 
 
-def adapts_to_length(lm: PreTrainedModel) -> bool:
+def has_dynamic_rope(lm: PreTrainedModel) -> bool:
     """Whether a pass changes the model's own frequencies by the length of its text: then one pass at a time."""
     kinds = [getattr(m, "rope_type", None) for m in lm.modules()]
     named = [name for kind in kinds if kind for name in (kind.values() if isinstance(kind, dict) else [kind])]

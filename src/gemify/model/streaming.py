@@ -7,44 +7,20 @@ so that a tokenizer whose words begin with their space loses one at each line br
 
 from __future__ import annotations
 
-import threading
-from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
-
-if TYPE_CHECKING:
-    from gemify.model.gem import GemModel
-
 import contextlib
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextvars import copy_context
 from queue import SimpleQueue
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gemify.model.gem import GemModel, Message
-from gemify.model.prefill import Handle
-from gemify.model.recovery import end_ids
-
-# Whose turn it is: one lock for each loaded model, for code that is called from many threads.
-#
-# The passes themselves keep their state in ContextVars. What threads share is the tokenizer's switches (a text that spells
-# a special token flips one), torch's random numbers (a seed means nothing if another generation draws too), the meter,
-# and the cores. So a caller that does not own the model alone takes a turn around each call.
-
-_locks: WeakKeyDictionary[GemModel, Any] = WeakKeyDictionary()
-_making = threading.Lock()
-
-
-def turn(gem: GemModel) -> AbstractContextManager[bool]:
-    """``with turn(gem):`` runs alone on this model. A thread that has the turn may take it again."""
-    with _making:
-        lock: AbstractContextManager[bool] = _locks.setdefault(gem, threading.RLock())
-    return lock
-
+from gemify.model.prefill import Prefill
+from gemify.model.recovery import find_eos_ids
 
 _Queue = SimpleQueue[str | BaseException | None]
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
@@ -54,7 +30,7 @@ _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 class TextStream(Iterator[str]):
     """Pieces of one answer. The counts are final when it is exhausted."""
 
-    def __init__(self, pieces: Generator[str, None, None], written: Pieces) -> None:
+    def __init__(self, pieces: Generator[str, None, None], written: IncrementalDetokenizer) -> None:
         self._pieces, self._written = pieces, written
 
     def __next__(self) -> str:
@@ -81,17 +57,17 @@ class TextStream(Iterator[str]):
 
 def stream(
     gem: GemModel,
-    prompt: str | Handle,
+    prompt: str | Prefill,
     *,
     max_new_tokens: int = 256,
     stop: str | Sequence[str] | None = None,
     seed: int | None = None,
     **options: Any,
 ) -> TextStream:
-    """Continue a prompt, or a `Handle` of one, in pieces that join to the text `GemModel.generate` gives.
+    """Continue a prompt, or a `Prefill` of one, in pieces that join to the text `GemModel.generate` gives.
 
     Generation starts with the first piece asked for, and stops within one token when the stream is closed or dropped.
-    It holds the model's `turn` until its last token, whether the pieces are read or not.
+    It holds `GemModel.lock` until its last token, whether the pieces are read or not.
 
     Args:
         stop: the text ends before the first of these strings.
@@ -101,15 +77,15 @@ def stream(
     Raises:
         ValueError: several prompts, or an empty stop string. What `generate` raises comes with the first piece.
     """
-    if isinstance(prompt, Handle) and prompt.ids_BT.shape[0] != 1:
-        raise ValueError(f"one prompt can be streamed, got a handle of {prompt.ids_BT.shape[0]}: use generate")
-    if not isinstance(prompt, str | Handle):
+    if isinstance(prompt, Prefill) and prompt.ids_BT.shape[0] != 1:
+        raise ValueError(f"one prompt can be streamed, got a prefill of {prompt.ids_BT.shape[0]}: use generate")
+    if not isinstance(prompt, str | Prefill):
         raise ValueError(f"one prompt can be streamed, got a {type(prompt).__name__}: give a string, or use generate")
     for name in ("num_beams", "num_return_sequences"):
         if (options.get(name) or 1) != 1:
             raise ValueError(f"one answer can be streamed, got {name}={options[name]}: use generate")
     queue: _Queue = SimpleQueue()
-    written = Pieces(gem, sink=queue.put, stop=stop, max_new_tokens=max_new_tokens)
+    written = IncrementalDetokenizer(gem, sink=queue.put, stop=stop, max_new_tokens=max_new_tokens)
     options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), written])
     options["max_new_tokens"] = max_new_tokens
     return TextStream(_pieces(gem, prompt, written, queue, seed, options), written)
@@ -117,21 +93,26 @@ def stream(
 
 def stream_chat(gem: GemModel, messages: Sequence[Message], **options: Any) -> TextStream:
     """`stream` of the answer to a conversation, as `GemModel.chat` gives it."""
-    with turn(gem):
-        handle = gem.prefill_chat(messages)
-    return stream(gem, handle, **options)
+    with gem.lock:
+        prefill = gem.prefill_chat(messages)
+    return stream(gem, prefill, **options)
 
 
 def _pieces(
-    gem: GemModel, prompt: str | Handle, written: Pieces, queue: _Queue, seed: int | None, options: dict[str, Any]
+    gem: GemModel,
+    prompt: str | Prefill,
+    written: IncrementalDetokenizer,
+    queue: _Queue,
+    seed: int | None,
+    options: dict[str, Any],
 ) -> Generator[str, None, None]:
     def work() -> None:
         try:
-            with turn(gem), _drawing_from(seed, gem.device):
+            with gem.lock, _drawing_from(seed, gem.device):
                 if not written.closed.is_set():
-                    handle = gem.prefill(prompt) if isinstance(prompt, str) else prompt
-                    written.prompt_tokens = handle.ids_BT.shape[1]
-                    text = gem.generate(handle, **options)
+                    prefill = gem.prefill(prompt) if isinstance(prompt, str) else prompt
+                    written.prompt_tokens = prefill.ids_BT.shape[1]
+                    text = gem.generate(prefill, **options)
                     written.finish(text if isinstance(text, str) else text[0])
             queue.put(None)
         except BaseException as error:
@@ -145,11 +126,11 @@ def _pieces(
                 raise item
             yield item
     finally:
-        # Not joined: the thread may be waiting for a turn that whoever drops this stream holds.
+        # Not joined: the thread may be waiting for the lock, which whoever drops this stream may hold.
         written.closed.set()
 
 
-class Pieces(StoppingCriteria):
+class IncrementalDetokenizer(StoppingCriteria):
     """What is being generated: token ids in, pieces of text out (whole characters, up to a stop string).
 
     Given to transformers' `generate` as a stopping criterion; `finish` takes the text that `generate` has made.
@@ -171,7 +152,7 @@ class Pieces(StoppingCriteria):
         self.prompt_tokens = prompt_tokens
         self.ids: list[int] = []
         self._sink, self._max_new_tokens, self._tokenizer = sink, max_new_tokens, gem.tokenizer
-        self.ends = end_ids(gem.lm, gem.tokenizer)
+        self.eos_ids = find_eos_ids(gem.lm, gem.tokenizer)
         # A token may decode differently at the start of a text, so new ones are decoded after those of the piece before.
         self._from = self._read = 0
         self._text = ""
@@ -185,7 +166,7 @@ class Pieces(StoppingCriteria):
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:
-        full = len(self.ids) >= self._max_new_tokens and self.ids[-1] not in self.ends
+        full = len(self.ids) >= self._max_new_tokens and self.ids[-1] not in self.eos_ids
         return "length" if full and not self._stopped else "stop"
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

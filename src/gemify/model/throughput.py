@@ -20,7 +20,7 @@ def peak_memory_bytes() -> int:
 
 
 @dataclass
-class Meter:
+class ThroughputMeter:
     """Counts tokens from its making on. ``tokens``: columns computed; ``padding``: how many of them were padding."""
 
     tokens: int = 0
@@ -45,7 +45,7 @@ def throughput(tokens: int, padding: int, seconds: float) -> dict[str, Any]:
     }
 
 
-def in_words(report: dict[str, Any]) -> str:
+def format_summary(report: dict[str, Any]) -> str:
     """One line for people."""
     return (
         f"{report['tokens']:,} tokens in {report['seconds']:.1f} s ({report['tokens_per_second']:,.0f} tokens/s,"

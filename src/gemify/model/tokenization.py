@@ -30,7 +30,7 @@ def require_template(template: str, *, k: int) -> None:
         raise ValueError(f"template {template!r} needs special tokens to read it, there are 0: leave it out")
 
 
-def around(template: str) -> tuple[str, str]:
+def split_template(template: str) -> tuple[str, str]:
     """What stands before the text and what after it."""
     before, after = template.split(TEXT)
     return before, after
@@ -48,17 +48,17 @@ class TextTokenizer:
     template: str = PLAIN
 
     @cached_property
-    def before(self) -> list[int]:
+    def prefix_ids(self) -> list[int]:
         """Ids of the template's words before a text."""
-        return self._words(around(self.template)[0])
+        return self._words(split_template(self.template)[0])
 
     @cached_property
-    def after(self) -> list[int]:
+    def suffix_ids(self) -> list[int]:
         """Ids of the template's words after a text."""
-        return self._words(around(self.template)[1])
+        return self._words(split_template(self.template)[1])
 
     @property
-    def head(self) -> list[int]:
+    def bos_ids(self) -> list[int]:
         """What the tokenizer puts before every text (a BOS, mostly, or nothing)."""
         bare: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full: list[int] = self.tokenizer("a")["input_ids"]
@@ -68,14 +68,14 @@ class TextTokenizer:
         return []
 
     def __call__(self, texts: Sequence[str], *, max_tokens: int | None) -> list[list[int]]:
-        """Ids of each text to embed: ``head``, template and text, of which the text is cut to ``max_tokens`` in all."""
+        """Ids of each text to embed: ``bos_ids``, template and text, of which the text is cut to ``max_tokens`` in all."""
         if not texts:
             return []
-        start = self.head + self.before
-        room = None if max_tokens is None else max(0, max_tokens - len(start) - len(self.after))
-        return [start + row + self.after for row in self.plain(texts, max_tokens=room)]
+        start = self.bos_ids + self.prefix_ids
+        room = None if max_tokens is None else max(0, max_tokens - len(start) - len(self.suffix_ids))
+        return [start + row + self.suffix_ids for row in self.tokenize_plain(texts, max_tokens=room)]
 
-    def plain(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[list[int]]:
+    def tokenize_plain(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[list[int]]:
         """Ids of each text alone, cut at the end to ``max_tokens``."""
         if not texts:
             return []
@@ -85,18 +85,18 @@ class TextTokenizer:
                 rows[at] = self.tokenizer(texts[at], add_special_tokens=False, split_special_tokens=True)["input_ids"]
         return [row[:max_tokens] for row in rows]
 
-    def prompts(self, texts: Sequence[str], *, add_special_tokens: bool, table: int) -> list[list[int]]:
+    def tokenize_prompts(self, texts: Sequence[str], *, add_special_tokens: bool, vocab_size: int) -> list[list[int]]:
         """Ids of prompts to continue, as the base's own tokenizer reads them.
 
-        An added special token that has no row among the ``table`` rows means nothing to the base: its name is text.
+        An added special token that has no row among the ``vocab_size`` rows means nothing to the base: its name is text.
         """
         rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)[
             "input_ids"
         ]
         for at, row in enumerate(rows):
-            if any(i >= table for i in row):
-                rows[at] = (self.head if add_special_tokens else []) + self.plain([texts[at]])[0]
+            if any(i >= vocab_size for i in row):
+                rows[at] = (self.bos_ids if add_special_tokens else []) + self.tokenize_plain([texts[at]])[0]
         return rows
 
     def _words(self, words: str) -> list[int]:
-        return self.plain([words])[0] if words else []
+        return self.tokenize_plain([words])[0] if words else []

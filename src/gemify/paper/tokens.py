@@ -50,7 +50,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Columns:
+class RowInputs:
     """A row laid out column by column: four lists of equal length T.
 
     ``labels`` are unshifted, as transformers wants them: column t holds its own id if that id is to be predicted
@@ -107,13 +107,13 @@ def suffix_start(prefix_length: int, k: int, *, shared: bool) -> int:
     return prefix_length + (1 if shared else k)
 
 
-def columns(row: Row, special_ids: Sequence[int], *, shared_position: bool = True) -> Columns:
+def build_inputs(row: Row, special_ids: Sequence[int], *, shared_position: bool = True) -> RowInputs:
     """Lay a row out for a single masked forward pass."""
     m, k = len(row.prefix), len(special_ids)
     if not row.special:
-        return Columns(list(row.prefix), [int(Segment.TEXT)] * m, list(range(m)), list(row.prefix))
+        return RowInputs(list(row.prefix), [int(Segment.TEXT)] * m, list(range(m)), list(row.prefix))
     n, start = len(row.suffix), suffix_start(m, k, shared=shared_position)
-    return Columns(
+    return RowInputs(
         ids=[*row.prefix, *special_ids, *row.suffix],
         segments=[int(Segment.TEXT)] * m + [int(Segment.SPECIAL)] * k + [int(Segment.SUFFIX)] * n,
         positions=[*range(m), *special_positions(m, k, shared=shared_position), *range(start, start + n)],

@@ -7,10 +7,10 @@ import logging
 import torch
 from transformers import DynamicCache
 
-from gemify.model.forward import Text, special_pass
+from gemify.model.forward import CachedText, special_pass
 from gemify.model.gem import GemModel
-from gemify.model.kv_cache import columns_of, from_key_values
-from gemify.model.rope_shift import shift
+from gemify.model.kv_cache import from_key_values, slice_key_values
+from gemify.model.rope_shift import shift_positions
 from gemify.rag.kv_store import KvStore
 from gemify.rag.prompt_cache import RunningPrompt
 
@@ -54,10 +54,12 @@ class PassageCaches:
         """A passage's columns, or its special tokens' alone, as if they stood at column ``to``."""
         lm = self._gem.lm
         if special:
-            return tuple(self._gem.special_ids), shift(lm, self._special(passage), to - len(passage))
+            return tuple(self._gem.special_ids), shift_positions(lm, self._special(passage), to - len(passage))
         before = len(self.head) + len(self._label)
         _, cache = self.exact(self.head + self._label + passage)
-        return passage, shift(lm, from_key_values(lm, columns_of(cache, before, before + len(passage))), to - before)
+        return passage, shift_positions(
+            lm, from_key_values(lm, slice_key_values(cache, before, before + len(passage))), to - before
+        )
 
     @torch.no_grad()
     def _special(self, passage: Ids) -> DynamicCache:
@@ -78,7 +80,7 @@ class PassageCaches:
             except OSError as error:
                 logger.warning("a cache is not kept: %s", error)
 
-    def _run(self, ids: Ids) -> Text:
+    def _run(self, ids: Ids) -> CachedText:
         prompt = RunningPrompt(self._gem)
         prompt.adopt(*self.start())
         text = prompt.reach(ids).text

@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 
 from gemify.model.gem import GemModel
-from gemify.model.prefill import Handle
+from gemify.model.prefill import Prefill
 from gemify.model.rope_shift import require_shiftable
 from gemify.rag.chat_template import ChatFormat, Layout, Turn
 from gemify.rag.kv_store import KvStore
@@ -144,7 +144,7 @@ class GemRag:
         config = gem.config
         prompted = config.prompts.get("query", config.prompts.get(config.default_prompt_name or "", ""))
         # Where a question's vector is not in the chat's cache, the question is run for it apart.
-        apart = embedder is not None or not config.k or bool(prompted) or bool(gem.text_tokenizer.before)
+        apart = embedder is not None or not config.k or bool(prompted) or bool(gem.text_tokenizer.prefix_ids)
         self.in_place = self.settings.order == "question-first" and not apart
         self.limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
         self.format = ChatFormat(gem.tokenizer)
@@ -238,7 +238,7 @@ class Conversation:
         vector: np.ndarray = self._prompt.reach_and_embed(layout.ids[: start + len(asked)], since=start).numpy()
         return vector
 
-    def read(self, question: str, passages: Sequence[Found]) -> Handle:
+    def read(self, question: str, passages: Sequence[Found]) -> Prefill:
         """Run the prompt of the next question and its passages, up to where the answer starts.
 
         What has run, here or in a kept cache, is not run again.

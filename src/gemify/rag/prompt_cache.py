@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from gemify.model.forward import Text, text_and_special_pass
+from gemify.model.forward import CachedText, text_and_special_pass
 from gemify.model.gem import GemModel
-from gemify.model.kv_cache import columns_of, from_key_values, keeps_all, new_cache
+from gemify.model.kv_cache import from_key_values, keeps_all_positions, new_cache, slice_key_values
 from gemify.model.pooling import pool
-from gemify.model.prefill import Handle, extend, generate_ids
-from gemify.model.recovery import end_ids
-from gemify.model.rope_shift import join
-from gemify.model.streaming import Pieces
+from gemify.model.prefill import Prefill, extend, generate_ids
+from gemify.model.recovery import find_eos_ids
+from gemify.model.rope_shift import concatenate
+from gemify.model.streaming import IncrementalDetokenizer
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,17 @@ class RunningPrompt:
         """Forget what has run."""
         self.ids: tuple[int, ...] = ()
         self._cache = new_cache(self._gem.lm)
-        self._handle: Handle | None = None
+        self._handle: Prefill | None = None
 
     def adopt(self, ids: Sequence[int], cache: DynamicCache) -> None:
         """Take a cache that was computed elsewhere: ``ids`` have run."""
         self.ids, self._cache, self._handle = tuple(ids), cache, None
 
     @property
-    def text(self) -> Text:
-        return Text(self._cache, torch.ones(1, len(self.ids), dtype=torch.bool, device=self._gem.device))
+    def text(self) -> CachedText:
+        return CachedText(self._cache, torch.ones(1, len(self.ids), dtype=torch.bool, device=self._gem.device))
 
-    def reach(self, ids: Sequence[int]) -> Handle:
+    def reach(self, ids: Sequence[int]) -> Prefill:
         """Run what is new of ``ids`` after what has run already."""
         target = tuple(ids)
         if self._handle is not None and self.ids == target:
@@ -71,9 +71,9 @@ class RunningPrompt:
         """
         gem, target = self._gem, tuple(ids)
         config = gem.config
-        if not config.k or not keeps_all(self._cache) or config.layer is not None:
-            return gem.embed(self.reach(target), since=since)
-        gem.require_in_place()
+        if not config.k or not keeps_all_positions(self._cache) or config.layer is not None:
+            return gem.embed(self.reach(target), start=since)
+        gem.require_embeddable_prefill()
         gem.lm.eval()
         ids_BT = torch.tensor(self._rest(target), device=gem.device)[None]
         text, hidden_BKD = text_and_special_pass(
@@ -82,9 +82,9 @@ class RunningPrompt:
             ids_BT,
             torch.ones_like(ids_BT).bool(),
             gem.special_ids,
-            since=since,
+            start=since,
             shared_position=config.shared_position,
-            after=gem.text_tokenizer.after,
+            suffix_ids=gem.text_tokenizer.suffix_ids,
         )
         self.adopt(target, text.cache)
         self.computed += ids_BT.shape[1]
@@ -101,17 +101,17 @@ class RunningPrompt:
         self._cut(min(common, len(target) - 1))
         return target[len(self.ids) :]
 
-    def append(self, ids: Sequence[int]) -> Handle:
+    def append(self, ids: Sequence[int]) -> Prefill:
         """Run ``ids`` after all that has run, also where that is a joined cache."""
         return self._run(tuple(ids))
 
     def join(self, ids: Sequence[int], cache: DynamicCache) -> None:
         """Put a cache that was computed elsewhere, and moved to this place, behind what has run."""
-        self.adopt((*self.ids, *ids), join(self._gem.lm, [self._cache, cache]) if self.ids else cache)
+        self.adopt((*self.ids, *ids), concatenate(self._gem.lm, [self._cache, cache]) if self.ids else cache)
 
     def write(
         self,
-        handle: Handle,
+        handle: Prefill,
         *,
         max_new_tokens: int,
         stop: str | Sequence[str] | None = None,
@@ -125,7 +125,9 @@ class RunningPrompt:
         text before the first of these strings; ``options`` are those of transformers' `generate`.
         """
         gem, before = self._gem, handle.ids_BT.shape[1]
-        pieces = Pieces(gem, sink=on_text or _drop, stop=stop, max_new_tokens=max_new_tokens, prompt_tokens=before)
+        pieces = IncrementalDetokenizer(
+            gem, sink=on_text or _drop, stop=stop, max_new_tokens=max_new_tokens, prompt_tokens=before
+        )
         criteria = [pieces] if on_token is None else [_Watched(on_token), pieces]
         with torch.no_grad():
             out = generate_ids(
@@ -134,7 +136,7 @@ class RunningPrompt:
                 handle,
                 handle.ids_BT,
                 handle.text.mask_BT,
-                never=gem.special_ids,
+                suppressed_ids=gem.special_ids,
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=StoppingCriteriaList(criteria),
                 return_dict_in_generate=True,
@@ -144,21 +146,21 @@ class RunningPrompt:
         new = sequence[before:]
         pieces.finish(str(gem.tokenizer.decode(new, skip_special_tokens=True)))
         self.adopt(sequence[:-1], out.past_key_values)  # the last token was made, not run
-        kept = new[:-1] if new and new[-1] in end_ids(gem.lm, gem.tokenizer) else new
+        kept = new[:-1] if new and new[-1] in find_eos_ids(gem.lm, gem.tokenizer) else new
         return Written(pieces.text, tuple(kept), len(new))
 
     def _cut(self, columns: int) -> None:
         if columns == len(self.ids):
             return
         try:
-            pairs = columns_of(self._cache, 0, columns) if columns else None
+            pairs = slice_key_values(self._cache, 0, columns) if columns else None
         except ValueError:  # sliding windows: start over
             pairs = None
         lm = self._gem.lm
         self._cache = from_key_values(lm, pairs) if pairs else new_cache(lm)
         self.ids, self._handle = self.ids[: columns if pairs else 0], None
 
-    def _run(self, new: tuple[int, ...]) -> Handle:
+    def _run(self, new: tuple[int, ...]) -> Prefill:
         gem = self._gem
         gem.lm.eval()
         before_BT, ids_BT = (torch.tensor(part, dtype=torch.long, device=gem.device)[None] for part in (self.ids, new))

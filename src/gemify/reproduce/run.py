@@ -202,7 +202,7 @@ def _suite(
 
 
 def _recipe(cell: Cell, training_data: str) -> Recipe | None:
-    return None if cell.recipe is None else Recipe.of({**cell.recipe, "data": training_data}, source=cell.name)
+    return None if cell.recipe is None else Recipe.from_dict({**cell.recipe, "data": training_data}, source=cell.name)
 
 
 def _cell_tasks(cell: Cell, scale: Scale) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Prompts:
             tokenizer = copy.deepcopy(gem.tokenizer)
             self._copies.put(_Tools(tokenizer, replace(gem.text_tokenizer, tokenizer=tokenizer)))
         self._table = int(gem.lm.get_input_embeddings().weight.shape[0])
-        self._room, self._columns = gem.max_seq_length, gem.config.room
+        self._room, self._columns = gem.max_seq_length, gem.config.max_text_tokens
         self._limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
         self._longest = max(map(len, gem.tokenizer.get_vocab()))  # characters of a token
         self._tools = threading.local()
@@ -102,7 +102,7 @@ class Prompts:
 
     async def ids(self, text: str) -> list[int]:
         """Ids of a text, nothing before it."""
-        return await self.run(lambda: list(self._own().texts.plain([text])[0]))
+        return await self.run(lambda: list(self._own().texts.tokenize_plain([text])[0]))
 
     def _require_room(self, text: str, tokens: int | None) -> None:
         """Refuse at once what cannot fit, instead of reading megabytes to find out."""
@@ -124,7 +124,7 @@ class Prompts:
         return self._own().texts(texts, max_tokens=max_tokens)
 
     def _prompt(self, text: str) -> list[int]:
-        return self._own().texts.prompts([text], add_special_tokens=True, table=self._table)[0]
+        return self._own().texts.tokenize_prompts([text], add_special_tokens=True, vocab_size=self._table)[0]
 
     def _chat(self, messages: Sequence[ChatMessage], passages: Sequence[Found] | None) -> tuple[int, ...]:
         chat = ChatFormat(self._own().tokenizer)  # a new one each time: it keeps every sequence of roles it has seen

@@ -12,14 +12,14 @@ from gemify.model.encode import TextTokenizer
 from gemify.paper.tokens import Row, random_split, raw_row, reconstruction_row, soft_prompt_row, split_row, summary_row
 from gemify.paper.views import View
 from gemify.training.data import Example, Source
-from gemify.training.distributed import Share
+from gemify.training.distributed import RankShard
 from gemify.training.objective import MicroBatch, target_count
 from gemify.training.recipe import Recipe
 
 
-def dealt(whole: MicroBatch, rank: int, world: int) -> MicroBatch:
+def shard_batch(whole: MicroBatch, rank: int, world: int) -> MicroBatch:
     """The share of a micro-batch that one process works on."""
-    rows, views = Share.of(whole.rows, rank, world), Share.of(whole.views, rank, world)
+    rows, views = RankShard.of(whole.rows, rank, world), RankShard.of(whole.views, rank, world)
     return replace(
         whole,
         rows=rows.items,
@@ -64,7 +64,7 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
     ) -> None:
         self.recipe, self.source, self.tokenize = recipe, source, tokenize
         self.end = (end_id,) if recipe.append_end and end_id is not None else ()
-        self.head = tuple(tokenize.head)
+        self.head = tuple(tokenize.bos_ids)
         self.rank, self.world = rank, world
         self.start_step = 0
         contrastive = recipe.contrastive_batch_size
@@ -103,7 +103,7 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, _ in made for r in rows)
         for rows, views in made:
             whole = MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made))
-            yield {"batch": dealt(whole, self.rank, self.world)}
+            yield {"batch": shard_batch(whole, self.rank, self.world)}
 
     def _views(self, example: Tokens, rng: Random) -> tuple[View, View]:
         """Two views of a text, or of the two of a pair; template and what the tokenizer puts first (a BOS) are in both."""
@@ -116,7 +116,7 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
     def _whole(self, view: View) -> View:
         """A view as it runs: nothing is dropped or hidden of what stands around the text."""
-        before, after = self.head + tuple(self.tokenize.before), tuple(self.tokenize.after)
+        before, after = self.head + tuple(self.tokenize.prefix_ids), tuple(self.tokenize.suffix_ids)
         return View(before + view.ids + after, (True,) * len(before) + view.seen + (True,) * len(after))
 
     def _contrasted(self, examples: list[Tokens], rows: list[Row]) -> list[Tokens]:
@@ -175,8 +175,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
     def _tokens(self, examples: list[Example]) -> list[Tokens]:
         most = self.recipe.max_length
-        first = self.tokenize.plain([e.text for e in examples], max_tokens=most - len(self.head))
-        second = self.tokenize.plain([e.second or "" for e in examples], max_tokens=most)
+        first = self.tokenize.tokenize_plain([e.text for e in examples], max_tokens=most - len(self.head))
+        second = self.tokenize.tokenize_plain([e.second or "" for e in examples], max_tokens=most)
         made = []
         for example, ids, more in zip(examples, first, second, strict=True):
             if len(ids) >= self.recipe.min_length and (example.second is None or more):

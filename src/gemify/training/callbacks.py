@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemify.io.atomic import atomic_file
-from gemify.training.distributed import most
+from gemify.training.distributed import all_reduce_max
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -85,7 +85,7 @@ class StopOnSignal(TrainerCallback):
         self.asked = True
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        self.agreed = bool(most(int(self.asked), args.device))
+        self.agreed = bool(all_reduce_max(int(self.asked), args.device))
         if self.agreed and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control

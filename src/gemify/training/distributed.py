@@ -20,7 +20,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Share(Generic[Item]):
+class RankShard(Generic[Item]):
     """What one process takes of a batch: its own items, then at most one that only fills up."""
 
     items: list[Item]
@@ -29,10 +29,10 @@ class Share(Generic[Item]):
     """Items of the whole batch."""
 
     @staticmethod
-    def of(items: Sequence[Item], rank: int, world: int) -> Share[Item]:
+    def of(items: Sequence[Item], rank: int, world: int) -> RankShard[Item]:
         mine = list(items[rank::world])
         fill = list(items[:1]) if len(mine) * world < len(items) else []
-        return Share(mine + fill, len(mine), len(items))
+        return RankShard(mine + fill, len(mine), len(items))
 
 
 def world_size() -> int:
@@ -67,7 +67,7 @@ class _Gather(torch.autograd.Function):
         return gradient_WND[rank()]
 
 
-def add_up(numbers: Sequence[float], device: torch.device) -> list[float]:
+def all_reduce_sum(numbers: Sequence[float], device: torch.device) -> list[float]:
     """Each number's sum over all processes."""
     if world_size() == 1:
         return list(numbers)
@@ -76,7 +76,7 @@ def add_up(numbers: Sequence[float], device: torch.device) -> list[float]:
     return [float(x) for x in sums]
 
 
-def most(number: int, device: torch.device) -> int:
+def all_reduce_max(number: int, device: torch.device) -> int:
     """The largest of all processes' numbers."""
     if world_size() == 1:
         return number
@@ -85,7 +85,7 @@ def most(number: int, device: torch.device) -> int:
     return int(found)
 
 
-def wait_for_all() -> None:
+def barrier() -> None:
     """Go on when every process has come here."""
     if world_size() > 1:
         dist.barrier()

@@ -110,7 +110,7 @@ class Sharded(Trainer):
         return super().training_step(*args, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        whole = whole_weights(self.objective)
+        whole = gather_weights(self.objective)
         if self.args.should_save:
             self._save(output_dir, whole)
 
@@ -138,7 +138,7 @@ def _layers(lm: nn.Module) -> list[str]:
 
 
 @contextmanager
-def outermost_whole(objective: Objective) -> Iterator[None]:
+def unshard_root(objective: Objective) -> Iterator[None]:
     """Passes of the language model that do not begin at the objective find embeddings and final norm whole."""
     if not objective.sharded:
         yield
@@ -151,7 +151,7 @@ def outermost_whole(objective: Objective) -> Iterator[None]:
         outermost.reshard()
 
 
-def whole_weights(objective: Objective) -> dict[str, Tensor]:
+def gather_weights(objective: Objective) -> dict[str, Tensor]:
     """All weights on the CPU, in the first process; the others get nothing, but must take part."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found: dict[str, Any] = get_model_state_dict(objective, options=options)

@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gemify.model.adapter import Adapter
-from gemify.model.batching import PASS_COLUMNS, length_groups
-from gemify.model.early_exit import first_layers
+from gemify.model.batching import PASS_OVERHEAD_TOKENS, length_groups
+from gemify.model.early_exit import early_exit
 from gemify.model.forward import (
     MaskedBatch,
     Specials,
-    join_specials,
+    concatenate_specials,
     left_pad,
     masked_pass,
     right_pad,
@@ -32,11 +32,11 @@ from gemify.model.forward import (
     suffix_pass,
     text_pass,
 )
-from gemify.model.pooling import Pooling, pool, pool_columns
+from gemify.model.pooling import Pooling, pool, pool_hidden_states
 from gemify.paper.objectives import Temperature, info_nce, next_token_loss, total_loss
-from gemify.paper.tokens import IGNORED, Columns, Row, Segment, columns
+from gemify.paper.tokens import IGNORED, Row, RowInputs, Segment, build_inputs
 from gemify.paper.views import View
-from gemify.training.distributed import gather, most, rank, world_size
+from gemify.training.distributed import all_reduce_max, gather, rank, world_size
 
 # Next-token loss from hidden states: the output head runs at the targets only, and no more of its logits are held than needed.
 #
@@ -93,7 +93,7 @@ class MicroBatch:
     """Rows that count, from the first on; one more only fills up the share of a process. None: all."""
     own_pairs: int | None = None
     pairs: int | None = None
-    """Pairs of views of all processes together, dealt out as `processes.Share` does. None: those here."""
+    """Pairs of views of all processes together, shard_batch out as `processes.Share` does. None: those here."""
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Objective(nn.Module):
         pooling: Pooling,
         layer: int | None = None,
         group_tokens: int = 8192,
-        pass_columns: float = PASS_COLUMNS,
+        pass_overhead_tokens: float = PASS_OVERHEAD_TOKENS,
         contrastive_chunk_size: int | None = None,
         sharded: bool = False,
     ) -> None:
@@ -149,7 +149,7 @@ class Objective(nn.Module):
         self.special_ids = list(special_ids)
         self.frozen_base, self.shared_position, self.pooling = frozen_base, shared_position, pooling
         self.layer = layer  # where the contrastive passes stop
-        self.group_tokens, self.pass_columns = group_tokens, pass_columns
+        self.group_tokens, self.pass_overhead_tokens = group_tokens, pass_overhead_tokens
         self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
         self.plain_head = has_plain_head(lm)
 
@@ -197,11 +197,11 @@ class Objective(nn.Module):
 
     def _groups(self, lengths: list[int], *, rows: int | None = None) -> list[list[int]]:
         """Row numbers in groups that run together, of at most ``rows``."""
-        groups = length_groups(lengths, max_tokens=self.group_tokens, pass_columns=self.pass_columns)
+        groups = length_groups(lengths, max_tokens=self.group_tokens, pass_overhead_tokens=self.pass_overhead_tokens)
         if rows is not None:
             groups = [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
         if self.sharded:  # every process must run the layers equally often, as each holds a part of them
-            wanted = most(len(groups), self.device)
+            wanted = all_reduce_max(len(groups), self.device)
             while len(groups) < wanted:
                 largest = max(groups, key=len)
                 groups.remove(largest)
@@ -235,7 +235,7 @@ class Objective(nn.Module):
                 )
             )
             order += group
-        specials = join_specials(self.lm, parts)
+        specials = concatenate_specials(self.lm, parts)
         place = {row: at for at, row in enumerate(order)}
         first_N = torch.tensor([rows[i].suffix[0] if i < own else IGNORED for i in order])
         last_BN = specials.logits_BV if specials.hidden_BKD is None else specials.hidden_BKD[:, -1]
@@ -293,14 +293,14 @@ class Objective(nn.Module):
         self, ids_BT: Tensor, mask_BT: Tensor, rows: list[list[int]], seen: list[list[tuple[bool, ...]]]
     ) -> Tensor:
         """One pass of some texts, then turns of special tokens: each on some of the rows, and what they see of them."""
-        with torch.no_grad(), first_layers(self.lm, self.layer):
+        with torch.no_grad(), early_exit(self.lm, self.layer):
             text = text_pass(self.lm, ids_BT, mask_BT)
         out = []
         for present, flags in zip(rows, seen, strict=True):
             some = text if present == list(range(len(mask_BT))) else text.rows(present)
             flags_BT, _ = left_pad(flags)
             seen_BT = nn.functional.pad(flags_BT.bool(), (some.mask_BT.shape[1] - flags_BT.shape[1], 0))
-            with first_layers(self.lm, self.layer):
+            with early_exit(self.lm, self.layer):
                 specials = special_pass(
                     self.lm,
                     some,
@@ -315,7 +315,7 @@ class Objective(nn.Module):
     # Trained base: one masked pass
 
     def _ntp_masked(self, rows: list[Row], own: int, computed: Computed) -> Tensor:
-        laid_out = [columns(r, self.special_ids, shared_position=self.shared_position) for r in rows]
+        laid_out = [build_inputs(r, self.special_ids, shared_position=self.shared_position) for r in rows]
         for at, row in enumerate(laid_out[own:], start=own):
             laid_out[at] = replace(row, labels=[IGNORED] * len(row.labels))
         found = []
@@ -327,11 +327,11 @@ class Objective(nn.Module):
     def _embed_masked(self, views: list[View], computed: Computed) -> Tensor:
         laid_out = []
         for view in views:
-            row = columns(Row("split", view.ids), self.special_ids, shared_position=self.shared_position)
+            row = build_inputs(Row("split", view.ids), self.special_ids, shared_position=self.shared_position)
             hide = [
                 Segment.HIDDEN if at < len(view.seen) and not view.seen[at] else s for at, s in enumerate(row.segments)
             ]
-            laid_out.append(Columns(row.ids, hide, row.positions, row.labels))
+            laid_out.append(RowInputs(row.ids, hide, row.positions, row.labels))
         out: list[Tensor] = []
         order: list[int] = []
         for group, batch in self._masked_batches(laid_out, computed, rows=self.contrastive_chunk_size):
@@ -340,12 +340,12 @@ class Objective(nn.Module):
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 
     def _embed_rows(self, batch: MaskedBatch) -> Tensor:
-        with first_layers(self.lm, self.layer):
+        with early_exit(self.lm, self.layer):
             hidden_BTD = masked_pass(self.lm, batch, body_only=True)
-        return pool_columns(hidden_BTD, batch.segments_BT, self.pooling)
+        return pool_hidden_states(hidden_BTD, batch.segments_BT, self.pooling)
 
     def _masked_batches(
-        self, laid_out: list[Columns], computed: Computed, *, rows: int | None = None
+        self, laid_out: list[RowInputs], computed: Computed, *, rows: int | None = None
     ) -> list[tuple[list[int], MaskedBatch]]:
         batches = []
         for group in self._groups([len(c.ids) for c in laid_out], rows=rows):

@@ -172,7 +172,7 @@ class Recipe:
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     @staticmethod
-    def of(values: Mapping[str, Any], *, source: str = "the recipe") -> Recipe:
+    def from_dict(values: Mapping[str, Any], *, source: str = "the recipe") -> Recipe:
         """Build from plain values; unknown names and wrong types raise ValueError."""
         hints = get_type_hints(Recipe)
         if unknown := sorted(set(values) - set(hints)):
@@ -194,8 +194,8 @@ class Recipe:
         return Recipe(**checked)
 
     @staticmethod
-    def from_yaml(path: Path) -> dict[str, Any]:
-        """The entries of a YAML recipe (to be overridden by flags, then given to `of`)."""
+    def read_yaml(path: Path) -> dict[str, Any]:
+        """The entries of a YAML recipe (to be overridden by flags, then given to `from_dict`)."""
         if not path.is_file():
             raise ValueError(f"no such recipe file: {path}")
         try:

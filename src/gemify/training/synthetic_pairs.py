@@ -82,7 +82,7 @@ TASKS: dict[str, Task] = {
 
 
 @dataclass(frozen=True)
-class Order:
+class PairConfig:
     """All that decides what is written: a run that was stopped goes on only with the same."""
 
     base: str
@@ -107,7 +107,7 @@ class Order:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
-class Writer:
+class PairGenerator:
     """Asks a language model for one task about many texts. The part of the request before the text runs once."""
 
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
@@ -148,7 +148,7 @@ class Writer:
         limits = [self.task.limit(len(r) - len(self.after_ids)) for r in rows]
         lengths = [len(self.before_ids) + len(r) + limits[i] for i, r in enumerate(rows)]
         # Writing a token costs reading all weights: large groups, though they hold more padding.
-        for group in length_groups(lengths, max_tokens=max_tokens, pass_columns=512):
+        for group in length_groups(lengths, max_tokens=max_tokens, pass_overhead_tokens=512):
             ids_BT, mask_BT = left_pad([rows[i] for i in group])
             ids_BT = torch.cat([head_1T.expand(len(group), -1), ids_BT], dim=1).to(device)
             mask_BT = torch.cat([mask_1T.expand(len(group), -1), mask_BT], dim=1).to(device)
@@ -170,7 +170,7 @@ class Writer:
         return (text if self.by_chat else text.split("\n")[0]).strip(), ended
 
 
-def worth_keeping(task: Task, text: str, written: str, ended: bool) -> bool:
+def passes_filter(task: Task, text: str, written: str, ended: bool) -> bool:
     """Whether a piece of writing can teach anything: whole, not the text again, of fit length, and about the text."""
     text = text.strip()
     if not ended or not written or written == text or "\n" in written:
@@ -186,7 +186,7 @@ def _words(text: str) -> set[str]:
 
 
 def write_pairs(
-    order: Order,
+    order: PairConfig,
     output: Path,
     *,
     resume: bool = False,
@@ -207,7 +207,7 @@ def write_pairs(
     done = _done(part, order, resume=resume)
     bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available() and device != "cpu")
     lm, tokenizer = load_base(order.base, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    writers = [Writer(lm, tokenizer, TASKS[name]) for name in order.tasks]
+    writers = [PairGenerator(lm, tokenizer, TASKS[name]) for name in order.tasks]
     texts = islice(_texts(source, tokenizer, order), order.skip, order.skip + order.count)
     if next(islice(texts, done - 1, None) if done else iter([""]), None) is None:
         raise ValueError(f"{order.data} holds fewer texts than {part} has: it is not the data of that run")
@@ -220,7 +220,7 @@ def write_pairs(
             rows = []
             for writer in writers:
                 for at, written, ended in writer(block):
-                    if worth_keeping(writer.task, block[at], written, ended):
+                    if passes_filter(writer.task, block[at], written, ended):
                         rows.append({"anchor": block[at], "positive": written, "task": writer.task.name})
                     bar.update()
             done += len(block)
@@ -233,14 +233,14 @@ def write_pairs(
     return _finish(part, output, order)
 
 
-def _texts(source: Source, tokenizer: PreTrainedTokenizerBase, order: Order) -> Iterator[str]:
+def _texts(source: Source, tokenizer: PreTrainedTokenizerBase, order: PairConfig) -> Iterator[str]:
     for example in source:
         text = example.text.strip()
         if order.min_length <= len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= order.max_length:
             yield text
 
 
-def _done(part: Path, order: Order, *, resume: bool) -> int:
+def _done(part: Path, order: PairConfig, *, resume: bool) -> int:
     """How many texts an earlier run is done with; rows of an unfinished block are cut off."""
     if not part.exists():
         return 0
@@ -266,7 +266,7 @@ def _append(part: Path, rows: list[dict[str, Any]]) -> None:
     sync(part)
 
 
-def _finish(part: Path, output: Path, order: Order) -> dict[str, int]:
+def _finish(part: Path, output: Path, order: PairConfig) -> dict[str, int]:
     counts = dict.fromkeys(order.tasks, 0)
     with atomic_file(output) as stage, stage.open("w", encoding="utf-8") as file:
         for line in part.read_text(encoding="utf-8").split("\n"):  # not splitlines: a text may hold U+2028

@@ -35,8 +35,8 @@ from gemify.model.throughput import peak_memory_bytes, throughput
 from gemify.training.batches import Batches
 from gemify.training.callbacks import Progress, StopOnSignal
 from gemify.training.data import Source
-from gemify.training.distributed import add_up, wait_for_all
-from gemify.training.fsdp import Sharded, is_sharded, lm_weights, load_weights, outermost_whole, whole_weights
+from gemify.training.distributed import all_reduce_sum, barrier
+from gemify.training.fsdp import Sharded, gather_weights, is_sharded, lm_weights, load_weights, unshard_root
 from gemify.training.objective import Objective
 from gemify.training.recipe import Recipe
 from gemify.training.sts import Pair, read_pairs, spearman
@@ -114,7 +114,7 @@ class _GemTrainer(Trainer):
         world = self.args.world_size
         weights = {"ntp": 1.0 / world, "contrastive": 1.0 / world, "tokens": 1, "padding": 1}
         names = [name for name in weights if name in parts]
-        sums = add_up([parts[name] for name in names], self.args.device)
+        sums = all_reduce_sum([parts[name] for name in names], self.args.device)
         together = {name: total * weights[name] for name, total in zip(names, sums, strict=True)}
         together.update({name: int(together[name]) for name in ("tokens", "padding") if name in together})
         return {**parts, **together}
@@ -128,7 +128,7 @@ class _GemTrainer(Trainer):
         return metrics
 
     def sts(self, pairs: list[Pair]) -> float:
-        with outermost_whole(self._objective()):
+        with unshard_root(self._objective()):
             return round(spearman(self.gem, pairs), 3)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -206,7 +206,7 @@ def train(
         return GemModel.from_pretrained(output, device=device), json.loads((output / SUMMARY_FILE).read_text())
     source = Source(recipe.data, recipe.text_column, recipe.split)
     pairs = read_pairs(Path(recipe.eval_pairs)) if recipe.eval_pairs else None
-    gem, objective = begin(recipe, device, sharded=sharded)
+    gem, objective = build_objective(recipe, device, sharded=sharded)
     if on_ready is not None:
         on_ready(gem)
     _seed(recipe.seed)
@@ -223,7 +223,7 @@ def train(
         world=arguments.world_size,
     )
     next(iter(batches))  # unreadable or too little data shows now, before anything is written
-    wait_for_all()  # every process has found the directory as it should be: now one may write to it
+    barrier()  # every process has found the directory as it should be: now one may write to it
     with StopOnSignal() as stopper:
         progress = Progress(output, show=show_progress_bar)
         trainer = (_ShardedGemTrainer if sharded else _GemTrainer)(
@@ -252,18 +252,18 @@ def train(
         raise Stopped(f"stopped at step {trainer.state.global_step} of {recipe.max_steps}; go on with --resume")
     gem.lm.eval()
     summary = _summary(gem, recipe, trainer, pairs)
-    weights = lm_weights(gem, whole_weights(objective)) if sharded else None
+    weights = lm_weights(gem, gather_weights(objective)) if sharded else None
     if arguments.should_save:
         gem.save_pretrained(output, weights=weights)
         with atomic_file(output / SUMMARY_FILE) as stage:
             stage.write_text(json.dumps(summary, indent=2) + "\n")
     if sharded:  # the caller gets a whole model
-        wait_for_all()
+        barrier()
         gem = GemModel.from_pretrained(output, device="cpu")
     return gem, summary
 
 
-def begin(recipe: Recipe, device: str | None, *, sharded: bool = False) -> tuple[GemModel, Objective]:
+def build_objective(recipe: Recipe, device: str | None, *, sharded: bool = False) -> tuple[GemModel, Objective]:
     """The model a run starts from, and what it descends. One that will be cut up is first whole in main memory."""
     gem = _model(recipe, device, sharded=sharded)
     _require_room(recipe, gem)
@@ -303,7 +303,7 @@ def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"{output} holds no {RECIPE_FILE}: there is no run to resume")
         return None  # killed before it began: begin
-    before = Recipe.of(Recipe.from_yaml(path), source=str(path))
+    before = Recipe.from_dict(Recipe.read_yaml(path), source=str(path))
     if changed := [f.name for f in dataclasses.fields(Recipe) if getattr(before, f.name) != getattr(recipe, f.name)]:
         name = changed[0]
         raise ValueError(
@@ -314,7 +314,7 @@ def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
 
 
 def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
-    bf16 = in_bf16(recipe, device)
+    bf16 = uses_bf16(recipe, device)
     if recipe.attn_implementation == "flex_attention" and (device == "cpu" or not torch.cuda.is_available()):
         raise ValueError(
             "attn_implementation 'flex_attention' cannot train on a CPU (it has no backward pass there): use sdpa"
@@ -352,7 +352,7 @@ def _device(device: str | None) -> str | None:
 
 def _require_room(recipe: Recipe, gem: GemModel) -> None:
     """A reconstruction row holds its text twice, a contrastive one the template: refuse what outruns the positions."""
-    k, template = gem.config.k, gem.config.room - gem.max_seq_length
+    k, template = gem.config.k, gem.config.max_text_tokens - gem.max_seq_length
     longest = recipe.max_length + k + max(recipe.max_length + 1, template)
     room = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", longest)
     if longest > room:
@@ -362,7 +362,7 @@ def _require_room(recipe: Recipe, gem: GemModel) -> None:
         )
 
 
-def in_bf16(recipe: Recipe, device: str | None) -> bool:
+def uses_bf16(recipe: Recipe, device: str | None) -> bool:
     """Whether a run computes in bfloat16."""
     if recipe.precision == "auto":
         return torch.cuda.is_available() and device != "cpu" and torch.cuda.is_bf16_supported()
@@ -382,7 +382,7 @@ def _arguments(recipe: Recipe, output: Path, *, device: torch.device, evaluated:
         learning_rate=1.0,
         weight_decay=recipe.weight_decay,
         max_grad_norm=recipe.max_grad_norm,
-        bf16=in_bf16(recipe, str(device)) and not recipe.frozen_base,
+        bf16=uses_bf16(recipe, str(device)) and not recipe.frozen_base,
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,

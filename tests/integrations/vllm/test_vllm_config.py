@@ -121,7 +121,7 @@ def test_prompts_are_the_librarys_columns(base_dir: Path, tmp_path: Path) -> Non
     embedder = Embedder(gem.config, gem.text_tokenizer, longest=100, width=32)
     texts = ["ab", "", "a text that is cut", "<|reserved_0|>"]
     prompts = embedder.prompts(texts, "")
-    rows = gem.text_tokenizer(texts, max_tokens=gem.config.room)
+    rows = gem.text_tokenizer(texts, max_tokens=gem.config.max_text_tokens)
     assert prompts == [[*row, special] for row in rows for special in gem.special_ids]
     assert max(map(len, Embedder(gem.config, gem.text_tokenizer, 6, 32).prompts(texts, ""))) == 5
     vectors = embedder.vectors(torch.arange(12.0).view(4, 3), normalize=False, truncate_dim=None)

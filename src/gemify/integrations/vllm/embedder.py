@@ -58,7 +58,9 @@ class Embedder:
 
     def prompts(self, texts: Sequence[str], before: str) -> list[list[int]]:
         """Token ids for the engine: each text with each special token, which see the text and not each other."""
-        room = min(self.config.room, self.longest - 2)  # the special token, and the one token vLLM must generate
+        room = min(
+            self.config.max_text_tokens, self.longest - 2
+        )  # the special token, and the one token vLLM must generate
         rows = self.texts([before + text for text in texts], max_tokens=room)
         return [[*row, special] for row in rows for special in self.config.special_ids]
 

@@ -41,7 +41,7 @@ def embed(
     embedder.require_dimensions(truncate_dim)
     llm.collective_rpc("gemify_open")
     listed = [texts] if isinstance(texts, str) else list(texts)
-    prompts = embedder.prompts(listed, embedder.config.chosen_prompt(prompt_name, prompt))
+    prompts = embedder.prompts(listed, embedder.config.resolve_prompt(prompt_name, prompt))
     rows: list[Tensor] = []
     for first in range(0, len(prompts), _AT_A_TIME):
         some = prompts[first : first + _AT_A_TIME]

@@ -64,7 +64,7 @@ async def create_embeddings(request: Request) -> JSONResponse:
     except ValueError as error:
         return JSONResponse({"error": {"message": str(error), "type": "BadRequestError", "code": 400}}, status_code=400)
     embedder: Embedder = state.gemify
-    prompts = embedder.prompts(wish["input"], embedder.config.chosen_prompt(None, None))
+    prompts = embedder.prompts(wish["input"], embedder.config.resolve_prompt(None, None))
     rows: list[Tensor] = []
     for first in range(0, len(prompts), _AT_A_TIME):
         some = prompts[first : first + _AT_A_TIME]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemify.io.directory import Place
-from gemify.model.throughput import Meter
+from gemify.model.throughput import ThroughputMeter
 from gemify.retrieval.bulk.lance_writer import table, write_part
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import Reader
@@ -28,7 +28,7 @@ _NAMED = 20  # bad rows of a shard
 class Model(Protocol):
     """What a corpus asks of a model; `GemModel` is one."""
 
-    meter: Meter
+    meter: ThroughputMeter
 
     @property
     def fingerprint(self) -> str: ...
