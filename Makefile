@@ -44,7 +44,7 @@ long: setup  ## many minutes: training to the stated scores (needs the data, see
 
 DATA ?= wiki_sentences.txt.gz
 starter starter-multi: setup  ## an hour on two cores: a shipped GEM again, from the sentences in DATA; stops and goes on at any time
-	test -f runs/starter-pairs.jsonl || $(BIN)/gemify pairs --data $(DATA) -t paraphrase -t question -t keywords --count 6144 \
+	test -f runs/starter-pairs.jsonl || $(BIN)/gemify pairs --data $(DATA) -t paraphrase -t question -t keywords --num-texts 6144 \
 		--precision bf16 --resume --output runs/starter-pairs.jsonl
 	test -f runs/$@/summary.json || $(BIN)/gemify train --config recipes/$@.yaml --data runs/starter-pairs.jsonl --resume --output runs/$@
 	$(BIN)/python recipes/ship_starter.py runs/$@ src/gemify/shipped/$@

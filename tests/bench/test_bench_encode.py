@@ -78,7 +78,7 @@ def test_the_command_writes_record_and_plot(gem: GemModel, tmp_path: Path) -> No
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     out, image = tmp_path / "record.json", tmp_path / "plot.png"
     command = ["bench", "encode", "--data", str(tmp_path / "texts.jsonl"), "-m", str(tmp_path / "gem"), "--rounds", "1"]
-    sides = ["--side", "gemify", "--side", "sentence-transformers"]
+    sides = ["--only", "gemify", "--only", "sentence-transformers"]
     result = CliRunner().invoke(app, [*command, *sides, "-o", str(out), "--plot", str(image), "-q"])
     assert result.exit_code == 0, result.output
     record = json.loads(out.read_text())

@@ -68,7 +68,9 @@ def test_without_a_gpu_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.usefixtures("one_thread")
 def test_all_of_it_runs_at_a_tiny_shape_on_the_cpu(tmp_path: Path) -> None:
-    flags = "--device cpu --shape tiny --tokens 256 --train-length 64 --encode-length 32 --rounds 2 --matmul 128"
+    flags = (
+        "--device cpu --shape tiny --batch-tokens 256 --train-length 64 --encode-length 32 --rounds 2 --matmul-size 128"
+    )
     more = ["--lengths", "64,128,256,512", "--dtype", "float32", "--peak-tflops", "0.5", "-o", str(tmp_path / "r.json")]
     done = CliRunner().invoke(app, ["bench", "gpu", *flags.split(), *more], catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -117,7 +119,7 @@ def test_a_model_that_could_not_encode_trains_as_before(monkeypatch: pytest.Monk
 
 
 def test_wrong_words_are_refused() -> None:
-    done = CliRunner().invoke(app, ["bench", "gpu", "--device", "cpu", "--shape", "huge", "--matmul", "8"])
+    done = CliRunner().invoke(app, ["bench", "gpu", "--device", "cpu", "--shape", "huge", "--matmul-size", "8"])
     assert isinstance(done.exception, ValueError)
     assert "choose one of tiny, 1b, 8b" in str(done.exception)
     assert CliRunner().invoke(app, ["bench", "gpu", "--lengths", "long", "--device", "cpu"]).exit_code == 2

@@ -17,7 +17,19 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_every_kind_is_timed_against_the_plain_step_on_the_same_tokens(
     base_dir: Path, texts_file: Path, tmp_path: Path
 ) -> None:
-    options = ["--base", str(base_dir), "--steps", "2", "--rows", "6", "--pairs", "4", "--device", "cpu", "-q"]
+    options = [
+        "--base",
+        str(base_dir),
+        "--steps",
+        "2",
+        "--batch-size",
+        "6",
+        "--contrastive-batch-size",
+        "4",
+        "--device",
+        "cpu",
+        "-q",
+    ]
     outputs = ["-o", str(tmp_path / "record.json"), "--plot", str(tmp_path / "plot.svg")]
     done = CliRunner().invoke(app, ["bench", "train", "--data", str(texts_file), *options, *outputs])
     assert done.exit_code == 0, done.output

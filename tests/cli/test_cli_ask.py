@@ -13,7 +13,7 @@ from conftest import disturb
 from gemify import GemModel
 from gemify.cli.ask import _asked
 from gemify.cli.main import app
-from gemify.cli.options import bytes_of
+from gemify.cli.options import parse_bytes
 
 RUNNER = CliRunner()
 
@@ -111,7 +111,7 @@ def test_chat_keeps_its_conversation(store: Path) -> None:
 
 
 def test_searches_are_timed(store: Path, tmp_path: Path) -> None:
-    code, out, err = run("bench", "search", "-s", store, "--queries", 3, "-q", "-o", tmp_path / "record.json")
+    code, out, err = run("bench", "search", "-s", store, "--num-queries", 3, "-q", "-o", tmp_path / "record.json")
     assert code == 0, err
     record = json.loads((tmp_path / "record.json").read_text())
     assert record["passages"] == record["queries"] == 2
@@ -153,7 +153,7 @@ def test_a_question_of_odd_bytes_is_a_question(store: Path) -> None:
 
 
 def test_sizes_are_read_as_people_write_them() -> None:
-    assert [bytes_of(t) for t in (None, "500", "2GB", "1.5 mb", "3k")] == [None, 500, 2 * 10**9, 1_500_000, 3000]
+    assert [parse_bytes(t) for t in (None, "500", "2GB", "1.5 mb", "3k")] == [None, 500, 2 * 10**9, 1_500_000, 3000]
     for wrong in ("", "GB", "-1", "0", "1 XB"):
         with pytest.raises(ValueError, match="such as 500MB"):
-            bytes_of(wrong)
+            parse_bytes(wrong)

@@ -131,7 +131,20 @@ def test_a_pq_index_on_few_rows_is_said_not_to_be(model: Path, rows: Path, tmp_p
 def test_bench_vectors(tmp_path: Path) -> None:
     """Exact search finds what numpy finds, and nothing of the vectors is left on the disk."""
     code, shown, err = run(
-        *("bench", "vectors", "--count", 2000, "--dim", 32, "--queries", 10, "--kind", "exact", "--kind", "binary"),
+        *(
+            "bench",
+            "vectors",
+            "--num-vectors",
+            2000,
+            "--dim",
+            32,
+            "--num-queries",
+            10,
+            "--only",
+            "exact",
+            "--only",
+            "binary",
+        ),
         *("--directory", tmp_path, "--output", tmp_path / "record.json", "-q"),
     )
     assert code == 0, err

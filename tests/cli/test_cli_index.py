@@ -43,7 +43,9 @@ def run(*arguments: object) -> tuple[int, str, str]:
 def test_index_then_search(model: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "store"
     monkeypatch.chdir(model.parent)
-    code, out, err = run("index", docs, "--store", store, "--model", "gem", "--chunk-tokens", 64, "--overlap", 8, "-q")
+    code, out, err = run(
+        "index", docs, "--store", store, "--model", "gem", "--chunk-tokens", 64, "--chunk-overlap", 8, "-q"
+    )
     assert (code, out) == (0, f"2 passages in {store}\n"), err
     assert "2 files added" in err
     assert "c.pdf: cannot be read as PDF" in err
@@ -72,7 +74,7 @@ def test_index_then_search(model: Path, docs: Path, tmp_path: Path, monkeypatch:
         (["index", "{docs}", "--store", "{docs}/b.txt", "--model", "{model}"], "it is a file"),
         (["index", "{docs}", "--store", "{tmp}/s", "--model", "{tmp}/none"], "no such GEM directory"),
         (["index", "{docs}", "--store", "{tmp}/s", "--model", "{model}", "--chunk-tokens", "8"], "at least 16"),
-        (["index", "{docs}", "--store", "{tmp}/s", "--model", "{model}", "--overlap", "200"], "overlap must lie"),
+        (["index", "{docs}", "--store", "{tmp}/s", "--model", "{model}", "--chunk-overlap", "200"], "overlap must lie"),
         (["index", "{docs}", "--store", "{tmp}/s", "--model", "{model}", "--precision", "int3"], "unknown precision"),
         (["index", "{docs}", "--store", "{tmp}/s", "--model", "{model}", "--chunk-tokens", "2000"], "do not fit"),
         (["search", "a", "--store", "{tmp}/none"], "no store at"),

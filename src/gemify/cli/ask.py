@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,18 +17,25 @@ from gemify.cli.options import (
     KvBits,
     KvBudget,
     KvStoreDir,
+    MaxNewTokens,
+    SearchMode,
+    Seed,
     StoreModel,
     StoreUri,
+    SystemPrompt,
+    Temperature,
+    TopP,
     echo_err,
-    kv_store_of,
+    kv_store_factory,
     load_gem,
+    print_json,
+    store_model_name,
 )
 
 if TYPE_CHECKING:
     from gemify.rag.pipeline import Answer, GemRag
 
-Passages = Annotated[int, typer.Option("-k", min=0, help="How many passages go into the prompt.")]
-Mode = Annotated[str, typer.Option(help="How they are found: vector (meaning), fts (words, BM25) or hybrid.")]
+Passages = Annotated[int, typer.Option("-k", min=0, help="Number of passages to retrieve; 0 answers without any.")]
 Order = Annotated[
     str | None,
     typer.Option(
@@ -44,11 +50,6 @@ Documents = Annotated[
         " passages' special tokens alone)."
     ),
 ]
-System = Annotated[str | None, typer.Option(help="System message.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Longest answer.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy.")]
-TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")]
-Seed = Annotated[int | None, typer.Option(help="Seed of the sampling.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this string; may be repeated.")]
 
 
@@ -57,7 +58,7 @@ def ask(
     *,
     store: StoreUri,
     k: Passages = 3,
-    mode: Mode = "hybrid",
+    mode: SearchMode = "hybrid",
     order: Order = None,
     documents: Documents = "text",
     keep_kv: KeepKv = False,
@@ -67,7 +68,7 @@ def ask(
     handover: Annotated[
         bool, typer.Option("--handover/--no-handover", help="Answer from the cache that embedded the question.")
     ] = True,
-    system: System = None,
+    system: SystemPrompt = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -75,7 +76,7 @@ def ask(
     stop: Stop = None,
     model: StoreModel = None,
     base: Base = None,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -91,14 +92,14 @@ def ask(
 def chat(
     store: StoreUri,
     k: Passages = 3,
-    mode: Mode = "hybrid",
+    mode: SearchMode = "hybrid",
     order: Order = None,
     documents: Documents = "text",
     keep_kv: KeepKv = False,
     kv_bits: KvBits = 16,
     kv_budget: KvBudget = None,
     kv_store: KvStoreDir = None,
-    system: System = None,
+    system: SystemPrompt = None,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -106,7 +107,7 @@ def chat(
     stop: Stop = None,
     model: StoreModel = None,
     base: Base = None,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -129,7 +130,6 @@ def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
     """What answers, and the options of `generate`, from a verb's arguments."""
     from gemify.rag.pipeline import SYSTEM, GemRag, Settings
     from gemify.retrieval.index import GemIndex
-    from gemify.retrieval.vector_table import open_store
 
     settings = Settings(
         passages=given["k"],
@@ -140,10 +140,16 @@ def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
         system=SYSTEM if given["system"] is None else given["system"],
         max_new_tokens=given["max_new_tokens"],
     )
-    keeping = kv_store_of(given)
-    name = given["model"] or open_store(given["store"]).meta.model or "starter"
+    open_kv_store = kv_store_factory(
+        given["store"],
+        keep_kv=given["keep_kv"],
+        bits=given["kv_bits"],
+        budget=given["kv_budget"],
+        directory=given["kv_store"],
+    )
+    name = store_model_name(given["store"], given["model"])
     gem = load_gem(name, given["base"], given["dtype"], given["device"])
-    kv = keeping(gem) if keeping is not None else None
+    kv = open_kv_store(gem) if open_kv_store is not None else None
     index = GemIndex.open(given["store"], gem, create=False)
     index.require_text()
     options: dict[str, Any] = {"do_sample": given["temperature"] > 0, "stop": given["stop"] or None}
@@ -190,7 +196,7 @@ def _finish(answer: Answer, *, as_json: bool) -> None:
             for n, p in enumerate(answer.passages, start=1)
         ]
         record = {"answer": answer.text, "sources": sources, "timing": vars(timing)}
-        typer.echo(json.dumps(record, ensure_ascii=False))
+        print_json(record)
         sys.stdout.flush()
         return
     typer.echo("\n")

@@ -7,14 +7,39 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemify.cli.options import Device, Json, Quiet, ReportFile, write_report
+from gemify.cli.options import (
+    AttnImplementation,
+    Base,
+    BaseModel,
+    Device,
+    Encoder,
+    ExactDtype,
+    Json,
+    KvBits,
+    MaxLength,
+    MaxNewTokens,
+    Model,
+    PlotFile,
+    Quiet,
+    ReportFile,
+    SquadData,
+    StoreModel,
+    StoreUri,
+    TopK,
+    TrainingData,
+    TrainingPrecision,
+    load_gem,
+    parse_lengths,
+    store_model_name,
+    write_report,
+)
 
 if TYPE_CHECKING:
     from gemify.model.gem import GemModel
     from gemify.retrieval.index import GemIndex
 
-Data = Annotated[Path, typer.Option(help="Directory with corpus.jsonl and queries.jsonl (or .gz), in SQuAD form.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+NumQueries = Annotated[int, typer.Option(min=1, help="Number of searches of each kind.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Number of timed rounds.")]
 
 bench = typer.Typer(no_args_is_help=True, help="Paired timings, medians and ratios.")
 
@@ -26,50 +51,42 @@ def _bench() -> None:
 
 @bench.command()
 def rag(
-    data: Data,
-    model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id.")] = "starter",
-    encoder: Annotated[
-        str | None, typer.Option(help="st:PATH or st:NAME: the embedder of the two-model stack; none: left out.")
-    ] = None,
-    questions: Annotated[int, typer.Option(min=1, help="How many, evenly over the file.")] = 20,
+    data: SquadData,
+    model: Model = "starter",
+    encoder: Encoder = None,
+    num_questions: Annotated[int, typer.Option(min=1, help="Number of questions, evenly over the file.")] = 20,
     lengths: Annotated[str, typer.Option(help="Tokens of a document.")] = "250,1000,4000",
-    bits: Annotated[int, typer.Option(help="Of kept caches: 32, 16, 8 or 4.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 24,
-    row: Annotated[
+    kv_bits: KvBits = 16,
+    max_new_tokens: MaxNewTokens = 24,
+    only: Annotated[
         list[str] | None, typer.Option(help="Only this row and those it is compared with; may be repeated.")
     ] = None,
-    dtype: Dtype = "float32",
+    dtype: ExactDtype = "float32",
     output: ReportFile = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Answers with and without retrieval, hand-over and kept caches, against a two-model stack."""
+    """Time answers with and without retrieval, a reused question's cache and kept caches, against two models."""
     from gemify.bench.questions import read_questions
     from gemify.bench.rag import Peer, as_table, bench_rag
     from gemify.evaluation.models import EvalSettings, encoder_entry, load_encoder
-    from gemify.model.gem import GemModel
 
-    try:
-        wanted = [int(length) for length in lengths.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--lengths must be whole numbers with commas between, got {lengths!r}") from error
-    settings = EvalSettings(dtype)
-    passages, asked = read_questions(data, questions)
+    document_lengths, settings = parse_lengths(lengths), EvalSettings(dtype)
+    passages, questions = read_questions(data, num_questions)
     peer = None
     if encoder is not None:
         entry, path = encoder_entry(encoder, settings)
         peer = Peer(entry.facts["label"], load_encoder(path, settings, device).encode)
-    gem = GemModel.from_pretrained(model, device=device, dtype=settings.torch_dtype)
     report = bench_rag(
-        gem,
+        load_gem(model, None, dtype, device),
         passages=passages,
-        questions=asked,
-        lengths=wanted,
+        questions=questions,
+        lengths=document_lengths,
         peer=peer,
-        bits=bits,
+        bits=kv_bits,
         max_new_tokens=max_new_tokens,
-        only=row or (),
+        only=only or (),
         show_progress_bar=not quiet,
     )
     write_report(report, as_table(report), output, as_json)
@@ -77,57 +94,59 @@ def rag(
 
 @bench.command()
 def retrieval(
-    store: Annotated[str, typer.Option("--store", "-s", help="An index of the corpus.jsonl in --data.")],
-    data: Data,
-    questions: Annotated[int | None, typer.Option(min=1, help="How many, evenly over the file. [default: all]")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="[default: the store's]")] = None,
-    dtype: Dtype = "float32",
+    store: StoreUri,
+    data: SquadData,
+    num_questions: Annotated[
+        int | None, typer.Option(min=1, help="Number of questions, evenly over the file. [default: all]")
+    ] = None,
+    model: StoreModel = None,
+    dtype: ExactDtype = "float32",
     output: ReportFile = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Recall and MRR of vector, full-text and hybrid search."""
+    """Measure recall and MRR of vector, full-text and hybrid search over a store of DATA's corpus.jsonl."""
     from gemify.bench.questions import read_questions
     from gemify.bench.retrieval import as_table, bench_retrieval
 
-    _, asked = read_questions(data, questions)
-    gem, index = _opened(store, model, dtype, device)
-    report = bench_retrieval(gem, index, asked, show_progress_bar=not quiet)
+    _, questions = read_questions(data, num_questions)
+    gem, index = _open_index(store, model, dtype, device)
+    report = bench_retrieval(gem, index, questions, show_progress_bar=not quiet)
     write_report(report, as_table(report), output, as_json)
 
 
 @bench.command()
 def search(
-    store: Annotated[str, typer.Option("--store", "-s", help="Directory of the index, or a URI such as s3://...")],
-    queries: Annotated[int, typer.Option(min=1, help="How many searches of each kind.")] = 200,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many passages a search finds.")] = 10,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="[default: the store's]")] = None,
-    dtype: Dtype = "float32",
+    store: StoreUri,
+    num_queries: NumQueries = 200,
+    k: TopK = 10,
+    model: StoreModel = None,
+    dtype: ExactDtype = "float32",
     output: ReportFile = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Milliseconds of vector, full-text and hybrid search, apart from embedding."""
+    """Time vector, full-text and hybrid search without the embedding of the query."""
     from gemify.bench.search import as_table, bench_search
 
-    gem, index = _opened(store, model, dtype, device)
-    report = bench_search(gem, index, queries=queries, k=k, show_progress_bar=not quiet)
+    gem, index = _open_index(store, model, dtype, device)
+    report = bench_search(gem, index, queries=num_queries, k=k, show_progress_bar=not quiet)
     write_report(report, as_table(report), output, as_json)
 
 
 @bench.command()
 def vectors(
-    count: Annotated[int, typer.Option(min=1000, help="How many vectors.")] = 1_000_000,
-    dim: Annotated[int, typer.Option(min=8, help="Numbers of a vector, a multiple of 8.")] = 576,
-    queries: Annotated[int, typer.Option(min=1, help="How many searches of each kind.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the vectors.")] = 0,
-    kind: Annotated[
-        list[str] | None, typer.Option(help="Only this: exact, flat, sq, pq, rq or binary; may be repeated.")
+    num_vectors: Annotated[int, typer.Option(min=1000, help="Number of vectors.")] = 1_000_000,
+    dim: Annotated[int, typer.Option(min=8, help="Dimensions of a vector, a multiple of 8.")] = 576,
+    num_queries: NumQueries = 200,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this kind: exact, flat, sq, pq, rq or binary; may be repeated.")
     ] = None,
     directory: Annotated[
-        Path | None, typer.Option(help="Where the corpora are made, and deleted again. [default: the system's]")
+        Path | None, typer.Option(help="Where to write the corpora, which are deleted again. [default: the system's]")
     ] = None,
     output: ReportFile = None,
     quiet: Quiet = False,
@@ -137,37 +156,41 @@ def vectors(
     from gemify.bench.vectors import as_table, bench_vectors
 
     report = bench_vectors(
-        count=count, dim=dim, queries=queries, seed=seed, kinds=kind, directory=directory, show_progress_bar=not quiet
+        count=num_vectors,
+        dim=dim,
+        queries=num_queries,
+        seed=seed,
+        kinds=only,
+        directory=directory,
+        show_progress_bar=not quiet,
     )
     write_report(report, as_table(report), output, as_json)
 
 
 @bench.command()
 def serve(
-    model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id.")] = "starter",
+    model: Model = "starter",
     encoder: Annotated[
         str | None,
-        typer.Option(
-            help="Directory or name of a sentence-transformers model: the second server. [default: the model]"
-        ),
+        typer.Option(help="Directory or name of a sentence-transformers model for the second server. [default: MODEL]"),
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Look for the base model here instead.")] = None,
-    requests: Annotated[int, typer.Option(min=2, help="How many, half chats and half embeddings.")] = 200,
-    clients: Annotated[int, typer.Option(min=1, help="How many ask at a time.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 24,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each set-up is loaded.")] = 2,
-    dtype: Dtype = "float32",
+    base: Base = None,
+    num_requests: Annotated[int, typer.Option(min=2, help="Number of requests, half chats, half embeddings.")] = 200,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Maximum requests at a time.")] = 16,
+    max_new_tokens: MaxNewTokens = 24,
+    rounds: Rounds = 2,
+    dtype: ExactDtype = "float32",
     output: ReportFile = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """One server for both jobs against two servers: throughput, latency, memory."""
+    """Compare one server for chat and embeddings with two servers: throughput, latency, memory."""
     from gemify.bench.serve import Setup, as_table, bench_serve
 
     report = bench_serve(
         Setup(model, dtype, encoder, base),
-        requests=requests,
-        clients=clients,
+        requests=num_requests,
+        clients=max_concurrency,
         max_tokens=max_new_tokens,
         rounds=rounds,
         show_progress_bar=not quiet,
@@ -178,77 +201,75 @@ def serve(
 @bench.command()
 def encode(
     data: Annotated[Path, typer.Option(help=".jsonl[.gz] with `text`, or a directory with corpus.jsonl[.gz].")],
-    model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id.")] = "starter",
-    count: Annotated[int, typer.Option(min=1, help="How many texts, evenly over the file.")] = 200,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each side embeds them.")] = 3,
-    side: Annotated[
+    model: Model = "starter",
+    num_texts: Annotated[int, typer.Option(min=1, help="Number of texts, evenly over the file.")] = 200,
+    rounds: Rounds = 3,
+    only: Annotated[
         list[str] | None,
         typer.Option(
-            help="Only this one; may be repeated: gemify; 'gemify, compiled'; 'gemify, gated'; sentence-transformers;"
-            " bidirectional; Echo."
+            help="Only this encoder: gemify; 'gemify, compiled'; 'gemify, gated'; sentence-transformers; bidirectional;"
+            " Echo; may be repeated."
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Columns of our batches. [default: what suits the device]")
+        int | None, typer.Option(min=1, help="Maximum tokens of a batch of ours. [default: by the processor]")
     ] = None,
-    dtype: Dtype = "float32",
-    plot: Annotated[Path | None, typer.Option(help="Image file (.png, .svg) of the figures.")] = None,
+    plot: PlotFile = None,
+    dtype: ExactDtype = "float32",
     output: ReportFile = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Tokens a second of `encode`, against sentence-transformers, bidirectional and Echo encoding."""
+    """Time our `encode` against sentence-transformers' and other ways to embed with the same weights."""
     from gemify.bench.encode import SIDES, as_table, bench_encode, read_texts
-    from gemify.bench.encode import plot as drawn
-    from gemify.evaluation.models import EvalSettings
+    from gemify.bench.encode import plot as draw
+    from gemify.model.base import parse_dtype
 
     report = bench_encode(
         model,
-        read_texts(data, count),
-        dtype=EvalSettings(dtype).torch_dtype,
+        read_texts(data, num_texts),
+        dtype=parse_dtype(dtype),
         device=device,
-        sides=side or SIDES,
+        sides=only or SIDES,
         rounds=rounds,
         max_tokens=max_tokens,
         show_progress_bar=not quiet,
     )
     write_report(report, as_table(report), output, as_json)
     if plot is not None:
-        drawn(report).savefig(plot)
+        draw(report).savefig(plot)
 
 
 @bench.command()
 def train(
-    data: Annotated[str, typer.Option(help=".txt, .jsonl or .parquet file of training texts, or a data set's name.")],
-    base: Annotated[
-        str, typer.Option("--base", "--model", "-m", help="Directory, repo id, .gguf, or starter.")
-    ] = "starter",
-    kind: Annotated[
-        list[str] | None, typer.Option(help="full, gated or contrastive; may be repeated. [default: all]")
+    data: TrainingData,
+    base: BaseModel = "starter",
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only this kind of step: full, gated or contrastive; may be repeated.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after one to warm up.")] = 5,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a next-token step.")] = 32,
-    pairs: Annotated[int, typer.Option(min=2, help="Pairs of a contrastive step.")] = 32,
-    max_length: Annotated[int, typer.Option(min=8, help="Most tokens of a text.")] = 128,
-    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
-    plot: Annotated[Path | None, typer.Option(help="Image file (.svg, .png) of the ratios.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each kind, after a warm-up step.")] = 5,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows of a next-token batch.")] = 32,
+    contrastive_batch_size: Annotated[int, typer.Option(min=2, help="Rows of a contrastive batch.")] = 32,
+    max_length: MaxLength = 128,
+    precision: TrainingPrecision = "auto",
+    plot: PlotFile = None,
     output: ReportFile = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Seconds of each kind of training step, against a plain causal-LM step on the same tokens."""
+    """Time each kind of training step against a plain causal-LM step on the same tokens."""
     from gemify.bench.train import KINDS, as_table, bench_train
-    from gemify.bench.train import plot as drawn
+    from gemify.bench.train import plot as draw
 
     report = bench_train(
         data,
         base=base,
-        kinds=kind or KINDS,
+        kinds=only or KINDS,
         steps=steps,
-        rows=rows,
-        pairs=pairs,
+        rows=batch_size,
+        pairs=contrastive_batch_size,
         max_length=max_length,
         precision=precision,
         device=device,
@@ -256,59 +277,52 @@ def train(
     )
     write_report(report, as_table(report), output, as_json)
     if plot is not None:
-        drawn(report).savefig(plot)
+        draw(report).savefig(plot)
 
 
 @bench.command()
 def gpu(
     shape: Annotated[
-        list[str] | None, typer.Option(help="1b, 8b (Llama's, random weights) or tiny; may be repeated. [1b, 8b]")
+        list[str] | None,
+        typer.Option(help="1b, 8b (Llama's, random weights) or tiny; may be repeated. [default: 1b, 8b]"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Columns of a batch.")] = 16384,
-    train_length: Annotated[int, typer.Option(min=4, help="Tokens of a row to train on.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a batch.")] = 16384,
+    train_length: Annotated[int, typer.Option(min=4, help="Tokens of a training row.")] = 2048,
     encode_length: Annotated[int, typer.Option(min=2, help="Tokens of a text to encode.")] = 512,
-    lengths: Annotated[str, typer.Option(help="Of the rows whose memory is measured.")] = "1024,2048,4096,8192",
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 5,
-    matmul: Annotated[int, typer.Option(min=1, help="Side of the matrices that show the ceiling.")] = 8192,
-    attention: Annotated[str, typer.Option(help="sdpa, eager or flex_attention.")] = "sdpa",
+    lengths: Annotated[str, typer.Option(help="Tokens of the rows to measure memory on.")] = "1024,2048,4096,8192",
+    rounds: Rounds = 5,
+    matmul_size: Annotated[int, typer.Option(min=1, help="Size of the square matrices that show the ceiling.")] = 8192,
+    attn_implementation: AttnImplementation = "sdpa",
     peak_tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="Of the device on paper. [default: by its name]")
+        float | None, typer.Option(min=0.001, help="TFLOP/s of the device on paper. [default: by its name]")
     ] = None,
-    dtype: Dtype = "bfloat16",
+    dtype: ExactDtype = "bfloat16",
     output: ReportFile = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """FLOP utilisation of training and encoding at real shapes, and how memory grows with a row."""
+    """Measure FLOP utilisation of training and encoding at real shapes, and memory by row length."""
     from gemify.bench.gpu import Setup, as_table, bench_gpu, require_device
-    from gemify.evaluation.models import EvalSettings
+    from gemify.model.base import parse_dtype
 
-    try:
-        rows = tuple(int(length) for length in lengths.split(","))
-    except ValueError as error:
-        raise typer.BadParameter(f"--lengths must be whole numbers with commas between, got {lengths!r}") from error
     setup = Setup(
-        require_device(device),
-        dtype=EvalSettings(dtype).torch_dtype,
-        attention=attention,
-        tokens=tokens,
+        lengths=tuple(parse_lengths(lengths)),
+        device=require_device(device),
+        dtype=parse_dtype(dtype),
+        attention=attn_implementation,
+        tokens=batch_tokens,
         train_length=train_length,
         encode_length=encode_length,
-        lengths=rows,
         rounds=rounds,
-        matmul=matmul,
+        matmul=matmul_size,
         peak_tflops=peak_tflops,
     )
     report = bench_gpu(shape or ["1b", "8b"], setup)
     write_report(report, as_table(report), output, as_json)
 
 
-def _opened(store: str, model: str | None, dtype: str, device: str | None) -> tuple[GemModel, GemIndex]:
-    from gemify.evaluation.models import EvalSettings
-    from gemify.model.gem import GemModel
+def _open_index(store: str, model: str | None, dtype: str, device: str | None) -> tuple[GemModel, GemIndex]:
     from gemify.retrieval.index import GemIndex
-    from gemify.retrieval.vector_table import open_store
 
-    name = model or open_store(store).meta.model or "starter"
-    gem = GemModel.from_pretrained(name, device=device, dtype=EvalSettings(dtype).torch_dtype)
+    gem = load_gem(store_model_name(store, model), None, dtype, device)
     return gem, GemIndex.open(store, gem, create=False)

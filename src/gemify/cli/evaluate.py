@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from gemify.cli.options import Device, Quiet, echo_err
+from gemify.cli.options import Base, BatchSize, Device, ExactDtype, Quiet, echo_err, print_json
 
-Limit = Annotated[int | None, typer.Option(min=2, help="Rows of every task: a subset run, marked as such everywhere.")]
+Limit = Annotated[int | None, typer.Option(min=2, help="Rows per task: a subset run, labelled as such in all results.")]
 Data = Annotated[
     Path | None, typer.Option(help="Directory of local data (mteb/, lm/, text/); none: the Hugging Face hub.")
 ]
@@ -34,13 +33,13 @@ def evaluate(
     encoder: Annotated[
         list[str] | None, typer.Option(help="st:PATH or st:NAME, a sentence-transformers model; may be repeated.")
     ] = None,
-    base: Annotated[str | None, typer.Option("--base", help="Look for the base model here instead.")] = None,
+    base: Base = None,
     instructions: Annotated[
         bool, typer.Option("--instructions/--no-instructions", help="Put each task's instruction before its texts.")
     ] = False,
     limit: Limit = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch_size: Annotated[int, typer.Option(min=1, help="Most texts a batch.")] = 64,
+    dtype: ExactDtype = "float32",
+    batch_size: BatchSize = 64,
     card: Annotated[
         bool, typer.Option("--card", help="Write the results into the GEM's model card (README.md).")
     ] = False,
@@ -123,7 +122,7 @@ def reproduce(
     options: dict[str, Any] = {"scale": scale, "base": base, "steps": steps, "limit": limit}
     cells = plan_cells(table, output=output, training_data=training_data, **options)
     if as_json:
-        typer.echo(json.dumps([{"name": c.name, "label": c.label, "steps": c.steps} for c in cells]))
+        print_json([{"name": c.name, "label": c.label, "steps": c.steps} for c in cells])
         return
     seconds = estimate_seconds(cells, output)
     echo_err(f"{len(cells)} cells to run" + (f", about {_minutes(seconds)}" if seconds else ""))

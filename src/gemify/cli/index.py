@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from gemify.cli.options import (
     Base,
+    BatchSize,
     Device,
     Dtype,
     Json,
@@ -17,20 +19,29 @@ from gemify.cli.options import (
     KvBits,
     KvBudget,
     KvStoreDir,
+    NewStoreModel,
     Quiet,
+    SearchMode,
+    StoreModel,
     StoreUri,
+    TextColumn,
+    TitleColumn,
+    TopK,
     absolute_model_name,
     echo_err,
-    kv_store_of,
+    kv_store_factory,
     load_gem,
     print_json,
+    store_model_name,
 )
 
 if TYPE_CHECKING:
+    from gemify.model.gem import GemModel
     from gemify.rag.kv_store import KvStore
+    from gemify.retrieval.bulk.run import Report as CorpusReport
     from gemify.retrieval.index import GemIndex
 
-_SHOWN_SKIPPED = 20
+_MAX_SKIPPED_LINES = 20
 
 
 def index(
@@ -38,30 +49,29 @@ def index(
         list[Path], typer.Argument(help="Files and directories: text, Markdown, HTML, PDF, Word, JSON lines, source.")
     ],
     store: StoreUri,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: the store's, or starter]"),
-    ] = None,
-    chunk_tokens: Annotated[int | None, typer.Option(help="Most tokens of a passage. [default: 256]")] = None,
-    overlap: Annotated[
-        int | None, typer.Option(help="Tokens a passage repeats of the one before. [default: 32]")
+    model: NewStoreModel = None,
+    chunk_tokens: Annotated[int | None, typer.Option(help="Maximum tokens of a passage. [default: 256]")] = None,
+    chunk_overlap: Annotated[
+        int | None, typer.Option(help="Tokens that a passage repeats from the one before. [default: 32]")
     ] = None,
     context: Annotated[
-        bool | None, typer.Option("--context/--no-context", help="Embed title and headings with a passage, or not.")
+        bool | None,
+        typer.Option("--context/--no-context", help="Embed title and headings with a passage. [default: context]"),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="float32, float16, int8 or binary; the last two rescore. [default: float32]")
+        str | None,
+        typer.Option(help="Of the vectors: float32, float16, int8 or binary (both rescored). [default: float32]"),
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column of .jsonl rows that holds the text.")] = "text",
-    title_column: Annotated[str, typer.Option(help="Column of .jsonl rows that holds the title.")] = "title",
-    limit: Annotated[int | None, typer.Option(min=1, help="Most new or changed files to take in now.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Most passages a batch.")] = 32,
+    text_column: TextColumn = "text",
+    title_column: TitleColumn = "title",
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum new or changed files to index now.")] = None,
+    batch_size: BatchSize = 32,
     keep_kv: KeepKv = False,
     kv_bits: KvBits = 16,
     kv_budget: KvBudget = None,
     kv_store: KvStoreDir = None,
     base: Base = None,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -74,10 +84,10 @@ def index(
 
     refuse_corpus(store)
     there = Store.open(store) if Store.exists(store) else None
-    find_files(paths, known=there.files() if there else ())  # a wrong path is said before a model is loaded
+    find_files(paths, known=there.files() if there else ())  # reports a wrong path before a model is loaded
     name = model or (there.meta.model if there else "") or "starter"
-    options: Any = {"tokens": chunk_tokens, "overlap": overlap, "context": context, "precision": precision}
-    keeping = kv_store_of(locals())
+    options: Any = {"tokens": chunk_tokens, "overlap": chunk_overlap, "context": context, "precision": precision}
+    open_kv_store = kv_store_factory(store, keep_kv=keep_kv, bits=kv_bits, budget=kv_budget, directory=kv_store)
     gem = load_gem(name, base, dtype, device)
     opened = GemIndex.open(store, gem, model_name=absolute_model_name(name), **options)
     try:
@@ -91,13 +101,10 @@ def index(
         )
     except Stopped as stopped:
         raise ValueError(str(stopped)) from stopped
-    for skipped in report.skipped[:_SHOWN_SKIPPED]:
-        echo_err(f"skipped {skipped.path}: {skipped.reason}")
-    if (more := len(report.skipped) - _SHOWN_SKIPPED) > 0:
-        echo_err(f"skipped {more:,} more; --json names them all")
-    kept = _keep(gem, opened, keeping(gem), quiet) if keeping is not None else {}
+    _echo_skipped([f"{skipped.path}: {skipped.reason}" for skipped in report.skipped], len(report.skipped))
+    caches = _store_caches(gem, opened, open_kv_store(gem), quiet) if open_kv_store is not None else {}
     if as_json:
-        facts = {**dataclasses.asdict(report), **kept}
+        facts = {**dataclasses.asdict(report), **caches}
         print_json({"store": store, "passages": len(opened), **facts, "tokens_per_second": report.tokens_per_second})
         return
     echo_err(
@@ -105,13 +112,14 @@ def index(
         f" {report.unchanged:,} unchanged; {report.chunks:,} passages embedded"
         + (f" ({report.tokens_per_second:,.0f} tokens/s)" if report.seconds else "")
     )
-    if kept:
-        echo_err(f"{kept['kv_added']:,} caches added; {kept['kv_files']:,} kept, {kept['kv_bytes'] / 1e6:,.0f} MB")
+    if caches:
+        kept = f"{caches['kv_files']:,} kept, {caches['kv_bytes'] / 1e6:,.0f} MB"
+        echo_err(f"{caches['kv_added']:,} caches added; {kept}")
     typer.echo(f"{len(opened):,} passages in {store}")
 
 
-def _keep(gem: Any, index: GemIndex, kv: KvStore, quiet: bool) -> dict[str, int]:
-    """Compute the caches of all passages ahead; what there is afterwards."""
+def _store_caches(gem: GemModel, index: GemIndex, kv: KvStore, quiet: bool) -> dict[str, int]:
+    """Compute and store the caches of all passages."""
     from tqdm.auto import tqdm
 
     from gemify.rag.pipeline import GemRag, Settings
@@ -125,28 +133,25 @@ def _keep(gem: Any, index: GemIndex, kv: KvStore, quiet: bool) -> dict[str, int]
 def search(
     query: Annotated[str, typer.Argument(help="A question, or words to look for.")],
     store: StoreUri,
-    k: Annotated[int, typer.Option("-k", min=1, help="How many passages.")] = 5,
-    mode: Annotated[str, typer.Option(help="vector (meaning), fts (words, BM25) or hybrid.")] = "hybrid",
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: the store's]")
-    ] = None,
+    k: TopK = 5,
+    mode: SearchMode = "hybrid",
+    model: StoreModel = None,
     base: Base = None,
-    dtype: Dtype = None,
+    dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Show the passages of a store that fit a question best."""
+    """Retrieve the passages of a store that match a question best."""
     from typing import get_args
 
     from gemify.retrieval.index import GemIndex, Mode
     from gemify.retrieval.section import whole_characters
-    from gemify.retrieval.vector_table import open_store
 
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
-    name = model or open_store(store).meta.model or "starter"
-    needed = None if mode == "fts" and model is None else load_gem(name, base, dtype, device)
-    passages = GemIndex.open(store, needed, create=False).search(whole_characters(query), k=k, mode=mode)  # type: ignore[arg-type]
+    name = store_model_name(store, model)
+    gem = None if mode == "fts" and model is None else load_gem(name, base, dtype, device)
+    passages = GemIndex.open(store, gem, create=False).search(whole_characters(query), k=k, mode=mode)  # type: ignore[arg-type]
     for number, passage in enumerate(passages, start=1):
         if as_json:
             print_json(dataclasses.asdict(passage))
@@ -163,14 +168,11 @@ def embed_corpus(
         list[str], typer.Argument(help=".parquet and .jsonl(.gz) files of rows, or directories of them.")
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Directory of the corpus, or a URI such as s3://...")],
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: the corpus', or starter]"),
-    ] = None,
+    model: NewStoreModel = None,
     precision: Annotated[
         str | None, typer.Option(help="Of the vectors: float32, float16, int8 or binary. [default: float16]")
     ] = None,
-    format: Annotated[str | None, typer.Option(help="lance, which is searched, or parquet. [default: lance]")] = None,
+    format: Annotated[str | None, typer.Option(help="lance (searchable) or parquet. [default: lance]")] = None,
     text_column: Annotated[str | None, typer.Option(help="Column that holds the text. [default: text]")] = None,
     title_column: Annotated[str | None, typer.Option(help="Column that holds the title. [default: title]")] = None,
     id_column: Annotated[
@@ -179,34 +181,41 @@ def embed_corpus(
     keep_text: Annotated[
         bool | None, typer.Option("--keep-text/--no-keep-text", help="Keep texts beside the vectors. [default: keep]")
     ] = None,
-    shard_rows: Annotated[int | None, typer.Option(help="Rows that are done or not done. [default: 1024]")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most rows to embed now, in whole shards.")] = None,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave rows out that cannot be read.")] = False,
+    shard_rows: Annotated[
+        int | None, typer.Option(help="Rows of a shard, the unit of resuming. [default: 1024]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum rows to embed now, in whole shards.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Skip rows that cannot be read.")] = False,
     index: Annotated[
         str, typer.Option(help="Of the vectors: auto, none, flat, sq (8 bits), rq (1 bit) or pq (codes).")
     ] = "auto",
-    engine: Annotated[str, typer.Option(help="local, or ray: on a cluster (RAY_ADDRESS) or this machine.")] = "local",
+    executor: Annotated[
+        str, typer.Option(help="local, or ray: on a cluster (RAY_ADDRESS) or on this machine.")
+    ] = "local",
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Of Ray. [default: one a GPU; without any, one a machine]")
+        int | None, typer.Option(min=1, help="Workers of Ray. [default: one per GPU; without GPUs, one per machine]")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Most passages a batch.")] = 32,
+    batch_size: BatchSize = 32,
     base: Base = None,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the weights: float32, bfloat16 or float16. [default: the corpus's, or float32]"),
+    ] = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Embed a corpus larger than memory; run it again to go on where it stopped."""
+    """Embed a corpus larger than memory; run it again to continue where it stopped."""
     from gemify.retrieval.bulk.plan import find_inputs
     from gemify.retrieval.bulk.run import begun
     from gemify.retrieval.bulk.run import embed_corpus as run
     from gemify.retrieval.vector_table import PQ_FROM
 
-    find_inputs(inputs)  # a wrong path is said before a model is loaded
+    find_inputs(inputs)  # reports a wrong path before a model is loaded
     there = begun(output)
     name = absolute_model_name(model or (there.model if there else "") or "starter")
-    precise = dtype or (there.dtype if there else "float32")
-    gem = load_gem(name, base, precise, "cpu" if engine == "ray" else device)
+    dtype = dtype or (there.dtype if there else "float32")
+    gem = load_gem(name, base, dtype, "cpu" if executor == "ray" else device)
     report = run(
         inputs,
         output,
@@ -214,7 +223,7 @@ def embed_corpus(
         model_name=name,
         base=base,
         device=device,
-        engine=engine,  # type: ignore[arg-type]
+        engine=executor,  # type: ignore[arg-type]
         workers=workers,
         batch_size=batch_size,
         limit=limit,
@@ -228,18 +237,15 @@ def embed_corpus(
         id_column=id_column,
         keep_text=keep_text,
         shard_rows=shard_rows,
-        dtype=precise,
+        dtype=dtype,
     )
     if index == "pq" and not report.left and report.rows < PQ_FROM:
         echo_err(f"no pq index on {report.rows:,} rows (it needs {PQ_FROM}): a search compares them all")
-    _tell(report, output, as_json)
+    _print_corpus_report(report, output, as_json)
 
 
-def _tell(report: Any, output: str, as_json: bool) -> None:
-    for line in report.bad[:_SHOWN_SKIPPED]:
-        echo_err(f"skipped {line}")
-    if (more := report.skipped - len(report.bad[:_SHOWN_SKIPPED])) > 0:
-        echo_err(f"skipped {more:,} more")
+def _print_corpus_report(report: CorpusReport, output: str, as_json: bool) -> None:
+    _echo_skipped(report.bad, report.skipped)
     if as_json:
         speed = {"rows_per_second": report.rows_per_second, "tokens_per_second": report.tokens_per_second}
         print_json({"corpus": output, **dataclasses.asdict(report), **speed})
@@ -250,4 +256,13 @@ def _tell(report: Any, output: str, as_json: bool) -> None:
             echo_err(f"indexed: {', '.join(report.indexes)}")
         typer.echo(f"{report.rows:,} rows in {output}" + (f", {report.left:,} left" if report.left else ""))
     if report.stopped:
-        raise ValueError("stopped by a signal: what is done stays, run the same command again to go on")
+        raise ValueError("stopped by a signal: finished shards are kept, run the same command again to continue")
+
+
+def _echo_skipped(lines: Sequence[str], count: int) -> None:
+    """Name the first of ``count`` skipped items."""
+    shown = lines[:_MAX_SKIPPED_LINES]
+    for line in shown:
+        echo_err(f"skipped {line}")
+    if (more := count - len(shown)) > 0:
+        echo_err(f"skipped {more:,} more")

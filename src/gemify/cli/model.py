@@ -11,30 +11,48 @@ from typing import Annotated, Any
 
 import typer
 
-from gemify.cli.options import Base, Device, Json, Model, Quiet, echo_err, load_gem, print_json
+from gemify.cli.options import (
+    GEM_NAME,
+    Base,
+    BatchSize,
+    Device,
+    Dtype,
+    Json,
+    MaxNewTokens,
+    Model,
+    OutputDirectory,
+    Quiet,
+    Seed,
+    SystemPrompt,
+    Temperature,
+    TextColumn,
+    TopP,
+    echo_err,
+    load_gem,
+    print_json,
+)
 
 
 def embed(
     model: Model,
-    texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts; none: read --input or stdin, a text a line.")
-    ] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts. [default: --input, or the lines of stdin]")] = None,
     input: Annotated[
-        Path | None, typer.Option("--input", "-i", help=".txt, .jsonl or .parquet file, a text a row.")
+        Path | None, typer.Option("--input", "-i", help=".txt, .jsonl or .parquet file with a text in each row.")
     ] = None,
-    text_column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    text_column: TextColumn = "text",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help=".npy, .jsonl or .parquet; none: JSONL to stdout.")
+        Path | None, typer.Option("--output", "-o", help=".npy, .jsonl or .parquet file. [default: JSONL to stdout]")
     ] = None,
-    prompt_name: Annotated[str | None, typer.Option(help="Prompt of the model to put before every text.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Prompt to put before every text.")] = None,
+    prompt_name: Annotated[str | None, typer.Option(help="Name of the model's prompt to put before each text.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Prompt to put before each text.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to length 1.")] = False,
-    truncate_dim: Annotated[int | None, typer.Option(help="Keep the first so many dimensions.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Most texts a batch.")] = 64,
+    truncate_dim: Annotated[int | None, typer.Option(help="Keep only the first N dimensions.")] = None,
+    batch_size: BatchSize = 64,
     base: Base = None,
+    dtype: Dtype = "auto",
     device: Device = None,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Compile the layers first: worth it for thousands of texts.")
+        bool, typer.Option("--compile", help="Compile the layers first: pays off for thousands of texts.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -49,7 +67,7 @@ def embed(
     listed = list(texts) if texts else list(_read_texts(input, text_column))
     if not listed:
         raise ValueError("no text given: pass texts as arguments, --input FILE, or lines on stdin")
-    gem = load_gem(model, base, None, device)
+    gem = load_gem(model, base, dtype, device)
     vectors = gem.encode(
         listed,
         prompt_name=prompt_name,
@@ -73,17 +91,18 @@ def embed(
 
 def generate(
     model: Model,
-    prompt: Annotated[str | None, typer.Argument(help="Prompt; none: read stdin.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat format.")] = False,
-    system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sampling.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt. [default: stdin]")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
+    system: SystemPrompt = None,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
     embedding: Annotated[
-        bool, typer.Option("--embedding", help="Also give the prompt's embedding (with --json).")
+        bool, typer.Option("--embedding", help="Also print the prompt's embedding (needs --json).")
     ] = False,
     base: Base = None,
+    dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -96,7 +115,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    gem = load_gem(model, base, None, device)
+    gem = load_gem(model, base, dtype, device)
     if seed is not None:
         torch.manual_seed(seed)
     options: dict[str, Any] = {"do_sample": temperature > 0}
@@ -117,34 +136,35 @@ def generate(
 
 def recover(
     model: Model,
-    texts: Annotated[list[str] | None, typer.Argument(help="Texts; none: lines on stdin.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest recovery.")] = 64,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts. [default: the lines of stdin]")] = None,
+    max_new_tokens: MaxNewTokens = 64,
     base: Base = None,
+    dtype: Dtype = "auto",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Decode texts from their special tokens alone: what an embedding's KV remembers."""
+    """Decode texts from the KV cache of their special tokens alone."""
     listed = list(texts) if texts else list(_read_texts(None, "text"))
     if not listed:
         raise ValueError("no text given: pass texts as arguments, or lines on stdin")
-    gem = load_gem(model, base, None, device)
-    for text, back in zip(listed, gem.recover(listed, max_new_tokens=max_new_tokens), strict=True):
+    gem = load_gem(model, base, dtype, device)
+    for text, recovered in zip(listed, gem.recover(listed, max_new_tokens=max_new_tokens), strict=True):
         if as_json:
-            print_json({"text": text, "recovered": back})
+            print_json({"text": text, "recovered": recovered})
         else:
-            typer.echo(back)
+            typer.echo(recovered)
 
 
 def info(
-    model: Annotated[str, typer.Argument(help="starter, starter-multi, a GEM directory or a Hugging Face repo id.")],
+    model: Annotated[str, typer.Argument(help=GEM_NAME)],
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare logits with the base model's, bit for bit.")
+        bool, typer.Option("--verify", help="Compare the logits with the base model's, bit for bit.")
     ] = False,
     base: Base = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a GEM is, and with --verify that its language model is the base, untouched."""
+    """Show a GEM's configuration; --verify compares its language model with the base model."""
     from gemify.model.config import GemConfig, resolve_directory
     from gemify.model.tokenization import PLAIN
 
@@ -156,7 +176,8 @@ def info(
     if summary.is_file():
         facts["training"] = json.loads(summary.read_text())
     if verify:
-        facts["logits_equal_base"] = _verify(model, base or config.base, None if base else config.base_revision, device)
+        revision = None if base else config.base_revision
+        facts["logits_equal_base"] = _logits_equal_base(model, base or config.base, revision, device)
     if as_json:
         print_json(facts)
         return
@@ -171,12 +192,10 @@ def info(
 
 
 def export(
-    model: Annotated[str, typer.Option("--model", "-m", help="starter, a GEM directory or a Hugging Face repo id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    model: Model,
+    output: OutputDirectory,
     base: Base = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16. [default: as the model is stored]")
-    ] = None,
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Write a GEM as plain directories for sentence-transformers, vLLM, llama.cpp and PEFT (docs/how-to/engines.md)."""
@@ -185,8 +204,9 @@ def export(
     from gemify.model.export import require_exportable
 
     config = GemConfig.from_directory(resolve_directory(model))
-    require_exportable(config, output, dtype)  # said before a model is loaded
-    written = write(load_gem(model, base, None, "cpu"), output, dtype=dtype)
+    target_dtype = None if dtype == "auto" else dtype
+    require_exportable(config, output, target_dtype)  # fails before a model is loaded
+    written = write(load_gem(model, base, "auto", "cpu"), output, dtype=target_dtype)
     if as_json:
         print_json({**dataclasses.asdict(written), "directory": str(output)})
         return
@@ -198,11 +218,11 @@ def export(
     typer.echo(str(output))
 
 
-def _verify(model: str, base: str, revision: str | None, device: str | None) -> bool:
+def _logits_equal_base(model: str, base: str, revision: str | None, device: str | None) -> bool:
     from gemify.evaluation.language_model import PROBES, same_logits
     from gemify.model.base import load_base
 
-    gem = load_gem(model, base, None, device)
+    gem = load_gem(model, base, "auto", device)
     lm, _ = load_base(base, device=device, revision=revision)
     return same_logits(lm, gem.lm, gem.tokenizer, PROBES)
 

