@@ -1,12 +1,20 @@
-"""Write the generated pages of the reference: every flag, every route, every recipe field. Run by `make docs`."""
+"""Copy docs/ to a folder and add the reference pages made from the code: flags, routes, recipe fields.
+
+    python docs/generate_reference.py build/docs
+
+`make docs` runs it before it builds the site.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +23,9 @@ from fastapi import APIRouter, FastAPI
 
 import gemify.cli.main
 from gemify.serving import routes
+from gemify.training.recipe import Recipe
 
-HERE = Path(__file__).parent / "reference"
+DOCS = Path(__file__).parent
 
 COMMAND_LINE = """# Command line
 
@@ -61,6 +70,7 @@ def command_line() -> str:
         check=True,
     )
     body = made.stdout.partition("**Usage**")[2].replace("&#x27;", "'")
+    body = re.sub(r"(?m)^(\* `[^`]*`:.*)$", lambda line: line[0].replace("[", "\\["), body)
     return f"{COMMAND_LINE.format(version=gemify.__version__)}\n**Usage**{body}"
 
 
@@ -116,30 +126,48 @@ def _default(facts: dict[str, Any]) -> str:
 
 
 def _line(text: str) -> str:
-    return " ".join(re.sub(r"``", "`", text).split()).replace("|", "\\|")
+    return " ".join(text.replace("``", "`").split()).replace("|", "\\|").replace("[", "\\[")
 
 
 def recipe() -> str:
-    """The recipe's fields; what a field says of itself, else what its flag says."""
+    """The recipe's fields: what a field says of itself, else what its flag says."""
     from typer.main import get_command
 
     flags = {p.name: p.help for p in get_command(gemify.cli.main.app).commands["train"].params}  # type: ignore[attr-defined]
-    cls = griffe.load("gemify.training.recipe", search_paths=[str(HERE.parents[1] / "src")])["Recipe"]
+    source = griffe.load("gemify.training.recipe", search_paths=[str(DOCS.parent / "src")])["Recipe"]
+    hints = typing.get_type_hints(Recipe)
     rows = []
-    for name, field in cls.attributes.items():
-        if "property" in field.labels or field.annotation is None:
-            continue
-        says = field.docstring.value if field.docstring else flags.get(name) or ""
-        kind = str(field.annotation).replace("|", "or")
-        rows.append(f"| `{name}` | {kind} | `{field.value}` | {_line(says)} |")
+    for field in dataclasses.fields(Recipe):
+        says = source[field.name].docstring
+        what = says.value if says else flags.get(field.name) or ""
+        rows.append(f"| `{field.name}` | {_type(hints[field.name])} | `{_yaml(field.default)}` | {_line(what)} |")
     return RECIPE + "\n".join(rows) + "\n"
 
 
-def main() -> None:
-    """Write all pages."""
+def _type(hint: Any) -> str:
+    """A type as one writes it in YAML."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(f"`{value}`" for value in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"list of {_type(typing.get_args(hint)[0])}"
+    if arguments := typing.get_args(hint):
+        return " or ".join(_type(argument) for argument in arguments)
+    return "null" if hint is type(None) else str(hint.__name__)
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
+
+
+def main(output: Path) -> None:
+    """Write the whole folder anew."""
+    shutil.rmtree(output, ignore_errors=True)
+    shutil.copytree(DOCS, output, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     for name, write in (("command-line", command_line), ("http-routes", http_routes), ("recipe", recipe)):
-        (HERE / f"{name}.md").write_text(write(), encoding="utf-8")
+        (output / "reference" / f"{name}.md").write_text(write(), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
