@@ -1,4 +1,4 @@
-# make setup | demo | test | check | fast | long | starter | starter-multi | clean
+# make setup | demo | test | check | fast | long | docs | starter | starter-multi | clean
 
 # The first Python that runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # The CPU build if an index at hand has it (PyTorch's own CPU index does), else the ordinary one.
 TORCH ?= 2.13.0
 
-.PHONY: setup demo test check fast long starter starter-multi clean
+.PHONY: setup demo test check fast long docs starter starter-multi clean
 
 setup: $(VENV)/.ready
 
@@ -42,6 +42,12 @@ fast: setup  ## seconds: the method and the mask
 long: setup  ## many minutes: training to the stated scores (needs the data, see tests/conftest.py)
 	$(BIN)/python -m pytest -m long
 
+docs: setup  ## the site in site/: reference pages from the code; a broken link, name or docstring is an error
+	@$(BIN)/python -c 'import mkdocstrings, zensical' 2>/dev/null || $(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/python docs/generate_reference.py build/docs
+	@$(BIN)/zensical build --clean --strict >build/docs.log 2>&1; status=$$?; cat build/docs.log; \
+		! grep -qE '^(griffe|mkdocstrings):' build/docs.log && exit $$status
+
 DATA ?= wiki_sentences.txt.gz
 starter starter-multi: setup  ## an hour on two cores: a shipped GEM again, from the sentences in DATA; stops and goes on at any time
 	test -f runs/starter-pairs.jsonl || $(BIN)/gemify pairs --data $(DATA) -t paraphrase -t question -t keywords --num-texts 6144 \
@@ -50,4 +56,4 @@ starter starter-multi: setup  ## an hour on two cores: a shipped GEM again, from
 	$(BIN)/python recipes/ship_starter.py runs/$@ src/gemify/shipped/$@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build site

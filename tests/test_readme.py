@@ -1,4 +1,4 @@
-"""The README's Python blocks run, one after the other, as a reader would run them."""
+"""The Python blocks of the README, the tutorial and the frameworks page run, one after the other, as a reader would run them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import pytest
 
 from gemify.model.base import STARTER_PACKAGE
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/tutorial/first-gem.md", "docs/tutorial/ask-documents.md", "docs/how-to/frameworks.md")
 
 
 @pytest.mark.real
@@ -24,14 +25,21 @@ def test_the_python_blocks_run(
     pytest.importorskip("langchain_core")
     monkeypatch.setattr(core.Settings, "_tokenizer", None)
     pytest.importorskip("lancedb")
-    (tmp_path / "README.md").write_text(README.read_text())
+    (tmp_path / "README.md").write_text((ROOT / "README.md").read_text())
     monkeypatch.chdir(tmp_path)  # a block indexes this file into a new store
-    blocks = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
-    assert len(blocks) >= 3
-    names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block, names)
+    for page in PAGES:
+        blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+        assert blocks, page
+        names: dict[str, Any] = {}
+        for block in blocks:
+            exec(block, names)
     out = capsys.readouterr().out
     assert "Paris" in out
     assert "README.md" in out
     assert out.count("noon") == 2
+
+
+def test_no_block_is_left_out() -> None:
+    """A block that is shown and not run is marked ``py``."""
+    runs = {str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md") if "```python\n" in p.read_text()}
+    assert runs | {"README.md"} == set(PAGES)
