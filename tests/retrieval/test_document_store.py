@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gemify.io.vectors import normalize
 from gemify.retrieval.chunking import Chunk, ChunkSettings
-from gemify.retrieval.document_store import FileRecord, Precision, Row, Store, StoreMeta, unit
+from gemify.retrieval.document_store import FileRecord, Precision, Row, Store, StoreMeta
 from gemify.retrieval.index import fuse
 
 DIMENSION = 64
@@ -62,7 +63,7 @@ def test_vector_search_is_cosine_order(tmp_path: Path, precision: Precision) -> 
     store = filled(tmp_path / "s", 1000, precision)
     for seed in range(5):
         query = vectors(1, seed + 100)[0]
-        cosines = unit(vectors(1000)) @ unit(query[None])[0]
+        cosines = normalize(vectors(1000)) @ normalize(query[None])[0]
         best = np.argsort(-cosines)[:10]
         hits = store.near(query * 3, 10)
         assert [h.id for h in hits] == [f"v1-{i}" for i in best]

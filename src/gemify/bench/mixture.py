@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gemify.io.vectors import normalize
+
 _GROUPS, _SUBGROUPS, _FAMILIES = 64, 32, 12
 _RADII = (1.0, 0.8, 0.6, 0.5)
 
@@ -35,7 +37,7 @@ class Mixture:
         vectors_ND = _RADII[3] * self._directions(made, count)
         for radius, centres_ND, at in zip(_RADII, self._centres, groups, strict=False):
             vectors_ND += radius * centres_ND[at]
-        return vectors_ND / np.linalg.norm(vectors_ND, axis=1, keepdims=True)
+        return normalize(vectors_ND)
 
     def _directions(self, made: np.random.Generator, count: int) -> np.ndarray:
         return made.standard_normal((count, self.dim), dtype=np.float32) / np.float32(self.dim**0.5)

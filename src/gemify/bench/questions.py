@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemify.io.errors import first_line
+
 
 @dataclass(frozen=True)
 class Question:
@@ -45,7 +47,7 @@ def _rows(directory: Path, name: str, columns: Sequence[str]) -> Iterator[dict[s
                 row = json.loads(line)
                 missing = [c for c in columns if c not in row]
             except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} row {number}: no JSON object ({str(error).splitlines()[0]})") from error
+                raise ValueError(f"{path} row {number}: no JSON object ({first_line(error)})") from error
             if missing:
                 raise ValueError(f"{path} row {number}: no {missing[0]!r}")
             yield row

@@ -21,6 +21,8 @@ import torch
 from tqdm.auto import tqdm
 
 from gemify.bench.questions import Question
+from gemify.io.vectors import normalize
+from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
 from gemify.rag.kv_store import KvStore
 from gemify.rag.pipeline import Answer, GemRag, QueryEmbedder, Settings
@@ -92,7 +94,7 @@ class Shelf:
 
     def __init__(self, documents: Sequence[Document], vectors: np.ndarray) -> None:
         self._documents = documents
-        self._vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        self._vectors = normalize(vectors)
 
     def search(
         self, query: str, *, k: int = 10, mode: Any = "vector", vector: np.ndarray | None = None
@@ -139,7 +141,7 @@ def bench_rag(
 
     Gives a JSON-ready report. Raises ValueError if the model has no room for a length, or a row has no such name.
     """
-    limit = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
+    limit = max_positions(gem.lm)
     for length in lengths:
         if length < 1 or (limit is not None and length + 256 + max_new_tokens > limit):
             raise ValueError(f"documents of {length} tokens do not fit: this model takes {limit} tokens in all")

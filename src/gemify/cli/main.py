@@ -17,9 +17,10 @@ from gemify.cli.bench import bench
 from gemify.cli.evaluate import evaluate, report, reproduce
 from gemify.cli.index import embed_corpus, index, search
 from gemify.cli.model import embed, export, generate, info, recover
-from gemify.cli.options import fail, first_line
+from gemify.cli.options import fail
 from gemify.cli.serve import serve
 from gemify.cli.train import pairs, train
+from gemify.io.errors import first_line
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,

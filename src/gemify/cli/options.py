@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from gemify.io.errors import first_line
+
 if TYPE_CHECKING:
     from gemify.model.gem import GemModel
     from gemify.rag.kv_store import KvStore
@@ -156,11 +158,6 @@ def fail(message: str, code: int = 1) -> NoReturn:
     """End the command with one line on stderr."""
     echo_err(f"gemify: error: {first_line(message) or 'unknown error'}")
     sys.exit(code)
-
-
-def first_line(error: BaseException | str) -> str:
-    """First line of an error's text; the name of its type if it has no text."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def write_report(report: dict[str, Any], table: str, output: Path | None, as_json: bool) -> None:

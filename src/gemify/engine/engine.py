@@ -23,6 +23,7 @@ from gemify.engine.requests import EmbeddingJob, Listener, QueueFull, WritingJob
 from gemify.engine.sampling import Sampling
 from gemify.engine.scheduler import Writing
 from gemify.engine.worker import J, Worker, release_threads
+from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
 from gemify.model.rope_shift import has_dynamic_rope
 
@@ -76,7 +77,7 @@ class Engine:
             raise ValueError(f"max_rows and max_waiting must be at least 1, got {max_rows} and {max_waiting}")
         gem.lm.eval()
         self.gem = gem
-        self.limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
+        self.limit: int | None = max_positions(gem.lm)
         """Most tokens of a prompt and its answer together."""
         self._vocabulary = gem.lm.get_input_embeddings().weight.shape[0]
         self._max_rows, self._max_waiting = max_rows, max_waiting

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gemify.model.base import load_base
+from gemify.io.errors import first_line
+from gemify.model.base import load_base, max_positions
 from gemify.model.batching import length_groups
 from gemify.model.encode import TextTokenizer
 from gemify.model.forward import positions_of, right_pad
@@ -84,7 +85,7 @@ class BaselineEncoder:
         empty = tokenize.tokenize_plain(["\n"])[0]  # a text without tokens still has a vector
         start, right = tokenize.bos_ids + before + tokenize.prefix_ids, tokenize.suffix_ids
         times = 2 if self.method == "echo" else 1
-        positions = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        positions = max_positions(self.lm) or math.inf
         room = min(self.max_length, (positions - len(start) - len(right)) // times)
         if room < 1:
             raise ValueError(f"the prompt leaves no room for a text in {positions} positions: shorten it")
@@ -127,5 +128,5 @@ def load_sentence_transformer(name: str, *, device: str | None = None, dtype: to
     try:
         return SentenceTransformer(name, device=device, model_kwargs={"dtype": dtype})
     except Exception as error:  # it raises whatever its modules and the hub raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise ValueError(f"cannot load the sentence-transformers model {name!r}: {reason}") from error

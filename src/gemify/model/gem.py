@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemify.io.atomic import atomic_directory
+from gemify.io.errors import first_line
 from gemify.model import prefill as prefilling
 from gemify.model.adapter import ADAPTER_FILE, Adapter, AdapterSettings, Tune, adapter_settings, attached
 from gemify.model.attention import require_kernel, require_maskable
@@ -27,6 +28,7 @@ from gemify.model.base import (
     hide_progress_bars,
     initial_rows,
     load_base,
+    max_positions,
     special_token_ids,
 )
 from gemify.model.compile import compiled
@@ -128,7 +130,7 @@ class GemModel:
             special_ids=tuple(ids),
             pooling=pooling,
             shared_position=shared_position,
-            max_length=min(max_length, getattr(lm.config.get_text_config(), "max_position_embeddings", max_length)),
+            max_length=min(max_length, max_positions(lm) or max_length),
             prompts=dict(prompts or {}),
             template=template,
             layer=layer,
@@ -179,7 +181,7 @@ class GemModel:
         except SafetensorError as error:
             raise ValueError(f"{directory / ADAPTER_FILE} is damaged: {error}") from error
         except (RuntimeError, ValueError) as error:
-            raise ValueError(f"cannot load the adapter in {directory}: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"cannot load the adapter in {directory}: {first_line(error)}") from error
         lm.eval()
         return cls(lm, tokenizer, config, adapter)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from gemify.io.errors import first_line
 from gemify.model.kv_cache import from_key_values, keeps_all_positions, key_values, new_cache
 
 
@@ -57,7 +58,7 @@ def require_shiftable(lm: PreTrainedModel) -> None:
             for (a, _), (b, _) in zip(moved, key_values(there), strict=True)
         )
     except (ValueError, RuntimeError) as error:
-        raise ValueError(f"this model's caches cannot be joined: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"this model's caches cannot be joined: {first_line(error)}") from error
     if worst > (1e-3 if lm.dtype == torch.float32 else 3e-2):  # keys turned wrongly are off by about their own length
         raise ValueError("this model's caches cannot be joined: its positions are not plain rotary ones")
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gemify.io.atomic import atomic_file
+from gemify.io.errors import first_line
 from gemify.model.kv_cache import from_key_values, key_values
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class KvStore:
             self.misses += 1
             return None
         except (SafetensorError, ValueError, KeyError, TypeError, OSError) as error:
-            logger.warning("dropped the damaged cache %s (%s): it is computed again", path, str(error).splitlines()[0])
+            logger.warning("dropped the damaged cache %s (%s): it is computed again", path, first_line(error))
             with contextlib.suppress(OSError):  # a read-only store keeps it
                 path.unlink(missing_ok=True)
             self.misses += 1

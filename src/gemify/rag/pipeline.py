@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
+from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
 from gemify.model.prefill import Prefill
 from gemify.model.rope_shift import require_shiftable
@@ -146,7 +147,7 @@ class GemRag:
         # Where a question's vector is not in the chat's cache, the question is run for it apart.
         apart = embedder is not None or not config.k or bool(prompted) or bool(gem.text_tokenizer.prefix_ids)
         self.in_place = self.settings.order == "question-first" and not apart
-        self.limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
+        self.limit: int | None = max_positions(gem.lm)
         self.format = ChatFormat(gem.tokenizer)
         head = [self.format.turn("system", self.settings.system)] if self.settings.system else []
         empty = self.format.layout([*head, Turn("user", ())])

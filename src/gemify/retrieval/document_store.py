@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gemify.io.directory import is_remote, resolved
+from gemify.io.vectors import normalize
 from gemify.retrieval.chunking import Chunk, ChunkSettings
 from gemify.retrieval.lance import (
     IndexKind,
@@ -179,7 +180,7 @@ class Store:
         if vectors_ND.shape != (len(rows), self.meta.dimension):
             raise ValueError(f"expected vectors [{len(rows)}, {self.meta.dimension}], got {list(vectors_ND.shape)}")
         kind = self._chunks.schema.field("vector").type
-        flat = unit(vectors_ND).astype(kind.value_type.to_pandas_dtype()).ravel()
+        flat = normalize(vectors_ND).astype(kind.value_type.to_pandas_dtype()).ravel()
         columns: dict[str, Any] = {
             "version": [r.version for r in rows],
             "file": [r.file for r in rows],
@@ -268,7 +269,7 @@ class Store:
         if vector_D.shape != (self.meta.dimension,):
             raise ValueError(f"expected a vector of {self.meta.dimension} numbers, got {list(vector_D.shape)}")
         with readable(self.uri):
-            query = self._chunks.search(unit(vector_D[None])[0], vector_column_name="vector").distance_type("dot")
+            query = self._chunks.search(normalize(vector_D[None])[0], vector_column_name="vector").distance_type("dot")
             if candidates := _RESCORED.get(self.meta.precision):
                 query = query.refine_factor(max(candidates // 100, candidates // k))
             return self._hits(query.nprobes(_PROBES), k, "_distance")
@@ -304,13 +305,6 @@ class Store:
             for row in found
         ]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # equal scores in one order
-
-
-def unit(vectors_ND: np.ndarray) -> np.ndarray:
-    """Vectors of length 1, in float32; a zero vector stays one."""
-    vectors_ND = np.asarray(vectors_ND, dtype=np.float32)
-    lengths_N1 = np.linalg.norm(vectors_ND, axis=-1, keepdims=True)
-    return vectors_ND / np.where(lengths_N1 == 0, 1, lengths_N1)
 
 
 def _read_meta(metadata: dict[bytes, bytes] | None, uri: str) -> StoreMeta:

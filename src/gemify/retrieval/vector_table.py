@@ -19,7 +19,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from gemify.io.directory import is_remote, resolved
-from gemify.retrieval.document_store import Hit, Precision, Store, unit
+from gemify.io.vectors import normalize
+from gemify.retrieval.document_store import Hit, Precision, Store
 from gemify.retrieval.lance import (
     IndexKind,
     connect,
@@ -168,7 +169,7 @@ class Corpus:
                 f"the corpus {self.uri} holds int8 vectors, which LanceDB does not search: embed with --precision float16"
                 " (--index sq searches them in 8 bits)"
             )
-        wanted_D = unit(vector_D[None])[0]
+        wanted_D = normalize(vector_D[None])[0]
         with readable(self.uri):
             index = next((i for i in self._table.list_indices() if i.columns == ["vector"]), None)
             kind = "" if index is None else _kind(index.index_type)

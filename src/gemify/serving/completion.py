@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from gemify.engine.requests import Finished, Piece, Vectors
 from gemify.engine.sampling import Sampling, TokenLogprob
+from gemify.io.vectors import normalize
 from gemify.serving.dispatch import Asking, ClientGone, while_there
 from gemify.serving.errors import ApiError, bad, error_body, of_engine
 from gemify.serving.protocol.requests import ChatRequest, CompletionsRequest
@@ -271,7 +271,7 @@ class Replies:
     def _take(self, number: int, event: Piece | Finished | Vectors) -> int:
         """Keep what came; the choice it belongs to."""
         if isinstance(event, Vectors):
-            self.facts["embedding"] = unit(event.vectors_ND)[0].tolist()
+            self.facts["embedding"] = normalize(event.vectors_ND)[0].tolist()
             return 0
         if not any(choice.pieces for choice in self._choices):
             self.house.metrics.first_token.observe(time.perf_counter() - self._began)
@@ -357,10 +357,3 @@ def sampling_of(wish: Wish, prompt_tokens: int, house: House, top_logprobs: int 
         )
     except ValueError as error:
         raise bad(str(error)) from error
-
-
-def unit(vectors_ND: np.ndarray, dimensions: int | None = None) -> np.ndarray:
-    """Vectors cut to so many numbers and scaled to length 1, as OpenAI's are; zeros stay zeros."""
-    cut_ND = np.asarray(vectors_ND, dtype=np.float32)[:, :dimensions]
-    lengths_N1 = np.linalg.norm(cut_ND, axis=1, keepdims=True)
-    return (cut_ND / np.where(lengths_N1 > 0, lengths_N1, 1.0)).astype(np.float32)

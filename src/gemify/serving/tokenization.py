@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gemify.io.errors import first_line
+from gemify.model.base import max_positions
 from gemify.model.encode import TextTokenizer
 from gemify.model.gem import GemModel
 from gemify.rag.chat_template import ChatFormat, Turn
@@ -47,7 +49,7 @@ class Prompts:
             self._copies.put(_Tools(tokenizer, replace(gem.text_tokenizer, tokenizer=tokenizer)))
         self._table = int(gem.lm.get_input_embeddings().weight.shape[0])
         self._room, self._columns = gem.max_seq_length, gem.config.max_text_tokens
-        self._limit: int | None = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", None)
+        self._limit: int | None = max_positions(gem.lm)
         self._longest = max(map(len, gem.tokenizer.get_vocab()))  # characters of a token
         self._tools = threading.local()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="gemify-prompts")
@@ -140,7 +142,7 @@ class Prompts:
         try:
             return chat.layout(turns).ids
         except ValueError as error:
-            raise bad(str(error).splitlines()[0], "messages") from error
+            raise bad(first_line(error), "messages") from error
 
 
 def _role(message: ChatMessage) -> Any:

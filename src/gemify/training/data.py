@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from gemify.io.errors import first_line
+
 _PAIRS = (
     ("summary", "context", "summary"),
     ("soft_prompt", "prompt", "answer"),
@@ -106,7 +108,7 @@ class Source:
                     number += 1
                     yield f"{path} row {number}", row
         except ArrowException as error:
-            raise ValueError(f"{path} is not readable as Parquet: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} is not readable as Parquet: {first_line(error)}") from error
 
     def _hub(self) -> Iterator[tuple[str, Any]]:
         from datasets import load_dataset
@@ -114,7 +116,7 @@ class Source:
         try:
             rows: Iterable[Any] = load_dataset(self.name, split=self.split, streaming=True)
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             raise ValueError(f"{self.name!r} is neither a file nor a data set that can be loaded: {reason}") from error
         return ((f"{self.name} row {n}", row) for n, row in enumerate(rows, start=1))
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from gemify.io.errors import first_line
 from gemify.model.adapter import TUNES, Tune
 from gemify.model.attention import require_kernel
 from gemify.model.config import require_layer, require_special_tokens
@@ -201,7 +202,7 @@ class Recipe:
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not readable as YAML: {str(error).splitlines()[0]}") from error
+            raise ValueError(f"{path} is not readable as YAML: {first_line(error)}") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must hold `name: value` lines, got {type(values).__name__}")
         return values

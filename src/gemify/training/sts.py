@@ -10,6 +10,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from gemify.io.jsonl import read_rows
+from gemify.io.vectors import normalize
 
 
 class Encoder(Protocol):
@@ -36,7 +37,6 @@ def read_pairs(path: Path) -> list[Pair]:
 def spearman(encoder: Encoder, pairs: list[Pair], *, batch_size: int = 64) -> float:
     """100 times Spearman's rho, MTEB's STS metric (cosine)."""
     texts = [t for p in pairs for t in (p.sentence1, p.sentence2)]
-    vectors = np.asarray(encoder.encode(texts, batch_size=batch_size), dtype=np.float64)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-12
+    vectors = normalize(encoder.encode(texts, batch_size=batch_size), dtype=np.float64)
     cosine = (vectors[0::2] * vectors[1::2]).sum(axis=1)
     return float(100.0 * spearmanr(cosine, [p.score for p in pairs]).statistic)

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from gemify.io.atomic import atomic_file, sync
+from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
 from gemify.model.throughput import peak_memory_bytes, throughput
 from gemify.training.batches import Batches
@@ -354,7 +355,7 @@ def _require_room(recipe: Recipe, gem: GemModel) -> None:
     """A reconstruction row holds its text twice, a contrastive one the template: refuse what outruns the positions."""
     k, template = gem.config.k, gem.config.max_text_tokens - gem.max_seq_length
     longest = recipe.max_length + k + max(recipe.max_length + 1, template)
-    room = getattr(gem.lm.config.get_text_config(), "max_position_embeddings", longest)
+    room = max_positions(gem.lm) or longest
     if longest > room:
         raise ValueError(
             f"rows of max_length {recipe.max_length} take up to {longest} positions, {recipe.base} has {room}:"

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gemify.io.vectors import normalize
 from gemify.retrieval.bulk.plan import plan
 from gemify.retrieval.bulk.rows import Reader
 from gemify.retrieval.bulk.run import Report, embed_corpus
-from gemify.retrieval.document_store import Store, unit
+from gemify.retrieval.document_store import Store
 from gemify.retrieval.index import GemIndex
 from gemify.retrieval.vector_table import Corpus, CorpusMeta
 from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl, write_parquet
@@ -34,7 +35,7 @@ def test_a_corpus_holds_its_inputs_in_order(tmp_path: Path) -> None:
     for column, name in (("id", "_id"), ("title", "title"), ("text", "text")):
         assert table[column].to_pylist() == [r[name] for r in rows]
     words = [f"{r['title']}\n{r['text']}" if r["title"] else r["text"] for r in rows]
-    np.testing.assert_allclose(vectors_of(table), unit(Words().encode_document(words)), atol=1e-6)
+    np.testing.assert_allclose(vectors_of(table), normalize(Words().encode_document(words)), atol=1e-6)
     again = embed([tmp_path / "in"], tmp_path / "out", model)  # a directory of the same files
     assert (again.rows, again.embedded, len(model.embedded)) == (150, 0, 150)
 
@@ -174,7 +175,7 @@ def test_parquet_rows_that_are_not_utf8(column: str, tmp_path: Path) -> None:
 
 def test_pq_codes_are_learned_from_enough_rows(tmp_path: Path) -> None:
     """Of fewer LanceDB would make an index that holds none of them."""
-    question = unit(Words().encode_query("moon river")[None])[0]
+    question = normalize(Words().encode_query("moon river")[None])[0]
     for count, built in ((255, ("text", "title")), (256, ("pq vectors", "text", "title"))):
         path, out = write_jsonl(tmp_path / f"{count}.jsonl", [row(n) for n in range(count)]), tmp_path / str(count)
         assert embed([path], out, index="pq", precision="float32").indexes == built
@@ -253,7 +254,7 @@ def test_search_is_exact_search(precision: str, index: str, tmp_path: Path) -> N
     assert corpus.build_indexes("flat") == ([] if index == "flat" else ["flat vectors", "text", "title"])
     kept = vectors_of(table)
     for number in range(12):
-        question = unit(Words(64).encode_query(row(number * 11)["text"])[None])[0]
+        question = normalize(Words(64).encode_query(row(number * 11)["text"])[None])[0]
         hits = corpus.near(question, 5)
         if precision == "binary":
             signs = np.unpackbits(kept, axis=1).astype(np.float32) * 2 - 1

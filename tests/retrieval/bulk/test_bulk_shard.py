@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from gemify.io.directory import Place
+from gemify.io.vectors import normalize
 from gemify.retrieval.bulk.lance_writer import at_precision, commit
 from gemify.retrieval.bulk.plan import Shard, plan
 from gemify.retrieval.bulk.rows import Reader, _Table
 from gemify.retrieval.bulk.shard import embed_shard, marker
-from gemify.retrieval.document_store import unit
 from gemify.retrieval.vector_table import CorpusMeta
 from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl
 
@@ -122,7 +122,7 @@ def test_precisions(precision: str, shards: list[Shard], meta: CorpusMeta, tmp_p
     done = embed_shard(shards[0], model=model, reader=Reader(kept), place=place)
     commit(place, kept, done.parts, name="x")
     found = vectors_of(read_back(tmp_path / "out"))
-    exact = unit(model.encode_document(model.embedded[:20]))
+    exact = normalize(model.encode_document(model.embedded[:20]))
     if precision == "binary":
         assert found.dtype == np.uint8
         np.testing.assert_array_equal(np.unpackbits(found, axis=1).astype(bool), exact > 0)

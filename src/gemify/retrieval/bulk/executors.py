@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemify.io.directory import Place
+from gemify.io.errors import first_line
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import Reader
 from gemify.retrieval.bulk.shard import Done, Model, embed_shard
@@ -100,7 +101,7 @@ class ShardWorker:
                 )
             self._embed = job.embedder(model)
         except (ValueError, OSError) as error:  # told with the first shard: Ray would start the worker anew
-            self._error = f"a worker cannot load the model: {str(error).splitlines()[0]}"
+            self._error = f"a worker cannot load the model: {first_line(error)}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
         if self._embed is None:

@@ -17,9 +17,10 @@ import numpy as np
 
 from gemify.io.atomic import sync
 from gemify.io.directory import Place
+from gemify.io.vectors import normalize
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import Passage
-from gemify.retrieval.document_store import Precision, unit
+from gemify.retrieval.document_store import Precision
 from gemify.retrieval.vector_table import TABLE, CorpusMeta
 
 _STORAGE_VERSION = "2.1"  # of Lance files: what LanceDB reads as well
@@ -37,7 +38,7 @@ def schema(meta: CorpusMeta) -> Any:
 
 def at_precision(vectors_ND: np.ndarray, precision: Precision) -> np.ndarray:
     """Vectors of length 1 as they are kept; int8 has the largest number of each vector at 127, binary a bit a sign."""
-    vectors_ND = unit(vectors_ND)
+    vectors_ND = normalize(vectors_ND)
     if precision == "binary":
         return np.packbits(vectors_ND > 0, axis=1)
     if precision == "int8":

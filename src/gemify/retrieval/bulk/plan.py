@@ -18,6 +18,8 @@ from typing import IO, Any, BinaryIO, cast
 
 import numpy as np
 
+from gemify.io.errors import first_line
+
 _PIECE = 1 << 20
 _KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
@@ -148,7 +150,7 @@ def damaged_parquet(path: str | Path) -> Iterator[None]:
     try:
         yield
     except ArrowException as error:
-        raise ValueError(f"{path} is not readable as Parquet: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is not readable as Parquet: {first_line(error)}") from error
 
 
 def _parquet(path: Path, shard_rows: int, columns: Sequence[str], read: Callable[[int], Any]) -> Iterator[_Part]:

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from gemify.engine.requests import Vectors
-from gemify.serving.completion import unit
+from gemify.io.vectors import normalize
 from gemify.serving.dispatch import Asking, while_there
 from gemify.serving.errors import bad
 from gemify.serving.protocol.requests import EmbeddingsRequest
@@ -60,7 +60,7 @@ async def embed(request: Request, rows: list[list[int]]) -> tuple[np.ndarray, in
 
 
 def _written(vectors_ND: np.ndarray, wish: EmbeddingsRequest, model: str, usage: dict[str, int]) -> bytes:
-    vectors_ND = unit(vectors_ND, wish.dimensions)
+    vectors_ND = normalize(vectors_ND[:, : wish.dimensions])
     listed: list[Any]
     if wish.encoding_format == "base64":
         listed = [base64.b64encode(v.astype("<f4").tobytes()).decode("ascii") for v in vectors_ND]

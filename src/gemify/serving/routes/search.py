@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from gemify.io.errors import first_line
 from gemify.serving.errors import bad
 from gemify.serving.protocol.requests import SearchRequest
 from gemify.serving.protocol.responses import Passages
@@ -43,7 +44,7 @@ async def find(request: Request, query: str, *, k: int, mode: str) -> Finding:
     try:
         found = await asyncio.to_thread(partial(index.search, query, k=k, mode=mode, vector=vector))
     except ValueError as error:
-        raise bad(str(error).splitlines()[0], "query") from error
+        raise bad(first_line(error), "query") from error
     return Finding(list(found), tokens)
 
 
