@@ -15,10 +15,11 @@ from pathlib import Path
 from gemify import GemModel
 from gemify.evaluation.language_model import PROBES, language_loss, same_logits
 from gemify.io.atomic import atomic_file
+from gemify.io.signals import StopRequestedError
 from gemify.model.base import load_base
 from gemify.model.throughput import format_summary
 from gemify.training.recipe import Recipe
-from gemify.training.trainer import RECIPE_FILE, Stopped, train
+from gemify.training.trainer import RECIPE_FILE, train
 
 RUN = Path("runs/demo")
 TEXTS = Path("runs/demo-texts.txt")
@@ -96,7 +97,7 @@ def train_one(training: list[str]) -> GemModel:
             resume=(RUN / RECIPE_FILE).is_file(),
             on_ready=lambda fresh: neighbours(fresh, "Nearest neighbours before training:"),
         )
-    except Stopped as stopped:
+    except StopRequestedError as stopped:
         raise SystemExit(f"{str(stopped).split(';')[0]}; `make demo` goes on from there") from None
     print(f"trained {summary['trainable_parameters']:,} parameters: {format_summary(summary)}")
     return gem

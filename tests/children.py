@@ -109,14 +109,15 @@ def train_sharded(rank: int, world: int, port: int, recipe: str, output: str, te
 def train_together(rank: int, world: int, port: int, recipe: str, output: str, tell: Connection) -> None:
     """One process of a training run; says how it ended."""
     join(rank, world, port)
+    from gemify.io.signals import StopRequestedError
     from gemify.training.recipe import Recipe
-    from gemify.training.trainer import Stopped, train
+    from gemify.training.trainer import train
 
     try:
         made = Recipe.from_dict(Recipe.read_yaml(Path(recipe)))
         _, summary = train(made, Path(output), resume=True, device="cpu", show_progress_bar=False)
         tell.send(summary)
-    except (Stopped, ValueError) as error:
+    except (StopRequestedError, ValueError) as error:
         tell.send(str(error))
 
 

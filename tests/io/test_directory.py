@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import pytest
 from filelock import FileLock
 
-from gemify.io.directory import Place
+from gemify.io.directory import Directory
 from gemify.retrieval.bulk.run import embed_corpus
 from gemify.retrieval.document_store import Store
 from gemify.retrieval.vector_table import Corpus, open_store, refuse_corpus
@@ -32,26 +32,26 @@ def _no_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("_no_links")
 def test_a_disk_without_hard_links(tmp_path: Path) -> None:
-    inputs, place = write_inputs(tmp_path / "in"), Place(tmp_path / "out")
+    inputs, directory = write_inputs(tmp_path / "in"), Directory(tmp_path / "out")
     assert embed(inputs, tmp_path / "out", limit=50) == 53
     assert embed(inputs, tmp_path / "out") == 150
     assert read_back(tmp_path / "out")["id"].to_pylist() == [f"d{n}" for n in range(150)]
-    assert not place.write_first("done/0000000.json", b"second")
-    assert b'"number": 0' in (place.read("done/0000000.json") or b"")
+    assert not directory.write_if_absent("done/0000000.json", b"second")
+    assert b'"number": 0' in (directory.read("done/0000000.json") or b"")
     assert [p.name for p in (tmp_path / "out" / "done").glob(".*")] == []
 
 
 @pytest.mark.usefixtures("_no_links")
 def test_without_hard_links_two_that_write_at_once_take_turns(tmp_path: Path) -> None:
-    place, told = Place(tmp_path), []
-    second = threading.Thread(target=lambda: told.append(place.write_first("done/a.json", b"second")))
+    directory, told = Directory(tmp_path), []
+    second = threading.Thread(target=lambda: told.append(directory.write_if_absent("done/a.json", b"second")))
     with FileLock(tmp_path / ".first.lock"):
         second.start()
         second.join(0.2)
         assert second.is_alive(), "it waits"
-        place.write("done/a.json", b"first")
+        directory.write("done/a.json", b"first")
     second.join()
-    assert (told, place.read("done/a.json")) == ([False], b"first")
+    assert (told, directory.read("done/a.json")) == ([False], b"first")
 
 
 def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_reached_is_said_in_one_line() -> None:
-    for make, uri in ((Place, "nowhere://bucket/x"), (Store.exists, "mock://bucket/x")):
+    for make, uri in ((Directory, "nowhere://bucket/x"), (Store.exists, "mock://bucket/x")):
         with pytest.raises(ValueError, match=f"{uri} cannot be .*: give a directory, or a URI") as said:
             make(uri)
         assert "\n" not in str(said.value)

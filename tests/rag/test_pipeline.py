@@ -27,7 +27,7 @@ class Passage:
     text: str
     title: str = ""
     file: str = "a.txt"
-    place: str = "line 1"
+    location: str = "line 1"
     score: float = 1.0
     heading: str = ""
 

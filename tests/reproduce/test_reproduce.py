@@ -14,11 +14,11 @@ from gemify import GemModel
 from gemify.evaluation.report.published import TABLES
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.task_suites import task_type
+from gemify.io.signals import StopRequestedError
 from gemify.reproduce.run import TABLE_NAMES, estimate_seconds, plan_cells, reproduce
 from gemify.reproduce.scales import SCALES, scale_of
 from gemify.reproduce.tables import cells_of
 from gemify.training.recipe import Recipe
-from gemify.training.trainer import Stopped
 
 
 class Suite:
@@ -226,13 +226,13 @@ def test_a_stopped_training_goes_on_too(go: Any, monkeypatch: pytest.MonkeyPatch
 
     def stops_at_the_second(recipe: Recipe, output: Path, **options: Any) -> Any:
         if heard:
-            raise Stopped("stopped at step 1 of 2; go on with --resume")
+            raise StopRequestedError("stopped at step 1 of 2; go on with --resume")
         heard.append(output.name)
         return real(recipe, output, **options)
 
     monkeypatch.setattr(gemify.reproduce.run, "train", stops_at_the_second)
     suite = Suite()
-    with pytest.raises(Stopped):
+    with pytest.raises(StopRequestedError):
         go("table2", suite)
     assert suite.calls == heard
     assert "Not finished: 8 of 9 cells" in (tmp_path / "out" / "table2.md").read_text()

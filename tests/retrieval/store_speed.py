@@ -44,12 +44,14 @@ def main(directory: str, count: int = 100_000, precision: str = "float32") -> No
     queries = topics[rng.integers(0, TOPICS, 50)] + 1.5 * rng.normal(size=(50, DIMENSION))
     asked = [" ".join(w) for w in rng.choice(words, (50, 6), p=chance / chance.sum())]
     reader = Store.open(directory)
-    facts["vector_ms"] = timed(lambda i: reader.near(queries[i], 10))
-    facts["fts_ms"] = timed(lambda i: reader.matching(asked[i], 10))
+    facts["vector_ms"] = timed(lambda i: reader.vector_search(queries[i], 10))
+    facts["fts_ms"] = timed(lambda i: reader.text_search(asked[i], 10))
     facts["hybrid_ms"] = timed(
-        lambda i: fuse([[h.id for h in reader.near(queries[i], 50)], [h.id for h in reader.matching(asked[i], 50)]])
+        lambda i: fuse(
+            [[h.id for h in reader.vector_search(queries[i], 50)], [h.id for h in reader.text_search(asked[i], 50)]]
+        )
     )
-    found = [{h.id for h in reader.near(query, 10)} for query in queries]
+    found = [{h.id for h in reader.vector_search(query, 10)} for query in queries]
     true = [{f"v-{i}" for i in np.argsort(-(kept @ query.astype("f4")))[:10]} for query in queries]
     facts["recall_10"] = float(np.mean([len(a & b) / 10 for a, b in zip(found, true, strict=True)]))
     facts["peak_MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3

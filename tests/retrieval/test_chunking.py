@@ -62,7 +62,7 @@ def test_chunks_are_numbered_and_keep_every_visible_character(text: str) -> None
     assert "".join("".join(c.text.split()) for c in got) == "".join(text.split())
     for chunk in got:
         assert chunk.text == chunk.text.strip() != ""
-        assert chunk.words == chunk.text
+        assert chunk.embed_text == chunk.text
         assert chunk.tokens <= 32
 
 
@@ -81,12 +81,12 @@ def test_cuts_prefer_paragraphs_to_sentences_to_words() -> None:
 def test_context_goes_before_the_words_and_places_follow_the_lines() -> None:
     section = Section("alpha\nbeta\n\ngamma delta epsilon\n", "Title", ("Top", "Sub"), unit="line", first=10)
     got = list(chunks(section, TOKENIZER, ChunkSettings(16, 0)))
-    assert [(c.text, c.place) for c in got] == [
+    assert [(c.text, c.location) for c in got] == [
         ("alpha\nbeta", "lines 10-11"),
         ("gamma delta", "line 13"),
         ("epsilon", "line 13"),
     ]
-    assert got[0].words == "Title > Top > Sub\nalpha\nbeta"
+    assert got[0].embed_text == "Title > Top > Sub\nalpha\nbeta"
     assert (got[0].title, got[0].heading) == ("Title", "Top > Sub")
 
 

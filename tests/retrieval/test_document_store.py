@@ -65,7 +65,7 @@ def test_vector_search_is_cosine_order(tmp_path: Path, precision: Precision) -> 
         query = vectors(1, seed + 100)[0]
         cosines = normalize(vectors(1000)) @ normalize(query[None])[0]
         best = np.argsort(-cosines)[:10]
-        hits = store.near(query * 3, 10)
+        hits = store.vector_search(query * 3, 10)
         assert [h.id for h in hits] == [f"v1-{i}" for i in best]
         np.testing.assert_allclose(
             [h.score for h in hits], cosines[best], atol=2e-3 if precision == "float16" else 1e-5
@@ -83,7 +83,7 @@ def test_words_are_ranked_by_bm25(tmp_path: Path) -> None:
     store = filled(tmp_path / "s", 500)
     for query in ("word3", "word40 word7", "word55 word2 word30"):
         oracle = bm25(query, texts(500))
-        hits = store.matching(query, 20)
+        hits = store.text_search(query, 20)
         got = np.array([h.score for h in hits])
         # LanceDB keeps a text's length in one byte, so scores differ a little; who is found, and about how high, do not
         theirs = np.array([oracle[int(h.id.removeprefix("v1-"))] for h in hits])
@@ -103,23 +103,23 @@ def test_fusion_adds_reciprocal_ranks() -> None:
 def test_chunks_count_once_their_files_row_names_their_version(tmp_path: Path) -> None:
     store = filled(tmp_path / "s", 50)
     query = vectors(1, 7)[0]
-    before = [h.id for h in store.near(query, 50)]
+    before = [h.id for h in store.vector_search(query, 50)]
     store.append(rows("v2", texts(30, 1)), vectors(30, 1))
     other = Store.open(tmp_path / "s")
     for reader in (store, other):
-        assert reader.uncounted() == {"v2": 30}
-        assert [h.id for h in reader.near(query, 50)] == before
-        assert {h.id[:2] for h in reader.matching("word0 word1", 100)} == {"v1"}
+        assert reader.pending_versions() == {"v2": 30}
+        assert [h.id for h in reader.vector_search(query, 50)] == before
+        assert {h.id[:2] for h in reader.text_search("word0 word1", 100)} == {"v1"}
     store.record([record("v2", 30)])
     for reader in (store, other):
-        assert reader.uncounted() == {"v1": 50}
-        assert {h.id[:2] for h in reader.near(query, 100)} == {"v2"}
+        assert reader.pending_versions() == {"v1": 50}
+        assert {h.id[:2] for h in reader.vector_search(query, 100)} == {"v2"}
         assert len(reader) == 30
     store.finish()
-    assert other.uncounted() == {}
+    assert other.pending_versions() == {}
     assert len(list(other.rows())) == 30
     store.forget(["f.txt"])
-    assert other.near(query, 5) == other.matching("word0", 5) == []
+    assert other.vector_search(query, 5) == other.text_search("word0", 5) == []
     store.finish()
     assert (len(store), list(store.rows())) == (0, [])
 
@@ -169,8 +169,8 @@ def test_a_damaged_store_says_so_in_a_line(tmp_path: Path, damage: str, how: str
 
     def use() -> None:
         store = Store.open(tmp_path / "s")
-        store.near(vectors(1)[0], 3)
-        store.matching("word3", 3)
+        store.vector_search(vectors(1)[0], 3)
+        store.text_search("word3", 3)
 
     with pytest.raises(ValueError, match="store") as caught:
         use()
@@ -181,7 +181,7 @@ def test_a_damaged_store_says_so_in_a_line(tmp_path: Path, damage: str, how: str
 def test_wrong_shapes_and_places(tmp_path: Path) -> None:
     store = filled(tmp_path / "s", 3)
     with pytest.raises(ValueError, match="expected a vector of 64 numbers, got \\[3\\]"):
-        store.near(np.zeros(3), 1)
+        store.vector_search(np.zeros(3), 1)
     with pytest.raises(ValueError, match="expected vectors \\[1, 64\\], got \\[1, 3\\]"):
         store.append(rows("v", ["a"]), np.zeros((1, 3)))
     with pytest.raises(ValueError, match="no store at"):
@@ -192,4 +192,4 @@ def test_wrong_shapes_and_places(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no store in"):
         Store.open(tmp_path / "empty")
-    assert store.near(np.zeros(DIMENSION), 1)[0].score == 0
+    assert store.vector_search(np.zeros(DIMENSION), 1)[0].score == 0

@@ -14,7 +14,8 @@ import pytest
 
 from bag_of_words import BagOfWords
 from gemify import GemModel
-from gemify.retrieval.index import GemIndex, Stopped
+from gemify.io.signals import StopRequestedError
+from gemify.retrieval.index import GemIndex
 
 FACTS = {
     "owl.md": "# Owls\n\nOwls hunt mice at night.\n\n## Ears\n\nTheir ears sit at different heights.\n",
@@ -43,7 +44,7 @@ def assert_same(one: GemIndex, two: GemIndex, atol: float = 1e-6) -> None:
     assert {p: (r.version, r.chunks) for p, r in one.store.files().items()} == {
         p: (r.version, r.chunks) for p, r in two.store.files().items()
     }
-    assert one.store.uncounted() == two.store.uncounted() == {}
+    assert one.store.pending_versions() == two.store.pending_versions() == {}
 
 
 def test_files_become_passages_with_places(tmp_path: Path, bag: BagOfWords) -> None:
@@ -56,9 +57,9 @@ def test_files_become_passages_with_places(tmp_path: Path, bag: BagOfWords) -> N
     assert report.tokens_per_second > 0
     for mode in ("vector", "fts", "hybrid"):
         (best, *_) = index.search("mice at night", mode=mode, k=3)  # type: ignore[arg-type]
-        assert (best.file, best.place, best.heading) == (str(root / "owl.md"), "lines 1-3", "Owls")
+        assert (best.file, best.location, best.heading) == (str(root / "owl.md"), "lines 1-3", "Owls")
         assert "hunt mice" in best.text
-    assert index.search("Moon", mode="fts")[0].place == "row r1"  # by its title, which the text does not hold
+    assert index.search("Moon", mode="fts")[0].location == "row r1"  # by its title, which the text does not hold
     assert [p.file for p in index.search("zebra", mode="fts")] == []
 
 
@@ -166,7 +167,7 @@ def test_a_stop_leaves_whole_commits_and_the_next_run_goes_on(
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     stopping = Interrupting(3, number)
     index = GemIndex.open(tmp_path / "s", stopping)
-    with pytest.raises(MemoryError if number is None else Stopped):
+    with pytest.raises(MemoryError if number is None else StopRequestedError):
         index.add(root, commit_tokens=200)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
     assert len(index) == 1, "of the file begun nothing counts yet"

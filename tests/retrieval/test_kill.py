@@ -72,7 +72,7 @@ def test_killed_anywhere(tmp_path: Path, base_dir: Path, server: ForkServerConte
         _, code = run(store, kill_after=chance.randrange(1, all_steps[point % 2]), wait=chance.uniform(0, 0.02))
         killed += code == -signal.SIGKILL
         again = GemIndex.open(store, gem, **settings)  # type: ignore[arg-type]
-        halves += bool(again.store.uncounted())
+        halves += bool(again.store.pending_versions())
         again.add(corpus, commit_tokens=300)
         assert_same(again, whole, atol=1e-5)
         assert [round(p.score, 4) for p in again.search("changed words about 4", mode="fts", k=5)] == words

@@ -52,8 +52,8 @@ def test_text_keeps_its_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("\ufeffone\ntwo\r\nthree é\n".encode())
     (section,) = sections(tmp_path / "a.txt")
     assert section.text.startswith("one")
-    assert section.place(0, 3) == "line 1"
-    assert section.place(4, len(section.text)) == "lines 2-3"
+    assert section.location(0, 3) == "line 1"
+    assert section.location(4, len(section.text)) == "lines 2-3"
 
 
 def test_a_large_text_comes_in_pieces_that_know_their_lines(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_markdown_headings_are_a_path_and_code_is_not_one(tmp_path: Path) -> Non
     assert [s.headings for s in got] == [(), ("Top",), ("Top", "Sub"), ("Next",)]
     assert {s.title for s in got} == {"Top"}
     assert "# no heading" in got[1].text
-    assert got[2].place(0, len(got[2].text.rstrip())) == "lines 9-12"
+    assert got[2].location(0, len(got[2].text.rstrip())) == "lines 9-12"
     assert "".join(s.text for s in got) == path.read_text()
 
 
@@ -118,8 +118,8 @@ def test_pdf_pages_are_places(tmp_path: Path) -> None:
     (section,) = sections(write_pdf(tmp_path / "a.pdf", ["First page text.", "Second page text."], "A title"))
     assert section.title == "A title"
     at = section.text.index("Second")
-    assert section.place(at, at + 6) == "page 2"
-    assert section.place(0, at + 6) == "pages 1-2"
+    assert section.location(at, at + 6) == "page 2"
+    assert section.location(0, at + 6) == "pages 1-2"
 
 
 def test_word_headings_and_tables(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_rows_have_ids_titles_and_their_own_columns(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain.encode()))
     for name in ("a.jsonl", "a.jsonl.gz"):
         got = sections(tmp_path / name)
-        assert [(s.text, s.title, s.place(0, 1)) for s in got] == [
+        assert [(s.text, s.title, s.location(0, 1)) for s in got] == [
             ("a", "T", "row q1"),
             ("b", "", "row 7"),
             ("c\u2028d", "", "row 3"),

@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM
 import gemify.training.trainer
 import tiny_models
 from gemify import GemModel
+from gemify.io.signals import StopRequestedError
 from gemify.training.batches import Batches
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
-from gemify.training.trainer import Stopped, last_checkpoint, train
+from gemify.training.trainer import last_checkpoint, train
 
 
 def recipe(base_dir: Path, texts_file: Path, **options: Any) -> Recipe:
@@ -195,7 +196,7 @@ def test_a_signal_stops_with_a_checkpoint(base_dir: Path, texts_file: Path, tmp_
 
     before = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     try:
-        with pytest.raises(Stopped, match="go on with --resume"):
+        with pytest.raises(StopRequestedError, match="go on with --resume"):
             train(
                 Recipe.from_dict({**_plain(made), "max_steps": 2000, "ntp_steps": 1000}),
                 tmp_path / "run",

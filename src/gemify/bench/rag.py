@@ -38,7 +38,7 @@ class Document:
     title: str = ""
     heading: str = ""
     file: str = ""
-    place: str = ""
+    location: str = ""
     score: float = 0.0
 
 

@@ -49,7 +49,7 @@ def measure(
     for at, question in enumerate(questions):
         vector = None if vectors_ND is None else vectors_ND[at]
         found = index.search(question.text, k=3 * _DEPTH, mode=mode, vector=vector)
-        places = list(dict.fromkeys(passage.place for passage in found))[:_DEPTH]
+        places = list(dict.fromkeys(passage.location for passage in found))[:_DEPTH]
         wanted = f"row {question.passage}"
         ranks.append(places.index(wanted) + 1 if wanted in places else 0)
     got = np.asarray(ranks)

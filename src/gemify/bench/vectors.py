@@ -30,8 +30,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from gemify.bench.mixture import Mixture
-from gemify.io.directory import Place
-from gemify.retrieval.bulk.lance_writer import commit, sweep, table, write_part
+from gemify.io.directory import Directory
+from gemify.retrieval.bulk.lance_writer import commit, table, vacuum, write_part
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import Passage
 from gemify.retrieval.vector_table import TABLE, Corpus, CorpusMeta
@@ -105,7 +105,7 @@ def _apart(step: Callable[..., Any], *given: Any) -> Any:
 
 def _write(uri: str, precision: str, wanted: Vectors) -> tuple[dict[str, Any], np.ndarray]:
     """What writing took, and the rows nearest to each question [queries, 10]."""
-    place, mixture, questions_QD = Place(uri), Mixture(wanted.dim, wanted.seed), wanted.questions()
+    directory, mixture, questions_QD = Directory(uri), Mixture(wanted.dim, wanted.seed), wanted.questions()
     meta = CorpusMeta("synthetic", "", wanted.dim, precision=precision, keep_text=False)  # type: ignore[arg-type]
     scores_QK = np.full((wanted.queries, _K), -np.inf, np.float32)
     rows_QK = np.zeros((wanted.queries, _K), np.int64)
@@ -122,9 +122,9 @@ def _write(uri: str, precision: str, wanted: Vectors) -> tuple[dict[str, Any], n
         passages = [Passage(str(row), "", "") for row in range(first, first + len(vectors_ND))]
         begin, began = time.perf_counter(), time.process_time()
         shard = Shard(number, "synthetic", first, len(passages), 0, "")
-        parts += write_part(place, meta, shard, table(meta, passages, vectors_ND))
+        parts += write_part(directory, meta, shard, table(meta, passages, vectors_ND))
         if first + _PART >= wanted.count:
-            commit(place, meta, parts, name="synthetic")
+            commit(directory, meta, parts, name="synthetic")
         seconds, cpu = seconds + time.perf_counter() - begin, cpu + time.process_time() - began
     facts = {"seconds": round(seconds, 2), "cpu_seconds": round(cpu, 2), "disk_bytes": _bytes(Path(uri))}
     return {**facts, "peak_memory_mb": _peak()}, rows_QK
@@ -134,7 +134,7 @@ def _index(uri: str, kind: str) -> dict[str, Any]:
     begin, began = time.perf_counter(), time.process_time()
     Corpus.open(uri).build_indexes("flat" if kind == "binary" else kind)  # type: ignore[arg-type]
     seconds, cpu = time.perf_counter() - begin, time.process_time() - began
-    sweep(Place(uri))
+    vacuum(Directory(uri))
     return {
         "build_seconds": round(seconds, 1),
         "build_cpu_seconds": round(cpu, 1),
@@ -150,7 +150,7 @@ def _search(uri: str, wanted: Vectors, nearest_QK: np.ndarray) -> dict[str, Any]
     found = []
     for at in itertools.chain(range(min(_WARM, wanted.queries)), range(wanted.queries)):
         begin, began = time.perf_counter(), time.process_time()
-        hits = corpus.near(questions_QD[at], _K)
+        hits = corpus.vector_search(questions_QD[at], _K)
         took[""].append(1000 * (time.perf_counter() - begin))
         took["cpu_"].append(1000 * (time.process_time() - began))
         found.append(len({int(hit.id) for hit in hits} & set(nearest_QK[at].tolist())) / _K)

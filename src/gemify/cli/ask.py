@@ -178,9 +178,9 @@ def _questions() -> Iterator[str]:
 
 
 def _asked(text: str) -> str:
-    from gemify.retrieval.section import whole_characters
+    from gemify.retrieval.section import replace_surrogates
 
-    return whole_characters(text.strip())
+    return replace_surrogates(text.strip())
 
 
 def _write(text: str) -> None:
@@ -192,7 +192,7 @@ def _finish(answer: Answer, *, as_json: bool) -> None:
     timing = answer.timing
     if as_json:
         sources = [
-            {"number": n, "file": p.file, "place": p.place, "title": p.title, "score": p.score, "text": p.text}
+            {"number": n, "file": p.file, "place": p.location, "title": p.title, "score": p.score, "text": p.text}
             for n, p in enumerate(answer.passages, start=1)
         ]
         record = {"answer": answer.text, "sources": sources, "timing": vars(timing)}

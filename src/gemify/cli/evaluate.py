@@ -115,9 +115,9 @@ def reproduce(
     ] = False,
 ) -> None:
     """Run one of the paper's tables, with its figures beside ours."""
+    from gemify.io.signals import StopRequestedError
     from gemify.reproduce.run import estimate_seconds, plan_cells
     from gemify.reproduce.run import reproduce as run
-    from gemify.training.trainer import Stopped
 
     options: dict[str, Any] = {"scale": scale, "base": base, "steps": steps, "limit": limit}
     cells = plan_cells(table, output=output, training_data=training_data, **options)
@@ -137,7 +137,7 @@ def reproduce(
             on_cell=lambda cell: echo_err(f"{table}: {cell.label}"),
             **options,
         )
-    except Stopped as stopped:
+    except StopRequestedError as stopped:
         raise ValueError(str(stopped)) from stopped
     typer.echo(str(path))
 

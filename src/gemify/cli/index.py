@@ -38,7 +38,7 @@ from gemify.cli.options import (
 if TYPE_CHECKING:
     from gemify.model.gem import GemModel
     from gemify.rag.kv_store import KvStore
-    from gemify.retrieval.bulk.run import Report as CorpusReport
+    from gemify.retrieval.bulk.run import EmbedReport as CorpusReport
     from gemify.retrieval.index import GemIndex
 
 _MAX_SKIPPED_LINES = 20
@@ -77,8 +77,9 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Read, cut and embed files into a store; run it again to bring the store up to date."""
+    from gemify.io.signals import StopRequestedError
     from gemify.retrieval.document_store import Store
-    from gemify.retrieval.index import GemIndex, Stopped
+    from gemify.retrieval.index import GemIndex
     from gemify.retrieval.loaders import find_files
     from gemify.retrieval.vector_table import refuse_corpus
 
@@ -99,7 +100,7 @@ def index(
             batch_size=batch_size,
             show_progress_bar=not quiet,
         )
-    except Stopped as stopped:
+    except StopRequestedError as stopped:
         raise ValueError(str(stopped)) from stopped
     _echo_skipped([f"{skipped.path}: {skipped.reason}" for skipped in report.skipped], len(report.skipped))
     caches = _store_caches(gem, opened, open_kv_store(gem), quiet) if open_kv_store is not None else {}
@@ -145,18 +146,18 @@ def search(
     from typing import get_args
 
     from gemify.retrieval.index import GemIndex, Mode
-    from gemify.retrieval.section import whole_characters
+    from gemify.retrieval.section import replace_surrogates
 
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
     name = store_model_name(store, model)
     gem = None if mode == "fts" and model is None else load_gem(name, base, dtype, device)
-    passages = GemIndex.open(store, gem, create=False).search(whole_characters(query), k=k, mode=mode)  # type: ignore[arg-type]
+    passages = GemIndex.open(store, gem, create=False).search(replace_surrogates(query), k=k, mode=mode)  # type: ignore[arg-type]
     for number, passage in enumerate(passages, start=1):
         if as_json:
-            print_json(dataclasses.asdict(passage))
+            print_json(passage.to_json())
             continue
-        where = ", ".join(filter(None, (passage.file, passage.place, passage.heading or passage.title)))
+        where = ", ".join(filter(None, (passage.file, passage.location, passage.heading or passage.title)))
         typer.echo(f"[{number}] {passage.score:.4f}  {where}")
         typer.echo("".join(f"    {line}\n" for line in passage.text.splitlines()))
     if not passages and not as_json:
@@ -207,12 +208,12 @@ def embed_corpus(
 ) -> None:
     """Embed a corpus larger than memory; run it again to continue where it stopped."""
     from gemify.retrieval.bulk.plan import find_inputs
-    from gemify.retrieval.bulk.run import begun
     from gemify.retrieval.bulk.run import embed_corpus as run
+    from gemify.retrieval.bulk.run import read_manifest
     from gemify.retrieval.vector_table import PQ_FROM
 
     find_inputs(inputs)  # reports a wrong path before a model is loaded
-    there = begun(output)
+    there = read_manifest(output)
     name = absolute_model_name(model or (there.model if there else "") or "starter")
     dtype = dtype or (there.dtype if there else "float32")
     gem = load_gem(name, base, dtype, "cpu" if executor == "ray" else device)

@@ -118,9 +118,10 @@ def _run(
     Returns:
         The summary of the run; None in any but the first of its processes.
     """
+    from gemify.io.signals import StopRequestedError
     from gemify.training.distributed import rank
     from gemify.training.recipe import PRESETS, Recipe
-    from gemify.training.trainer import Stopped, train
+    from gemify.training.trainer import train
 
     if preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -128,7 +129,7 @@ def _run(
     recipe = Recipe.from_dict({**PRESETS[preset], **from_file, **flags}, source=str(config or "the flags"))
     try:
         _, summary = train(recipe, output, resume=resume, device=device, show_progress_bar=show_progress_bar)
-    except Stopped as stopped:
+    except StopRequestedError as stopped:
         fail(str(stopped))
     return summary if rank() == 0 else None
 

@@ -15,13 +15,13 @@ from urllib.request import url2pathname
 from gemify.io.atomic import atomic_file
 
 
-class Place:
+class Directory:
     """A directory at a path or at a URI that pyarrow takes (``s3://bucket/path``)."""
 
     def __init__(self, uri: str | Path) -> None:
         from pyarrow.fs import FileSystem
 
-        self.uri = resolved(uri)
+        self.uri = resolve_uri(uri)
         self.local = not is_remote(self.uri)
         try:
             self.files, self.path = FileSystem.from_uri(self.uri)
@@ -40,10 +40,10 @@ class Place:
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file in one step."""
-        with self.staged(name) as stage, self.files.open_output_stream(stage) as file:
+        with self.stage(name) as stage, self.files.open_output_stream(stage) as file:
             file.write(content)
 
-    def write_first(self, name: str, content: bytes) -> bool:
+    def write_if_absent(self, name: str, content: bytes) -> bool:
         """Write a file in one step, unless there is one; whether it was written.
 
         A disk without hard links does it under a lock, which is as good as the disk's locks are between machines. In an
@@ -63,7 +63,7 @@ class Place:
                 return self._checked(name, content)
 
     @contextlib.contextmanager
-    def staged(self, name: str) -> Iterator[str]:
+    def stage(self, name: str) -> Iterator[str]:
         """A path to write to, which becomes the file when the block ends well. (Object stores do so by themselves.)"""
         if not self.local:
             yield f"{self.path}/{name}"
@@ -71,7 +71,7 @@ class Place:
         with atomic_file(Path(self.path, name)) as stage:
             yield str(stage)
 
-    def names(self, directory: str) -> list[str]:
+    def list_names(self, directory: str) -> list[str]:
         """Sorted names of the files in a directory; hidden ones are not finished, and left out."""
         from pyarrow.fs import FileSelector
 
@@ -100,7 +100,7 @@ def is_remote(uri: str) -> bool:
     return "://" in uri
 
 
-def resolved(uri: str | Path) -> str:
+def resolve_uri(uri: str | Path) -> str:
     """A URI as it is; a path, or a file:// URI of one, as an absolute path."""
     if str(uri).startswith("file://"):
         return url2pathname(urlsplit(str(uri)).path)

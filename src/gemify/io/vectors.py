@@ -1,4 +1,4 @@
-"""Vectors to files: .npy, .jsonl or .parquet, with the metrics of their making beside them."""
+"""Arrays of vectors: scaled to length 1, and written to .npy, .jsonl or .parquet files."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Found(Protocol):
     @property
     def file(self) -> str: ...
     @property
-    def place(self) -> str: ...
+    def location(self) -> str: ...
     @property
     def score(self) -> float: ...
 
@@ -93,7 +93,7 @@ class Answer:
 
     def sources(self) -> list[str]:
         """A line a source: its number, file and place."""
-        return [f"[{n}] {p.file}{f' ({p.place})' if p.place else ''}" for n, p in enumerate(self.passages, 1)]
+        return [f"[{n}] {p.file}{f' ({p.location})' if p.location else ''}" for n, p in enumerate(self.passages, 1)]
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def reproduce(
     """Run what is not finished of a table and return its Markdown.
 
     ``data`` is the evaluation's directory, ``training_data`` as in a training recipe. ``on_cell`` hears of every cell
-    that is about to run. An interruption (`gemify.training.trainer.Stopped`, KeyboardInterrupt) or an error leaves what
+    that is about to run. An interruption (`gemify.io.signals.StopRequestedError`, KeyboardInterrupt) or an error leaves what
     is finished, and the table with it; the same call goes on from there. Raises ValueError for an unknown table or scale
     and for anything else the user can mend.
     """

@@ -60,9 +60,9 @@ class Chunk:
     text: str
     title: str
     heading: str
-    place: str
+    location: str
     tokens: int
-    words: str
+    embed_text: str
     """What is embedded and searched: the text, with title and headings before it if the settings say so."""
 
 
@@ -125,8 +125,8 @@ def chunks(section: Section, tokenizer: Any, settings: ChunkSettings, *, ordinal
             text=text,
             title=section.title,
             heading=heading,
-            place=section.place(start, start + len(text)),
+            location=section.location(start, start + len(text)),
             tokens=piece.last - piece.first,
-            words=f"{context}\n{text}" if context else text,
+            embed_text=f"{context}\n{text}" if context else text,
         )
         ordinal += 1

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from gemify.io.directory import is_remote, resolved
+from gemify.io.directory import is_remote, resolve_uri
 from gemify.io.vectors import normalize
 from gemify.retrieval.chunking import Chunk, ChunkSettings
 from gemify.retrieval.lance import (
@@ -34,16 +34,17 @@ from gemify.retrieval.lance import (
     readable,
     sql_lists,
     table_names,
+    text_index,
+    text_query,
     vector_index,
-    words_index,
-    words_query,
 )
 
 Precision = Literal["float32", "float16", "int8", "binary"]
 FORMAT_VERSION = 1
 _META = b"gemify"
 _CHUNKS, _FILES = "chunks", "files"
-_SHOWN = ("version", "ordinal", "file", "text", "title", "heading", "place")
+_CHUNK_COLUMNS = {"text": "text", "title": "title", "heading": "heading", "place": "location", "words": "embed_text"}
+_HIT_COLUMNS = ("version", "ordinal", "file", "text", "title", "heading", "place")
 _IVF_FROM = 20_000  # rows: up to here an exact scan takes under 30 ms of two cores
 _PROBES = 24  # partitions of the vector index that a search looks into
 _QUANTISE_FROM = 256
@@ -101,7 +102,7 @@ class Hit:
     text: str
     title: str
     heading: str
-    place: str
+    location: str
     score: float
 
 
@@ -119,7 +120,7 @@ class Store:
     @classmethod
     def open(cls, uri: str | Path) -> Store:
         """An existing store. Raises ValueError where there is none."""
-        uri = resolved(uri)
+        uri = resolve_uri(uri)
         if not is_remote(uri) and not Path(uri).is_dir():
             raise ValueError(f"no store at {uri}: make one with `gemify index`")
         database = connect(uri)
@@ -130,7 +131,7 @@ class Store:
     @classmethod
     def exists(cls, uri: str | Path) -> bool:
         """Whether a store was made there, be it damaged. A creation that was killed made none."""
-        uri = resolved(uri)
+        uri = resolve_uri(uri)
         if not is_remote(uri) and not Path(uri).is_dir():
             return False
         database = connect(uri)
@@ -149,21 +150,21 @@ class Store:
     @classmethod
     def create(cls, uri: str | Path, meta: StoreMeta) -> Store:
         """A new, empty store. ``files``, with what the store says of itself, is written last and makes it one."""
-        uri = resolved(uri)
+        uri = resolve_uri(uri)
         if not is_remote(uri) and Path(uri).exists() and not Path(uri).is_dir():
             raise ValueError(f"cannot make a store at {uri}: it is a file, give a directory")
         database = connect(uri)
         import pyarrow as pa
 
         width = pa.float16() if meta.precision == "float16" else pa.float32()
-        text = [pa.field(n, pa.string()) for n in ("version", "file", "text", "title", "heading", "place", "words")]
+        text = [pa.field(n, pa.string()) for n in ("version", "file", *_CHUNK_COLUMNS)]
         chunks = [*text, pa.field("ordinal", pa.int32()), pa.field("vector", pa.list_(width, meta.dimension))]
         files = [pa.field(n, pa.string()) for n in ("path", "hash", "version")]
         files += [pa.field("size", pa.int64()), pa.field("mtime", pa.float64()), pa.field("chunks", pa.int64())]
         described = {_META: json.dumps(asdict(meta)).encode()}
         with readable(uri):
             table = database.create_table(_CHUNKS, schema=pa.schema(chunks), mode="overwrite")
-            table.create_index("words", config=words_index())
+            table.create_index("words", config=text_index())
             database.create_table(_FILES, schema=pa.schema(files, metadata=described), mode="overwrite")
         return cls(uri, database, meta)
 
@@ -187,8 +188,8 @@ class Store:
             "ordinal": pa.array([r.chunk.ordinal for r in rows], pa.int32()),
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(flat, kind.value_type), self.meta.dimension),
         }
-        for name in ("text", "title", "heading", "place", "words"):
-            columns[name] = [getattr(r.chunk, name) for r in rows]
+        for column, name in _CHUNK_COLUMNS.items():
+            columns[column] = [getattr(r.chunk, name) for r in rows]
         with readable(self.uri):
             self._chunks.add(pa.table(columns).select(self._chunks.schema.names).cast(self._chunks.schema))
 
@@ -211,7 +212,7 @@ class Store:
     def finish(self) -> None:
         """Delete what does not count, bring the indexes up to date, compact. Does nothing where nothing is to do."""
         with readable(self.uri):
-            for listed in sql_lists(self.uncounted()):
+            for listed in sql_lists(self.pending_versions()):
                 self._chunks.delete(f"version IN ({listed})")
             train = self._wants_training()
             unindexed = any(i.num_unindexed_rows for i in self._chunks.list_indices())
@@ -250,7 +251,7 @@ class Store:
         with readable(self.uri):
             return {row["path"]: FileRecord(**row) for row in self._files.to_arrow().to_pylist()}
 
-    def uncounted(self) -> dict[str, int]:
+    def pending_versions(self) -> dict[str, int]:
         """Versions whose chunks do not count (yet, or any more), and how many chunks of each there are."""
         with readable(self.uri):
             now = (self._chunks.version, self._files.version)
@@ -264,7 +265,7 @@ class Store:
                 self._seen = now
             return self._hidden
 
-    def near(self, vector_D: np.ndarray, k: int) -> list[Hit]:
+    def vector_search(self, vector_D: np.ndarray, k: int) -> list[Hit]:
         """The chunks nearest to a vector; the score is the cosine."""
         if vector_D.shape != (self.meta.dimension,):
             raise ValueError(f"expected a vector of {self.meta.dimension} numbers, got {list(vector_D.shape)}")
@@ -274,14 +275,14 @@ class Store:
                 query = query.refine_factor(max(candidates // 100, candidates // k))
             return self._hits(query.nprobes(_PROBES), k, "_distance")
 
-    def matching(self, words: str, k: int) -> list[Hit]:
+    def text_search(self, words: str, k: int) -> list[Hit]:
         """The chunks that match words best; the score is BM25."""
         with readable(self.uri):
-            return self._hits(self._chunks.search(words_query(words, ["words"]), query_type="fts"), k, "_score")
+            return self._hits(self._chunks.search(text_query(words, ["words"]), query_type="fts"), k, "_score")
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every chunk that counts, with its vector, in no order."""
-        hidden = self.uncounted()
+        hidden = self.pending_versions()
         with readable(self.uri):
             for batch in self._chunks.search().to_batches(4096):
                 yield from (row for row in batch.to_pylist() if row["version"] not in hidden)
@@ -289,22 +290,26 @@ class Store:
     def hits(self) -> Iterator[Hit]:
         """The same, as a search finds them, with score 0."""
         for row in self.rows():
-            shown = {name: row[name] for name in ("file", "text", "title", "heading", "place")}
-            yield Hit(f"{row['version']}-{row['ordinal']}", score=0.0, **shown)
+            yield _hit(row, 0.0)
 
     def _hits(self, query: Any, k: int, score: str) -> list[Hit]:
-        if hidden := [f"version NOT IN ({listed})" for listed in sql_lists(self.uncounted())]:
+        if hidden := [f"version NOT IN ({listed})" for listed in sql_lists(self.pending_versions())]:
             query = query.where(" AND ".join(hidden), prefilter=True)
-        found = query.limit(k).select([*_SHOWN, score]).to_arrow().to_pylist()
-        hits = [
-            Hit(
-                id=f"{row.pop('version')}-{row.pop('ordinal')}",
-                score=1 - row.pop(score) if score == "_distance" else row.pop(score),
-                **row,
-            )
-            for row in found
-        ]
+        found = query.limit(k).select([*_HIT_COLUMNS, score]).to_arrow().to_pylist()
+        hits = [_hit(row, 1 - row[score] if score == "_distance" else row[score]) for row in found]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # equal scores in one order
+
+
+def _hit(row: dict[str, Any], score: float) -> Hit:
+    return Hit(
+        id=f"{row['version']}-{row['ordinal']}",
+        file=row["file"],
+        text=row["text"],
+        title=row["title"],
+        heading=row["heading"],
+        location=row["place"],
+        score=score,
+    )
 
 
 def _read_meta(metadata: dict[bytes, bytes] | None, uri: str) -> StoreMeta:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from tqdm.auto import tqdm
 
-from gemify.io.signals import Stopped, stop_signals
+from gemify.io.signals import stop_signals
 from gemify.retrieval.chunking import ChunkSettings
 from gemify.retrieval.document_store import Hit, Precision, Store, StoreMeta
 from gemify.retrieval.ingest import Embedder, IndexReport, Options, Run
@@ -32,7 +32,7 @@ def fuse(rankings: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
     return sorted(scores.items(), key=lambda item: -item[1])
 
 
-__all__ = ["Embedder", "GemIndex", "IndexReport", "Mode", "Passage", "Skipped", "Stopped"]
+__all__ = ["Embedder", "GemIndex", "IndexReport", "Mode", "Passage", "Skipped"]
 
 Mode = Literal["vector", "fts", "hybrid"]
 _POOL = 50  # hits of each kind that a hybrid search fuses, at least
@@ -46,11 +46,15 @@ class Passage:
     """The same as long as the file stays the same."""
     text: str
     file: str
-    place: str
+    location: str
     title: str
     heading: str
     score: float
     """Higher is better: a cosine (vector), BM25 (fts), or a sum of reciprocal ranks (hybrid)."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields under their names in HTTP answers and in ``--json`` output."""
+        return {"place" if name == "location" else name: value for name, value in vars(self).items()}
 
 
 class GemIndex:
@@ -136,7 +140,7 @@ class GemIndex:
 
         Raises:
             ValueError: a path that does not exist, a damaged store, no model, another process writing.
-            Stopped: after a signal; what is committed stays.
+            StopRequestedError: after a signal; what is committed stays.
         """
         if self.model is None:
             raise ValueError("adding files needs a model: open the index with one")
@@ -151,10 +155,10 @@ class GemIndex:
         options = Options(Columns(text_column, title_column), limit, batch_size, commit_tokens)
         with (
             self.store.writing(),
-            stop_signals() as wish,
+            stop_signals() as stop_flag,
             tqdm(desc="index", unit=" chunks", disable=not show_progress_bar) as bar,
         ):
-            return Run(self.store, self.model, options, wish, bar).over(found)
+            return Run(self.store, self.model, options, stop_flag, bar).over(found)
 
     def require_text(self) -> None:
         """Refuse to answer from passages of which only vectors are kept."""
@@ -181,12 +185,12 @@ class GemIndex:
         if not query.strip() and (mode != "vector" or vector is None):
             raise ValueError("the query is empty: give some words")
         if mode == "fts":
-            return [_passage(hit, hit.score) for hit in self.store.matching(query, k)]
+            return [_passage(hit, hit.score) for hit in self.store.text_search(query, k)]
         vector_D = self._embedded(query) if vector is None else np.asarray(vector, dtype=np.float32)
         if mode == "vector":
-            return [_passage(hit, hit.score) for hit in self.store.near(vector_D, k)]
+            return [_passage(hit, hit.score) for hit in self.store.vector_search(vector_D, k)]
         pool = max(_POOL, k)
-        rankings = [self.store.near(vector_D, pool), self.store.matching(query, pool)]
+        rankings = [self.store.vector_search(vector_D, pool), self.store.text_search(query, pool)]
         hits = {hit.id: hit for ranking in rankings for hit in ranking}
         fused = fuse([[hit.id for hit in ranking] for ranking in rankings])
         return [_passage(hits[name], score) for name, score in fused[:k]]
@@ -198,7 +202,7 @@ class GemIndex:
 
 
 def _passage(hit: Hit, score: float) -> Passage:
-    return Passage(hit.id, hit.text, hit.file, hit.place, hit.title, hit.heading, score)
+    return Passage(hit.id, hit.text, hit.file, hit.location, hit.title, hit.heading, score)
 
 
 def _require_settings(store: Store, given: dict[str, Any]) -> None:

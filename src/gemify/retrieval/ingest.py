@@ -15,11 +15,11 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
-from gemify.io.signals import Wish
+from gemify.io.signals import StopFlag
 from gemify.retrieval.chunking import chunks
 from gemify.retrieval.document_store import FileRecord, Row, Store
 from gemify.retrieval.loaders import Columns, Found, content_hash, read_file
-from gemify.retrieval.section import Skipped, whole_characters
+from gemify.retrieval.section import Skipped, replace_surrogates
 
 
 class Embedder(Protocol):
@@ -73,7 +73,7 @@ class Run:
     store: Store
     model: Embedder
     options: Options
-    wish: Wish
+    stop_flag: StopFlag
     bar: tqdm[Any]
     added: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
@@ -88,7 +88,7 @@ class Run:
 
     def over(self, found: Found) -> IndexReport:
         """Bring the files found, as they are, into the store."""
-        before, begun = self.store.files(), dict(self.store.uncounted())
+        before, begun = self.store.files(), dict(self.store.pending_versions())
         self.skipped.extend(found.skipped)
         removed = tuple(path for path in before if found.is_gone(Path(path)))
         self.store.forget(removed)
@@ -111,7 +111,7 @@ class Run:
     def _file(self, path: Path, old: FileRecord | None, begun: dict[str, int]) -> None:
         columns, limit = self.options.columns, self.options.limit
         version = ""
-        if (shown := whole_characters(str(path))) != str(path):
+        if (shown := replace_surrogates(str(path))) != str(path):
             self.skipped.append(Skipped(shown, "its name is not UTF-8: rename it"))
             return
         try:
@@ -150,7 +150,7 @@ class Run:
                     self._waiting += chunk.tokens
                 if self._waiting >= self.options.commit_tokens:
                     self._commit()
-                self.wish.check()
+                self.stop_flag.raise_if_set()
         return count
 
     def _drop(self, version: str) -> None:
@@ -161,7 +161,7 @@ class Run:
     def _commit(self) -> None:
         if self._rows:
             begin = time.perf_counter()
-            words = [r.chunk.words for r in self._rows]
+            words = [r.chunk.embed_text for r in self._rows]
             vectors_ND = np.asarray(self.model.encode_document(words, batch_size=self.options.batch_size))
             self.seconds += time.perf_counter() - begin
             self.store.append(self._rows, vectors_ND)
@@ -170,4 +170,4 @@ class Run:
         self.tokens += self._waiting
         self.bar.update(len(self._rows))
         self._rows, self._complete, self._waiting = [], [], 0
-        self.wish.check()
+        self.stop_flag.raise_if_set()

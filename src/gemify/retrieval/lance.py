@@ -54,14 +54,14 @@ def vector_index(kind: IndexKind, *, partitions: int, distance: str = "dot") -> 
     return made(distance_type=distance, num_partitions=partitions)
 
 
-def words_index() -> Any:
+def text_index() -> Any:
     """How to build a full-text index of a column."""
     from lancedb.index import FTS
 
     return FTS()
 
 
-def words_query(words: str, columns: Sequence[str]) -> Any:
+def text_query(words: str, columns: Sequence[str]) -> Any:
     """A search for words in columns that have a full-text index; the score is BM25."""
     from lancedb.query import MatchQuery, MultiMatchQuery
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from gemify.retrieval.documents import read_docx, read_html, read_markdown, read_pdf
-from gemify.retrieval.section import Section, Skipped, whole_characters
+from gemify.retrieval.section import Section, Skipped, replace_surrogates
 
 READING_VERSION = 1
 """Counted up when a reader changes what it yields: files read by an older one are then read again."""
@@ -207,11 +207,13 @@ def _row(line: str, number: int, columns: Columns) -> Section:
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, got {type(row).__name__}")
     if columns.text not in row:
-        there = whole_characters(", ".join(sorted(row)))
+        there = replace_surrogates(", ".join(sorted(row)))
         raise ValueError(f"no column {columns.text!r} (there are {there}): set the text column")
     text, title = row[columns.text], row.get(columns.title)
     if not isinstance(text, str):
         raise ValueError(f"{columns.text!r} must be text, got {type(text).__name__}")
     name = next((row[c] for c in ("_id", "id") if isinstance(row.get(c), str | int)), number)
     title = title if isinstance(title, str) else ""
-    return Section(whole_characters(text), title=whole_characters(title), unit="row", name=whole_characters(str(name)))
+    return Section(
+        replace_surrogates(text), title=replace_surrogates(title), unit="row", name=replace_surrogates(str(name))
+    )

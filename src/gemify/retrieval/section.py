@@ -25,7 +25,7 @@ class Section:
     name: str = ""
     """For rows: the row's own id, or its number."""
 
-    def place(self, start: int, end: int) -> str:
+    def location(self, start: int, end: int) -> str:
         """Where the characters from ``start`` to ``end`` stand, in words: ``lines 3-9``, ``page 2``, ``row q17``."""
         if self.unit == "row":
             return f"row {self.name}"
@@ -48,6 +48,6 @@ class Skipped:
     reason: str
 
 
-def whole_characters(text: str) -> str:
+def replace_surrogates(text: str) -> str:
     """The text with half characters (lone surrogates, from JSON escapes or odd bytes) replaced: no tokenizer takes them."""
     return text.encode("utf-8", "replace").decode()

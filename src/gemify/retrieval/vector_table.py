@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from gemify.io.directory import is_remote, resolved
+from gemify.io.directory import is_remote, resolve_uri
 from gemify.io.vectors import normalize
 from gemify.retrieval.document_store import Hit, Precision, Store
 from gemify.retrieval.lance import (
@@ -27,9 +27,9 @@ from gemify.retrieval.lance import (
     open_table,
     readable,
     table_names,
+    text_index,
+    text_query,
     vector_index,
-    words_index,
-    words_query,
 )
 
 Format = Literal["lance", "parquet"]
@@ -107,7 +107,7 @@ class Corpus:
     @classmethod
     def exists(cls, uri: str | Path) -> bool:
         """Whether embed-corpus began to write there."""
-        uri = resolved(uri)
+        uri = resolve_uri(uri)
         if not is_remote(uri):
             return (Path(uri) / MANIFEST).is_file() or (Path(uri) / f"{TABLE}.lance").is_dir()
         tables = table_names(connect(uri), uri)
@@ -116,7 +116,7 @@ class Corpus:
     @classmethod
     def open(cls, uri: str | Path) -> Corpus:
         """Raises ValueError where there is no corpus, none yet, or one that cannot be searched."""
-        uri = resolved(uri)
+        uri = resolve_uri(uri)
         database = connect(uri) if is_remote(uri) or Path(uri).is_dir() else None
         if database is None or TABLE not in table_names(database, uri):
             begun = _manifest(uri)
@@ -150,7 +150,7 @@ class Corpus:
                 built.append(f"{wanted} vectors")
             for column in self._words:
                 if column not in known:
-                    self._table.create_index(column, config=words_index())
+                    self._table.create_index(column, config=text_index())
                     built.append(column)
         return built
 
@@ -160,7 +160,7 @@ class Corpus:
         with readable(self.uri):
             return int(self._table.count_rows())
 
-    def near(self, vector_D: np.ndarray, k: int) -> list[Hit]:
+    def vector_search(self, vector_D: np.ndarray, k: int) -> list[Hit]:
         """The passages nearest to a vector; the score is the cosine (of binary vectors: to their signs)."""
         if vector_D.shape != (self.meta.dimension,):
             raise ValueError(f"expected a vector of {self.meta.dimension} numbers, got {list(vector_D.shape)}")
@@ -175,14 +175,14 @@ class Corpus:
             kind = "" if index is None else _kind(index.index_type)
             probes = max(_PROBES, round(_PROBED * len(self) ** 0.5 / 3))
             if self.meta.precision == "binary":
-                return self._near_signs(wanted_D, k, probes)
+                return self._search_signs(wanted_D, k, probes)
             query = self._table.search(wanted_D, vector_column_name="vector").distance_type("dot").nprobes(probes)
             if candidates := _RESCORED.get(kind):
                 query = query.refine_factor(max(1, -(-candidates // k)))
             found = query.limit(k).select([*self._shown, "_distance"]).to_arrow().to_pylist()
         return self._sorted(self._hit(row, 1 - row["_distance"]) for row in found)
 
-    def _near_signs(self, wanted_D: np.ndarray, k: int, probes: int) -> list[Hit]:
+    def _search_signs(self, wanted_D: np.ndarray, k: int, probes: int) -> list[Hit]:
         query = self._table.search(np.packbits(wanted_D > 0), vector_column_name="vector").distance_type("hamming")
         query = query.nprobes(probes).limit(max(_SIGNS * k, 100)).select([*self._shown, "vector", "_distance"])
         found = query.to_arrow().to_pylist()
@@ -193,7 +193,7 @@ class Corpus:
         scores = signs_ND @ wanted_D / self.meta.dimension**0.5
         return self._sorted(self._hit(row, float(s)) for row, s in zip(found, scores, strict=True))[:k]
 
-    def matching(self, words: str, k: int) -> list[Hit]:
+    def text_search(self, words: str, k: int) -> list[Hit]:
         """The passages that match words best; the score is BM25."""
         if not self.meta.keep_text:
             raise ValueError(f"the corpus {self.uri} keeps no text to find words in: set the mode to vector")
@@ -204,7 +204,7 @@ class Corpus:
                     f"the corpus {self.uri} has no index of its words: run gemify embed-corpus to its end (without"
                     " --index none), or set the mode to vector"
                 )
-            query = self._table.search(words_query(words, self._words), query_type="fts").limit(k)
+            query = self._table.search(text_query(words, self._words), query_type="fts").limit(k)
             found = query.select([*self._shown, "_score"]).to_arrow().to_pylist()
         return self._sorted(self._hit(row, row["_score"]) for row in found)
 
@@ -224,7 +224,7 @@ class Corpus:
 
     def _hit(self, row: dict[str, Any], score: float) -> Hit:
         shown = {name: row.get(name) or "" for name in ("text", "title")}
-        return Hit(row["id"], self.uri, heading="", place=f"row {row['id']}", score=score, **shown)
+        return Hit(row["id"], self.uri, heading="", location=f"row {row['id']}", score=score, **shown)
 
     @staticmethod
     def _sorted(hits: Iterator[Hit]) -> list[Hit]:

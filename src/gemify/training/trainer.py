@@ -30,6 +30,7 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from gemify.io.atomic import atomic_file, sync
+from gemify.io.signals import StopRequestedError
 from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
 from gemify.model.throughput import peak_memory_bytes, throughput
@@ -49,10 +50,6 @@ RECIPE_FILE = "recipe.yaml"
 SUMMARY_FILE = "summary.json"
 _TEMPERATURE_FILE = "temperature.safetensors"
 _STATE_FILE = "trainer_state.json"
-
-
-class Stopped(Exception):
-    """The run was stopped by a signal after saving a checkpoint."""
 
 
 class _GemTrainer(Trainer):
@@ -198,7 +195,7 @@ def train(
 
     With ``resume`` the run goes on from its last complete checkpoint, with the same batches, losses and weights as if
     it had never stopped. Raises ValueError for anything the user can mend, FloatingPointError when the loss is no
-    number, `Stopped` after a signal.
+    number, `StopRequestedError` after a signal.
     """
     sharded = is_sharded(recipe, device)
     checkpoint = _prepare(recipe, output, resume=resume)
@@ -250,7 +247,9 @@ def train(
             _seed(recipe.seed + arguments.process_index)  # the processes' dropout differs
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stopper.agreed and trainer.state.global_step < recipe.max_steps:
-        raise Stopped(f"stopped at step {trainer.state.global_step} of {recipe.max_steps}; go on with --resume")
+        raise StopRequestedError(
+            f"stopped at step {trainer.state.global_step} of {recipe.max_steps}; go on with --resume"
+        )
     gem.lm.eval()
     summary = _summary(gem, recipe, trainer, pairs)
     weights = lm_weights(gem, gather_weights(objective)) if sharded else None

@@ -12,7 +12,7 @@ def embed(model: str, output: str, inputs: list[Path], tell: Connection) -> None
     import torch
 
     from gemify import GemModel
-    from gemify.io.directory import Place
+    from gemify.io.directory import Directory
     from gemify.retrieval.bulk import run, shard
 
     def told(owner: Any, name: str) -> None:
@@ -28,7 +28,7 @@ def embed(model: str, output: str, inputs: list[Path], tell: Connection) -> None
 
     torch.set_num_threads(1)
     told(shard, "write_part")
-    told(Place, "write_first")
+    told(Directory, "write_if_absent")
     told(run, "commit")
-    told(run, "sweep")
+    told(run, "vacuum")
     run.embed_corpus(inputs, output, GemModel.from_pretrained(model), model_name=model, shard_rows=16)

@@ -17,7 +17,7 @@ from embedding_child import embed
 from children import killed_at
 from conftest import disturb
 from gemify import GemModel
-from gemify.retrieval.bulk.run import Report, embed_corpus
+from gemify.retrieval.bulk.run import EmbedReport, embed_corpus
 from rows_of_words import read_back, write_inputs
 
 POINTS = 8
@@ -31,7 +31,7 @@ def model(tmp_path: Path, base_dir: Path) -> Path:
     return tmp_path / "gem"
 
 
-def again(model: Path, output: Path, inputs: list[Path], **options: object) -> Report:
+def again(model: Path, output: Path, inputs: list[Path], **options: object) -> EmbedReport:
     return embed_corpus(
         inputs,
         output,

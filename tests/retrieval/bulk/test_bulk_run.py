@@ -14,15 +14,15 @@ import pytest
 
 from gemify.io.vectors import normalize
 from gemify.retrieval.bulk.plan import plan
-from gemify.retrieval.bulk.rows import Reader
-from gemify.retrieval.bulk.run import Report, embed_corpus
+from gemify.retrieval.bulk.rows import ShardReader
+from gemify.retrieval.bulk.run import EmbedReport, embed_corpus
 from gemify.retrieval.document_store import Store
 from gemify.retrieval.index import GemIndex
 from gemify.retrieval.vector_table import Corpus, CorpusMeta
 from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl, write_parquet
 
 
-def embed(inputs: list[Path], output: Path, model: Words | None = None, **options: Any) -> Report:
+def embed(inputs: list[Path], output: Path, model: Words | None = None, **options: Any) -> EmbedReport:
     return embed_corpus(inputs, output, model or Words(), model_name="words", **{"shard_rows": 20, **options})
 
 
@@ -56,7 +56,7 @@ def test_more_files_behind_the_old_are_added(tmp_path: Path) -> None:
     embed(inputs[:2], tmp_path / "out")
     assert embed(inputs, tmp_path / "out").rows == 150
     assert read_back(tmp_path / "out")["id"].to_pylist() == [f"d{n}" for n in range(150)]
-    hits = Corpus.open(tmp_path / "out").matching("149", 3)
+    hits = Corpus.open(tmp_path / "out").text_search("149", 3)
     assert [hit.id for hit in hits] == ["d149"], "the words of new rows are found"
 
 
@@ -127,7 +127,7 @@ def test_an_output_within_the_inputs_is_no_input(tmp_path: Path) -> None:
 def test_parquet_bytes_are_known_again(tmp_path: Path) -> None:
     """A row changed for one of the same length is another file, whichever shard of the row group it is in."""
     rows = [row(n) for n in range(60)]
-    columns = Reader(CorpusMeta("m", "f", 8)).columns
+    columns = ShardReader(CorpusMeta("m", "f", 8)).columns
     before = list(plan([write_parquet(tmp_path / "a.parquet", rows, group=25)], shard_rows=10, columns=columns))
     rows[30]["text"] = rows[30]["text"][::-1]
     after = list(plan([write_parquet(tmp_path / "a.parquet", rows, group=25)], shard_rows=10, columns=columns))
@@ -180,7 +180,7 @@ def test_pq_codes_are_learned_from_enough_rows(tmp_path: Path) -> None:
         path, out = write_jsonl(tmp_path / f"{count}.jsonl", [row(n) for n in range(count)]), tmp_path / str(count)
         assert embed([path], out, index="pq", precision="float32").indexes == built
         exact = np.sort(vectors_of(read_back(out)) @ question)[::-1][:5]
-        np.testing.assert_allclose([h.score for h in Corpus.open(out).near(question, 5)], exact, atol=1e-5)
+        np.testing.assert_allclose([h.score for h in Corpus.open(out).vector_search(question, 5)], exact, atol=1e-5)
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_search_is_exact_search(precision: str, index: str, tmp_path: Path) -> N
     kept = vectors_of(table)
     for number in range(12):
         question = normalize(Words(64).encode_query(row(number * 11)["text"])[None])[0]
-        hits = corpus.near(question, 5)
+        hits = corpus.vector_search(question, 5)
         if precision == "binary":
             signs = np.unpackbits(kept, axis=1).astype(np.float32) * 2 - 1
             far = (np.unpackbits(np.packbits(question > 0)) != np.unpackbits(kept, axis=1)).sum(1)
@@ -347,7 +347,7 @@ def test_a_large_file_is_read_in_flat_memory(kind: str, tmp_path: Path) -> None:
     tracemalloc.start()
     arrow, count = pa.total_allocated_bytes(), 0
     most = 0
-    reader = Reader(meta)
+    reader = ShardReader(meta)
     for shard in list(plan([path], shard_rows=40, columns=reader.columns)):
         count += len(reader.passages(shard, []))
         most = max(most, pa.total_allocated_bytes() - arrow)

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gemify.io.directory import Place
+from gemify.io.directory import Directory
 from gemify.io.vectors import normalize
 from gemify.retrieval.bulk.lance_writer import at_precision, commit
 from gemify.retrieval.bulk.plan import Shard, plan
-from gemify.retrieval.bulk.rows import Reader, _Table
+from gemify.retrieval.bulk.rows import ShardReader, _Table
 from gemify.retrieval.bulk.shard import embed_shard, marker
 from gemify.retrieval.vector_table import CorpusMeta
 from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl
@@ -27,7 +27,7 @@ def meta() -> CorpusMeta:
 
 @pytest.fixture
 def shards(tmp_path: Path, meta: CorpusMeta) -> list[Shard]:
-    return list(plan(write_inputs(tmp_path / "in"), shard_rows=20, columns=Reader(meta).columns))
+    return list(plan(write_inputs(tmp_path / "in"), shard_rows=20, columns=ShardReader(meta).columns))
 
 
 def test_shards_together_are_the_inputs(shards: list[Shard], meta: CorpusMeta) -> None:
@@ -35,9 +35,9 @@ def test_shards_together_are_the_inputs(shards: list[Shard], meta: CorpusMeta) -
     wanted = [row(n) for n in range(150)]
     assert sum(s.rows for s in shards) == 150
     assert max(s.rows for s in shards) == 20
-    reader = Reader(meta)
+    reader = ShardReader(meta)
     backwards = [reader.passages(s, []) for s in reversed(shards)][::-1]
-    apart = [Reader(meta).passages(s, []) for s in shards]
+    apart = [ShardReader(meta).passages(s, []) for s in shards]
     jumping = [reader.passages(shards[n], []) for n in (*range(0, len(shards), 2), *range(1, len(shards), 2))]
     for found in (backwards, apart):
         assert [(p.id, p.title, p.text) for part in found for p in part] == [
@@ -47,49 +47,49 @@ def test_shards_together_are_the_inputs(shards: list[Shard], meta: CorpusMeta) -
 
 
 def test_a_shard_that_is_done_is_not_done_again(shards: list[Shard], meta: CorpusMeta, tmp_path: Path) -> None:
-    model, place = Words(), Place(tmp_path / "out")
-    first = embed_shard(shards[1], model=model, reader=Reader(meta), place=place)
+    model, directory = Words(), Directory(tmp_path / "out")
+    first = embed_shard(shards[1], model=model, reader=ShardReader(meta), directory=directory)
     files = sorted(p.name for p in (tmp_path / "out").rglob("*.lance") if p.is_file())
-    assert embed_shard(shards[1], model=model, reader=Reader(meta), place=place) == first
+    assert embed_shard(shards[1], model=model, reader=ShardReader(meta), directory=directory) == first
     assert sorted(p.name for p in (tmp_path / "out").rglob("*.lance") if p.is_file()) == files
     assert len(model.embedded) == first.rows == 20
 
 
 def test_the_first_marker_counts(shards: list[Shard], meta: CorpusMeta, tmp_path: Path) -> None:
     """Two workers on one shard: what the slower one wrote is not in the corpus."""
-    place = Place(tmp_path / "out")
+    directory = Directory(tmp_path / "out")
 
     class Slow(Words):
         def encode_document(self, inputs: object, **options: object) -> np.ndarray:
             if self.failures:  # another worker is done in the meantime
                 self.failures.pop()
-                embed_shard(shards[0], model=Words(), reader=Reader(meta), place=place)
+                embed_shard(shards[0], model=Words(), reader=ShardReader(meta), directory=directory)
             return super().encode_document(inputs)
 
     slow = Slow()
     slow.failures.append(RuntimeError())
-    done = embed_shard(shards[0], model=slow, reader=Reader(meta), place=place)
+    done = embed_shard(shards[0], model=slow, reader=ShardReader(meta), directory=directory)
     assert len([p for p in (tmp_path / "out").rglob("*.lance") if p.is_file()]) == 2
-    commit(place, meta, done.parts, name="x")
+    commit(directory, meta, done.parts, name="x")
     assert read_back(tmp_path / "out")["id"].to_pylist() == [f"d{n}" for n in range(20)]
-    assert not place.write_first(marker(shards[0]), b"other")
-    assert place.read(marker(shards[0])) == done.to_json().encode()
+    assert not directory.write_if_absent(marker(shards[0]), b"other")
+    assert directory.read(marker(shards[0])) == done.to_json().encode()
 
 
 def test_a_failing_disk_is_tried_again(shards: list[Shard], meta: CorpusMeta, tmp_path: Path) -> None:
-    model, place = Words(), Place(tmp_path / "out")
+    model, directory = Words(), Directory(tmp_path / "out")
     model.failures = [OSError("gone"), OSError("gone")]
-    assert embed_shard(shards[0], model=model, reader=Reader(meta), place=place, wait=0).rows == 20
+    assert embed_shard(shards[0], model=model, reader=ShardReader(meta), directory=directory, wait=0).rows == 20
     model.failures = [OSError("gone for good")] * 3
     with pytest.raises(OSError, match="gone for good"):
-        embed_shard(shards[1], model=model, reader=Reader(meta), place=place, wait=0)
-    assert place.read(marker(shards[1])) is None
+        embed_shard(shards[1], model=model, reader=ShardReader(meta), directory=directory, wait=0)
+    assert directory.read(marker(shards[1])) is None
 
 
 def test_a_file_that_fails_half_way_is_opened_again(shards: list[Shard], meta: CorpusMeta, tmp_path: Path) -> None:
     """What reads a Parquet file is at its end once it raised: the rest of the rows would seem to be missing."""
-    reader, place = Reader(meta), Place(tmp_path / "out")
-    embed_shard(shards[-2], model=Words(), reader=reader, place=place)
+    reader, directory = ShardReader(meta), Directory(tmp_path / "out")
+    embed_shard(shards[-2], model=Words(), reader=reader, directory=directory)
     file = reader._file
     assert isinstance(file, _Table)
     whole = file._rest
@@ -99,7 +99,7 @@ def test_a_file_that_fails_half_way_is_opened_again(shards: list[Shard], meta: C
         raise OSError("gone")
 
     file._rest = failing()
-    assert embed_shard(shards[-1], model=Words(), reader=reader, place=place, wait=0).rows == shards[-1].rows
+    assert embed_shard(shards[-1], model=Words(), reader=reader, directory=directory, wait=0).rows == shards[-1].rows
 
 
 def test_numbers_that_are_none_are_refused(shards: list[Shard], meta: CorpusMeta, tmp_path: Path) -> None:
@@ -110,17 +110,17 @@ def test_numbers_that_are_none_are_refused(shards: list[Shard], meta: CorpusMeta
             return found
 
     with pytest.raises(ValueError, match=r"a\.jsonl: the vector of passage 'd3' has numbers that are not finite"):
-        embed_shard(shards[0], model=Broken(), reader=Reader(meta), place=Place(tmp_path / "out"))
-    assert Place(tmp_path / "out").names("done") == []
+        embed_shard(shards[0], model=Broken(), reader=ShardReader(meta), directory=Directory(tmp_path / "out"))
+    assert Directory(tmp_path / "out").list_names("done") == []
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary"])
 def test_precisions(precision: str, shards: list[Shard], meta: CorpusMeta, tmp_path: Path) -> None:
     """What is kept is what the model gave, up to the precision's step."""
     kept = replace(meta, precision=precision)  # type: ignore[arg-type]
-    place, model = Place(tmp_path / "out"), Words()
-    done = embed_shard(shards[0], model=model, reader=Reader(kept), place=place)
-    commit(place, kept, done.parts, name="x")
+    directory, model = Directory(tmp_path / "out"), Words()
+    done = embed_shard(shards[0], model=model, reader=ShardReader(kept), directory=directory)
+    commit(directory, kept, done.parts, name="x")
     found = vectors_of(read_back(tmp_path / "out"))
     exact = normalize(model.encode_document(model.embedded[:20]))
     if precision == "binary":
@@ -140,8 +140,8 @@ def test_a_zero_vector_stays_one() -> None:
 
 def test_an_input_that_changes_under_way_is_noticed(tmp_path: Path, meta: CorpusMeta) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [row(n) for n in range(30)])
-    shards = list(plan([path], shard_rows=20, columns=Reader(meta).columns))
+    shards = list(plan([path], shard_rows=20, columns=ShardReader(meta).columns))
     path.write_bytes(path.read_bytes().replace(b"d25", b"e25"))
-    Reader(meta).passages(shards[0], [])
+    ShardReader(meta).passages(shards[0], [])
     with pytest.raises(ValueError, match="changed while it was read"):
-        Reader(meta).passages(shards[1], [])
+        ShardReader(meta).passages(shards[1], [])

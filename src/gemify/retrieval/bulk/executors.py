@@ -10,23 +10,23 @@ import contextlib
 import logging
 import os
 import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemify.io.directory import Place
+from gemify.io.directory import Directory
 from gemify.io.errors import first_line
+from gemify.io.signals import signal_handlers
 from gemify.retrieval.bulk.plan import Shard
-from gemify.retrieval.bulk.rows import Reader
-from gemify.retrieval.bulk.shard import Done, Model, embed_shard
+from gemify.retrieval.bulk.rows import ShardReader
+from gemify.retrieval.bulk.shard import DocumentEncoder, DoneMarker, embed_shard
 from gemify.retrieval.vector_table import CorpusMeta
 
 _BLOCKS = 4096  # groups of shards that Ray knows by name
 
 
 @dataclass(frozen=True)
-class Job:
+class EmbedJob:
     """All that a worker needs to know."""
 
     uri: str
@@ -36,27 +36,31 @@ class Job:
     batch_size: int = 32
     skip_bad: bool = False
 
-    def load(self) -> Model:
+    def load(self) -> DocumentEncoder:
         """The model that the corpus is made by."""
         from gemify.model.gem import GemModel
 
         loading: Any = {"device": self.device, "dtype": self.meta.dtype}
         return GemModel.from_pretrained(self.meta.model, base=self.base, **loading)
 
-    def embedder(self, model: Model) -> Callable[[Shard], Done]:
+    def embedder(self, model: DocumentEncoder) -> Callable[[Shard], DoneMarker]:
         """`embed_shard` with this job's settings; shards are best given in their order."""
-        reader, place = Reader(self.meta, skip_bad=self.skip_bad), Place(self.uri)
-        return lambda shard: embed_shard(shard, model=model, reader=reader, place=place, batch_size=self.batch_size)
+        reader, directory = ShardReader(self.meta, skip_bad=self.skip_bad), Directory(self.uri)
+        return lambda shard: embed_shard(
+            shard, model=model, reader=reader, directory=directory, batch_size=self.batch_size
+        )
 
 
-def run_here(shards: Sequence[Shard], job: Job, model: Model) -> Generator[Done, None, None]:
+def run_locally(shards: Sequence[Shard], job: EmbedJob, model: DocumentEncoder) -> Generator[DoneMarker, None, None]:
     """One shard after the other, in this process."""
     embed = job.embedder(model)
     for shard in shards:
         yield embed(shard)
 
 
-def run_on_ray(shards: Sequence[Shard], job: Job, *, workers: int | None = None) -> Generator[Done, None, None]:
+def run_on_ray(
+    shards: Sequence[Shard], job: EmbedJob, *, workers: int | None = None
+) -> Generator[DoneMarker, None, None]:
     """Shards in the order in which they are done, by workers on a Ray cluster (``RAY_ADDRESS``) or a local one.
 
     ``workers``: by default one a GPU of the cluster; without GPUs, one a machine. Raises ValueError and OSError as a
@@ -81,7 +85,7 @@ def run_on_ray(shards: Sequence[Shard], job: Job, *, workers: int | None = None)
             for row in done.iter_rows():
                 if row["error"]:
                     raise ValueError(row["error"])
-                yield Done.from_json(row["done"])
+                yield DoneMarker.from_json(row["done"])
         except RayError as error:
             reason = str(getattr(error, "cause", None) or error).strip().splitlines() or ["no reason given"]
             raise RuntimeError(f"a worker failed: {reason[0]}") from error
@@ -90,8 +94,8 @@ def run_on_ray(shards: Sequence[Shard], job: Job, *, workers: int | None = None)
 class ShardWorker:
     """One model on one device; Ray calls it with a shard at a time."""
 
-    def __init__(self, job: Job) -> None:
-        self._embed: Callable[[Shard], Done] | None = None
+    def __init__(self, job: EmbedJob) -> None:
+        self._embed: Callable[[Shard], DoneMarker] | None = None
         try:
             model = job.load()
             if model.fingerprint != job.meta.fingerprint:
@@ -116,7 +120,7 @@ def _blocks(shards: int) -> int:
     return max(1, min(shards, _BLOCKS))
 
 
-def _devices(ray: Any, job: Job, workers: int | None) -> dict[str, Any]:
+def _devices(ray: Any, job: EmbedJob, workers: int | None) -> dict[str, Any]:
     """How many workers, and what each of them takes of a machine."""
     there = ray.cluster_resources()
     gpus = int(there.get("GPU", 0)) if job.device is None or job.device.startswith("cuda") else 0
@@ -134,13 +138,14 @@ def _cluster(ray: Any, workers: int | None) -> Iterator[None]:
         yield
         return
     local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": max(workers or 1, os.cpu_count() or 1)}
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    kept: dict[int, Any] = {
+        signal.SIGTERM: signal.getsignal(signal.SIGTERM)
+    }  # Ray's own would end the process without a commit
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
+        with signal_handlers(kept):
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR, **local)
     except Exception as error:  # Ray raises the bare class where a machine is too busy to start it in 30 seconds
         raise RuntimeError(f"Ray did not start: {(str(error).splitlines() or ['no reason given'])[0]}") from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray takes it, and would end the process without a commit
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gemify.io.atomic import sync
-from gemify.io.directory import Place
+from gemify.io.directory import Directory
 from gemify.io.vectors import normalize
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import Passage
@@ -59,51 +59,51 @@ def table(meta: CorpusMeta, passages: Sequence[Passage], vectors_ND: np.ndarray)
     return pa.table([columns[name] for name in wanted.names], schema=wanted)
 
 
-def write_part(place: Place, meta: CorpusMeta, shard: Shard, part: Any) -> list[str]:
+def write_part(directory: Directory, meta: CorpusMeta, shard: Shard, part: Any) -> list[str]:
     """Write a part; what refers to it. Written twice, the second one replaces the first or lies unused."""
     if meta.format == "parquet":
         import pyarrow.parquet as pq
 
         name = f"part-{shard.name}.parquet"
-        with place.staged(name) as stage:
-            pq.write_table(part, stage, filesystem=place.files, compression="zstd")
+        with directory.stage(name) as stage:
+            pq.write_table(part, stage, filesystem=directory.files, compression="zstd")
         return [name]
     if not part.num_rows:
         return []
     written = _lance().fragment.write_fragments(
-        part, _table_uri(place), schema=part.schema, data_storage_version=_STORAGE_VERSION
+        part, _table_uri(directory), schema=part.schema, data_storage_version=_STORAGE_VERSION
     )
-    if place.local:  # the marker must not outlive a power cut that the part does not
+    if directory.local:  # the marker must not outlive a power cut that the part does not
         for file in (file for fragment in written for file in fragment.files):
-            sync(Path(place.path, f"{TABLE}.lance", "data", file.path))
+            sync(Path(directory.path, f"{TABLE}.lance", "data", file.path))
     return [json.dumps(fragment.to_json()) for fragment in written]
 
 
-def committed(place: Place) -> str:
+def committed(directory: Directory) -> str:
     """The name of what was committed last, or nothing."""
     try:
-        metadata = _lance().dataset(_table_uri(place)).schema.metadata or {}
+        metadata = _lance().dataset(_table_uri(directory)).schema.metadata or {}
     except (ValueError, FileNotFoundError):
         return ""
     return str(metadata.get(b"parts", b"").decode())
 
 
-def commit(place: Place, meta: CorpusMeta, parts: Iterable[str], *, name: str) -> None:
+def commit(directory: Directory, meta: CorpusMeta, parts: Iterable[str], *, name: str) -> None:
     """Make parts, in their order, the table: all of them or, where this is cut short, none."""
     lance = _lance()
     fragments = [lance.FragmentMetadata.from_json(part) for part in parts]
     described = schema(meta).with_metadata({**meta.metadata, b"parts": name.encode()})
-    lance.LanceDataset.commit(_table_uri(place), lance.LanceOperation.Overwrite(described, fragments))
+    lance.LanceDataset.commit(_table_uri(directory), lance.LanceOperation.Overwrite(described, fragments))
 
 
-def sweep(place: Place) -> None:
+def vacuum(directory: Directory) -> None:
     """Delete what the table does not refer to: parts of killed runs, and its earlier versions."""
-    dataset = _lance().dataset(_table_uri(place))
+    dataset = _lance().dataset(_table_uri(directory))
     dataset.cleanup_old_versions(older_than=timedelta(0), delete_unverified=True)
 
 
-def _table_uri(place: Place) -> str:
-    return f"{place.uri}/{TABLE}.lance"
+def _table_uri(directory: Directory) -> str:
+    return f"{directory.uri}/{TABLE}.lance"
 
 
 def _lance() -> Any:

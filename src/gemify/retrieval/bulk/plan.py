@@ -21,6 +21,7 @@ import numpy as np
 from gemify.io.errors import first_line
 
 _PIECE = 1 << 20
+_JSON_KEYS = {"offset": "at", "source_name": "called"}
 _KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 
 
@@ -33,22 +34,35 @@ class Shard:
     first: int
     """Of the input's rows (of a JSONL file: lines), counted from 0."""
     rows: int
-    at: int
-    """The byte its first line begins at, uncompressed; of a Parquet file: the row group its first row is in."""
+    offset: int
+    """Byte where its first line begins, uncompressed. For a Parquet file: the row group that holds its first row."""
     digest: str
-    called: str = ""
-    """The input's name in the ids of rows that have none: of files of one name each has another."""
+    source_name: str = ""
+    """The input's name in the ids of rows without an id; it differs for files of the same name."""
 
     @property
     def name(self) -> str:
         return f"{self.number:07d}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """Fields under their names in done markers."""
+        return {_JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Shard:
+        """A shard from what `to_dict` gave."""
+        return cls(
+            **{name: values[key] for name in cls.__dataclass_fields__ if (key := _JSON_KEYS.get(name, name)) in values}
+        )
+
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        """The shard as one JSON object."""
+        return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Shard:
-        return cls(**json.loads(text))
+        """A shard from what `to_json` gave."""
+        return cls.from_dict(json.loads(text))
 
 
 def find_inputs(given: Sequence[str | Path]) -> list[Path]:
@@ -92,11 +106,11 @@ def plan(
     number = 0
     names: set[str] = set()
     for path in inputs:
-        called = next(name for name in _names(path) if name not in names)
-        names.add(called)
+        source_name = next(name for name in _names(path) if name not in names)
+        names.add(source_name)
         parts = _parquet(path, shard_rows, columns, read) if is_parquet(path) else _lines(path, shard_rows, read)
-        for first, rows, at, digest in parts:
-            yield Shard(number, str(path), first, rows, at, digest, called)
+        for first, rows, offset, digest in parts:
+            yield Shard(number, str(path), first, rows, offset, digest, source_name)
             number += 1
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gemify.retrieval.bulk.plan import Shard, damaged_gzip, damaged_parquet, is_parquet, new_digest, opened
-from gemify.retrieval.section import whole_characters
+from gemify.retrieval.section import replace_surrogates
 from gemify.retrieval.vector_table import CorpusMeta
 
 _IDS = ("_id", "id")
@@ -25,12 +25,12 @@ class Passage:
     title: str
 
     @property
-    def words(self) -> str:
+    def embed_text(self) -> str:
         """What is embedded."""
         return f"{self.title}\n{self.text}" if self.title else self.text
 
 
-class Reader:
+class ShardReader:
     """Reads shards of the inputs of one corpus; it keeps the last file open."""
 
     def __init__(self, meta: CorpusMeta, *, skip_bad: bool = False) -> None:
@@ -43,7 +43,7 @@ class Reader:
         for number, row in self._rows(shard):
             where = f"{shard.path} row {number + 1}"
             try:
-                found.append(self._passage(row, shard.called or Path(shard.path).name, number))
+                found.append(self._passage(row, shard.source_name or Path(shard.path).name, number))
             except ValueError as error:
                 if not self.skip_bad:
                     raise ValueError(f"{where}: {error} (--skip-bad leaves such rows out)") from None
@@ -73,20 +73,20 @@ class Reader:
             row = _parsed(row)
         meta = self.meta
         if meta.text_column not in row:
-            there = whole_characters(", ".join(sorted(row)))
+            there = replace_surrogates(", ".join(sorted(row)))
             raise ValueError(f"no column {meta.text_column!r} (there are {there}): set --text-column")
         text, title = row[meta.text_column], row.get(meta.title_column)
         if not isinstance(text, str):
             raise ValueError(f"{meta.text_column!r} must be text, got {type(text).__name__}")
-        title = whole_characters(title) if isinstance(title, str) else ""
-        return Passage(self._id(row, file, number), whole_characters(text), title)
+        title = replace_surrogates(title) if isinstance(title, str) else ""
+        return Passage(self._id(row, file, number), replace_surrogates(text), title)
 
     def _id(self, row: dict[str, Any], file: str, number: int) -> str:
         wanted = _IDS if self.meta.id_column is None else (self.meta.id_column,)
         for column in wanted:
             value = row.get(column)
             if isinstance(value, str | int) and not isinstance(value, bool):
-                return whole_characters(str(value))
+                return replace_surrogates(str(value))
         if self.meta.id_column is not None:
             raise ValueError(f"no text or whole number in column {self.meta.id_column!r}: set --id-column")
         return f"{file}:{number + 1}"
@@ -103,7 +103,7 @@ class _Lines:
     def rows(self, shard: Shard) -> Iterator[tuple[int, bytes]]:
         digest = new_digest()
         with damaged_gzip(self.path):
-            self._file.seek(shard.at)  # in a .gz file that goes on from where it is, or begins anew
+            self._file.seek(shard.offset)  # in a .gz file that goes on from where it is, or begins anew
             for number in range(shard.first, shard.first + shard.rows):
                 line = self._file.readline()
                 digest.update(line)
@@ -135,9 +135,9 @@ class _Table:
 
     def rows(self, shard: Shard) -> Iterator[tuple[int, Any]]:
         with damaged_parquet(self.path):
-            begins = sum(self._file.metadata.row_group(g).num_rows for g in range(shard.at))
+            begins = sum(self._file.metadata.row_group(g).num_rows for g in range(shard.offset))
             if not begins <= self._next <= shard.first:
-                groups = range(shard.at, self._file.num_row_groups)
+                groups = range(shard.offset, self._file.num_row_groups)
                 batches = self._file.iter_batches(_BATCH, row_groups=list(groups), columns=self._columns)
                 self._next, self._rest = begins, (row for batch in batches for row in _decoded(batch))
             for row in self._rest:

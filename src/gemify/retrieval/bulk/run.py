@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import hashlib
 import signal
-import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +21,13 @@ from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
 
-from gemify.io.directory import Place, is_full, is_remote, reason, resolved
-from gemify.retrieval.bulk.executors import Job, run_here, run_on_ray
-from gemify.retrieval.bulk.lance_writer import commit, committed, sweep
+from gemify.io.directory import Directory, is_full, is_remote, reason, resolve_uri
+from gemify.io.signals import signal_handlers
+from gemify.retrieval.bulk.executors import EmbedJob, run_locally, run_on_ray
+from gemify.retrieval.bulk.lance_writer import commit, committed, vacuum
 from gemify.retrieval.bulk.plan import Shard, find_inputs, plan
-from gemify.retrieval.bulk.rows import Reader
-from gemify.retrieval.bulk.shard import MARKERS, Done, Model
+from gemify.retrieval.bulk.rows import ShardReader
+from gemify.retrieval.bulk.shard import MARKERS, DocumentEncoder, DoneMarker
 from gemify.retrieval.document_store import Store
 from gemify.retrieval.lance import IndexKind, only_writer
 from gemify.retrieval.vector_table import MANIFEST, Corpus, CorpusMeta, require_index
@@ -37,7 +37,7 @@ _ELSEWHERE = "leave the setting out, or give another --output"
 
 
 @dataclass(frozen=True)
-class Report:
+class EmbedReport:
     """What a run did, and what there is after it."""
 
     rows: int
@@ -67,16 +67,16 @@ class Report:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
-def begun(output: str | Path) -> CorpusMeta | None:
+def read_manifest(output: str | Path) -> CorpusMeta | None:
     """What a run that was begun there says of itself."""
-    there = Place(output).read(MANIFEST)
+    there = Directory(output).read(MANIFEST)
     return None if there is None else CorpusMeta.from_json(there, str(output))
 
 
 def embed_corpus(
     inputs: Sequence[str | Path],
     output: str | Path,
-    model: Model,
+    model: DocumentEncoder,
     *,
     model_name: str,
     base: str | None = None,
@@ -89,7 +89,7 @@ def embed_corpus(
     index: IndexKind | Literal["auto", "none"] = "auto",
     show_progress_bar: bool = False,
     **settings: Any,
-) -> Report:
+) -> EmbedReport:
     """Embed the rows of files into a corpus that `gemify search` opens.
 
     Args:
@@ -105,37 +105,37 @@ def embed_corpus(
         ValueError: bad input, or a corpus begun with another model, other settings or other inputs.
         OSError: a disk that is full or fails. What is done stays, and the same call goes on.
     """
-    _check(engine, workers, batch_size, limit, index)
+    _check_options(engine, workers, batch_size, limit, index)
     found = find_inputs(inputs)
-    uri = resolved(output)
+    uri = resolve_uri(output)
     if not is_remote(uri) and Path(uri).exists() and not Path(uri).is_dir():
         raise ValueError(f"cannot write a corpus to {uri}: it is a file, give a directory")
     if Store.exists(uri):
         raise ValueError(f"{uri} is a store that gemify index wrote: give another --output")
-    place = Place(uri)
-    meta = _settled(place, model, model_name, settings)
-    _require_possible(meta, index)
+    directory = Directory(uri)
+    meta = _resolve_meta(directory, model, model_name, settings)
+    _require_index(meta, index)
     if meta.format == "parquet":
-        found = _others(found, inputs, place)
-    if place.local:
-        Path(place.path).mkdir(parents=True, exist_ok=True)
-    job = Job(uri, meta, base, device, batch_size, skip_bad)
-    with only_writer(uri), _goes_on(uri):
-        shards = _planned(found, meta, show_progress_bar)
-        done = _known(place, shards, uri)
-        place.write(MANIFEST, meta.to_json().encode())
-        todo = _limited([s for s in shards if s.number not in done], limit)
-        run = run_here(todo, job, model) if engine == "local" else run_on_ray(todo, job, workers=workers)
+        found = _without_outputs(found, inputs, directory)
+    if directory.local:
+        Path(directory.path).mkdir(parents=True, exist_ok=True)
+    job = EmbedJob(uri, meta, base, device, batch_size, skip_bad)
+    with only_writer(uri), _explain_disk_errors(uri):
+        shards = _plan_shards(found, meta, show_progress_bar)
+        done = _read_markers(directory, shards, uri)
+        directory.write(MANIFEST, meta.to_json().encode())
+        todo = _take_rows([s for s in shards if s.number not in done], limit)
+        run = run_locally(todo, job, model) if engine == "local" else run_on_ray(todo, job, workers=workers)
         before = len(done)
         begin = time.perf_counter()
-        stopped = _through(run, done, shards, show_progress_bar)
+        stopped = _run_shards(run, done, shards, show_progress_bar)
         seconds = time.perf_counter() - begin
         if stopped:  # workers may have done more than they could still say
-            done.update({n: d for n, d in _known(place, shards, uri).items() if n not in done})
+            done.update({n: d for n, d in _read_markers(directory, shards, uri).items() if n not in done})
         whole = len(done) == len(shards)
-        built = _finish(place, meta, list(done.values()), index if whole else "none", whole)
+        built = _commit_shards(directory, meta, list(done.values()), index if whole else "none", whole)
     new = list(done.values())[before:]
-    return Report(
+    return EmbedReport(
         rows=sum(d.rows for d in done.values()),
         left=sum(s.rows for s in shards if s.number not in done),
         embedded=sum(d.rows for d in new),
@@ -149,7 +149,7 @@ def embed_corpus(
 
 
 @contextlib.contextmanager
-def _goes_on(uri: str) -> Iterator[None]:
+def _explain_disk_errors(uri: str) -> Iterator[None]:
     """Say in one line that a disk failed, and that nothing is lost."""
     try:
         yield
@@ -160,7 +160,7 @@ def _goes_on(uri: str) -> Iterator[None]:
         ) from error
 
 
-def _check(engine: str, workers: int | None, batch_size: int, limit: int | None, index: str) -> None:
+def _check_options(engine: str, workers: int | None, batch_size: int, limit: int | None, index: str) -> None:
     if engine not in get_args(Engine):
         raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(get_args(Engine))}")
     if index not in (allowed := ("auto", "none", *get_args(IndexKind))):
@@ -172,14 +172,16 @@ def _check(engine: str, workers: int | None, batch_size: int, limit: int | None,
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def _settled(place: Place, model: Model, name: str, settings: dict[str, Any]) -> CorpusMeta:
+def _resolve_meta(directory: Directory, model: DocumentEncoder, name: str, settings: dict[str, Any]) -> CorpusMeta:
     """What the corpus is, or was begun as. A run that ended before any shard was done settled nothing."""
     given = {key: value for key, value in settings.items() if value is not None}
-    uri, old = place.uri, begun(place.uri)
+    uri, old = directory.uri, read_manifest(directory.uri)
     kept = {} if old is None else dataclasses.asdict(old)
     made: dict[str, Any] = {"model": name, "fingerprint": model.fingerprint, "dimension": model.get_embedding_dim()}
     wanted = CorpusMeta(**{**kept, **made, **given})
-    if old is None or not (place.names(MARKERS) or any(n.endswith(".parquet") for n in place.names(""))):
+    if old is None or not (
+        directory.list_names(MARKERS) or any(n.endswith(".parquet") for n in directory.list_names(""))
+    ):
         return wanted
     if old.fingerprint != wanted.fingerprint:
         raise ValueError(
@@ -193,7 +195,7 @@ def _settled(place: Place, model: Model, name: str, settings: dict[str, Any]) ->
     return wanted
 
 
-def _require_possible(meta: CorpusMeta, index: str) -> None:
+def _require_index(meta: CorpusMeta, index: str) -> None:
     """Refuse what would only fail, or do nothing, once all is embedded."""
     if index not in ("auto", "none"):
         if meta.format == "parquet" or meta.precision == "int8":
@@ -202,29 +204,29 @@ def _require_possible(meta: CorpusMeta, index: str) -> None:
         require_index(meta.precision, index, meta.dimension)
 
 
-def _others(found: Sequence[Path], given: Sequence[str | Path], place: Place) -> list[Path]:
+def _without_outputs(found: Sequence[Path], given: Sequence[str | Path], directory: Directory) -> list[Path]:
     """Inputs without the corpus' own Parquet files."""
-    if any(Path(one).absolute().is_relative_to(place.uri) for one in given):
+    if any(Path(one).absolute().is_relative_to(directory.uri) for one in given):
         raise ValueError(
-            f"the inputs lie in the output {place.uri}, beside Parquet files of its own: give another --output"
+            f"the inputs lie in the output {directory.uri}, beside Parquet files of its own: give another --output"
         )
-    return [path for path in found if not path.is_relative_to(place.uri)]
+    return [path for path in found if not path.is_relative_to(directory.uri)]
 
 
-def _planned(inputs: Sequence[Path], meta: CorpusMeta, show: bool) -> list[Shard]:
+def _plan_shards(inputs: Sequence[Path], meta: CorpusMeta, show: bool) -> list[Shard]:
     size = sum(path.stat().st_size for path in inputs)
     with tqdm(total=size, desc="read inputs", unit="B", unit_scale=True, disable=not show, leave=False) as bar:
-        shards = list(plan(inputs, shard_rows=meta.shard_rows, columns=Reader(meta).columns, read=bar.update))
+        shards = list(plan(inputs, shard_rows=meta.shard_rows, columns=ShardReader(meta).columns, read=bar.update))
     if not shards:
         raise ValueError(f"the inputs hold no row ({', '.join(str(p) for p in inputs[:3])}): give rows")
     return shards
 
 
-def _known(place: Place, shards: Sequence[Shard], uri: str) -> dict[int, Done]:
+def _read_markers(directory: Directory, shards: Sequence[Shard], uri: str) -> dict[int, DoneMarker]:
     """The shards that are done, by number. Raises ValueError where they are of other inputs."""
     with ThreadPoolExecutor(8) as pool:  # an object store answers slowly
-        texts = pool.map(lambda name: place.read(f"{MARKERS}/{name}"), place.names(MARKERS))
-        known = {d.shard.number: d for d in map(Done.from_json, filter(None, texts))}
+        texts = pool.map(lambda name: directory.read(f"{MARKERS}/{name}"), directory.list_names(MARKERS))
+        known = {d.shard.number: d for d in map(DoneMarker.from_json, filter(None, texts))}
     for number, done in known.items():
         was = done.shard
         if number >= len(shards):
@@ -241,7 +243,7 @@ def _known(place: Place, shards: Sequence[Shard], uri: str) -> dict[int, Done]:
     return dict(sorted(known.items()))
 
 
-def _limited(shards: Sequence[Shard], limit: int | None) -> list[Shard]:
+def _take_rows(shards: Sequence[Shard], limit: int | None) -> list[Shard]:
     """The first shards that hold so many rows."""
     taken: list[Shard] = []
     for shard in shards:
@@ -252,14 +254,16 @@ def _limited(shards: Sequence[Shard], limit: int | None) -> list[Shard]:
     return taken
 
 
-def _through(run: Generator[Done, None, None], done: dict[int, Done], shards: Sequence[Shard], show: bool) -> bool:
+def _run_shards(
+    run: Generator[DoneMarker, None, None], done: dict[int, DoneMarker], shards: Sequence[Shard], show: bool
+) -> bool:
     """Run to the end or to a signal; whether it was a signal."""
     total, begin = sum(s.rows for s in shards), sum(d.shard.rows for d in done.values())
     tokens, start = 0, time.perf_counter()
     with tqdm(total=total, initial=begin, desc="embed", unit=" rows", disable=not show) as bar:
         try:
             with (
-                _sigterm_as_interrupt(),
+                signal_handlers({signal.SIGTERM: signal.default_int_handler}),  # a shard cut short is done anew
                 contextlib.closing(run) if hasattr(run, "close") else contextlib.nullcontext(),
             ):
                 for one in run:
@@ -272,31 +276,20 @@ def _through(run: Generator[Done, None, None], done: dict[int, Done], shards: Se
     return False
 
 
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """End at once: a shard that is cut short is done anew. In other threads than the main one signals are left."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _finish(place: Place, meta: CorpusMeta, done: list[Done], index: str, whole: bool) -> list[str]:
+def _commit_shards(
+    directory: Directory, meta: CorpusMeta, done: list[DoneMarker], index: str, whole: bool
+) -> list[str]:
     """Commit what is done; once that is all, index and sweep. What was indexed is named."""
     done.sort(key=lambda d: d.shard.number)
     parts = [part for d in done for part in d.parts]
     if meta.format == "parquet" or not parts:
         return []
     name = hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
-    if committed(place) != name:
-        commit(place, meta, parts, name=name)
+    if committed(directory) != name:
+        commit(directory, meta, parts, name=name)
     built: list[str] = []
     if index != "none":
-        built = Corpus.open(place.uri).build_indexes(None if index == "auto" else index)  # type: ignore[arg-type]
+        built = Corpus.open(directory.uri).build_indexes(None if index == "auto" else index)  # type: ignore[arg-type]
     if whole:
-        sweep(place)
+        vacuum(directory)
     return built

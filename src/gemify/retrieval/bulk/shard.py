@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gemify.io.directory import Place
+from gemify.io.directory import Directory
 from gemify.model.throughput import ThroughputMeter
 from gemify.retrieval.bulk.lance_writer import table, write_part
 from gemify.retrieval.bulk.plan import Shard
-from gemify.retrieval.bulk.rows import Reader
+from gemify.retrieval.bulk.rows import ShardReader
 from gemify.retrieval.vector_table import CorpusMeta
 
 MARKERS = "done"
@@ -25,7 +25,7 @@ _ATTEMPTS = 3  # for a disk or a network that fails and comes back
 _NAMED = 20  # bad rows of a shard
 
 
-class Model(Protocol):
+class DocumentEncoder(Protocol):
     """What a corpus asks of a model; `GemModel` is one."""
 
     meter: ThroughputMeter
@@ -37,7 +37,7 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True)
-class Done:
+class DoneMarker:
     """A shard's done marker."""
 
     shard: Shard
@@ -51,12 +51,12 @@ class Done:
     seconds: float = 0.0
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self))
+        return json.dumps({**asdict(self), "shard": self.shard.to_dict()})
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Done:
+    def from_json(cls, text: str | bytes) -> DoneMarker:
         values = json.loads(text)
-        return cls(**{**values, "shard": Shard(**values["shard"])})
+        return cls(**{**values, "shard": Shard.from_dict(values["shard"])})
 
 
 def marker(shard: Shard) -> str:
@@ -65,12 +65,18 @@ def marker(shard: Shard) -> str:
 
 
 def embed_shard(
-    shard: Shard, *, model: Model, reader: Reader, place: Place, batch_size: int = 32, wait: float = 1.0
-) -> Done:
+    shard: Shard,
+    *,
+    model: DocumentEncoder,
+    reader: ShardReader,
+    directory: Directory,
+    batch_size: int = 32,
+    wait: float = 1.0,
+) -> DoneMarker:
     """Bring a shard's passages into the corpus, if they are not there. ``wait``: seconds before a second attempt."""
     for attempt in range(1, _ATTEMPTS + 1):
         try:
-            return _embed(shard, model, reader, place, batch_size)
+            return _embed(shard, model, reader, directory, batch_size)
         except OSError:
             reader.close()  # a file that failed half-way does not go on where it was
             if attempt == _ATTEMPTS:
@@ -79,25 +85,27 @@ def embed_shard(
     raise AssertionError("the last attempt returns or raises")
 
 
-def _embed(shard: Shard, model: Model, reader: Reader, place: Place, batch_size: int) -> Done:
-    if (there := place.read(marker(shard))) is not None:
-        return Done.from_json(there)
+def _embed(
+    shard: Shard, model: DocumentEncoder, reader: ShardReader, directory: Directory, batch_size: int
+) -> DoneMarker:
+    if (there := directory.read(marker(shard))) is not None:
+        return DoneMarker.from_json(there)
     begin = time.perf_counter()
     skipped: list[str] = []
     passages = reader.passages(shard, skipped)
     meta: CorpusMeta = reader.meta
     vectors_ND, tokens = np.empty((0, meta.dimension), np.float32), 0
     if passages:
-        vectors_ND = np.asarray(model.encode_document([p.words for p in passages], batch_size=batch_size))
+        vectors_ND = np.asarray(model.encode_document([p.embed_text for p in passages], batch_size=batch_size))
         tokens = model.meter.tokens - model.meter.padding
     if wrong := np.flatnonzero(~np.isfinite(vectors_ND).all(axis=1)).tolist():
         raise ValueError(
             f"{shard.path}: the vector of passage {passages[wrong[0]].id!r} has numbers that are not finite: compute in"
             " another precision (--dtype float32)"
         )
-    parts = write_part(place, meta, shard, table(meta, passages, vectors_ND))
+    parts = write_part(directory, meta, shard, table(meta, passages, vectors_ND))
     seconds = time.perf_counter() - begin
-    done = Done(shard, len(passages), len(skipped), skipped[:_NAMED], parts, tokens, seconds)
-    if place.write_first(marker(shard), done.to_json().encode()):
+    done = DoneMarker(shard, len(passages), len(skipped), skipped[:_NAMED], parts, tokens, seconds)
+    if directory.write_if_absent(marker(shard), done.to_json().encode()):
         return done
-    return Done.from_json(place.read(marker(shard)) or b"")
+    return DoneMarker.from_json(directory.read(marker(shard)) or b"")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -38,7 +37,7 @@ async def create_chat_completion(wish: ChatRequest, request: Request) -> Respons
         if wish.messages[-1].role != "user" or not wish.messages[-1].content.strip():
             raise bad("gemify.search looks for the last message, which must be the user's and not empty", "messages")
         passages = await find(request, wish.messages[-1].content, k=own.search.k, mode=own.search.mode)
-        facts["sources"] = [dataclasses.asdict(p) for p in passages.found]
+        facts["sources"] = [p.to_json() for p in passages.found]
     ids = await house.prompts.chat(wish.messages, passages.found if passages else None)
     replies = Replies(
         request,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,5 +54,5 @@ async def search(wish: SearchRequest, request: Request) -> Response:
     house.require_model(wish.model)
     finding = await find(request, wish.query, k=wish.k, mode=wish.mode)
     usage = {"prompt_tokens": finding.tokens, "total_tokens": finding.tokens}
-    data = [dataclasses.asdict(p) for p in finding.found]
+    data = [p.to_json() for p in finding.found]
     return JSONResponse({"object": "list", "data": data, "model": house.model, "usage": usage})
