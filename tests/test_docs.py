@@ -10,7 +10,7 @@ import pytest
 
 import docs_checks
 from gemify.cli.main import app
-from gemify.serving.settings import Settings
+from gemify.serving.settings import ServerSettings
 from gemify.training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +24,7 @@ NAMES = docs_checks.Names(ROOT)
 TARGETS = re.findall(r"^([a-z][a-z -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE)
 TARGETS = [target for line in TARGETS for target in line.split()]
 FLAGS = docs_checks.flags(app)
-FIELDS = [docs_checks.field_defaults(kind) for kind in (Settings, Recipe)]
+FIELDS = [docs_checks.field_defaults(kind) for kind in (ServerSettings, Recipe)]
 OTHERS_FLAGS: set[str] = set()
 """Flags of other programs that the docs mention."""
 

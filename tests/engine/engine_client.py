@@ -11,10 +11,10 @@ import numpy as np
 
 from gemify import GemModel
 from gemify.engine.engine import Engine
-from gemify.engine.requests import Closed, Event, Failed, Finished, Job, Piece, Vectors
-from gemify.engine.sampling import Sampling
+from gemify.engine.requests import Completion, Done, EmbeddingOutput, EngineRequest, Event, Failed, TokenDelta
+from gemify.engine.sampling import SamplingParams
 
-GREEDY = Sampling(max_tokens=12, temperature=0.0)
+GREEDY = SamplingParams(max_tokens=12, temperature=0.0)
 
 
 class Heard:
@@ -26,9 +26,9 @@ class Heard:
         self._on_event = on_event
 
     def __call__(self, event: Event) -> None:
-        assert not self.closed.is_set(), "nothing comes after Closed"
+        assert not self.closed.is_set(), "nothing comes after Done"
         self.events.append(event)
-        if isinstance(event, Closed):
+        if isinstance(event, Done):
             self.closed.set()
         if self._on_event:
             self._on_event(event)
@@ -43,19 +43,19 @@ class Heard:
     def text(self, index: int = 0) -> str:
         self.wait()
         assert not self.of(Failed), self.of(Failed)
-        return "".join(piece.text for piece in self.of(Piece) if piece.index == index)
+        return "".join(piece.text for piece in self.of(TokenDelta) if piece.index == index)
 
     def tokens(self, index: int = 0) -> list[Any]:
         self.wait()
-        return [token for piece in self.of(Piece) if piece.index == index for token in piece.tokens]
+        return [token for piece in self.of(TokenDelta) if piece.index == index for token in piece.tokens]
 
-    def finished(self) -> list[Finished]:
+    def finished(self) -> list[Completion]:
         self.wait()
-        return sorted(self.of(Finished), key=lambda event: event.index)
+        return sorted(self.of(Completion), key=lambda event: event.index)
 
     def vectors(self) -> np.ndarray:
         self.wait()
-        (found,) = self.of(Vectors)
+        (found,) = self.of(EmbeddingOutput)
         return found.vectors_ND
 
 
@@ -65,19 +65,19 @@ class Asker:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def write(self, ids: Sequence[int], sampling: Sampling = GREEDY, **options: Any) -> Heard:
+    def write(self, ids: Sequence[int], sampling: SamplingParams = GREEDY, **options: Any) -> Heard:
         heard = Heard()
-        self.job: Job = self.engine.generate(ids, sampling, heard, **options)
+        self.request: EngineRequest = self.engine.generate(ids, sampling, heard, **options)
         return heard
 
     def embed(self, rows: Sequence[Sequence[int]]) -> Heard:
         heard = Heard()
-        self.job = self.engine.embed(rows, heard)
+        self.request = self.engine.embed(rows, heard)
         return heard
 
     def recover(self, ids: Sequence[int], **options: Any) -> Heard:
         heard = Heard()
-        self.job = self.engine.recover(ids, heard, **options)
+        self.request = self.engine.recover(ids, heard, **options)
         return heard
 
 
@@ -88,4 +88,4 @@ def running(gem: GemModel, **options: Any) -> Iterator[Asker]:
     try:
         yield Asker(engine)
     finally:
-        engine.stop(timeout=0)
+        engine.stop(timeout_s=0)

@@ -12,8 +12,8 @@ from test_engine import some_ids
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.engine.batched_prefill import can_read_together, read
-from gemify.engine.sampling import Sampling
+from gemify.engine.batched_prefill import prefill_batch, supports_batched_prefill
+from gemify.engine.sampling import SamplingParams
 from gemify.model.forward import CachedText
 from gemify.model.kv_cache import key_values, new_full_cache
 
@@ -24,15 +24,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @torch.no_grad()
 def test_together_is_as_alone(name: str) -> None:
     lm = tiny_models.build(name, "eager" if name in tiny_models.EAGER_ONLY else "sdpa")
-    if not can_read_together(lm):
+    if not supports_batched_prefill(lm):
         assert "window" in name or name in ("gemma2", "gemma3", "cohere2", "gpt_oss")
         return
     empty = CachedText(new_full_cache(lm), torch.ones(1, 0, dtype=torch.bool))
-    before = [read(lm, [empty], [some_ids(i, n)])[0][0] if n else empty for i, n in enumerate((7, 0, 2, 7))]
+    before = [prefill_batch(lm, [empty], [some_ids(i, n)])[0][0] if n else empty for i, n in enumerate((7, 0, 2, 7))]
     rows = [some_ids(10 + i, n) for i, n in enumerate((1, 9, 4, 3))]
-    together = read(lm, before, rows)
+    together = prefill_batch(lm, before, rows)
     for text, row, (got, logits_1V) in zip(before, rows, together, strict=True):
-        ((alone, expected_1V),) = read(lm, [text], [row])
+        ((alone, expected_1V),) = prefill_batch(lm, [text], [row])
         torch.testing.assert_close(logits_1V, expected_1V, atol=1e-4, rtol=1e-4)
         assert got.mask_BT.shape == alone.mask_BT.shape
         for (k, v), (ek, ev) in zip(key_values(got.cache), key_values(alone.cache), strict=True):
@@ -57,17 +57,17 @@ def passes(gem: GemModel, prompts: list[list[int]], **options: int) -> tuple[lis
         with asker.engine.paused():
             jobs = []
             for ids in prompts:
-                heard = asker.write(ids, Sampling(max_tokens=1, temperature=0.0))
-                jobs.append((asker.job, heard))
+                heard = asker.write(ids, SamplingParams(max_tokens=1, temperature=0.0))
+                jobs.append((asker.request, heard))
         for _, heard in jobs:
             heard.wait()
         hook.remove()
         asker.engine.stop()  # the counts are those of whole steps
-        return seen, [job.reused_tokens for job, _ in jobs], asker.engine.stats().prompt_tokens
+        return seen, [job.cached_tokens for job, _ in jobs], asker.engine.stats().prompt_tokens
 
 
 def test_prompts_that_wait_are_read_in_one_pass(shared_gem: GemModel) -> None:
-    seen, reused, run = passes(shared_gem, [some_ids(i, 5 + i) for i in range(6)], step_tokens=100)
+    seen, reused, run = passes(shared_gem, [some_ids(i, 5 + i) for i in range(6)], max_num_batched_tokens=100)
     assert seen == [(6, 10)]
     assert reused == [0] * 6
     assert run == sum(range(5, 11))
@@ -75,18 +75,18 @@ def test_prompts_that_wait_are_read_in_one_pass(shared_gem: GemModel) -> None:
 
 def test_a_shared_beginning_is_run_once_all_the_same(shared_gem: GemModel) -> None:
     start = some_ids(99, 30)
-    seen, reused, run = passes(shared_gem, [start + some_ids(i, 4) for i in range(6)], step_tokens=400)
+    seen, reused, run = passes(shared_gem, [start + some_ids(i, 4) for i in range(6)], max_num_batched_tokens=400)
     assert seen == [(1, 34), (5, 4)]
     assert reused == [0, *[30] * 5]
     assert run == 34 + 5 * 4
 
 
 def test_a_pass_reads_no_more_than_a_step_may(shared_gem: GemModel) -> None:
-    seen, _, run = passes(shared_gem, [some_ids(i, 8) for i in range(5)] + [some_ids(7, 50)], step_tokens=20)
+    seen, _, run = passes(shared_gem, [some_ids(i, 8) for i in range(5)] + [some_ids(7, 50)], max_num_batched_tokens=20)
     assert run == 90
     assert all(rows * columns <= 20 for rows, columns in seen)
 
 
 def test_a_pass_reads_no_more_rows_than_there_are(shared_gem: GemModel) -> None:
-    seen, _, _ = passes(shared_gem, [some_ids(i, 8) for i in range(5)], max_rows=2, step_tokens=100)
+    seen, _, _ = passes(shared_gem, [some_ids(i, 8) for i in range(5)], max_num_seqs=2, max_num_batched_tokens=100)
     assert [rows for rows, _ in seen] == [2, 2, 1]

@@ -17,8 +17,8 @@ import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.engine.engine import Engine
-from gemify.engine.requests import Closed, Failed, Piece, QueueFull, Stopping
-from gemify.engine.sampling import Sampling
+from gemify.engine.requests import Done, EngineStopping, Failed, QueueFull, TokenDelta
+from gemify.engine.sampling import SamplingParams
 from gemify.model.encode import encode_ids
 from gemify.model.prefill import run_prefill
 from gemify.model.rope_shift import has_dynamic_rope
@@ -60,10 +60,10 @@ def test_rows_that_come_and_go_write_what_generate_writes(name: str, tmp_path: P
     disturb(gem)
     asked = [(some_ids(i, 1 + i * 7 % 30), 1 + i * 5 % 14) for i in range(12)]
     texts = [some_ids(100 + i, i * 3) for i in range(9)]
-    with running(gem, max_rows=4, step_tokens=16) as asker:
+    with running(gem, max_num_seqs=4, max_num_batched_tokens=16) as asker:
         written, embedded, recovered = [], [], []
         for at, (ids, new) in enumerate(asked):
-            written.append(asker.write(ids, Sampling(max_tokens=new, temperature=0.0)))
+            written.append(asker.write(ids, SamplingParams(max_tokens=new, temperature=0.0)))
             if at % 4 == 0:
                 embedded.append(asker.embed(texts[at // 4 * 3 : at // 4 * 3 + 3]))
                 recovered.append(asker.recover(texts[at // 4 + 1], max_tokens=6))
@@ -107,13 +107,13 @@ def test_a_template_is_in_texts_and_behind_prompts(name: str, tmp_path: Path) ->
         with pytest.raises(ValueError, match="63 tokens, this model embeds up to 62"):
             asker.embed([some_ids(1, 63)])
     words = plain.tokenizer(' is:"')["input_ids"]
-    with running(behind, step_tokens=8) as asker:
+    with running(behind, max_num_batched_tokens=8) as asker:
         for _ in range(2):  # the second time from the cache of the first
             heard = asker.write(some_ids(1, 21), embed_prompt=True)
             assert heard.text() == greedy(plain, some_ids(1, 21), 12)
             np.testing.assert_allclose(heard.vectors()[0], one_vector(plain, [*some_ids(1, 21), *words]), atol=1e-5)
         with pytest.raises(ValueError, match="1018 tokens and its embedding takes 7 more, this model takes 1024"):
-            asker.write(some_ids(1, 1018), Sampling(max_tokens=1), embed_prompt=True)
+            asker.write(some_ids(1, 1018), SamplingParams(max_tokens=1), embed_prompt=True)
 
 
 def test_a_prefix_is_run_once_and_changes_nothing(shared_gem: GemModel) -> None:
@@ -123,39 +123,39 @@ def test_a_prefix_is_run_once_and_changes_nothing(shared_gem: GemModel) -> None:
         texts, reused = [], []
         for ids in asked:
             texts.append(asker.write(ids).text())
-            reused.append(asker.job.reused_tokens)
-        other = asker.write(asked[0], scope="somebody else")
+            reused.append(asker.request.cached_tokens)
+        other = asker.write(asked[0], cache_salt="somebody else")
         assert other.text() == texts[0]
-        assert asker.job.reused_tokens == 0
+        assert asker.request.cached_tokens == 0
     assert texts == [greedy(shared_gem, ids, 12) for ids in asked]
     assert reused == [0, 40, 44]
 
 
 def test_the_next_turn_of_a_chat_goes_on_from_the_answer(shared_gem: GemModel) -> None:
     with running(shared_gem) as asker:
-        heard = asker.write(some_ids(1, 30), Sampling(max_tokens=8, temperature=0.0, top_logprobs=0))
+        heard = asker.write(some_ids(1, 30), SamplingParams(max_tokens=8, temperature=0.0, top_logprobs=0))
         answer = [token.id for token in heard.tokens()]
         longer = some_ids(1, 30) + answer + some_ids(5, 4)
         assert asker.write(longer).text() == greedy(shared_gem, longer, 12)
-        assert asker.job.reused_tokens == 30 + len(answer) - 1
+        assert asker.request.cached_tokens == 30 + len(answer) - 1
 
 
 def test_prefixes_stay_within_their_budget(shared_gem: GemModel) -> None:
     one = 2 * 2 * 2 * 8 * 4 * 60  # layers, keys and values, heads, width, bytes, tokens
-    with running(shared_gem, prefix_bytes=3 * one) as asker:
+    with running(shared_gem, prefix_cache_bytes=3 * one) as asker:
         for seed in range(12):
             asker.write(some_ids(seed, 50)).wait()
-            assert asker.engine.stats().prefix_bytes <= 3 * one
-        assert asker.engine._writing.work.prefixes.nbytes > one
-    with running(shared_gem, prefix_bytes=0) as asker:
+            assert asker.engine.stats().prefix_cache_bytes <= 3 * one
+        assert asker.engine._generation.scheduler.prefix_cache.nbytes > one
+    with running(shared_gem, prefix_cache_bytes=0) as asker:
         for _ in range(2):
             asker.write(some_ids(1, 50)).wait()
-        assert asker.job.reused_tokens == 0
+        assert asker.request.cached_tokens == 0
 
 
 def test_a_prompts_embedding_comes_from_its_own_run(shared_gem: GemModel) -> None:
     ids = some_ids(4, 33)
-    with running(shared_gem, step_tokens=8) as asker:
+    with running(shared_gem, max_num_batched_tokens=8) as asker:
         heard = asker.write(ids, embed_prompt=True)
         assert heard.text() == greedy(shared_gem, ids, 12)
         assert np.allclose(heard.vectors()[0], one_vector(shared_gem, ids), atol=1e-5)
@@ -163,12 +163,12 @@ def test_a_prompts_embedding_comes_from_its_own_run(shared_gem: GemModel) -> Non
 
 
 def test_several_answers_and_seeds(shared_gem: GemModel) -> None:
-    wish = Sampling(max_tokens=10, temperature=1.5, seed=7, stop=())
+    params = SamplingParams(max_tokens=10, temperature=1.5, seed=7, stop=())
     ids = some_ids(6, 9)
     with running(shared_gem) as asker:
-        first = asker.write(ids, wish, n=4)
-        again = asker.write(ids, wish, n=4)
-        beside = [asker.write(some_ids(i, 12), Sampling(max_tokens=9)) for i in range(5)]
+        first = asker.write(ids, params, n=4)
+        again = asker.write(ids, params, n=4)
+        beside = [asker.write(some_ids(i, 12), SamplingParams(max_tokens=9)) for i in range(5)]
         answers = [first.text(i) for i in range(4)]
         assert answers == [again.text(i) for i in range(4)]
         assert len(set(answers)) == 4
@@ -179,15 +179,15 @@ def test_several_answers_and_seeds(shared_gem: GemModel) -> None:
 
 def test_drawn_tokens_follow_the_probabilities(shared_gem: GemModel) -> None:
     ids = some_ids(6, 9)
-    with running(shared_gem, max_rows=500) as asker:
+    with running(shared_gem, max_num_seqs=500) as asker:
         with torch.no_grad():
             logits = shared_gem.lm(torch.tensor([ids])).logits[0, -1]
         logits[list(shared_gem.config.special_ids)] = -torch.inf
         p = torch.softmax(logits / 0.8, dim=-1)
-        wish = Sampling(max_tokens=1, temperature=0.8, seed=1, top_logprobs=0)
-        heard = asker.write(ids, wish, n=400)
+        params = SamplingParams(max_tokens=1, temperature=0.8, seed=1, top_logprobs=0)
+        heard = asker.write(ids, params, n=400)
         drawn = [token.id for i in range(400) for token in heard.tokens(i)]
-        nucleus = Sampling(max_tokens=1, temperature=0.8, top_p=0.5, seed=1, top_logprobs=0)
+        nucleus = SamplingParams(max_tokens=1, temperature=0.8, top_p=0.5, seed=1, top_logprobs=0)
         heard = asker.write(ids, nucleus, n=400)
         inside = [token.id for i in range(400) for token in heard.tokens(i)]
     best = int(p.argmax())
@@ -199,7 +199,7 @@ def test_drawn_tokens_follow_the_probabilities(shared_gem: GemModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "params",
     [
         {"logit_bias": {77: 100.0}},
         {"logit_bias": {77: 30.0, 78: 30.0}, "presence_penalty": 2.0},
@@ -207,27 +207,27 @@ def test_drawn_tokens_follow_the_probabilities(shared_gem: GemModel) -> None:
         {"presence_penalty": -2.0, "frequency_penalty": -1.0},
     ],
 )
-def test_penalties_and_bias(shared_gem: GemModel, wish: dict[str, Any]) -> None:
+def test_penalties_and_bias(shared_gem: GemModel, params: dict[str, Any]) -> None:
     ids, expected = some_ids(8, 9), list[int]()
     for _ in range(12):
         with torch.no_grad():
             logits = shared_gem.lm(torch.tensor([ids + expected])).logits[0, -1]
         logits[list(shared_gem.config.special_ids)] = -torch.inf
-        for token, bias in wish.get("logit_bias", {}).items():
+        for token, bias in params.get("logit_bias", {}).items():
             logits[token] += bias
         for token in set(expected):
-            logits[token] -= wish.get("presence_penalty", 0.0)
-            logits[token] -= wish.get("frequency_penalty", 0.0) * expected.count(token)
+            logits[token] -= params.get("presence_penalty", 0.0)
+            logits[token] -= params.get("frequency_penalty", 0.0) * expected.count(token)
         expected.append(int(logits.argmax()))
     with running(shared_gem) as asker:
-        heard = asker.write(ids, Sampling(max_tokens=12, temperature=0.0, top_logprobs=0, **wish))
+        heard = asker.write(ids, SamplingParams(max_tokens=12, temperature=0.0, top_logprobs=0, **params))
         assert [token.id for token in heard.tokens()] == expected
 
 
 def test_log_probabilities_are_the_models_own(shared_gem: GemModel) -> None:
     ids = some_ids(9, 14)
     with running(shared_gem) as asker:
-        heard = asker.write(ids, Sampling(max_tokens=5, temperature=0.0, top_logprobs=3))
+        heard = asker.write(ids, SamplingParams(max_tokens=5, temperature=0.0, top_logprobs=3))
         tokens = heard.tokens()
     whole = ids + [token.id for token in tokens]
     with torch.no_grad():
@@ -244,7 +244,9 @@ def test_log_probabilities_are_the_models_own(shared_gem: GemModel) -> None:
 def test_special_tokens_are_never_written(shared_gem: GemModel) -> None:
     special = shared_gem.config.special_ids[0]
     with running(shared_gem) as asker:
-        heard = asker.write(some_ids(1, 5), Sampling(temperature=0.0, logit_bias={special: 100.0}, top_logprobs=0))
+        heard = asker.write(
+            some_ids(1, 5), SamplingParams(temperature=0.0, logit_bias={special: 100.0}, top_logprobs=0)
+        )
         assert special not in {token.id for token in heard.tokens()}
 
 
@@ -253,19 +255,19 @@ def test_stop_strings_and_reasons(shared_gem: GemModel) -> None:
     whole = greedy(shared_gem, ids, 12)
     stop = next(c for c in whole[3:] if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}")
     with running(shared_gem) as asker:
-        heard = asker.write(ids, Sampling(max_tokens=12, temperature=0.0, stop=(stop,)))
+        heard = asker.write(ids, SamplingParams(max_tokens=12, temperature=0.0, stop=(stop,)))
         assert heard.text() == whole[: whole.index(stop)]
         assert [event.reason for event in heard.finished()] == ["stop"]
         assert asker.write(ids).finished()[0].reason == "length"
-        ended = asker.write(ids, Sampling(max_tokens=12, temperature=0.0, logit_bias={2: 100.0}))
+        ended = asker.write(ids, SamplingParams(max_tokens=12, temperature=0.0, logit_bias={2: 100.0}))
         assert ended.text() == ""
         assert ended.finished()[0].reason == "stop"
         assert ended.finished()[0].completion_tokens == 1
 
 
 def test_a_cancelled_answer_is_gone_by_the_next_step(shared_gem: GemModel) -> None:
-    endless = Sampling(max_tokens=900, temperature=0.0, logit_bias={77: 100.0})
-    with running(shared_gem, max_rows=1) as asker:
+    endless = SamplingParams(max_tokens=900, temperature=0.0, logit_bias={77: 100.0})
+    with running(shared_gem, max_num_seqs=1) as asker:
         held = Heard()
         begun, at_cancel = threading.Event(), []
         held._on_event = lambda event: begun.set()
@@ -273,12 +275,12 @@ def test_a_cancelled_answer_is_gone_by_the_next_step(shared_gem: GemModel) -> No
         waiting = asker.write(some_ids(2, 5))
         assert begun.wait(60)
         with asker.engine.paused():  # between two steps
-            at_cancel.append(len(held.of(Piece)))
+            at_cancel.append(len(held.of(TokenDelta)))
             job.cancel()
         held.wait()
-        assert len(held.of(Piece)) <= at_cancel[0]
+        assert len(held.of(TokenDelta)) <= at_cancel[0]
         assert waiting.text() == greedy(shared_gem, some_ids(2, 5), 12)
-        assert asker.engine.stats().cancelled == 1
+        assert asker.engine.stats().cancelled_requests == 1
 
 
 def test_waiting_requests_can_be_cancelled(shared_gem: GemModel) -> None:
@@ -287,15 +289,15 @@ def test_waiting_requests_can_be_cancelled(shared_gem: GemModel) -> None:
             gone = []
             for ask in (lambda: asker.write(some_ids(1, 5)), lambda: asker.embed([some_ids(2, 5)])):
                 gone.append(ask())
-                asker.job.cancel()
+                asker.request.cancel()
             kept = [asker.write(some_ids(3, 5)), asker.embed([some_ids(3, 5)])]
         for heard in kept:
             heard.wait()
-        assert [heard.wait().events for heard in gone] == [[Closed()], [Closed()]]
+        assert [heard.wait().events for heard in gone] == [[Done()], [Done()]]
 
 
 def test_a_full_queue_says_so(shared_gem: GemModel) -> None:
-    with running(shared_gem, max_waiting=4) as asker:
+    with running(shared_gem, max_queue_size=4) as asker:
         with asker.engine.paused():
             large = asker.embed([some_ids(i, 4) for i in range(9)])  # more than fits, but nothing else waits
             with pytest.raises(QueueFull, match="waiting"):
@@ -306,35 +308,35 @@ def test_a_full_queue_says_so(shared_gem: GemModel) -> None:
 
 
 def test_stopping_finishes_what_was_accepted(shared_gem: GemModel) -> None:
-    engine = Engine(shared_gem, max_rows=2)
+    engine = Engine(shared_gem, max_num_seqs=2)
     engine.start()
     heard = [Heard() for _ in range(6)]
     for at, listener in enumerate(heard):
         engine.generate(some_ids(at, 9), GREEDY, listener)
     assert engine.stop()
     assert [h.text() for h in heard] == [greedy(shared_gem, some_ids(at, 9), 12) for at in range(6)]
-    with pytest.raises(Stopping):
+    with pytest.raises(EngineStopping):
         engine.embed([[10]], Heard())
     assert not engine.stats().alive
 
 
 def test_stopping_in_time_tells_everybody(shared_gem: GemModel) -> None:
-    engine = Engine(shared_gem, max_rows=2)
+    engine = Engine(shared_gem, max_num_seqs=2)
     engine.start()
     heard = [Heard() for _ in range(4)]
     for at, listener in enumerate(heard):
-        engine.generate(some_ids(at, 9), Sampling(max_tokens=900, logit_bias={77: 100.0}), listener)
-    assert not engine.stop(timeout=0.05)
+        engine.generate(some_ids(at, 9), SamplingParams(max_tokens=900, logit_bias={77: 100.0}), listener)
+    assert not engine.stop(timeout_s=0.05)
     for listener in heard:
         listener.wait()
 
 
 def test_nobody_waits_for_a_bulk_request(shared_gem: GemModel) -> None:
     """Many texts at once: a single text and an answer that come later are done before them."""
-    with running(shared_gem, step_tokens=32) as asker:
+    with running(shared_gem, max_num_batched_tokens=32) as asker:
         with asker.engine.paused():
             bulk = asker.embed([some_ids(i, 20) for i in range(600)])
-            later = [asker.embed([some_ids(999, 7)]), asker.write(some_ids(1, 5), Sampling(max_tokens=5))]
+            later = [asker.embed([some_ids(999, 7)]), asker.write(some_ids(1, 5), SamplingParams(max_tokens=5))]
             bulk_done: list[bool] = []
             for heard in later:
                 heard._on_event = lambda event: bulk_done.append(bulk.closed.is_set())
@@ -354,8 +356,8 @@ def test_a_model_whose_positions_adapt_takes_one_pass_at_a_time(shared_gem: GemM
     gem = GemModel.from_base(str(tmp_path))
     assert has_dynamic_rope(gem.lm)
     engine = Engine(gem)
-    assert engine._writing.lock is engine._embedding.lock
-    assert Engine(shared_gem)._writing.lock is not Engine(shared_gem)._embedding.lock
+    assert engine._generation.lock is engine._embedding.lock
+    assert Engine(shared_gem)._generation.lock is not Engine(shared_gem)._embedding.lock
 
 
 def test_a_listener_that_raises_harms_nobody_else(shared_gem: GemModel) -> None:
@@ -363,9 +365,9 @@ def test_a_listener_that_raises_harms_nobody_else(shared_gem: GemModel) -> None:
         raise OSError("gone")
 
     with running(shared_gem) as asker:
-        asker.engine.generate(some_ids(1, 5), Sampling(max_tokens=500, logit_bias={77: 100.0}), broken)
+        asker.engine.generate(some_ids(1, 5), SamplingParams(max_tokens=500, logit_bias={77: 100.0}), broken)
         assert asker.write(some_ids(2, 5)).text() == greedy(shared_gem, some_ids(2, 5), 12)
-        assert asker.engine.stats().rows == 0
+        assert asker.engine.stats().num_running_seqs == 0
 
 
 def test_an_error_in_a_pass_is_told_and_the_engine_goes_on(
@@ -381,11 +383,11 @@ def test_an_error_in_a_pass_is_told_and_the_engine_goes_on(
             assert isinstance(failed.error, MemoryError)
         handle.remove()
         assert asker.write(some_ids(2, 5)).text() == greedy(shared_gem, some_ids(2, 5), 12)
-        assert asker.engine.stats().failed == 3
+        assert asker.engine.stats().failed_requests == 3
 
 
 def test_little_memory_for_caches_means_fewer_at_a_time(shared_gem: GemModel) -> None:
-    with running(shared_gem, kv_bytes=1, step_tokens=7) as asker:
+    with running(shared_gem, kv_cache_bytes=1, max_num_batched_tokens=7) as asker:
         heard = [asker.write(some_ids(i, 20)) for i in range(4)]
         assert [h.text() for h in heard] == [greedy(shared_gem, some_ids(i, 20), 12) for i in range(4)]
 
@@ -399,7 +401,7 @@ def test_little_memory_for_caches_means_fewer_at_a_time(shared_gem: GemModel) ->
         (lambda a: a.write(some_ids(1, 1020)), "1020 tokens and the answer may have 12, this model takes 1024"),
         (lambda a: a.write([5], n=17), "n must lie in 1..16, got 17"),
         (lambda a: a.write([5], n=0), "n must lie"),
-        (lambda a: a.write([5], Sampling(logit_bias={320: 1.0})), "logit_bias must name tokens 0..319, got 320"),
+        (lambda a: a.write([5], SamplingParams(logit_bias={320: 1.0})), "logit_bias must name tokens 0..319, got 320"),
         (lambda a: a.embed([]), "no text"),
         (lambda a: a.embed([[5], [999]]), "text 1 has the token id 999"),
         (lambda a: a.embed([some_ids(1, 511)]), "511 tokens, this model embeds up to 510"),
@@ -412,7 +414,7 @@ def test_bad_requests_are_refused(shared_gem: GemModel, ask: Any, message: str) 
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "params",
     [
         {"max_tokens": 0},
         {"temperature": -0.1},
@@ -425,6 +427,6 @@ def test_bad_requests_are_refused(shared_gem: GemModel, ask: Any, message: str) 
         {"logit_bias": {1: 101.0}},
     ],
 )
-def test_bad_wishes_are_refused(wish: dict[str, Any]) -> None:
+def test_bad_wishes_are_refused(params: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must"):
-        Sampling(**wish)
+        SamplingParams(**params)

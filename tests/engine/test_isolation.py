@@ -14,7 +14,7 @@ from conftest import disturb
 from gemify import GemModel
 from gemify.engine import sequence
 from gemify.engine.requests import Failed, QueueFull
-from gemify.engine.sampling import Sampler, Sampling
+from gemify.engine.sampling import Sampler, SamplingParams
 from gemify.model.kv_cache import RunningCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,36 +30,36 @@ def gem(tmp_path_factory: pytest.TempPathFactory) -> GemModel:
 @pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-40, 5e-324])
 def test_next_to_no_temperature_is_greedy(gem: GemModel, temperature: float) -> None:
     with running(gem) as asker:
-        cold = asker.write(some_ids(1, 9), Sampling(max_tokens=12, temperature=temperature))
+        cold = asker.write(some_ids(1, 9), SamplingParams(max_tokens=12, temperature=temperature))
         assert cold.text() == greedy(gem, some_ids(1, 9), 12)
 
 
 def test_an_answer_that_fails_ends_alone(gem: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
     class Unlucky(Sampler):
-        def draw(self, logits_V: torch.Tensor) -> int:
+        def sample(self, logits_V: torch.Tensor) -> int:
             if self.sampling.seed == 13:
                 raise RuntimeError("no number")
-            return super().draw(logits_V)
+            return super().sample(logits_V)
 
     monkeypatch.setattr(sequence, "Sampler", Unlucky)
     with running(gem) as asker:
         with asker.engine.paused():
             before = asker.write(some_ids(1, 9))
-            broken = asker.write(some_ids(2, 9), Sampling(max_tokens=12, seed=13), n=3)
+            broken = asker.write(some_ids(2, 9), SamplingParams(max_tokens=12, seed=13), n=3)
             after = asker.write(some_ids(3, 30))
         assert [before.text(), after.text()] == [greedy(gem, some_ids(1, 9), 12), greedy(gem, some_ids(3, 30), 12)]
         (failed,) = broken.wait().of(Failed)
         assert str(failed.error) == "no number"
         stats = asker.engine.stats()
-        assert (stats.rows, stats.failed) == (0, 1)
+        assert (stats.num_running_seqs, stats.failed_requests) == (0, 1)
 
 
 def test_what_a_step_has_taken_in_still_waits(gem: GemModel) -> None:
-    with running(gem, max_waiting=4) as asker, asker.engine.paused():
+    with running(gem, max_queue_size=4) as asker, asker.engine.paused():
         asker.embed([some_ids(i, 4) for i in range(9)])
         while asker.engine._embedding._new:
             pass  # its thread takes it in, and waits for its turn
-        assert asker.engine.stats().waiting_texts == 9
+        assert asker.engine.stats().num_waiting_texts == 9
         with pytest.raises(QueueFull):
             asker.embed([some_ids(1, 4)])
 
@@ -98,15 +98,15 @@ def test_what_a_row_left_behind_is_not_what_another_is_padded_with(gem: GemModel
 
 
 def test_rows_after_a_trim_go_on_as_before(gem: GemModel) -> None:
-    with running(gem, max_rows=3) as asker:
+    with running(gem, max_num_seqs=3) as asker:
         wishes = [(some_ids(1, 400), 2), (some_ids(2, 20), 40), (some_ids(3, 9), 60), (some_ids(4, 90), 30)]
-        heard = [asker.write(ids, Sampling(max_tokens=new, temperature=0.0)) for ids, new in wishes]
+        heard = [asker.write(ids, SamplingParams(max_tokens=new, temperature=0.0)) for ids, new in wishes]
         assert [h.text() for h in heard] == [greedy(gem, ids, new) for ids, new in wishes]
 
 
 def test_answers_that_could_never_fit_are_refused(gem: GemModel) -> None:
     a_token = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, width, bytes
-    with running(gem, kv_bytes=100 * a_token) as asker:
+    with running(gem, kv_cache_bytes=100 * a_token) as asker:
         asker.write(some_ids(1, 9)).wait()
         asker.write(some_ids(1, 9), n=4).wait()
         asker.write(some_ids(1, 300)).wait()

@@ -20,7 +20,7 @@ from engine_client import running
 
 from gemify import GemModel
 from gemify.bench.traffic import traffic
-from gemify.engine.sampling import Sampling
+from gemify.engine.sampling import SamplingParams
 from gemify.model.forward import left_pad
 from gemify.rag.chat_template import ChatFormat
 
@@ -31,7 +31,9 @@ def main(dtype: str = "float32", answers: str = "16", tokens: str = "48") -> Non
     chat = ChatFormat(gem.tokenizer)
     prompts = [list(chat.layout([chat.turn("user", r.texts[0])]).ids) for r in traffic(count, chats=1.0)]
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 2}
-    never = Sampling(max_tokens=new, temperature=0.0, logit_bias={2: -100.0})  # the end token: all are equally long
+    never = SamplingParams(
+        max_tokens=new, temperature=0.0, logit_bias={2: -100.0}
+    )  # the end token: all are equally long
 
     @torch.inference_mode()
     def one_by_one() -> None:
@@ -60,7 +62,7 @@ def main(dtype: str = "float32", answers: str = "16", tokens: str = "48") -> Non
             start = time.perf_counter()
             way()
             print(f"{name}: {made * new / (time.perf_counter() - start):.1f} tokens/s", flush=True)
-        with running(gem, prefix_bytes=0) as asker:
+        with running(gem, prefix_cache_bytes=0) as asker:
             start = time.perf_counter()
             for heard in [asker.write(ids, never) for ids in prompts]:
                 heard.wait()

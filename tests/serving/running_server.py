@@ -21,13 +21,13 @@ from gemify.retrieval.index import GemIndex
 from gemify.serving.app import create_app
 from gemify.serving.auth import KeyRing
 from gemify.serving.server import Server, listen
-from gemify.serving.settings import Settings
+from gemify.serving.settings import ServerSettings
 
 
 class Served:
     """A running server's address, its parts, and clients for it."""
 
-    def __init__(self, engine: Engine, settings: Settings, app: Any, address: tuple[str, int]) -> None:
+    def __init__(self, engine: Engine, settings: ServerSettings, app: Any, address: tuple[str, int]) -> None:
         self.engine, self.settings, self.app, self.address = engine, settings, app, address
         self.gem: GemModel = engine.gem
         self.url = f"http://{address[0]}:{address[1]}"
@@ -61,7 +61,7 @@ class Served:
 def serving(
     gem: GemModel, *, index: Any = None, keys: dict[str, str] | None = None, engine: Any = None, **options: Any
 ) -> Iterator[Served]:
-    settings = Settings(**{"port": 0, "served_model_name": "tiny", **options})
+    settings = ServerSettings(**{"port": 0, "served_model_name": "tiny", **options})
     engine = Engine(gem, **(engine or {}))
     app = create_app(engine, settings, index, keys=KeyRing((keys or {}).items()))
     with listen(settings) as listener:
@@ -72,7 +72,7 @@ def serving(
         served = Served(engine, settings, app, address)
         try:
             served.wait_until(lambda: server.started or not thread.is_alive())
-            served.wait_until(lambda: app.state.house.ready or not thread.is_alive())
+            served.wait_until(lambda: app.state.gemify.ready or not thread.is_alive())
             assert thread.is_alive(), "the server did not start"
             yield served
         finally:

@@ -13,7 +13,7 @@ from running_server import Served, serving
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.serving.tokenization import Prompts
+from gemify.serving.tokenization import RequestTokenizer
 
 WORDS = 'say : "{text}" is:"'
 
@@ -54,14 +54,14 @@ def test_prompts_do_not_and_have_no_vector_in_their_cache(served: Served) -> Non
 
 def test_a_question_is_cut_and_its_template_is_not(served: Served) -> None:
     gem = served.gem
-    prompts = Prompts(gem)
+    prompts = RequestTokenizer(gem)
     try:
         for question in ("who?", "y" * 90):
-            row = asyncio.run(prompts.query(question))
+            row = asyncio.run(prompts.tokenize_query(question))
             assert row == gem.text_tokenizer(["find: " + question], max_tokens=gem.config.max_text_tokens)[0]
             assert row[-4:] == gem.tokenizer('is:"')["input_ids"]
         assert len(row) == gem.config.max_text_tokens
-        assert asyncio.run(prompts.ids("who?")) == gem.tokenizer("who?")["input_ids"]
+        assert asyncio.run(prompts.tokenize_plain("who?")) == gem.tokenizer("who?")["input_ids"]
     finally:
         prompts.close()
 

@@ -28,9 +28,9 @@ GOOD: dict[str, Any] = {
     "/v1/recover": {"input": "a", "max_tokens": 2},
 }
 REQUESTS: dict[str, type[BaseModel]] = {
-    "/v1/embeddings": requests.EmbeddingsRequest,
-    "/v1/chat/completions": requests.ChatRequest,
-    "/v1/completions": requests.CompletionsRequest,
+    "/v1/embeddings": requests.CreateEmbeddingRequest,
+    "/v1/chat/completions": requests.CreateChatCompletionRequest,
+    "/v1/completions": requests.CreateCompletionRequest,
     "/v1/search": requests.SearchRequest,
     "/v1/recover": requests.RecoverRequest,
 }
@@ -53,8 +53,10 @@ def answers_rightly_afterwards(served: Served) -> Iterator[None]:
     assert got.status_code == 200
     expected = served.gem.encode(["a cat", "a dog"], normalize_embeddings=True)
     np.testing.assert_allclose([d["embedding"] for d in got.json()["data"]], expected, atol=1e-5)
-    served.wait_until(lambda: served.engine.stats().rows == 0 and served.engine.stats().waiting_texts == 0)
-    assert served.engine.stats().failed == 0
+    served.wait_until(
+        lambda: served.engine.stats().num_running_seqs == 0 and served.engine.stats().num_waiting_texts == 0
+    )
+    assert served.engine.stats().failed_requests == 0
 
 
 def exchange(served: Served, sent: bytes, *, half_close: bool = False) -> bytes:
@@ -164,7 +166,7 @@ BROKEN: dict[str, tuple[bytes, list[int]]] = {
     "length below zero": (HEAD + b"Content-Length: -1\r\n\r\n", [400]),
     "length beyond all": (HEAD + b"Content-Length: 99999999999999999999\r\n\r\n{}", [413, 400]),
     "unknown coding": (HEAD + b"Transfer-Encoding: gzip\r\n\r\nabc", [400, 501]),
-    "bad chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\nabc\r\n", [400]),
+    "bad_request chunk": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nZZ\r\nabc\r\n", [400]),
     "chunk below zero": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n-5\r\nabc\r\n", [400]),
     "chunk too long": (HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffffffff\r\nabc\r\n", [400, 408]),
     "endless chunk head": (HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * 200_000, [400]),

@@ -48,18 +48,18 @@ def written(gem: GemModel, prompt: str | list[Any], tokens: int) -> str:
     return gem.generate(prefill, max_new_tokens=tokens, do_sample=False)
 
 
-def unit(vectors: Any) -> np.ndarray:
+def normalize(vectors: Any) -> np.ndarray:
     vectors = np.asarray(vectors, dtype=np.float64)
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-# Embeddings
+# CreateEmbeddingResponse
 
 
 def test_embeddings_are_the_librarys(client: OpenAI, gem: GemModel) -> None:
     got = client.embeddings.create(model="tiny", input=TEXTS, encoding_format="float")
     vectors = np.array([d.embedding for d in got.data])
-    np.testing.assert_allclose(vectors, unit(gem.encode(TEXTS)), atol=1e-5)
+    np.testing.assert_allclose(vectors, normalize(gem.encode(TEXTS)), atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-6)
     assert [d.index for d in got.data] == [0, 1, 2, 3]
     assert got.usage.prompt_tokens == got.usage.total_tokens == sum(map(len, gem.tokenizer(TEXTS)["input_ids"]))
@@ -90,7 +90,7 @@ def test_token_ids_are_texts(client: OpenAI, gem: GemModel) -> None:
 
 def test_dimensions_cut_and_scale(client: OpenAI, gem: GemModel) -> None:
     got = client.embeddings.create(model="tiny", input=TEXTS, dimensions=8)
-    np.testing.assert_allclose([d.embedding for d in got.data], unit(gem.encode(TEXTS)[:, :8]), atol=1e-5)
+    np.testing.assert_allclose([d.embedding for d in got.data], normalize(gem.encode(TEXTS)[:, :8]), atol=1e-5)
     with pytest.raises(openai.BadRequestError, match=r"dimensions must lie in 1\.\.32, got 33"):
         client.embeddings.create(model="tiny", input="a", dimensions=33)
 
@@ -98,7 +98,7 @@ def test_dimensions_cut_and_scale(client: OpenAI, gem: GemModel) -> None:
 def test_a_special_tokens_name_is_text(client: OpenAI, gem: GemModel) -> None:
     text = f"before {gem.config.special_tokens[0]} after"
     got = client.embeddings.create(model="tiny", input=text, encoding_format="float")
-    np.testing.assert_allclose(got.data[0].embedding, unit(gem.encode(text)), atol=1e-5)
+    np.testing.assert_allclose(got.data[0].embedding, normalize(gem.encode(text)), atol=1e-5)
     spelled = len(gem.tokenizer(text, split_special_tokens=True)["input_ids"])
     assert got.usage.prompt_tokens == spelled > len(gem.tokenizer(text)["input_ids"])
     asked = [{"role": "user", "content": text}]
@@ -239,7 +239,7 @@ def test_logit_bias_forces_a_token(client: OpenAI, gem: GemModel) -> None:
 
 
 def test_the_prompts_embedding_comes_with_the_answer(client: OpenAI, gem: GemModel) -> None:
-    expected = unit(gem.embed(gem.prefill_chat(CHAT)).numpy())
+    expected = normalize(gem.embed(gem.prefill_chat(CHAT)).numpy())
     wish: Any = {"model": "tiny", "messages": CHAT, "max_tokens": 6, "temperature": 0}
     extra = {"gemify": {"return_embedding": True}}
     got: Any = client.chat.completions.create(extra_body=extra, **wish)
@@ -251,7 +251,7 @@ def test_the_prompts_embedding_comes_with_the_answer(client: OpenAI, gem: GemMod
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == written(gem, CHAT, 6)
 
 
-# Completions
+# CreateCompletionResponse
 
 
 def test_completions_are_the_librarys(client: OpenAI, gem: GemModel) -> None:
@@ -324,7 +324,7 @@ async def test_both_jobs_at_once(served: Served, gem: GemModel) -> None:
         asyncio.gather(*(client.embeddings.create(model="tiny", input=t) for t in texts)),
     )
     assert answers == [written(gem, messages, 10) for messages in chats]
-    np.testing.assert_allclose([v.data[0].embedding for v in vectors], unit(gem.encode(texts)), atol=1e-5)
+    np.testing.assert_allclose([v.data[0].embedding for v in vectors], normalize(gem.encode(texts)), atol=1e-5)
     await client.close()
 
 
@@ -339,7 +339,7 @@ def test_stats_metrics_and_health(served: Served) -> None:
     before = served.http().get("/v1/stats").json()
     served.post("/v1/embeddings", {"input": ["a", "b"]})
     served.post("/v1/completions", {"prompt": "a", "max_tokens": 3, "temperature": 0, "logit_bias": {"40": 100}})
-    served.wait_until(lambda: served.engine.stats().generated_tokens >= before["generated_tokens"] + 3)
+    served.wait_until(lambda: served.engine.stats().generation_tokens >= before["generation_tokens"] + 3)
     after = served.http().get("/v1/stats").json()
     assert after["embedded_texts"] == before["embedded_texts"] + 2
     assert (after["model"], after["dimensions"], after["has_index"], after["ready"]) == ("tiny", 32, False, True)

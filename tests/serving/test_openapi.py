@@ -72,4 +72,4 @@ def test_every_route_is_described(served: Served) -> None:
 
 def test_it_answers_afterwards(served: Served) -> None:
     assert served.post("/v1/embeddings", {"input": "a"}).status_code == 200
-    assert served.engine.stats().failed == 0
+    assert served.engine.stats().failed_requests == 0

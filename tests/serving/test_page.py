@@ -179,7 +179,7 @@ def test_turns_are_the_servers_and_carried_over(visit: Visiting, served: Served)
 
 def test_stop_frees_the_row(visit: Visiting, served: Served) -> None:
     """Escape and the button both end an answer that would be long; what was written stays."""
-    before = served.engine.stats().cancelled
+    before = served.engine.stats().cancelled_requests
     for count, stop in enumerate((lambda p: p.press("#message", "Escape"), lambda p: p.click("#stop")), start=1):
         seen = visit()
         seen.page.locator("#grounded").uncheck()
@@ -190,8 +190,8 @@ def test_stop_frees_the_row(visit: Visiting, served: Served) -> None:
         seen.page.locator(".answer .said", has_text=re.compile(".")).wait_for()
         stop(seen.page)
         seen.page.locator(".facts", has_text="stopped").wait_for()
-        served.wait_until(lambda expected=before + count: served.engine.stats().cancelled == expected)
-        assert served.engine.stats().rows == 0
+        served.wait_until(lambda expected=before + count: served.engine.stats().cancelled_requests == expected)
+        assert served.engine.stats().num_running_seqs == 0
         seen.check()
 
 

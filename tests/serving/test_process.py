@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 import gemify.cli.serve
 from gemify.cli.main import app
 from gemify.serving.auth import ENVIRONMENT
-from gemify.serving.settings import Settings
+from gemify.serving.settings import ServerSettings
 
 SECRET = "the secret prompt of a client"
 
@@ -224,20 +224,22 @@ def test_what_cannot_be_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.Mo
             assert words in error, error
             assert "\n" not in error
     assert run("--port", "70000")[0] == 2
-    assert run("--max-rows", "0")[0] == 2
+    assert run("--max-num-seqs", "0")[0] == 2
     assert run("--frobnicate")[0] == 2
 
 
 def test_flags_beat_the_file(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("port: 9\nmax-rows: 4\ncors_origins: [https://a.example]\napi-keys: keys.txt\n")
-    values = Settings.from_yaml(tmp_path / "a.yaml")
-    settings = Settings.of({**values, "port": 10}, source="test")
-    assert (settings.port, settings.max_rows, settings.cors_origins) == (10, 4, ("https://a.example",))
+    (tmp_path / "a.yaml").write_text(
+        "port: 9\nmax-num-seqs: 4\ncors_origins: [https://a.example]\napi-keys: keys.txt\n"
+    )
+    values = ServerSettings.from_yaml(tmp_path / "a.yaml")
+    settings = ServerSettings.of({**values, "port": 10}, source="test")
+    assert (settings.port, settings.max_num_seqs, settings.cors_origins) == (10, 4, ("https://a.example",))
     assert settings.api_keys == Path("keys.txt")
     assert settings.is_local
-    assert not Settings(host="0.0.0.0").is_local
-    assert not Settings(host="example.com").is_local
-    assert Settings(host="::1").is_local
+    assert not ServerSettings(host="0.0.0.0").is_local
+    assert not ServerSettings(host="example.com").is_local
+    assert ServerSettings(host="::1").is_local
 
 
 def test_the_documentation_names_every_option() -> None:
@@ -245,10 +247,10 @@ def test_the_documentation_names_every_option() -> None:
     rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
     flags = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)", rows)}
     others = set(re.findall(r"`(\w+)`\*", rows))
-    fields = set(vars(Settings()))
+    fields = set(vars(ServerSettings()))
     verb = inspect.signature(gemify.cli.serve.serve).parameters
     assert flags - {"cors_origin", "config"} == (set(verb) & fields) - {"allow_no_key"}
     assert flags | others | {"cors_origins", "allow_no_key"} == fields | {"cors_origin"}
     defaults = re.search(r"```yaml\n(.*?)```", text, re.S)
     assert defaults is not None
-    assert Settings.of({k.replace("-", "_"): v for k, v in yaml.safe_load(defaults[1]).items()}, source="docs")
+    assert ServerSettings.of({k.replace("-", "_"): v for k, v in yaml.safe_load(defaults[1]).items()}, source="docs")

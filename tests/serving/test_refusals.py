@@ -13,7 +13,7 @@ import openai
 import pytest
 from running_server import Served, serving, tiny_gem
 
-from gemify.engine.requests import Closed, Failed, Job, Piece, QueueFull
+from gemify.engine.requests import Done, EngineRequest, Failed, QueueFull, TokenDelta
 
 ASK: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -311,10 +311,10 @@ def test_a_stream_that_fails_midway_says_so(
 ) -> None:
     with serving(gem) as served:
 
-        def failing(ids: Any, sampling: Any, listener: Any, **_: Any) -> Job:
-            for event in (Piece(0, "so far"), Failed(raised), Closed()):
+        def failing(ids: Any, sampling: Any, listener: Any, **_: Any) -> EngineRequest:
+            for event in (TokenDelta(0, "so far"), Failed(raised), Done()):
                 listener(event)
-            return Job(listener)
+            return EngineRequest(listener)
 
         monkeypatch.setattr(served.engine, "generate", failing)
         chunks = iter(served.client().chat.completions.create(model="tiny", messages=ASK, stream=True))
@@ -332,24 +332,26 @@ def test_a_request_has_its_time(gem: Any) -> None:
         with served.http() as http, http.stream("POST", TEXT, json={**long, "stream": True}) as response:
             lines = [line for line in response.iter_lines() if line]
         assert '"code": "timeout"' in lines[-1]
-        served.wait_until(lambda: served.engine.stats().cancelled == 2 and served.engine.stats().rows == 0)
+        served.wait_until(
+            lambda: served.engine.stats().cancelled_requests == 2 and served.engine.stats().num_running_seqs == 0
+        )
         assert served.post(EMBED, {"input": "a"}).status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_leaves_frees_its_place(gem: Any, stream: bool) -> None:
-    with serving(gem, engine={"max_rows": 1}) as served:
+    with serving(gem, engine={"max_num_seqs": 1}) as served:
         long = {"prompt": "a", "max_tokens": 1000, "logit_bias": {"40": 100}, "stream": stream}
         async with httpx.AsyncClient(base_url=served.url, timeout=60) as http:
             asking = asyncio.create_task(_first_line(http, long))
             if stream:
                 await asking
             else:
-                while served.engine.stats().rows == 0:
+                while served.engine.stats().num_running_seqs == 0:
                     await asyncio.sleep(0.005)
                 asking.cancel()
-        await asyncio.to_thread(served.wait_until, lambda: served.engine.stats().cancelled == 1)
-        assert served.engine.stats().generated_tokens < 1000
+        await asyncio.to_thread(served.wait_until, lambda: served.engine.stats().cancelled_requests == 1)
+        assert served.engine.stats().generation_tokens < 1000
         answer = await asyncio.to_thread(served.post, TEXT, {"prompt": "a", "max_tokens": 2})
         assert answer.status_code == 200
 

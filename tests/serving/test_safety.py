@@ -37,7 +37,7 @@ def test_a_cold_request_leaves_the_others_their_answers(served: Served) -> None:
     others: list[httpx.Response] = []
     thread = threading.Thread(target=lambda: others.append(served.post(TEXT, ENDLESS)))
     thread.start()
-    served.wait_until(lambda: served.engine.stats().rows)
+    served.wait_until(lambda: served.engine.stats().num_running_seqs)
     assert served.post(TEXT, {"prompt": "b", "temperature": 1e-40}).status_code == 200
     thread.join(60)
     assert others[0].json()["usage"]["completion_tokens"] == 900
@@ -87,7 +87,7 @@ def test_what_is_not_finished_in_time_is_told_at_a_stop(gem: Any, stream: bool) 
         body = ENDLESS | {"prompt": ["a"] * 64, "n": 16, "stream": stream}  # minutes
         thread = threading.Thread(target=lambda: got.append(served.post(TEXT, body)))
         thread.start()
-        served.wait_until(lambda: served.engine.stats().rows)
+        served.wait_until(lambda: served.engine.stats().num_running_seqs)
     thread.join(60)
     assert got[0].status_code == (200 if stream else 503)
     last = got[0].text.rstrip().removesuffix("data: [DONE]").rstrip().splitlines()[-1].removeprefix("data: ")
@@ -106,7 +106,7 @@ def test_a_reader_that_reads_nothing_does_not_keep_the_server_from_its_end(
         peer.connect(served.address)
         peer.sendall((head + b"Content-Length: %d\r\n\r\n" % len(body) + body) * 12)  # more than sockets take
         served.wait_until(lambda: served.engine.stats().embedded_texts >= 2048)
-        served.wait_until(lambda: not served.app.state.house.metrics.in_flight_now)
+        served.wait_until(lambda: not served.app.state.gemify.metrics.in_flight_now)
     assert not served.engine.stats().alive  # the server has stopped, although nobody has read
     peer.close()
 
@@ -115,10 +115,10 @@ def test_large_bodies_are_held_up_to_a_bound(gem: Any) -> None:
     large = json.dumps({"input": "a", "user": "x" * 60_000}).encode()
     head = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
     with serving(gem, max_body_bytes=100_000, max_bodies_bytes=100_000) as served:
-        house = served.app.state.house
+        state = served.app.state.gemify
         with served.connect() as peer:
             peer.sendall(head + b"Content-Length: %d\r\n\r\n" % len(large) + large[:-1])
-            served.wait_until(lambda: house.body_bytes == len(large) - 1)
+            served.wait_until(lambda: state.body_bytes == len(large) - 1)
             with served.http() as http:
                 refused = http.post(EMBED, content=large, headers={"Content-Type": "application/json"})
             assert refused.status_code == 429
@@ -126,7 +126,7 @@ def test_large_bodies_are_held_up_to_a_bound(gem: Any) -> None:
             assert served.post(EMBED, {"input": "a"}).status_code == 200
             peer.sendall(large[-1:])
             assert peer.recv(65536).startswith(b"HTTP/1.1 200")
-        served.wait_until(lambda: not house.body_bytes)
+        served.wait_until(lambda: not state.body_bytes)
 
 
 def test_a_stop_string_is_not_as_long_as_a_book(served: Served) -> None:

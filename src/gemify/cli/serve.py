@@ -24,8 +24,10 @@ def serve(
     ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key. [default: no limit]")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key. [default: no limit]")] = None,
-    max_rows: Annotated[int | None, typer.Option(min=1, help="Most answers written at a time. [default: 16]")] = None,
-    max_waiting: Annotated[
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, help="Most answers written at a time. [default: 16]")
+    ] = None,
+    max_queue_size: Annotated[
         int | None, typer.Option(min=1, help="Most texts and answers that wait. [default: 2048]")
     ] = None,
     cors_origin: Annotated[
@@ -52,10 +54,10 @@ def serve(
     if "cors_origin" in flags:
         flags["cors_origins"] = tuple(flags.pop("cors_origin"))
     try:
-        from gemify.serving.settings import Settings
+        from gemify.serving.settings import ServerSettings
 
-        from_file = Settings.from_yaml(config) if config is not None else {}
-        settings = Settings.of({**from_file, **flags}, source=str(config or "the flags"))
+        from_file = ServerSettings.from_yaml(config) if config is not None else {}
+        settings = ServerSettings.of({**from_file, **flags}, source=str(config or "the flags"))
         from gemify.serving.server import serve as run
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'gemify[serve]'") from error

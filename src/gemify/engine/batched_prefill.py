@@ -1,8 +1,8 @@
-"""Reading the rest of several prompts in one pass.
+"""Prefill of several prompts in one pass, each after the prefix that has run already.
 
-    kept already, padded     to run, padded
-    . . a a a a a            . . . . b b        a row's columns that are no padding, in order, are its prompt: positions
-    . . . . . . .            c c c c c c        are counted over them, and its cache is cut out of the batch afterwards
+    prefixes, padded         to run, padded
+    . . a a a a a            . . . . b b        a row's tokens, in order, are its prompt: position ids are counted over
+    . . . . . . .            c c c c c c        them alone, and its KV is cut out of the batch afterwards
     d d d d d d d            . . e e e e
 
 A short prompt leaves most of a machine idle, as a single token does.
@@ -23,27 +23,36 @@ from gemify.model.prefill import Prefill, extend
 from gemify.model.rope_shift import has_dynamic_rope
 
 
-def can_read_together(lm: PreTrainedModel) -> bool:
-    """Whether rows of differing lengths do not touch each other: windows would be measured over the padding."""
+def supports_batched_prefill(lm: PreTrainedModel) -> bool:
+    """Whether prompts of differing lengths can share a pass. Sliding windows would be measured over the padding."""
     return keeps_all_positions(new_cache(lm)) and not has_dynamic_rope(lm)
 
 
-def read(
-    lm: PreTrainedModel, texts: Sequence[CachedText], rows: Sequence[Sequence[int]]
+def prefill_batch(
+    lm: PreTrainedModel, prefixes: Sequence[CachedText], rows: Sequence[Sequence[int]]
 ) -> list[tuple[CachedText, Tensor]]:
-    """Run ``rows`` after ``texts`` (one row each, no padding). Of each prompt its text and next-token logits [1, V]."""
+    """Run token ids after their prefixes, in one pass.
+
+    Args:
+        lm: the model.
+        prefixes: for each prompt what has run, one row without padding, maybe empty.
+        rows: for each prompt the token ids to run.
+
+    Returns:
+        For each prompt the text with its KV, and the logits [1, V] of its next token.
+    """
     device = lm.device
     ids_BT, mask_BT = (t.to(device) for t in left_pad(rows))
-    before = texts[0] if len(texts) == 1 else _stacked(lm, texts)
+    before = prefixes[0] if len(prefixes) == 1 else _stack(lm, prefixes)
     none_BT = torch.zeros_like(before.mask_BT, dtype=torch.long)
     handle = extend(lm, before, none_BT, ids_BT, mask_BT, single=False)
-    if len(texts) == 1:
+    if len(prefixes) == 1:
         return [(handle.text, handle.logits_BV)]
-    return [(_cut_out(lm, handle, row), handle.logits_BV[row : row + 1]) for row in range(len(texts))]
+    return [(_cut_row(lm, handle, row), handle.logits_BV[row : row + 1]) for row in range(len(prefixes))]
 
 
-def _stacked(lm: PreTrainedModel, texts: Sequence[CachedText]) -> CachedText:
-    """One batch of texts of one row each, padded on the left."""
+def _stack(lm: PreTrainedModel, texts: Sequence[CachedText]) -> CachedText:
+    """Stack texts of one row each into a batch, padded on the left."""
     lengths = [text.mask_BT.shape[1] for text in texts]
     T = max(lengths)
     mask_BT, cache = left_pad([[1] * n for n in lengths])[1].to(lm.device), new_full_cache(lm)
@@ -59,7 +68,7 @@ def _stacked(lm: PreTrainedModel, texts: Sequence[CachedText]) -> CachedText:
     return CachedText(cache, mask_BT)
 
 
-def _cut_out(lm: PreTrainedModel, handle: Prefill, row: int) -> CachedText:
+def _cut_row(lm: PreTrainedModel, handle: Prefill, row: int) -> CachedText:
     seen_T = handle.text.mask_BT[row]
     pairs = [(k[row : row + 1, :, seen_T], v[row : row + 1, :, seen_T]) for k, v in key_values(handle.text.cache)]
     mask_1T = torch.ones(1, int(seen_T.sum()), dtype=torch.bool, device=lm.device)

@@ -1,75 +1,88 @@
-"""The embedding half of the engine: small batches of texts, one of each request in turn."""
+"""The embedding scheduler: small batches of texts, taken from the waiting requests in turn."""
 
 from __future__ import annotations
 
 from collections import deque
 
-from gemify.engine.requests import Closed, EmbeddingJob
+from gemify.engine.requests import Done, EmbeddingRequest
 from gemify.model.batching import length_groups
 from gemify.model.encode import encode_ids
 from gemify.model.gem import GemModel
 
-Row = tuple[int, ...]
+_Scheduled = tuple[EmbeddingRequest, tuple[int, ...]]
+"""A request and one of its texts."""
 
 
-class Embedding:
-    """Texts that wait to be embedded."""
+class EmbeddingScheduler:
+    """Texts that wait to be embedded.
 
-    def __init__(self, gem: GemModel, *, step_tokens: int) -> None:
-        self._gem, self._step_tokens = gem, step_tokens
-        self.waiting: deque[EmbeddingJob] = deque()
-        self.texts = self.tokens = self.failed = self.cancelled = 0
+    Args:
+        gem: the model.
+        max_num_batched_tokens: most tokens that one step embeds.
+    """
+
+    def __init__(self, gem: GemModel, *, max_num_batched_tokens: int) -> None:
+        self._gem, self._max_num_batched_tokens = gem, max_num_batched_tokens
+        self.waiting: deque[EmbeddingRequest] = deque()
+        self._counts = dict.fromkeys(("texts", "tokens", "cancelled", "failed"), 0)
 
     @property
     def busy(self) -> bool:
+        """Whether a text waits."""
         return bool(self.waiting)
 
     def counts(self) -> dict[str, int]:
-        return {"texts": self.texts, "tokens": self.tokens, "cancelled": self.cancelled, "failed": self.failed}
+        """Counters since the start."""
+        return dict(self._counts)
 
     def step(self) -> None:
-        """Embed texts of up to ``step_tokens`` columns, at least one. A bulk request holds up nobody's single text."""
-        self._drop_cancelled()
-        taken: list[tuple[EmbeddingJob, Row]] = []
-        columns = 0
+        """Embed waiting texts of up to ``max_num_batched_tokens`` tokens, at least one text."""
+        self._remove_cancelled()
+        scheduled = self._schedule()
+        lengths = [len(row) + self._gem.config.k for _, row in scheduled]
+        for group in length_groups(lengths, max_tokens=self._max_num_batched_tokens):
+            self._embed([scheduled[i] for i in group])
+
+    def abort_all(self, error: Exception) -> None:
+        """Drop all requests; each is told the error."""
+        for request in list(self.waiting):
+            self._fail(request, error)
+
+    def _schedule(self) -> list[_Scheduled]:
+        """Choose one text of each request in turn: a request of many texts does not hold up one of a single text."""
+        scheduled: list[_Scheduled] = []
+        num_tokens = 0
         while self.waiting:
-            job = self.waiting.popleft()
-            columns += len(job.waiting[-1]) + self._gem.config.k
-            if taken and columns > self._step_tokens:
-                self.waiting.appendleft(job)
+            request = self.waiting.popleft()
+            num_tokens += len(request.waiting[-1]) + self._gem.config.k
+            if scheduled and num_tokens > self._max_num_batched_tokens:
+                self.waiting.appendleft(request)
                 break
-            taken.append((job, job.waiting.pop()))
-            if job.waiting:
-                self.waiting.append(job)
-        lengths = [len(row) + self._gem.config.k for _, row in taken]
-        for group in length_groups(lengths, max_tokens=self._step_tokens):
-            self._embed([taken[i] for i in group])
+            scheduled.append((request, request.waiting.pop()))
+            if request.waiting:
+                self.waiting.append(request)
+        return scheduled
 
-    def drop_all(self, error: Exception) -> None:
-        """Forget everything; whoever asked is told why."""
-        for job in list(self.waiting):
-            self._fail(job, error)
-
-    def _embed(self, some: list[tuple[EmbeddingJob, Row]]) -> None:
+    def _embed(self, scheduled: list[_Scheduled]) -> None:
         try:
-            vectors_BD = encode_ids(self._gem.lm, self._gem.config, [row for _, row in some]).cpu().numpy()
+            vectors_BD = encode_ids(self._gem.lm, self._gem.config, [row for _, row in scheduled]).cpu().numpy()
         except Exception as error:
-            for job in dict.fromkeys(job for job, _ in some):
-                self._fail(job, error)
+            for request in dict.fromkeys(request for request, _ in scheduled):
+                self._fail(request, error)
             return
-        for (job, row), vector_D in zip(some, vectors_BD, strict=True):
-            job.took(row, vector_D)
-            self.texts += 1
-            self.tokens += len(row)
+        for (request, row), vector_D in zip(scheduled, vectors_BD, strict=True):
+            request.set_embedding(row, vector_D)
+            self._counts["texts"] += 1
+            self._counts["tokens"] += len(row)
 
-    def _drop_cancelled(self) -> None:
-        for job in [job for job in self.waiting if job.cancelled]:
-            self.waiting.remove(job)
-            self.cancelled += not job.closed
-            job.tell(Closed())
+    def _remove_cancelled(self) -> None:
+        for request in [request for request in self.waiting if request.cancelled]:
+            self.waiting.remove(request)
+            self._counts["cancelled"] += not request.done
+            request.emit(Done())
 
-    def _fail(self, job: EmbeddingJob, error: Exception) -> None:
-        self.failed += not job.closed
-        if job in self.waiting:
-            self.waiting.remove(job)
-        job.fail(error)
+    def _fail(self, request: EmbeddingRequest, error: Exception) -> None:
+        self._counts["failed"] += not request.done
+        if request in self.waiting:
+            self.waiting.remove(request)
+        request.fail(error)

@@ -1,11 +1,11 @@
-"""One model, both jobs at once: two threads that pass through the same weights, each with its half of the cores.
+"""The engine: one copy of the weights generates and embeds at once, in two threads that share the cores.
 
-    asked for     prompts --> `Writing`: read together, then one token a step for every answer -------> Piece, Finished
-                  texts ----> `Embedding`: small batches, a text of each request in turn -------------> Vectors
+    requests      prompts --> `GenerationScheduler`: prefill, then one token a step for every sequence --> TokenDelta, Completion
+                  texts ----> `EmbeddingScheduler`: small batches, a text of each request in turn -------> EmbeddingOutput
 
 Neither kind of work waits for the other: long chats do not hold up embeddings, nor bulk embeddings chats. Two passes on
-half of the cores each also get more done than one after the other on all of them, as a single token for some rows leaves
-little to divide. A kind that is alone has all cores. Steps are short, so a cancelled request is gone by the next one.
+half of the cores each also get more done than one after the other on all of them, because a single token for some rows
+leaves little to divide. A kind that is alone has all cores. Steps are short: a cancelled request is gone by the next one.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from dataclasses import dataclass
 
 import torch
 
-from gemify.engine.embedding import Embedding
-from gemify.engine.requests import EmbeddingJob, Listener, QueueFull, WritingJob
-from gemify.engine.sampling import Sampling
-from gemify.engine.scheduler import Writing
-from gemify.engine.worker import J, Worker, release_threads
+from gemify.engine.embedding import EmbeddingScheduler
+from gemify.engine.requests import EmbeddingRequest, GenerationRequest, Listener, QueueFull
+from gemify.engine.sampling import SamplingParams
+from gemify.engine.scheduler import GenerationScheduler
+from gemify.engine.worker import RequestT, Worker, release_threads
 from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
 from gemify.model.rope_shift import has_dynamic_rope
@@ -30,195 +30,238 @@ from gemify.model.rope_shift import has_dynamic_rope
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the start, and what is going on."""
+    """Counters since the start, and the engine's present load."""
 
     alive: bool = False
-    rows: int = 0
-    """Answers being written."""
-    waiting_answers: int = 0
-    waiting_texts: int = 0
+    num_running_seqs: int = 0
+    num_waiting_seqs: int = 0
+    num_waiting_texts: int = 0
     prompt_tokens: int = 0
-    """Run; ``reused_tokens`` were not, as they had run before."""
-    reused_tokens: int = 0
-    generated_tokens: int = 0
-    finished_answers: int = 0
+    """Prompt tokens that were run; those of ``cached_tokens`` were not."""
+    cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache."""
+    generation_tokens: int = 0
+    finished_seqs: int = 0
     embedded_texts: int = 0
     embedded_tokens: int = 0
-    cancelled: int = 0
-    failed: int = 0
-    prefix_bytes: int = 0
-    write_seconds: float = 0.0
-    embed_seconds: float = 0.0
+    cancelled_requests: int = 0
+    failed_requests: int = 0
+    prefix_cache_bytes: int = 0
+    generation_seconds: float = 0.0
+    embedding_seconds: float = 0.0
 
 
 class Engine:
-    """The model at work for many askers.
+    """Generates and embeds for many clients at once.
 
     Args:
-        max_rows: most answers written at a time.
-        max_waiting: most texts and answers that wait; beyond it `QueueFull`. A request on an empty queue may be larger.
-        prefix_bytes: memory for the KV of what has run before (`Prefixes`).
-        kv_bytes: memory for the KV of the answers being written; a prompt waits until there is room. One answer alone is
-            written whatever it takes.
-        step_tokens: most tokens of prompts read, or of texts embedded, in a step. None: 512, 8,192 on an accelerator.
+        gem: the model.
+        max_num_seqs: most sequences that are generated at a time.
+        max_queue_size: most texts and sequences that wait; beyond it `QueueFull`. A request to an empty queue may be
+            larger.
+        prefix_cache_bytes: memory for the KV of prompts and answers that have run (`PrefixCache`).
+        kv_cache_bytes: memory for the KV of running sequences; a prompt waits until it fits. A single sequence runs
+            whatever it takes.
+        max_num_batched_tokens: most tokens that one step prefills or embeds. None: 512 on a CPU, 8,192 on an
+            accelerator.
     """
 
     def __init__(
         self,
         gem: GemModel,
         *,
-        max_rows: int = 16,
-        max_waiting: int = 2048,
-        prefix_bytes: int = 512 << 20,
-        kv_bytes: int = 4 << 30,
-        step_tokens: int | None = None,
+        max_num_seqs: int = 16,
+        max_queue_size: int = 2048,
+        prefix_cache_bytes: int = 512 << 20,
+        kv_cache_bytes: int = 4 << 30,
+        max_num_batched_tokens: int | None = None,
     ) -> None:
-        if max_rows < 1 or max_waiting < 1:
-            raise ValueError(f"max_rows and max_waiting must be at least 1, got {max_rows} and {max_waiting}")
+        if max_num_seqs < 1 or max_queue_size < 1:
+            raise ValueError(
+                f"max_num_seqs and max_queue_size must be at least 1, got {max_num_seqs} and {max_queue_size}"
+            )
         gem.lm.eval()
         self.gem = gem
-        self.limit: int | None = max_positions(gem.lm)
-        """Most tokens of a prompt and its answer together."""
+        self.max_model_len: int | None = max_positions(gem.lm)
+        """Most tokens of a prompt and its answer together; None: no limit is known."""
         self._vocabulary = gem.lm.get_input_embeddings().weight.shape[0]
-        self._max_rows, self._max_waiting = max_rows, max_waiting
-        step_tokens = step_tokens or (512 if gem.device.type == "cpu" else 8192)
+        self._max_num_seqs, self._max_queue_size = max_num_seqs, max_queue_size
+        self._kv_cache_bytes = kv_cache_bytes
+        max_num_batched_tokens = max_num_batched_tokens or (512 if gem.device.type == "cpu" else 8192)
         lock: contextlib.AbstractContextManager[object] = threading.RLock()
-        beside = lock if has_dynamic_rope(gem.lm) else threading.RLock()
+        embedding_lock = lock if has_dynamic_rope(gem.lm) else threading.RLock()
         cores = torch.get_num_threads()
-        self._kv_bytes = kv_bytes
-        self._answers = Writing(
-            gem, max_rows=max_rows, kv_bytes=kv_bytes, prefix_bytes=prefix_bytes, step_tokens=step_tokens
+        self._scheduler = GenerationScheduler(
+            gem,
+            max_num_seqs=max_num_seqs,
+            kv_cache_bytes=kv_cache_bytes,
+            prefix_cache_bytes=prefix_cache_bytes,
+            max_num_batched_tokens=max_num_batched_tokens,
         )
-        self._writing = Worker(
-            self._answers,
-            "writing",
+        self._generation = Worker(
+            self._scheduler,
+            "generation",
             lock=lock,
-            threads=lambda: max(1, cores // 2) if self._embedding.busy else cores,
+            num_threads=lambda: max(1, cores // 2) if self._embedding.busy else cores,
         )
         self._embedding = Worker(
-            Embedding(gem, step_tokens=step_tokens),
+            EmbeddingScheduler(gem, max_num_batched_tokens=max_num_batched_tokens),
             "embedding",
-            lock=beside,
-            threads=lambda: max(1, cores - cores // 2) if self._writing.busy else cores,
+            lock=embedding_lock,
+            num_threads=lambda: max(1, cores - cores // 2) if self._generation.busy else cores,
         )
         self._accepting = threading.Lock()
 
-    # Asking
-
     def start(self) -> None:
+        """Start both threads."""
         release_threads()  # those that loading the model has left
-        self._writing.start()
+        self._generation.start()
         self._embedding.start()
 
-    def stop(self, *, timeout: float | None = None) -> bool:
-        """Take no more and finish what was accepted, for at most ``timeout`` seconds. Whether all was finished."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        for worker in (self._writing, self._embedding):
-            worker.refuse()
+    def stop(self, *, timeout_s: float | None = None) -> bool:
+        """Accept no more requests and finish the accepted ones.
+
+        Args:
+            timeout_s: seconds after which unfinished requests are aborted. None: wait for all.
+
+        Returns:
+            Whether all were finished.
+        """
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        workers = (self._generation, self._embedding)
+        for worker in workers:
+            worker.stop_accepting()
         done = True
-        for worker in (self._writing, self._embedding):
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            done = worker.join(left) and done
+        for worker in workers:
+            remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            done = worker.join(remaining_s) and done
         return done
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """No step runs while this is open: the model is the caller's."""
-        with self._writing.lock, self._embedding.lock:
+        """Run no step inside this context: the model is the caller's."""
+        with self._generation.lock, self._embedding.lock:
             yield
 
     def generate(
         self,
         ids: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         listener: Listener,
         *,
         n: int = 1,
         embed_prompt: bool = False,
-        scope: str = "",
-    ) -> WritingJob:
-        """Continue a prompt ``n`` times; with ``embed_prompt`` its embedding comes first, from the same run.
+        cache_salt: str = "",
+    ) -> GenerationRequest:
+        """Continue a prompt.
 
-        Only requests of one ``scope`` share what has run before.
+        Args:
+            ids: the prompt's token ids.
+            sampling: how tokens are chosen.
+            listener: called with each event, in the engine's thread.
+            n: how many sequences.
+            embed_prompt: also emit the prompt's embedding, before any text, from the same prefill.
+            cache_salt: only requests with equal salts share prefixes.
+
+        Returns:
+            The request, which can be cancelled.
 
         Raises:
             ValueError: no tokens, ids outside the vocabulary, or more than the model's positions.
-            QueueFull, Stopping: not now.
+            QueueFull: too much is waiting.
+            EngineStopping: no more requests are accepted.
         """
-        if not 1 <= n <= self._max_rows:
-            raise ValueError(f"n must lie in 1..{self._max_rows}, got {n}: ask again for more answers")
+        if not 1 <= n <= self._max_num_seqs:
+            raise ValueError(f"n must lie in 1..{self._max_num_seqs}, got {n}: ask again for more answers")
         if embed_prompt:
             self.gem.require_embeddable_prefill()
             behind = len(self.gem.text_tokenizer.suffix_ids) + self.gem.config.k
-            if self.limit is not None and len(ids) + behind > self.limit:
+            if self.max_model_len is not None and len(ids) + behind > self.max_model_len:
                 raise ValueError(
                     f"the prompt has {len(ids)} tokens and its embedding takes {behind} more, this model takes"
-                    f" {self.limit} in all: shorten the prompt"
+                    f" {self.max_model_len} in all: shorten the prompt"
                 )
         self._require_ids("the prompt", ids)
         if not ids:
             raise ValueError("the prompt has no tokens: say something")
         if unknown := [i for i in sampling.logit_bias if not 0 <= i < self._vocabulary]:
             raise ValueError(f"logit_bias must name tokens 0..{self._vocabulary - 1}, got {unknown[0]}")
-        if self.limit is not None and len(ids) + sampling.max_tokens > self.limit:
+        if self.max_model_len is not None and len(ids) + sampling.max_tokens > self.max_model_len:
             raise ValueError(
                 f"the prompt has {len(ids)} tokens and the answer may have {sampling.max_tokens}, this model takes"
-                f" {self.limit} in all: shorten the prompt or lower max_tokens"
+                f" {self.max_model_len} in all: shorten the prompt or lower max_tokens"
             )
-        columns = len(ids) + sampling.max_tokens
-        if n > 1 and (needed := self._answers.bytes_for(n, columns)) > self._kv_bytes:
+        num_tokens = len(ids) + sampling.max_tokens
+        if n > 1 and (needed := self._scheduler.kv_bytes_for(n, num_tokens)) > self._kv_cache_bytes:
             raise ValueError(
-                f"{n} answers of {columns} tokens with their prompt may need {needed:,} bytes of memory, this server gives"
-                f" {self._kv_bytes:,}: ask for fewer, or lower max_tokens"
+                f"{n} answers of {num_tokens} tokens with their prompt may need {needed:,} bytes of memory, this server"
+                f" gives {self._kv_cache_bytes:,}: ask for fewer, or lower max_tokens"
             )
-        job = WritingJob(ids, sampling, listener, n=n, embed_prompt=embed_prompt, recovering=False, scope=scope)
-        self._accept(self._writing, job)
-        return job
+        request = GenerationRequest(
+            ids, sampling, listener, n=n, embed_prompt=embed_prompt, is_recovery=False, cache_salt=cache_salt
+        )
+        self._add_request(self._generation, request)
+        return request
 
-    def embed(self, rows: Sequence[Sequence[int]], listener: Listener) -> EmbeddingJob:
-        """Embed texts: ids of each, as `GemModel.text_tokenizer` gives them (head and template). Raises like `generate`."""
+    def embed(self, rows: Sequence[Sequence[int]], listener: Listener) -> EmbeddingRequest:
+        """Embed texts. Raises like `generate`.
+
+        Args:
+            rows: token ids of each text, as `GemModel.text_tokenizer` gives them.
+            listener: called with each event, in the engine's thread.
+
+        Returns:
+            The request, which can be cancelled.
+        """
         if not rows:
             raise ValueError("no text given: give at least one")
         for at, ids in enumerate(rows):
             self._require_text(f"text {at}", ids)
-        job = EmbeddingJob(rows, listener)
-        self._accept(self._embedding, job)
-        return job
+        request = EmbeddingRequest(rows, listener)
+        self._add_request(self._embedding, request)
+        return request
 
-    def recover(self, ids: Sequence[int], listener: Listener, *, max_tokens: int = 64) -> WritingJob:
-        """Write a text from its special tokens' KV alone, greedily (GEM, Appendix B). Raises like `generate`."""
+    def recover(self, ids: Sequence[int], listener: Listener, *, max_tokens: int = 64) -> GenerationRequest:
+        """Generate a text from its special tokens' KV alone, greedily (GEM, Appendix B). Raises like `generate`.
+
+        Args:
+            ids: the text's token ids.
+            listener: called with each event, in the engine's thread.
+            max_tokens: most tokens that are generated.
+
+        Returns:
+            The request, which can be cancelled.
+        """
         if not self.gem.config.k:
             raise ValueError("this model has no special tokens: nothing remembers a text")
         self._require_text("the text", ids)
-        if self.limit is not None and len(ids) + self.gem.config.k + max_tokens > self.limit:
+        if self.max_model_len is not None and len(ids) + self.gem.config.k + max_tokens > self.max_model_len:
             raise ValueError(
                 f"the text has {len(ids)} tokens and what is remembered may have {max_tokens}, this model takes"
-                f" {self.limit} in all: shorten the text or lower max_tokens"
+                f" {self.max_model_len} in all: shorten the text or lower max_tokens"
             )
-        sampling = Sampling(max_tokens=max_tokens, temperature=0.0)
-        job = WritingJob(ids, sampling, listener, n=1, embed_prompt=False, recovering=True, scope="")
-        self._accept(self._writing, job)
-        return job
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        request = GenerationRequest(ids, sampling, listener, n=1, embed_prompt=False, is_recovery=True, cache_salt="")
+        self._add_request(self._generation, request)
+        return request
 
     def stats(self) -> EngineStats:
-        """As of the last steps, and what was accepted since."""
-        (writing, write_seconds), (embedding, embed_seconds) = self._writing.counts(), self._embedding.counts()
+        """Counters as of the last steps; the queue's size includes requests accepted since."""
+        generation, generation_seconds = self._generation.counts()
+        embedding, embedding_seconds = self._embedding.counts()
+        cancelled = generation.pop("cancelled") + embedding["cancelled"]
+        failed = generation.pop("failed") + embedding["failed"]
         return EngineStats(
-            alive=self._writing.alive and self._embedding.alive,
-            rows=writing["rows"],
-            waiting_answers=self._writing.waiting,
-            waiting_texts=self._embedding.waiting,
-            prompt_tokens=writing["prompt_tokens"],
-            reused_tokens=writing["reused_tokens"],
-            generated_tokens=writing["generated_tokens"],
-            finished_answers=writing["finished"],
+            alive=self._generation.alive and self._embedding.alive,
+            num_waiting_seqs=self._generation.num_waiting,
+            num_waiting_texts=self._embedding.num_waiting,
             embedded_texts=embedding["texts"],
             embedded_tokens=embedding["tokens"],
-            cancelled=writing["cancelled"] + embedding["cancelled"],
-            failed=writing["failed"] + embedding["failed"],
-            prefix_bytes=writing["prefix_bytes"],
-            write_seconds=write_seconds,
-            embed_seconds=embed_seconds,
+            cancelled_requests=cancelled,
+            failed_requests=failed,
+            generation_seconds=generation_seconds,
+            embedding_seconds=embedding_seconds,
+            **generation,
         )
 
     def _require_ids(self, what: str, ids: Sequence[int]) -> None:
@@ -233,15 +276,16 @@ class Engine:
                 f"{what} has {len(ids)} tokens, this model embeds up to {self.gem.config.max_text_tokens}: cut it up"
             )
 
-    def _accept(self, worker: Worker[J], job: J) -> None:
+    def _add_request(self, worker: Worker[RequestT], request: RequestT) -> None:
         with self._accepting:
-            waiting = self._writing.waiting + self._embedding.waiting
-            if waiting and waiting + job.units > self._max_waiting:
-                raise QueueFull(waiting, retry_after=self._seconds_for(waiting))
-            worker.accept(job)
+            waiting = self._generation.num_waiting + self._embedding.num_waiting
+            if waiting and waiting + request.num_items > self._max_queue_size:
+                raise QueueFull(waiting, retry_after=self._estimate_seconds(waiting))
+            worker.add_request(request)
 
-    def _seconds_for(self, units: int) -> float:
-        """A guess from what is behind us, 1 to 60."""
+    def _estimate_seconds(self, num_items: int) -> float:
+        """Estimate the time for so many texts and sequences from those that are done: 1 to 60 seconds."""
         stats = self.stats()
-        done, spent = stats.finished_answers + stats.embedded_texts, stats.write_seconds + stats.embed_seconds
-        return min(60.0, max(1.0, round(units * spent / done))) if done else 1.0
+        done = stats.finished_seqs + stats.embedded_texts
+        spent_s = stats.generation_seconds + stats.embedding_seconds
+        return min(60.0, max(1.0, round(num_items * spent_s / done))) if done else 1.0

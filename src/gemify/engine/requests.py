@@ -1,4 +1,4 @@
-"""What the engine is asked for, and what it answers with: events, in the engine's thread, `Closed` always last."""
+"""Requests to the engine, and the events it answers with. Events come in the engine's thread; `Done` is always last."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Literal
 
 import numpy as np
 
-from gemify.engine.sampling import Sampling, TokenLogprob
+from gemify.engine.sampling import SamplingParams, TokenLogprob
 from gemify.model.forward import CachedText
 
 
 @dataclass(frozen=True)
-class Piece:
-    """More of an answer. ``tokens`` only where log probabilities were asked for; the text may be empty then."""
+class TokenDelta:
+    """New text of one sequence. ``tokens`` is filled only if log probabilities were asked for; ``text`` may be empty."""
 
     index: int
     text: str
@@ -22,8 +22,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """One of the answers is complete."""
+class Completion:
+    """One of the request's ``n`` sequences is complete."""
 
     index: int
     reason: Literal["stop", "length"]
@@ -31,7 +31,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Vectors:
+class EmbeddingOutput:
     """Embeddings [N, D], float32, not normalised, in the order of the texts."""
 
     vectors_ND: np.ndarray
@@ -39,116 +39,149 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Failed:
-    """Nothing more will come: ValueError is the asker's fault, anything else ours."""
+    """The request failed. A ValueError is the client's fault, any other error is the server's."""
 
     error: Exception
 
 
 @dataclass(frozen=True)
-class Closed:
-    """The last event of every job, cancelled ones too."""
+class Done:
+    """The last event of every request, also of a cancelled one."""
 
 
-Event = Piece | Finished | Vectors | Failed | Closed
+Event = TokenDelta | Completion | EmbeddingOutput | Failed | Done
 Listener = Callable[[Event], None]
 
 
 class QueueFull(Exception):
-    """Too much is waiting already."""
+    """Too many texts and sequences are waiting already.
+
+    Args:
+        waiting: how many are waiting.
+        retry_after: seconds after which another try may succeed.
+    """
 
     def __init__(self, waiting: int, retry_after: float) -> None:
         super().__init__(f"{waiting} texts and answers are waiting: try again in {retry_after:.0f} s")
         self.retry_after = retry_after
 
 
-class Stopping(Exception):
-    """The engine finishes what it has and takes no more."""
+class EngineStopping(Exception):
+    """The engine finishes the requests it has and accepts no more."""
 
     def __init__(self) -> None:
         super().__init__("the server is stopping: ask again when it is back")
 
 
-class Job:
-    """Something asked of the engine."""
+class EngineRequest:
+    """One request, on its way through the engine.
+
+    Args:
+        listener: called with each event, in the engine's thread.
+    """
 
     prompt_tokens = 0
-    reused_tokens = 0
-    """Of the prompt's tokens, those that had run before for another request. Final when closed."""
+    cached_tokens = 0
+    """Prompt tokens taken from the prefix cache instead of being run. Final once the request is done."""
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
-        self.cancelled = self.closed = False
+        self.cancelled = self.done = False
 
     @property
-    def units(self) -> int:
-        """How many texts or answers it is."""
+    def num_items(self) -> int:
+        """Texts or sequences it still waits for: its size in the queue."""
         return 1
 
     def cancel(self) -> None:
-        """Stop working on it, from any thread: what it holds is free at the engine's next step."""
+        """Stop working on the request, from any thread. Its memory is free at the engine's next step."""
         self.cancelled = True
 
-    def tell(self, event: Event) -> None:
-        if self.closed:
+    def emit(self, event: Event) -> None:
+        """Hand an event to the listener, unless the request is done."""
+        if self.done:
             return
-        self.closed = isinstance(event, Closed)
+        self.done = isinstance(event, Done)
         try:
             self._listener(event)
-        except Exception:  # whoever listened is gone
+        except Exception:  # the client is gone
             self.cancelled = True
 
     def fail(self, error: Exception) -> None:
-        """Tell what went wrong, and end. Rows that it has are free at the next step."""
-        self.tell(Failed(error))
-        self.tell(Closed())
+        """Emit the error and end the request. Its sequences leave the batch at the next step."""
+        self.emit(Failed(error))
+        self.emit(Done())
         self.cancel()
 
 
-class WritingJob(Job):
-    """Answers to one prompt, or with ``recovering`` what its special tokens remember of a text."""
+class GenerationRequest(EngineRequest):
+    """``n`` sequences that continue one prompt.
+
+    Args:
+        ids: the prompt.
+        sampling: how tokens are chosen.
+        listener: called with each event.
+        n: how many sequences.
+        embed_prompt: also compute the prompt's embedding, from the same prefill.
+        is_recovery: ``ids`` is a text; generate from the KV of its special tokens alone.
+        cache_salt: only requests with equal salts share prefixes.
+    """
 
     def __init__(
         self,
         ids: Sequence[int],
-        sampling: Sampling,
+        sampling: SamplingParams,
         listener: Listener,
         *,
         n: int,
         embed_prompt: bool,
-        recovering: bool,
-        scope: str,
+        is_recovery: bool,
+        cache_salt: str,
     ) -> None:
         super().__init__(listener)
-        self.ids, self.sampling, self.n, self.scope = tuple(ids), sampling, n, scope
-        self.embed_prompt, self.recovering = embed_prompt, recovering
+        self.ids, self.sampling, self.n, self.cache_salt = tuple(ids), sampling, n, cache_salt
+        self.embed_prompt, self.is_recovery = embed_prompt, is_recovery
         self.prompt_tokens = len(ids)
-        self.read: CachedText | None = None
-        """As much of the prompt as has run."""
-        self.unfinished = n
+        self.prefilled: CachedText | None = None
+        """The part of the prompt that has run."""
+        self.num_unfinished = n
 
     @property
-    def units(self) -> int:
+    def num_items(self) -> int:
+        """How many sequences it asks for."""
         return self.n
 
+    @property
+    def num_prefilled(self) -> int:
+        """Tokens of the prompt that have run."""
+        return 0 if self.prefilled is None else self.prefilled.mask_BT.shape[1]
 
-class EmbeddingJob(Job):
-    """Texts to embed. A text that occurs twice is computed once."""
+
+class EmbeddingRequest(EngineRequest):
+    """Texts to embed. A text that occurs twice is computed once.
+
+    Args:
+        rows: token ids of each text.
+        listener: called with each event.
+    """
 
     def __init__(self, rows: Sequence[Sequence[int]], listener: Listener) -> None:
         super().__init__(listener)
         self.rows = [tuple(row) for row in rows]
         self.prompt_tokens = sum(map(len, self.rows))
         self.waiting = sorted(set(self.rows), key=len)
-        """Texts yet to be computed, the longest last."""
-        self.vectors: dict[tuple[int, ...], np.ndarray] = {}
-        self._distinct = len(self.waiting)
+        """Texts that are not computed yet, the longest last."""
+        self._vectors: dict[tuple[int, ...], np.ndarray] = {}
+        self._num_distinct = len(self.waiting)
 
     @property
-    def units(self) -> int:
+    def num_items(self) -> int:
+        """How many texts are not computed yet."""
         return len(self.waiting)
 
-    def took(self, row: tuple[int, ...], vector_D: np.ndarray) -> None:
-        self.vectors[row] = vector_D
-        if len(self.vectors) == self._distinct:
-            self.tell(Vectors(np.stack([self.vectors[row] for row in self.rows])))
-            self.tell(Closed())
+    def set_embedding(self, row: tuple[int, ...], vector_D: np.ndarray) -> None:
+        """Store one text's embedding; the last one ends the request."""
+        self._vectors[row] = vector_D
+        if len(self._vectors) == self._num_distinct:
+            self.emit(EmbeddingOutput(np.stack([self._vectors[row] for row in self.rows])))
+            self.emit(Done())

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the parameters of OpenAI's API, for each answer its own."""
+"""How the next token is chosen: the sampling parameters of OpenAI's API, each sequence with its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenBytes:
-    """Text and bytes of tokens, for the two ways that tokenizers spell bytes."""
+    """CachedText and bytes of single tokens, for both ways in which tokenizers spell bytes (byte-level, ``<0x0A>``)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -30,6 +30,7 @@ class TokenBytes:
         self._bytes = {char: byte for byte, char in bytes_to_unicode().items()} if byte_level else {}
 
     def __call__(self, token: int) -> tuple[str, bytes]:
+        """Return a token's text and its bytes, both empty for an id without a token."""
         piece = self._tokenizer.convert_ids_to_tokens(token)
         if piece is None:  # a row of the table that the tokenizer has no token for
             return "", b""
@@ -46,27 +47,33 @@ class TokenBytes:
 
 
 _NONE: Mapping[int, float] = MappingProxyType({})
-_COLDEST = 1e-6  # of temperatures that draw: below it only the likeliest token is left
+_MIN_TEMPERATURE = (
+    1e-6  # the lowest temperature that is divided by: below it only the token with the largest logit is left
+)
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """What a request may say about its answer's tokens; ValueError for what is out of range."""
+class SamplingParams:
+    """How the tokens of an answer are chosen, in the words of OpenAI's API.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
 
     max_tokens: int = 256
     temperature: float = 1.0
-    """0: the likeliest token each time."""
+    """0: the token with the largest logit each time."""
     top_p: float = 1.0
     seed: int | None = None
     """The same request with the same seed gives the same answer."""
     stop: tuple[str, ...] = ()
     presence_penalty: float = 0.0
-    """Taken from the logit of every token the answer has already."""
+    """Subtracted from the logit of every token that the answer already has."""
     frequency_penalty: float = 0.0
-    """The same, times how often."""
+    """Subtracted once for each time that the answer has the token."""
     logit_bias: Mapping[int, float] = field(default_factory=lambda: _NONE)
     top_logprobs: int | None = None
-    """None: no log probabilities; else so many of the likeliest tokens beside the chosen one."""
+    """How many of the most likely tokens are reported beside the chosen one. None: no log probabilities at all."""
 
     def __post_init__(self) -> None:
         _require("max_tokens", self.max_tokens, 1, math.inf)
@@ -81,8 +88,8 @@ class Sampling:
             raise ValueError("a stop string must have at least one character, got '': leave it out")
 
     @property
-    def plain(self) -> bool:
-        """Whether it is the likeliest token of the bare logits, each time."""
+    def is_greedy(self) -> bool:
+        """Whether each token is the argmax of the model's own logits, without penalties and biases."""
         return self.temperature == 0 and not (self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
@@ -93,7 +100,7 @@ def _require(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token, and how likely it was (natural logarithm)."""
+    """A token and its log probability (natural logarithm)."""
 
     id: int
     text: str
@@ -103,34 +110,39 @@ class TokenLogprob:
 
 
 class Sampler:
-    """Draws the tokens of one answer, by its own random numbers."""
+    """Samples the tokens of one sequence, with its own random numbers.
 
-    def __init__(self, sampling: Sampling, *, answer: int = 0) -> None:
+    Args:
+        sampling: the request's parameters.
+        index: number of the sequence in its request, added to the seed.
+    """
+
+    def __init__(self, sampling: SamplingParams, *, index: int = 0) -> None:
         self.sampling = sampling
         self._counts: Counter[int] = Counter()
-        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
+        self._bias_ids = torch.tensor(list(sampling.logit_bias), dtype=torch.long)
         self._biases = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
         self._random = torch.Generator()
         if sampling.seed is None:
             self._random.seed()
         else:
-            self._random.manual_seed((sampling.seed + answer) % 2**63)
+            self._random.manual_seed((sampling.seed + index) % 2**63)
 
-    def draw(self, logits_V: Tensor) -> int:
-        """The next token, of the model's own logits."""
-        wish = self.sampling
+    def sample(self, logits_V: Tensor) -> int:
+        """Return the next token, given the model's own logits."""
+        params = self.sampling
         logits_V = logits_V.float().cpu().clone()
-        if self._counts and (wish.presence_penalty or wish.frequency_penalty):
+        if self._counts and (params.presence_penalty or params.frequency_penalty):
             ids, counts = torch.tensor(list(self._counts)), torch.tensor(list(self._counts.values()))
-            logits_V[ids] -= wish.presence_penalty + wish.frequency_penalty * counts
-        logits_V[self._biased] += self._biases
-        token = int(logits_V.argmax()) if wish.temperature == 0 else self._drawn(logits_V)
+            logits_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        logits_V[self._bias_ids] += self._biases
+        token = int(logits_V.argmax()) if params.temperature == 0 else self._draw(logits_V)
         self._counts[token] += 1
         return token
 
-    def _drawn(self, logits_V: Tensor) -> int:
-        # The largest is 0 first: divided by next to nothing, any other number is infinite, and no probability a number.
-        p_V = F.softmax((logits_V - logits_V.max()) / max(self.sampling.temperature, _COLDEST), dim=-1)
+    def _draw(self, logits_V: Tensor) -> int:
+        # Subtract the largest logit first: divided by a tiny temperature it stays 0, where any other number would overflow.
+        p_V = F.softmax((logits_V - logits_V.max()) / max(self.sampling.temperature, _MIN_TEMPERATURE), dim=-1)
         if self.sampling.top_p >= 1.0:
             return int(torch.multinomial(p_V, 1, generator=self._random))
         p_V, ids_V = p_V.sort(descending=True)
@@ -139,8 +151,8 @@ class Sampler:
         return int(ids_V[torch.multinomial(p_V[:kept], 1, generator=self._random)])
 
 
-def likeliest(logits_V: Tensor, chosen: int, top: int) -> list[tuple[int, float]]:
-    """Ids and log probabilities: the chosen token's, then those of the ``top`` likeliest."""
+def top_logprobs(logits_V: Tensor, chosen: int, count: int) -> list[tuple[int, float]]:
+    """Return ids and log probabilities: the chosen token's, then those of the ``count`` most likely tokens."""
     logprobs_V = F.log_softmax(logits_V.float(), dim=-1)
-    ids: Sequence[int] = logprobs_V.topk(top).indices.tolist() if top else []
+    ids: Sequence[int] = logprobs_V.topk(count).indices.tolist() if count else []
     return [(i, float(logprobs_V[i])) for i in [chosen, *ids]]

@@ -1,4 +1,9 @@
-"""The writing half of the engine: prompts are read, their answers join the rows, every row gets a token a step."""
+"""The generation scheduler: schedules prompts, prefills them, and decodes one token a step for every running sequence.
+
+waiting requests --> schedule --> prefill --> running batch --> decode --> finished: leaves the batch
+                        ^            |                              |
+                        +--- prefix cache: KV of prompts and answers that have run
+"""
 
 from __future__ import annotations
 
@@ -8,220 +13,245 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from gemify.engine.batched_prefill import can_read_together, read
-from gemify.engine.prefix_cache import Prefixes
-from gemify.engine.requests import Closed, Vectors, WritingJob
-from gemify.engine.running_batch import Decoding
+from gemify.engine.batched_prefill import prefill_batch, supports_batched_prefill
+from gemify.engine.prefix_cache import PrefixCache
+from gemify.engine.requests import Done, EmbeddingOutput, GenerationRequest
+from gemify.engine.running_batch import RunningBatch
 from gemify.engine.sampling import TokenBytes
-from gemify.engine.sequence import Answer
+from gemify.engine.sequence import GeneratedSequence
 from gemify.model.forward import CachedText, special_pass, text_pass
 from gemify.model.gem import GemModel
 from gemify.model.kv_cache import size_in_bytes
 from gemify.model.prefill import Prefill
 
 
-class Writing:
-    """Prompts that wait, and answers being written."""
+class GenerationScheduler:
+    """Waiting requests and running sequences.
 
-    def __init__(self, gem: GemModel, *, max_rows: int, kv_bytes: int, prefix_bytes: int, step_tokens: int) -> None:
-        self._gem, self._max_rows, self._kv_bytes, self._step_tokens = gem, max_rows, kv_bytes, step_tokens
-        self.waiting: deque[WritingJob] = deque()
-        self.answers: list[Answer] = []
-        """Of the rows of `_decoding`, in order."""
-        self._decoding = Decoding(gem.lm)
-        self.prefixes = Prefixes(gem.lm, prefix_bytes)
-        self._spelled = TokenBytes(gem.tokenizer)
-        self._together = can_read_together(gem.lm)
-        self._bytes_per_column = 0
-        table = gem.lm.get_output_embeddings().weight.shape[0]
-        self._never = [i for i in gem.config.special_ids if i < table]
-        self.prompt_tokens = self.reused_tokens = self.generated_tokens = self.finished = self.failed = (
-            self.cancelled
-        ) = 0
+    Args:
+        gem: the model.
+        max_num_seqs: most sequences that run at a time.
+        kv_cache_bytes: memory for the KV of running sequences.
+        prefix_cache_bytes: memory for the prefix cache.
+        max_num_batched_tokens: most prompt tokens that one step prefills.
+    """
+
+    def __init__(
+        self,
+        gem: GemModel,
+        *,
+        max_num_seqs: int,
+        kv_cache_bytes: int,
+        prefix_cache_bytes: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self._gem, self._max_num_seqs, self._kv_cache_bytes = gem, max_num_seqs, kv_cache_bytes
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[GenerationRequest] = deque()
+        self.running: list[GeneratedSequence] = []
+        """The sequences of the batch's rows, in order."""
+        self._batch = RunningBatch(gem.lm)
+        self.prefix_cache = PrefixCache(gem.lm, prefix_cache_bytes)
+        self._token_bytes = TokenBytes(gem.tokenizer)
+        self._batched_prefill = supports_batched_prefill(gem.lm)
+        self._kv_bytes_per_token = 0
+        vocabulary = gem.lm.get_output_embeddings().weight.shape[0]
+        self._suppressed_ids = [i for i in gem.config.special_ids if i < vocabulary]
+        self._counts = dict.fromkeys(
+            ("prompt_tokens", "cached_tokens", "generation_tokens", "finished_seqs", "cancelled", "failed"), 0
+        )
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.answers)
+        """Whether a request waits or runs."""
+        return bool(self.waiting or self.running)
 
-    def jobs(self) -> list[WritingJob]:
-        return [*self.waiting, *dict.fromkeys(answer.job for answer in self.answers)]
+    def requests(self) -> list[GenerationRequest]:
+        """All requests that wait or run."""
+        return [*self.waiting, *dict.fromkeys(sequence.request for sequence in self.running)]
 
     def counts(self) -> dict[str, int]:
-        return {
-            "rows": len(self.answers),
-            "prompt_tokens": self.prompt_tokens,
-            "reused_tokens": self.reused_tokens,
-            "generated_tokens": self.generated_tokens,
-            "finished": self.finished,
-            "cancelled": self.cancelled,
-            "failed": self.failed,
-            "prefix_bytes": self.prefixes.nbytes,
-        }
+        """Counters since the start, and the present size of batch and prefix cache."""
+        now = {"num_running_seqs": len(self.running), "prefix_cache_bytes": self.prefix_cache.nbytes}
+        return self._counts | now
 
-    def bytes_for(self, rows: int, columns: int) -> int:
-        """Memory of rows' KV, as far as it is known: the first prompt tells."""
-        return rows * columns * self._bytes_per_column
+    def kv_bytes_for(self, num_seqs: int, num_tokens: int) -> int:
+        """Bytes of KV that sequences of so many tokens take; 0 until the first prompt has shown the size of a token."""
+        return num_seqs * num_tokens * self._kv_bytes_per_token
 
     def step(self) -> None:
-        """Read up to ``step_tokens`` of what waits, then one token for each answer."""
-        self._drop_cancelled()
-        budget = self._step_tokens
-        while budget > 0 and self.waiting and self._has_room([self.waiting[0]]):
-            some = self._next(budget)
+        """Prefill up to ``max_num_batched_tokens`` of waiting prompts, then decode one token for each sequence."""
+        self._remove_cancelled()
+        budget = self._max_num_batched_tokens
+        while budget > 0 and self.waiting and self._can_allocate([self.waiting[0]]):
+            # 1) Schedule: choose waiting prompts that fit into one pass and into memory.
+            requests = self._schedule_prefill(budget)
             try:
-                budget -= self._recover(some[0]) if some[0].recovering else self._read(some, budget)
+                # 2) Prefill: run them; each complete prompt adds its sequences to the running batch.
+                recovery = requests[0].is_recovery
+                budget -= self._prefill_recovery(requests[0]) if recovery else self._run_prefill(requests, budget)
             except Exception as error:
-                for job in some:
-                    self._fail(job, error)
-        if self.answers:
+                for request in requests:
+                    self._fail(request, error)
+        if self.running:
             try:
-                self._write()
+                # 3) Sample the next token of every sequence.
+                finished = self._sample()
+                # 4) Finish: complete sequences leave the batch; their KV goes into the prefix cache.
+                self._remove_finished(finished)
+                # 5) Decode: run the new tokens, one row each.
+                if self.running:
+                    self._batch.step([sequence.ids[-1] for sequence in self.running])
             except Exception as error:
-                for job in dict.fromkeys(answer.job for answer in self.answers):
-                    self._fail(job, error)
-                self.answers, self._decoding = [], Decoding(self._gem.lm)
+                for request in dict.fromkeys(sequence.request for sequence in self.running):
+                    self._fail(request, error)
+                self.running, self._batch = [], RunningBatch(self._gem.lm)
 
-    def drop_all(self, error: Exception) -> None:
-        """Forget everything; whoever asked is told why."""
-        for job in self.jobs():
-            self._fail(job, error)
-        self.answers, self._decoding = [], Decoding(self._gem.lm)
+    def abort_all(self, error: Exception) -> None:
+        """Drop all requests; each is told the error."""
+        for request in self.requests():
+            self._fail(request, error)
+        self.running, self._batch = [], RunningBatch(self._gem.lm)
 
-    # Reading prompts
+    # 1) Schedule
 
-    def _has_room(self, some: Sequence[WritingJob]) -> bool:
-        if not self.answers and len(some) == 1:
+    def _can_allocate(self, requests: Sequence[GenerationRequest]) -> bool:
+        """Whether rows and memory suffice for these requests beside the running ones. One request alone always may."""
+        if not self.running and len(requests) == 1:
             return True
-        rows = len(self.answers) + sum(job.n for job in some)
-        columns = max(
-            *(len(job.ids) + job.sampling.max_tokens for job in some),
-            *(self._decoding.columns + a.job.sampling.max_tokens - len(a.ids) for a in self.answers),
+        num_seqs = len(self.running) + sum(request.n for request in requests)
+        num_tokens = max(
+            *(len(request.ids) + request.sampling.max_tokens for request in requests),
+            *(self._batch.padded_length + s.request.sampling.max_tokens - len(s.ids) for s in self.running),
             0,
         )
-        return rows <= self._max_rows and self.bytes_for(rows, columns) <= self._kv_bytes
+        return num_seqs <= self._max_num_seqs and self.kv_bytes_for(num_seqs, num_tokens) <= self._kv_cache_bytes
 
-    def _next(self, budget: int) -> list[WritingJob]:
-        """The prompts to read in one pass: the first that waits, and those after it that end within the budget too.
+    def _schedule_prefill(self, budget: int) -> list[GenerationRequest]:
+        """Choose the prompts of the next pass: the first that waits, and those after it while the pass fits the budget.
 
-        Not one that could reuse what another of them is about to run: that one is read when the other has been.
+        A prompt that could reuse the prefix of another one in the pass waits until that one has run.
         """
-        some: list[WritingJob] = []
+        chosen: list[GenerationRequest] = []
         longest = 0
-        for job in self.waiting:
-            left = len(job.ids) - (0 if job.read is None else job.read.mask_BT.shape[1])
-            longest = max(longest, left)
-            alone = job.recovering or not self._together or longest * (len(some) + 1) > budget
-            if some and (alone or not self._has_room([*some, job]) or self._would_wait(job, some)):
+        for request in self.waiting:
+            longest = max(longest, len(request.ids) - request.num_prefilled)
+            alone = request.is_recovery or not self._batched_prefill or longest * (len(chosen) + 1) > budget
+            if chosen and (alone or not self._can_allocate([*chosen, request]) or self._must_wait(request, chosen)):
                 break
-            some.append(job)
+            chosen.append(request)
             if alone:
                 break
-        return some
+        return chosen
 
-    def _would_wait(self, job: WritingJob, some: Sequence[WritingJob]) -> bool:
-        shared = [other.ids for other in some if other.scope == job.scope]
-        return self.prefixes.better_after(job.ids, shared, job.scope)
+    def _must_wait(self, request: GenerationRequest, chosen: Sequence[GenerationRequest]) -> bool:
+        others = [other.ids for other in chosen if other.cache_salt == request.cache_salt]
+        return self.prefix_cache.would_match_after(request.ids, others, request.cache_salt)
 
-    def _read(self, some: Sequence[WritingJob], budget: int) -> int:
-        """Run prompts that wait; of a single one as much as the budget allows. How many columns it was."""
+    # 2) Prefill
+
+    def _run_prefill(self, requests: Sequence[GenerationRequest], budget: int) -> int:
+        """Run the prompts, of a single one as much as the budget allows. Return the tokens of the pass with padding."""
         parts: list[tuple[int, ...]] = []
-        texts: list[CachedText] = []
-        for job in some:
-            if job.read is None:
-                job.read = self.prefixes.longest(job.ids, job.scope)
-                job.reused_tokens = job.read.mask_BT.shape[1]
-                self.reused_tokens += job.reused_tokens
-            done = job.read.mask_BT.shape[1]
-            texts.append(job.read)
-            parts.append(job.ids[done : done + budget])
-        for job, (text, logits_BV) in zip(some, read(self._gem.lm, texts, parts), strict=True):
-            job.read = text
-            if text.mask_BT.shape[1] == len(job.ids):
-                self._has_read(job, text, logits_BV)
-        self.prompt_tokens += sum(map(len, parts))
+        prefixes: list[CachedText] = []
+        for request in requests:
+            if request.prefilled is None:
+                request.prefilled = self.prefix_cache.match(request.ids, request.cache_salt)
+                request.cached_tokens = request.num_prefilled
+                self._counts["cached_tokens"] += request.cached_tokens
+            prefixes.append(request.prefilled)
+            parts.append(request.ids[request.num_prefilled : request.num_prefilled + budget])
+        results = prefill_batch(self._gem.lm, prefixes, parts)
+        for request, (text, logits_BV) in zip(requests, results, strict=True):
+            request.prefilled = text
+            if request.num_prefilled == len(request.ids):
+                self._finish_prefill(request, text, logits_BV)
+        self._counts["prompt_tokens"] += sum(map(len, parts))
         return len(parts) * max(map(len, parts))
 
-    def _has_read(self, job: WritingJob, text: CachedText, logits_BV: torch.Tensor) -> None:
-        self.waiting.remove(job)
-        self.prefixes.keep(job.ids, text, job.scope)
-        self._bytes_per_column = size_in_bytes(text.cache) // len(job.ids)
-        if job.embed_prompt:
-            ids_BT = torch.tensor([job.ids], device=self._gem.device)
-            job.tell(Vectors(self._embedded(Prefill(text, ids_BT, logits_BV, single=True))))
-        self._start(job, text, logits_BV)
-        job.read = None
+    def _finish_prefill(self, request: GenerationRequest, text: CachedText, logits_BV: torch.Tensor) -> None:
+        self.waiting.remove(request)
+        self.prefix_cache.insert(request.ids, text, request.cache_salt)
+        self._kv_bytes_per_token = size_in_bytes(text.cache) // len(request.ids)
+        if request.embed_prompt:
+            ids_BT = torch.tensor([request.ids], device=self._gem.device)
+            request.emit(EmbeddingOutput(self._embed(Prefill(text, ids_BT, logits_BV, single=True))))
+        self._add_sequences(request, text, logits_BV)
+        request.prefilled = None
 
-    def _recover(self, job: WritingJob) -> int:
+    def _prefill_recovery(self, request: GenerationRequest) -> int:
+        """Run a text and its special tokens, and let the sequence see the special tokens alone (GEM, Appendix B)."""
         lm, config, device = self._gem.lm, self._gem.config, self._gem.device
-        ids_BT = torch.tensor([job.ids], dtype=torch.long, device=device).view(1, -1)
+        ids_BT = torch.tensor([request.ids], dtype=torch.long, device=device).view(1, -1)
         text = text_pass(lm, ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
         specials = special_pass(lm, text, config.special_ids, shared_position=config.shared_position, with_logits=True)
         self.waiting.popleft()
-        self.prompt_tokens += len(job.ids)
+        self._counts["prompt_tokens"] += len(request.ids)
         assert specials.logits_BV is not None
         seen_BK = torch.ones(1, config.k, dtype=torch.bool, device=device)
-        self._start(
-            job, CachedText(specials.cache, seen_BK), specials.logits_BV, position=int(specials.next_position_B[0])
-        )
-        return len(job.ids)
+        position = int(specials.next_position_B[0])
+        self._add_sequences(request, CachedText(specials.cache, seen_BK), specials.logits_BV, position=position)
+        return len(request.ids)
 
-    def _start(
-        self, job: WritingJob, text: CachedText, logits_BV: torch.Tensor, *, position: int | None = None
+    def _add_sequences(
+        self, request: GenerationRequest, text: CachedText, logits_BV: torch.Tensor, *, position: int | None = None
     ) -> None:
-        for index in range(job.n):
-            answer = Answer(self._gem, job, index, self._spelled)
-            self._decoding.join(text, logits_BV, position=position)
-            self.answers.append(answer)
+        for index in range(request.n):
+            sequence = GeneratedSequence(self._gem, request, index, self._token_bytes)
+            self._batch.add(text, logits_BV, position=position)
+            self.running.append(sequence)
 
-    def _embedded(self, handle: Prefill) -> np.ndarray:
+    def _embed(self, handle: Prefill) -> np.ndarray:
         vectors_1D: np.ndarray = self._gem.embed(handle).numpy()[None]  # of one string: [D]
         return vectors_1D
 
-    # Writing answers
+    # 3) Sample and finish
 
-    def _write(self) -> None:
-        logits_BV = self._decoding.logits_BV
-        logits_BV[:, self._never] = -torch.inf
-        likeliest = logits_BV.argmax(-1).tolist()
-        ended = [self._take(answer, logits_BV[row], likeliest[row]) for row, answer in enumerate(self.answers)]
-        self.generated_tokens += len(ended)
-        for row in reversed(range(len(ended))):
-            if ended[row]:
-                complete = self.answers[row].complete
-                self.finished += complete
-                self._leave(row, keep=complete)
-        if self.answers:
-            self._decoding.step([answer.ids[-1] for answer in self.answers])
+    def _sample(self) -> list[bool]:
+        """Append a token to every sequence. Return which of them are over."""
+        logits_BV = self._batch.logits_BV
+        logits_BV[:, self._suppressed_ids] = -torch.inf
+        argmax_B = logits_BV.argmax(-1).tolist()
+        over = [self._append_token(s, logits_BV[row], argmax_B[row]) for row, s in enumerate(self.running)]
+        self._counts["generation_tokens"] += len(over)
+        return over
 
-    def _take(self, answer: Answer, logits_V: torch.Tensor, likeliest_id: int) -> bool:
-        """Give an answer its next token; whether it is over. What goes wrong is this answer's alone."""
+    def _append_token(self, sequence: GeneratedSequence, logits_V: torch.Tensor, argmax_id: int) -> bool:
+        """Append a token and return whether the sequence is over. An error ends this request alone."""
         try:
-            return answer.take(logits_V, likeliest_id)
+            return sequence.append_token(logits_V, argmax_id)
         except Exception as error:
-            self._fail(answer.job, error)
+            self._fail(sequence.request, error)
             return True
 
-    def _leave(self, row: int, *, keep: bool = False) -> None:
-        answer = self.answers[row]
-        if keep and not answer.job.recovering:
-            written = answer.job.ids + tuple(answer.ids[:-1])
-            self.prefixes.keep(written, self._decoding.text(row), answer.job.scope)
-        self._decoding.leave(row)
-        self.answers[row] = self.answers[-1]
-        self.answers.pop()
+    def _remove_finished(self, over: Sequence[bool]) -> None:
+        for row in reversed(range(len(over))):
+            if over[row]:
+                self._counts["finished_seqs"] += self.running[row].finished
+                self._remove(row, keep_kv=self.running[row].finished)
 
-    def _drop_cancelled(self) -> None:
-        for job in [job for job in self.jobs() if job.cancelled]:
-            self.cancelled += not job.closed
-            job.tell(Closed())
-        for row in reversed(range(len(self.answers))):
-            if self.answers[row].job.cancelled:
-                self._leave(row)
-        for job in [job for job in self.waiting if job.cancelled]:
-            self.waiting.remove(job)
+    def _remove(self, row: int, *, keep_kv: bool = False) -> None:
+        sequence = self.running[row]
+        request = sequence.request
+        if keep_kv and not request.is_recovery:
+            ids = request.ids + tuple(sequence.ids[:-1])
+            self.prefix_cache.insert(ids, self._batch.copy_row(row), request.cache_salt)
+        self._batch.remove(row)
+        self.running[row] = self.running[-1]
+        self.running.pop()
 
-    def _fail(self, job: WritingJob, error: Exception) -> None:
-        self.failed += not job.closed
-        if job in self.waiting:
-            self.waiting.remove(job)
-        job.fail(error)
+    def _remove_cancelled(self) -> None:
+        for request in [request for request in self.requests() if request.cancelled]:
+            self._counts["cancelled"] += not request.done
+            request.emit(Done())
+        for row in reversed(range(len(self.running))):
+            if self.running[row].request.cancelled:
+                self._remove(row)
+        for request in [request for request in self.waiting if request.cancelled]:
+            self.waiting.remove(request)
+
+    def _fail(self, request: GenerationRequest, error: Exception) -> None:
+        self._counts["failed"] += not request.done
+        if request in self.waiting:
+            self.waiting.remove(request)
+        request.fail(error)

@@ -17,17 +17,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from gemify import __version__
-from gemify.engine.sampling import Sampling
-from gemify.serving.auth import KeyRing, Limits
-from gemify.serving.dispatch import Asking
-from gemify.serving.errors import ApiError, bad
+from gemify.engine.sampling import SamplingParams
+from gemify.serving.auth import KeyRing, RateLimiter
+from gemify.serving.dispatch import EngineClient
+from gemify.serving.errors import ApiError, bad_request
 from gemify.serving.metrics import Metrics
-from gemify.serving.middleware import Access
-from gemify.serving.protocol.responses import Error
+from gemify.serving.middleware import RequestMiddleware
+from gemify.serving.protocol.responses import ErrorResponse
 from gemify.serving.routes import chat, completions, embeddings, health, recover, search, ui
-from gemify.serving.settings import Settings
-from gemify.serving.state import House, Searchable
-from gemify.serving.tokenization import Prompts
+from gemify.serving.settings import ServerSettings
+from gemify.serving.state import AppState, SearchIndex
+from gemify.serving.tokenization import RequestTokenizer
 
 if TYPE_CHECKING:
     from gemify.engine.engine import Engine
@@ -60,7 +60,7 @@ def describe(app: FastAPI, *, with_keys: bool) -> Callable[[], dict[str, Any]]:
 logger = logging.getLogger("gemify.serving")
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Error, "description": what}
+    status: {"model": ErrorResponse, "description": what}
     for status, what in {
         400: "What was asked cannot be done.",
         401: "No API key, or an unknown one.",
@@ -77,20 +77,20 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    engine: Engine, settings: Settings, index: Searchable | None = None, *, keys: KeyRing | None = None
+    engine: Engine, settings: ServerSettings, index: SearchIndex | None = None, *, keys: KeyRing | None = None
 ) -> FastAPI:
     """The application over an engine, which it starts, warms up and stops.
 
     ``keys`` are those of the settings' file, or of the environment, if not given.
     """
-    house = House(
+    state = AppState(
         engine=engine,
         settings=settings,
         index=index,
         keys=KeyRing.read(settings.api_keys) if keys is None else keys,
-        limits=Limits(settings.requests_per_minute, settings.tokens_per_minute),
+        rate_limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
         metrics=Metrics(engine.stats),
-        prompts=Prompts(engine.gem),
+        tokenizer=RequestTokenizer(engine.gem),
     )
     app = FastAPI(
         title="gemify",
@@ -101,7 +101,7 @@ def create_app(
         lifespan=_lifespan,
         redirect_slashes=False,
     )
-    app.state.house, app.state.settings = house, settings
+    app.state.gemify = state
     for part in (chat, completions, embeddings):
         app.include_router(part.router, responses=_ERRORS)
     for part in (search, recover):
@@ -109,10 +109,10 @@ def create_app(
     app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)
     app.include_router(ui.router)
-    app.openapi = describe(app, with_keys=len(house.keys) > 0)  # type: ignore[method-assign]
+    app.openapi = describe(app, with_keys=len(state.keys) > 0)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_middleware(Access, house=house)
+    app.add_middleware(RequestMiddleware, state=state)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -127,33 +127,33 @@ def create_app(
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Start the engine and warm it up; at the end let it finish what it accepted."""
-    house: House = app.state.house
-    house.engine.start()
-    warming = asyncio.create_task(_warm_up(house))
+    state: AppState = app.state.gemify
+    state.engine.start()
+    warming = asyncio.create_task(_warm_up(state))
     try:
         yield
     finally:
-        house.stopping = True
+        state.stopping = True
         warming.cancel()
-        finished = await asyncio.to_thread(partial(house.engine.stop, timeout=house.settings.stop_timeout))
-        house.prompts.close()
+        finished = await asyncio.to_thread(partial(state.engine.stop, timeout_s=state.settings.stop_timeout))
+        state.tokenizer.close()
         logger.info("stopped" if finished else "stopped; the last requests were cancelled")
 
 
-async def _warm_up(house: House) -> None:
+async def _warm_up(state: AppState) -> None:
     """Embed and write something, so that the first client does not wait for what is made once; then be ready."""
     try:
-        rows = await house.prompts.texts(["ready"])
-        with Asking() as asking:
-            asking.start(partial(house.engine.embed, rows))
+        rows = await state.tokenizer.tokenize_texts(["ready"])
+        with EngineClient() as client:
+            client.submit(partial(state.engine.embed, rows))
             if rows[0]:
-                asking.start(partial(house.engine.generate, rows[0], Sampling(max_tokens=2, temperature=0.0)))
-            async for _ in asking.events():
+                client.submit(partial(state.engine.generate, rows[0], SamplingParams(max_tokens=2, temperature=0.0)))
+            async for _ in client.events():
                 pass
     except Exception as error:
         logger.error("the model did not answer: never ready", exc_info=error)
         return
-    house.ready = True
+    state.ready = True
     logger.info("ready")
 
 
@@ -181,5 +181,5 @@ async def _invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first.get("loc", ())[1:])[:120]
     said = str(first.get("msg", "invalid")).removeprefix("Value error, ")[:300]
-    refused = bad(f"{where}: {said}" if where else said, where or None)
+    refused = bad_request(f"{where}: {said}" if where else said, where or None)
     return Response(refused.body, 400, media_type="application/json")

@@ -15,12 +15,12 @@ from limits import RateLimitItemPerMinute
 from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
 
-from gemify.serving.errors import ApiError, busy
+from gemify.serving.errors import ApiError, too_many_requests
 
 logger = logging.getLogger("gemify.serving")
 
 ENVIRONMENT = "GEMIFY_API_KEYS"
-NOBODY = "anonymous"
+ANONYMOUS = "anonymous"
 """The name of all askers where there are no keys."""
 _SHORTEST = 8
 _NAME = re.compile(r"[\w.@-]{1,64}")
@@ -60,7 +60,7 @@ class KeyRing:
     def __len__(self) -> int:
         return len(self._hashes)
 
-    def name_of(self, key: str) -> str | None:
+    def find_name(self, key: str) -> str | None:
         """Whose key it is. Takes as long for any key of none."""
         hashed, found = _hash(key), None
         for name, known in self._hashes.items():
@@ -68,12 +68,12 @@ class KeyRing:
                 found = name
         return found
 
-    def require(self, authorization: str | None) -> str:
+    def authenticate(self, authorization: str | None) -> str:
         """Whose request it is, by its Authorization header; ApiError 401."""
         if not self._hashes:
-            return NOBODY
+            return ANONYMOUS
         scheme, _, key = (authorization or "").partition(" ")
-        name = self.name_of(key.strip()) if scheme.lower() == "bearer" else None
+        name = self.find_name(key.strip()) if scheme.lower() == "bearer" else None
         if name is None:
             said = "no API key was given" if not authorization else "the API key is not known here"
             raise ApiError(
@@ -85,7 +85,7 @@ class KeyRing:
         return name
 
 
-class Limits:
+class RateLimiter:
     """Requests and tokens a minute of each key."""
 
     def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
@@ -94,21 +94,23 @@ class Limits:
         self._requests = RateLimitItemPerMinute(requests_per_minute) if requests_per_minute else None
         self._tokens = RateLimitItemPerMinute(tokens_per_minute, namespace="TOKENS") if tokens_per_minute else None
 
-    def take_request(self, name: str) -> None:
+    def count_request(self, name: str) -> None:
         """ApiError 429 where there were too many."""
         if self._requests is not None and not self._moving.hit(self._requests, name):
             until = self._moving.get_window_stats(self._requests, name).reset_time
-            raise busy(
+            raise too_many_requests(
                 f"more than {self._requests.amount} requests a minute: wait", until - time.time(), code=_EXCEEDED
             )
 
-    def require_tokens(self, name: str, tokens: int) -> None:
+    def check_tokens(self, name: str, tokens: int) -> None:
         """ApiError 429 where the minute has no room for a prompt's tokens."""
         if self._tokens is None:
             return
         if not self._fixed.test(self._tokens, name, cost=min(tokens, self._tokens.amount)):
             until = self._fixed.get_window_stats(self._tokens, name).reset_time
-            raise busy(f"more than {self._tokens.amount} tokens a minute: wait", until - time.time(), code=_EXCEEDED)
+            raise too_many_requests(
+                f"more than {self._tokens.amount} tokens a minute: wait", until - time.time(), code=_EXCEEDED
+            )
 
     def add_tokens(self, name: str, tokens: int) -> None:
         """Count tokens: a prompt's when it was accepted, an answer's when it has been written."""

@@ -18,13 +18,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from gemify.engine.requests import Finished, Piece, Vectors
-from gemify.engine.sampling import Sampling, TokenLogprob
+from gemify.engine.requests import Completion, EmbeddingOutput, TokenDelta
+from gemify.engine.sampling import SamplingParams, TokenLogprob
 from gemify.io.vectors import normalize
-from gemify.serving.dispatch import Asking, ClientGone, while_there
-from gemify.serving.errors import ApiError, bad, error_body, of_engine
-from gemify.serving.protocol.requests import ChatRequest, CompletionsRequest
-from gemify.serving.state import House, house_of, key_of, note
+from gemify.serving.dispatch import ClientDisconnected, EngineClient, run_until_disconnect
+from gemify.serving.errors import ApiError, bad_request, error_body, from_engine_error
+from gemify.serving.protocol.requests import CreateChatCompletionRequest, CreateCompletionRequest
+from gemify.serving.state import AppState, add_log_fields, get_key_name, get_state
 
 # Answers as OpenAI writes them: whole or in chunks, of chats or of completions.
 
@@ -33,16 +33,16 @@ Kind = Literal["chat", "completion"]
 
 
 @dataclass
-class Choice:
+class ChoiceState:
     """One answer, as far as it has come."""
 
     texts: list[str] = field(default_factory=list)
     tokens: list[TokenLogprob] = field(default_factory=list)
     pieces: int = 0
-    finished: Finished | None = None
+    finished: Completion | None = None
 
-    def take(self, event: Piece | Finished) -> None:
-        if isinstance(event, Finished):
+    def add(self, event: TokenDelta | Completion) -> None:
+        if isinstance(event, Completion):
             self.finished = event
         else:
             self.texts.append(event.text)
@@ -59,7 +59,7 @@ class Choice:
         return self.finished.completion_tokens if self.finished else self.pieces
 
 
-class Form:
+class ResponseBuilder:
     """How one response's answers are written."""
 
     def __init__(self, kind: Kind, model: str, *, logprobs: bool) -> None:
@@ -68,23 +68,23 @@ class Form:
         self.created = int(time.time())
         self._offsets: dict[int, int] = {}
 
-    def whole(self, choices: Sequence[Choice], usage: dict[str, Any]) -> dict[str, Any]:
+    def full(self, choices: Sequence[ChoiceState], usage: dict[str, Any]) -> dict[str, Any]:
         """The response with everything in it."""
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return self._around(name, [self._choice(i, c) for i, c in enumerate(choices)]) | {"usage": usage}
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def first_chunk(self, index: int) -> dict[str, Any]:
         """A chat chunk that says who speaks."""
         return self.chunk([self._part(index, {"role": "assistant", "content": "", "refusal": None})])
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
-        part = self._part(index, {"content": piece.text}) if self.kind == "chat" else self._part(index, piece.text)
+    def delta_chunk(self, index: int, delta: TokenDelta) -> dict[str, Any]:
+        part = self._part(index, {"content": delta.text}) if self.kind == "chat" else self._part(index, delta.text)
         if self.logprobs:
-            part["logprobs"] = self._logprobs(piece.tokens, self._offsets.get(index, 0))
-            self._offsets[index] = self._offsets.get(index, 0) + sum(len(t.text) for t in piece.tokens)
+            part["logprobs"] = self._logprobs(delta.tokens, self._offsets.get(index, 0))
+            self._offsets[index] = self._offsets.get(index, 0) + sum(len(t.text) for t in delta.tokens)
         return self.chunk([part])
 
-    def ending(self, index: int, finished: Finished) -> dict[str, Any]:
+    def final_chunk(self, index: int, finished: Completion) -> dict[str, Any]:
         return self.chunk([self._part(index, {} if self.kind == "chat" else "", reason=finished.reason)])
 
     def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class Form:
         name = "delta" if self.kind == "chat" else "text"
         return {"index": index, name: said, "logprobs": None, "finish_reason": reason}
 
-    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+    def _choice(self, index: int, choice: ChoiceState) -> dict[str, Any]:
         said: dict[str, Any] = {"text": choice.text}
         if self.kind == "chat":
             said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
@@ -128,12 +128,12 @@ class Form:
         }
 
 
-def usage(prompt_tokens: int, reused_tokens: int, completion_tokens: int) -> dict[str, Any]:
+def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> dict[str, Any]:
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": reused_tokens},
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }
 
 
@@ -159,22 +159,22 @@ def _finite(logprob: float) -> float:
 logger = logging.getLogger("gemify.serving")
 
 
-class EventStream(Response):
+class EventStreamResponse(Response):
     """Sends chunks as they are made; cancels their jobs at the end, whatever the end is."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, asking: Asking, chunks: AsyncGenerator[dict[str, Any], None], *, timeout: float) -> None:
+    def __init__(self, client: EngineClient, chunks: AsyncGenerator[dict[str, Any], None], *, timeout: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._asking, self._chunks, self._timeout = asking, chunks, timeout
+        self._client, self._chunks, self._timeout = client, chunks, timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._asking:
+        with self._client:
             try:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await while_there(receive, self._send(send), self._timeout)
-            except ClientGone:
+                await run_until_disconnect(receive, self._send(send), self._timeout)
+            except ClientDisconnected:
                 scope.setdefault("gemify.notes", {})["gone"] = True
             except Exception as error:
                 with contextlib.suppress(TimeoutError):
@@ -196,7 +196,7 @@ async def _say(send: Send, data: bytes, *, last: bool = False) -> None:
 def _told(error: Exception, scope: Scope) -> bytes:
     """An error as an event: the status has been sent already."""
     with contextlib.suppress(Exception):
-        error = of_engine(error)
+        error = from_engine_error(error)
     if not isinstance(error, ApiError):
         logger.error("stream failed", exc_info=error, extra={"request": scope.get("gemify.id")})
         return error_body(500, "the server failed at this request: see its log", code="internal_error")
@@ -204,16 +204,16 @@ def _told(error: Exception, scope: Scope) -> bytes:
     return error.body
 
 
-Wish = ChatRequest | CompletionsRequest
+GenerationBody = CreateChatCompletionRequest | CreateCompletionRequest
 
 
 @dataclass
-class Replies:
+class CompletionHandler:
     """Answers to the prompts of one request, ``n`` to each."""
 
     request: Request
-    wish: Wish
-    form: Form
+    body: GenerationBody
+    builder: ResponseBuilder
     prompts: Sequence[Sequence[int]]
     top_logprobs: int | None
     return_embedding: bool = False
@@ -221,91 +221,91 @@ class Replies:
     """What the response says under ``gemify``."""
 
     @property
-    def house(self) -> House:
-        return house_of(self.request)
+    def state(self) -> AppState:
+        return get_state(self.request)
 
     async def respond(self) -> Response:
         """Ask, and give what is to be sent; the engine's refusals are ApiErrors."""
         self._began = time.perf_counter()
-        limits, key, tokens = self.house.limits, key_of(self.request), sum(map(len, self.prompts))
-        limits.require_tokens(key, tokens)
-        self._choices = [Choice() for _ in range(len(self.prompts) * self._n)]
-        timeout = self.house.settings.timeout
-        asking = Asking()
+        limiter, key, tokens = self.state.rate_limiter, get_key_name(self.request), sum(map(len, self.prompts))
+        limiter.check_tokens(key, tokens)
+        self._choices = [ChoiceState() for _ in range(len(self.prompts) * self._n)]
+        timeout = self.state.settings.timeout
+        client = EngineClient()
         try:
-            self._ask(asking)
-            limits.add_tokens(key, tokens)
-            if self.wish.stream:
-                return EventStream(asking, self._stream(asking), timeout=timeout)
+            self._ask(client)
+            limiter.add_tokens(key, tokens)
+            if self.body.stream:
+                return EventStreamResponse(client, self._stream(client), timeout=timeout)
         except BaseException:
-            asking.__exit__()
+            client.__exit__()
             raise
-        with asking:
+        with client:
             try:
-                await while_there(self.request.receive, self._collect(asking), timeout)
+                await run_until_disconnect(self.request.receive, self._collect(client), timeout)
             finally:
-                self._count(asking)
-        return JSONResponse(self.form.whole(self._choices, self._usage(asking)) | self._gemify())
+                self._count(client)
+        return JSONResponse(self.builder.full(self._choices, self._usage(client)) | self._gemify())
 
     @property
     def _n(self) -> int:
-        return self.wish.n or 1
+        return self.body.n or 1
 
-    def _ask(self, asking: Asking) -> None:
-        engine = self.house.engine
+    def _ask(self, client: EngineClient) -> None:
+        engine = self.state.engine
         for ids in self.prompts:
             verb = partial(
                 engine.generate,
                 ids,
-                sampling_of(self.wish, len(ids), self.house, self.top_logprobs),
+                to_sampling_params(self.body, len(ids), self.state, self.top_logprobs),
                 n=self._n,
                 embed_prompt=self.return_embedding,
-                scope=key_of(self.request),
+                cache_salt=get_key_name(self.request),
             )
-            asking.start(verb)
+            client.submit(verb)
 
-    async def _collect(self, asking: Asking) -> None:
-        async for number, event in asking.events():
-            self._take(number, event)
+    async def _collect(self, client: EngineClient) -> None:
+        async for number, event in client.events():
+            self.on_event(number, event)
 
-    def _take(self, number: int, event: Piece | Finished | Vectors) -> int:
+    def on_event(self, number: int, event: TokenDelta | Completion | EmbeddingOutput) -> int:
         """Keep what came; the choice it belongs to."""
-        if isinstance(event, Vectors):
+        if isinstance(event, EmbeddingOutput):
             self.facts["embedding"] = normalize(event.vectors_ND)[0].tolist()
             return 0
         if not any(choice.pieces for choice in self._choices):
-            self.house.metrics.first_token.observe(time.perf_counter() - self._began)
+            self.state.metrics.first_token.observe(time.perf_counter() - self._began)
         index = number * self._n + event.index
-        self._choices[index].take(event)
+        self._choices[index].add(event)
         return index
 
-    async def _stream(self, asking: Asking) -> AsyncGenerator[dict[str, Any], None]:
+    async def _stream(self, client: EngineClient) -> AsyncGenerator[dict[str, Any], None]:
         """Chunks. With an embedding to come, none before it: the first one carries it."""
-        with_usage = bool(self.wish.stream_options and self.wish.stream_options.include_usage)
+        with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
         extra: dict[str, Any] = {"usage": None} if with_usage else {}
         held: list[dict[str, Any]] = []
-        if self.form.kind == "chat":
-            held = [self.form.opening(i) for i in range(len(self._choices))]
+        if self.builder.kind == "chat":
+            held = [self.builder.first_chunk(i) for i in range(len(self._choices))]
         waiting = self.return_embedding
         try:
-            for chunk in self._ready(held, waiting, extra):
+            for chunk in self.flush(held, waiting, extra):
                 yield chunk
-            async for number, event in asking.events():
-                index = self._take(number, event)
-                if isinstance(event, Vectors):
+            async for number, event in client.events():
+                index = self.on_event(number, event)
+                if isinstance(event, EmbeddingOutput):
                     waiting = False
-                elif isinstance(event, Finished):
-                    held.append(self.form.ending(index, event))
+                elif isinstance(event, Completion):
+                    held.append(self.builder.final_chunk(index, event))
                 else:
-                    held.append(self.form.piece(index, event))
-                for chunk in self._ready(held, waiting, extra):
+                    held.append(self.builder.delta_chunk(index, event))
+                for chunk in self.flush(held, waiting, extra):
                     yield chunk
             if with_usage:
-                yield self.form.chunk([]) | {"usage": self._usage(asking)}
+                yield self.builder.chunk([]) | {"usage": self._usage(client)}
         finally:
-            self._count(asking)
+            self._count(client)
 
-    def _ready(self, held: list[dict[str, Any]], waiting: bool, extra: dict[str, Any]) -> list[dict[str, Any]]:
+    def flush(self, held: list[dict[str, Any]], waiting: bool, extra: dict[str, Any]) -> list[dict[str, Any]]:
         """The chunks that may go now, and `facts` with the first of them."""
         if waiting or not held:
             return []
@@ -318,42 +318,44 @@ class Replies:
     def _gemify(self) -> dict[str, Any]:
         return {"gemify": {"object": "gemify", **self.facts}} if self.facts else {}
 
-    def _usage(self, asking: Asking) -> dict[str, Any]:
-        return usage(asking.prompt_tokens, asking.reused_tokens, self._completion_tokens)
+    def _usage(self, client: EngineClient) -> dict[str, Any]:
+        return usage(client.prompt_tokens, client.cached_tokens, self._completion_tokens)
 
     @property
     def _completion_tokens(self) -> int:
         return sum(choice.completion_tokens for choice in self._choices)
 
-    def _count(self, asking: Asking) -> None:
+    def _count(self, client: EngineClient) -> None:
         """To the key's account and the log, however it ended."""
-        self.house.limits.add_tokens(key_of(self.request), self._completion_tokens)
-        note(
+        self.state.rate_limiter.add_tokens(get_key_name(self.request), self._completion_tokens)
+        add_log_fields(
             self.request,
-            prompt_tokens=asking.prompt_tokens,
-            reused_tokens=asking.reused_tokens,
+            prompt_tokens=client.prompt_tokens,
+            cached_tokens=client.cached_tokens,
             completion_tokens=self._completion_tokens,
         )
 
 
-def sampling_of(wish: Wish, prompt_tokens: int, house: House, top_logprobs: int | None) -> Sampling:
+def to_sampling_params(
+    body: GenerationBody, prompt_tokens: int, state: AppState, top_logprobs: int | None
+) -> SamplingParams:
     """The engine's words for a request's wishes."""
-    longest = (wish.max_completion_tokens if isinstance(wish, ChatRequest) else None) or wish.max_tokens
+    longest = (body.max_completion_tokens if isinstance(body, CreateChatCompletionRequest) else None) or body.max_tokens
     if longest is None:
-        longest = 16 if isinstance(wish, CompletionsRequest) else house.settings.default_max_tokens
-        if house.engine.limit is not None:
-            longest = max(1, min(longest, house.engine.limit - prompt_tokens))
+        longest = 16 if isinstance(body, CreateCompletionRequest) else state.settings.default_max_tokens
+        if state.engine.max_model_len is not None:
+            longest = max(1, min(longest, state.engine.max_model_len - prompt_tokens))
     try:
-        return Sampling(
+        return SamplingParams(
             max_tokens=longest,
-            temperature=1.0 if wish.temperature is None else wish.temperature,
-            top_p=1.0 if wish.top_p is None else wish.top_p,
-            seed=wish.seed,
-            stop=wish.stop,
-            presence_penalty=wish.presence_penalty or 0.0,
-            frequency_penalty=wish.frequency_penalty or 0.0,
-            logit_bias=wish.logit_bias,
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=body.seed,
+            stop=body.stop,
+            presence_penalty=body.presence_penalty or 0.0,
+            frequency_penalty=body.frequency_penalty or 0.0,
+            logit_bias=body.logit_bias,
             top_logprobs=top_logprobs,
         )
     except ValueError as error:
-        raise bad(str(error)) from error
+        raise bad_request(str(error)) from error

@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from gemify.engine.requests import QueueFull, Stopping
+from gemify.engine.requests import EngineStopping, QueueFull
 
 _TYPES = {
     401: "authentication_error",
@@ -43,37 +43,37 @@ class ApiError(HTTPException):
         return error_body(self.status_code, str(self.detail), param=self.param, code=self.code)
 
 
-def bad(message: str, param: str | None = None, *, code: str | None = "invalid_value") -> ApiError:
+def bad_request(message: str, param: str | None = None, *, code: str | None = "invalid_value") -> ApiError:
     """The asker's fault: 400."""
     return ApiError(400, message, param=param, code=code)
 
 
-def unsupported(param: str, message: str) -> ApiError:
+def unsupported_parameter(param: str, message: str) -> ApiError:
     """A parameter that OpenAI has and this server cannot honour."""
     return ApiError(400, f"{param} is not supported here: {message}", param=param, code="unsupported_parameter")
 
 
-def busy(message: str, retry_after: float, *, code: str = "rate_limit_exceeded") -> ApiError:
+def too_many_requests(message: str, retry_after: float, *, code: str = "rate_limit_exceeded") -> ApiError:
     """Too much at the moment: 429, and when to come again."""
     return ApiError(429, message, code=code, headers={"Retry-After": str(max(1, math.ceil(retry_after)))})
 
 
-def stopping() -> ApiError:
+def service_stopping() -> ApiError:
     return ApiError(
         503, "the server is stopping: ask again when it is back", code="stopping", headers={"Retry-After": "5"}
     )
 
 
-def of_engine(error: Exception) -> ApiError:
+def from_engine_error(error: Exception) -> ApiError:
     """What the engine refused or failed at."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
-        return busy(str(error), error.retry_after, code="queue_full")
-    if isinstance(error, Stopping):
-        return stopping()
+        return too_many_requests(str(error), error.retry_after, code="queue_full")
+    if isinstance(error, EngineStopping):
+        return service_stopping()
     if isinstance(error, ValueError):
-        return bad(str(error))
+        return bad_request(str(error))
     raise error
 
 

@@ -16,7 +16,7 @@ _LAST_CALL = 1.0
 """Seconds that an idle connection has for one more request after a shutdown has begun."""
 
 
-class Connection(H11Protocol):
+class HttpProtocol(H11Protocol):
     """One client's connection."""
 
     _patience: asyncio.TimerHandle | None = None

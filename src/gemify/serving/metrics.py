@@ -12,7 +12,7 @@ from prometheus_client.registry import Collector
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "DELETE", "PATCH"})
-_GAUGES = frozenset({"alive", "rows", "waiting_answers", "waiting_texts", "prefix_bytes"})
+_GAUGES = frozenset({"alive", "num_running_seqs", "num_waiting_seqs", "num_waiting_texts", "prefix_cache_bytes"})
 
 
 class Metrics:
@@ -32,17 +32,17 @@ class Metrics:
         self.in_flight_now = 0
         self._registry.register(_EngineCounts(stats))
 
-    def enter(self) -> None:
+    def start_request(self) -> None:
         self.in_flight_now += 1
         self.in_flight.set(self.in_flight_now)
 
-    def leave(self, route: str, method: str, status: int, seconds: float) -> None:
+    def finish_request(self, route: str, method: str, status: int, seconds: float) -> None:
         self.in_flight_now -= 1
         self.in_flight.set(self.in_flight_now)
         self._requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
         self._seconds.labels(route).observe(seconds)
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
         return generate_latest(self._registry)
 
 

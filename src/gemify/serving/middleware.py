@@ -11,9 +11,9 @@ import time
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gemify.serving.dispatch import ClientGone
-from gemify.serving.errors import ApiError, busy, error_body
-from gemify.serving.state import House
+from gemify.serving.dispatch import ClientDisconnected
+from gemify.serving.errors import ApiError, error_body, too_many_requests
+from gemify.serving.state import AppState
 
 logger = logging.getLogger("gemify.serving")
 
@@ -24,20 +24,20 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LOGGED_BODY = 4096
 
 
-class Access:
+class RequestMiddleware:
     """ASGI middleware: lets in who may, and keeps the books."""
 
-    def __init__(self, app: ASGIApp, house: House) -> None:
-        self._app, self._house = app, house
+    def __init__(self, app: ASGIApp, state: AppState) -> None:
+        self._app, self._state = app, state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        await _Visit(self._app, self._house, scope, receive, send).answer()
+        await _RequestCycle(self._app, self._state, scope, receive, send).run()
 
 
-def is_own(host: str) -> bool:
+def is_local_host(host: str) -> bool:
     """Whether no web page can have chosen this Host: none, an address, or a name that is not in the public DNS.
 
     A page's own name may be made to mean this machine (DNS rebinding), and then its scripts may read what we say.
@@ -53,11 +53,11 @@ def is_own(host: str) -> bool:
     return True
 
 
-class _Visit:
+class _RequestCycle:
     """One request."""
 
-    def __init__(self, app: ASGIApp, house: House, scope: Scope, receive: Receive, send: Send) -> None:
-        self._app, self._house, self._scope = app, house, scope
+    def __init__(self, app: ASGIApp, state: AppState, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app, self._state, self._scope = app, state, scope
         self._own_receive, self._own_send = receive, send
         given = Headers(scope=scope).get("x-request-id", "")
         self._id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
@@ -65,15 +65,15 @@ class _Visit:
         self._status = 0
         self._body = bytearray()
 
-    async def answer(self) -> None:
+    async def run(self) -> None:
         began = time.perf_counter()
-        self._house.metrics.enter()
+        self._state.metrics.start_request()
         try:
-            self._let_in()
+            self._authorize()
             await self._app(self._scope, self._receive, self._send)
         except ApiError as error:
             await self._refuse(error.status_code, error.body, dict(error.headers or {}))
-        except ClientGone:
+        except ClientDisconnected:
             self._scope.setdefault("gemify.notes", {})["gone"] = True
             await self._refuse(499, b"")
         except Exception as error:
@@ -81,31 +81,33 @@ class _Visit:
             body = error_body(500, "the server failed at this request: see its log", code="internal_error")
             await self._refuse(500, body)
         finally:
-            self._write_down(time.perf_counter() - began)
+            self._log_request(time.perf_counter() - began)
 
-    def _let_in(self) -> None:
+    def _authorize(self) -> None:
         """ApiError for who may not."""
         path, method = str(self._scope["path"]), self._scope["method"]
         if path in _OPEN or path.startswith(_OPEN_BELOW):
             return
-        house = self._house
-        if house.admits_own_names_only and not is_own(Headers(scope=self._scope).get("host", "")):
+        state = self._state
+        if state.requires_local_host and not is_local_host(Headers(scope=self._scope).get("host", "")):
             raise ApiError(
                 403,
                 "the Host header names another site: without API keys this server answers to addresses and local names"
                 " only (give it keys, or --allow-no-key)",
                 code="unknown_host",
             )
-        key = house.keys.require(Headers(scope=self._scope).get("authorization"))
+        key = state.keys.authenticate(Headers(scope=self._scope).get("authorization"))
         self._scope["gemify.key"] = key
         if method == "POST":
-            if house.metrics.in_flight_now > house.settings.max_requests:
-                raise busy(f"more than {house.settings.max_requests} requests at a time: wait", 1, code="queue_full")
-            house.limits.take_request(key)
+            if state.metrics.in_flight_now > state.settings.max_requests:
+                raise too_many_requests(
+                    f"more than {state.settings.max_requests} requests at a time: wait", 1, code="queue_full"
+                )
+            state.rate_limiter.count_request(key)
 
     async def _receive(self) -> Message:
         message = await self._own_receive()
-        if self._house.settings.log_prompts and len(self._body) < _LOGGED_BODY:
+        if self._state.settings.log_prompts and len(self._body) < _LOGGED_BODY:
             self._body += message.get("body", b"")[:_LOGGED_BODY]
         return message
 
@@ -127,11 +129,11 @@ class _Visit:
         await self._send({"type": "http.response.start", "status": status, "headers": listed})
         await self._own_send({"type": "http.response.body", "body": body})
 
-    def _write_down(self, seconds: float) -> None:
+    def _log_request(self, seconds: float) -> None:
         scope = self._scope
-        self._house.body_bytes -= scope.get("gemify.bytes", 0)
+        self._state.body_bytes -= scope.get("gemify.bytes", 0)
         route = str(getattr(scope.get("route"), "path", "none"))
-        self._house.metrics.leave(route, scope["method"], self._status, seconds)
+        self._state.metrics.finish_request(route, scope["method"], self._status, seconds)
         facts = {
             "request": self._id,
             "key": scope.get("gemify.key"),

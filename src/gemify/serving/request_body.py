@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from gemify.serving.errors import ApiError, bad
-from gemify.serving.settings import Settings
-from gemify.serving.state import hold
+from gemify.serving.errors import ApiError, bad_request
+from gemify.serving.settings import ServerSettings
+from gemify.serving.state import reserve_body_bytes
 
 _IN_A_THREAD = 1 << 18  # bytes from which on the event loop does not wait for the parsing
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
@@ -35,16 +35,16 @@ class JsonRoute(APIRoute):
 class _JsonRequest(Request):
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
-            self._body = await _read(self, self.app.state.settings)
+            self._body = await _read(self, self.app.state.gemify.settings)
         return self._body
 
     async def json(self) -> Any:
         raw = await self.body()
-        depth = self.app.state.settings.max_depth
+        depth = self.app.state.gemify.settings.max_depth
         return await asyncio.to_thread(read_json, raw, depth) if len(raw) > _IN_A_THREAD else read_json(raw, depth)
 
 
-async def _read(request: Request, settings: Settings) -> bytes:
+async def _read(request: Request, settings: ServerSettings) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, f"the body must be application/json, got {kind[:80]!r}: set the header Content-Type")
@@ -61,7 +61,7 @@ async def _read(request: Request, settings: Settings) -> bytes:
                 read += piece
                 if len(read) > most:
                     _too_large(most)
-                hold(request, len(piece))
+                reserve_body_bytes(request, len(piece))
     except TimeoutError:
         raise ApiError(
             408,
@@ -69,7 +69,7 @@ async def _read(request: Request, settings: Settings) -> bytes:
             headers={"Connection": "close"},
         ) from None
     if not read:
-        raise bad("the body is empty: send a JSON object", code="invalid_json")
+        raise bad_request("the body is empty: send a JSON object", code="invalid_json")
     return bytes(read)
 
 
@@ -80,19 +80,19 @@ def _too_large(most: int) -> NoReturn:
 def read_json(raw: bytes, max_depth: int) -> dict[str, Any]:
     """A body's JSON object. ApiError (400) for what is none, or is no JSON, however widespread."""
     if not raw.strip(b" \t\r\n"):
-        raise bad("the body is empty: send a JSON object", code="invalid_json")
+        raise bad_request("the body is empty: send a JSON object", code="invalid_json")
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=_no_number, object_pairs_hook=_no_doubles)
     except UnicodeDecodeError:
-        raise bad("the body is not UTF-8", code="invalid_json") from None
+        raise bad_request("the body is not UTF-8", code="invalid_json") from None
     except RecursionError:
-        raise bad(f"the body is nested deeper than {max_depth}", code="invalid_json") from None
+        raise bad_request(f"the body is nested deeper than {max_depth}", code="invalid_json") from None
     except json.JSONDecodeError as error:
-        raise bad(f"the body is not JSON: {error.msg} at character {error.pos}", code="invalid_json") from None
+        raise bad_request(f"the body is not JSON: {error.msg} at character {error.pos}", code="invalid_json") from None
     except ValueError as error:
-        raise bad(f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None
+        raise bad_request(f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise bad(f"the body must be a JSON object, got {json_name(value)}", code="invalid_json")
+        raise bad_request(f"the body must be a JSON object, got {json_name(value)}", code="invalid_json")
     if raw.count(b"[") + raw.count(b"{") > max_depth:
         _require_shallow(value, max_depth)
     if _SURROGATE.search(raw):
@@ -125,7 +125,7 @@ def _require_shallow(value: Any, max_depth: int) -> None:
         ]
         if not level:
             return
-    raise bad(f"the body is nested deeper than {max_depth}", code="invalid_json")
+    raise bad_request(f"the body is nested deeper than {max_depth}", code="invalid_json")
 
 
 def _require_whole_characters(value: Any) -> None:
@@ -136,7 +136,9 @@ def _require_whole_characters(value: Any) -> None:
             try:
                 some.encode("utf-8")
             except UnicodeEncodeError:
-                raise bad("a string holds half of a character (a lone surrogate)", code="invalid_json") from None
+                raise bad_request(
+                    "a string holds half of a character (a lone surrogate)", code="invalid_json"
+                ) from None
         elif isinstance(some, dict):
             waiting += [*some.keys(), *some.values()]
         elif isinstance(some, list):

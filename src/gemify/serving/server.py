@@ -24,9 +24,9 @@ from fastapi import FastAPI
 from gemify.engine.engine import Engine
 from gemify.serving.app import create_app
 from gemify.serving.auth import ENVIRONMENT, KeyRing
-from gemify.serving.http_protocol import Connection
+from gemify.serving.http_protocol import HttpProtocol
 from gemify.serving.log_format import set_up_logs
-from gemify.serving.settings import Settings
+from gemify.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
     from gemify.model.gem import GemModel
@@ -38,7 +38,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _BACKLOG = 2048
 
 
-def serve(settings: Settings) -> None:
+def serve(settings: ServerSettings) -> None:
     """Load the model and serve until a signal. ValueError or OSError, one line, for what cannot be."""
     keys = KeyRing.read(settings.api_keys)
     require_keys(settings, keys)
@@ -48,10 +48,10 @@ def serve(settings: Settings) -> None:
         set_up_logs(log_prompts=settings.log_prompts)
         engine = Engine(
             gem,
-            max_rows=settings.max_rows,
-            max_waiting=settings.max_waiting,
-            prefix_bytes=settings.prefix_bytes,
-            kv_bytes=settings.kv_bytes,
+            max_num_seqs=settings.max_num_seqs,
+            max_queue_size=settings.max_queue_size,
+            prefix_cache_bytes=settings.prefix_cache_bytes,
+            kv_cache_bytes=settings.kv_cache_bytes,
         )
         app = create_app(engine, settings, index, keys=keys)
         host, port = listener.getsockname()[:2]
@@ -60,7 +60,7 @@ def serve(settings: Settings) -> None:
         Server(app, settings).run(sockets=[listener])
 
 
-def require_keys(settings: Settings, keys: KeyRing) -> None:
+def require_keys(settings: ServerSettings, keys: KeyRing) -> None:
     """Refuse to serve other machines to everybody."""
     if not settings.is_local and not len(keys) and not settings.allow_no_key:
         raise ValueError(
@@ -69,7 +69,7 @@ def require_keys(settings: Settings, keys: KeyRing) -> None:
         )
 
 
-def listen(settings: Settings) -> socket.socket:
+def listen(settings: ServerSettings) -> socket.socket:
     """The socket, before the model is loaded: a port that is taken is said at once."""
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -94,10 +94,10 @@ def listen(settings: Settings) -> socket.socket:
 class Server(uvicorn.Server):
     """uvicorn, with our signals."""
 
-    def __init__(self, app: FastAPI, settings: Settings) -> None:
+    def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
         config = uvicorn.Config(
             app,
-            http=Connection,
+            http=HttpProtocol,
             ws="none",
             lifespan="on",
             log_config=None,
@@ -107,7 +107,7 @@ class Server(uvicorn.Server):
             timeout_keep_alive=30,
         )
         super().__init__(config)
-        self._house, self._settings = app.state.house, settings
+        self._state, self._settings = app.state.gemify, settings
         self._stop_at: float | None = None
 
     async def on_tick(self, counter: int) -> bool:
@@ -129,7 +129,7 @@ class Server(uvicorn.Server):
         for peer in waiting:
             peer.setblocking(False)
             with contextlib.suppress(OSError):  # gone again
-                await loop.connect_accepted_socket(self._connection, peer)
+                await loop.connect_accepted_socket(self._connect, peer)
         await asyncio.sleep(0.05)  # those that were accepted a moment ago become connections
         ending = asyncio.create_task(self._end_in_time())
         await super().shutdown(sockets)
@@ -139,15 +139,15 @@ class Server(uvicorn.Server):
         """uvicorn waits for every answer: what the engine has not finished in time, it drops."""
         if self._settings.stop_timeout is not None:
             await asyncio.sleep(self._settings.stop_timeout)
-            await asyncio.to_thread(self._house.engine.stop, timeout=0)
+            await asyncio.to_thread(self._state.engine.stop, timeout_s=0)
 
-    def _connection(self) -> Connection:
-        return Connection(self.config, self.server_state, self.lifespan.state)
+    def _connect(self) -> HttpProtocol:
+        return HttpProtocol(self.config, self.server_state, self.lifespan.state)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._house.stopping:
+        if self._state.stopping:
             os._exit(128 + sig)
-        self._house.stopping = True
+        self._state.stopping = True
         self._stop_at = time.monotonic() + self._settings.drain_seconds
 
     @contextlib.contextmanager
@@ -164,7 +164,7 @@ class Server(uvicorn.Server):
                 signal.signal(sig, handler)
 
 
-def _load(settings: Settings) -> GemModel:
+def _load(settings: ServerSettings) -> GemModel:
     from gemify.model.gem import GemModel
 
     loading = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
@@ -173,7 +173,7 @@ def _load(settings: Settings) -> GemModel:
     return GemModel.from_pretrained(settings.model, base=settings.base, **loading)  # type: ignore[arg-type]
 
 
-def _open_index(settings: Settings, gem: GemModel) -> GemIndex | None:
+def _open_index(settings: ServerSettings, gem: GemModel) -> GemIndex | None:
     if settings.store is None:
         return None
     from gemify.retrieval.index import GemIndex

@@ -15,7 +15,7 @@ MAX_ANSWERS = 16
 
 
 @dataclass(frozen=True)
-class Settings:
+class ServerSettings:
     """Options of a server. ValueError, one line, for what cannot be."""
 
     model: str = "starter"
@@ -39,15 +39,15 @@ class Settings:
     requests_per_minute: int | None = None
     """Of each key."""
     tokens_per_minute: int | None = None
-    max_rows: int = 16
+    max_num_seqs: int = 16
     """Most answers written at a time."""
-    max_waiting: int = 2048
+    max_queue_size: int = 2048
     """Most texts and answers that wait for their turn."""
     max_requests: int = 1024
-    """Most requests in the house at a time."""
+    """Most requests at a time."""
     max_body_bytes: int = 16 << 20
     max_bodies_bytes: int = 256 << 20
-    """Of the bodies of all requests in the house together."""
+    """Of the bodies of all requests together."""
     max_depth: int = 32
     """Of a body's JSON."""
     max_texts: int = 2048
@@ -56,10 +56,10 @@ class Settings:
     """Most prompts of a completions request."""
     default_max_tokens: int = 1024
     """Longest answer where the request does not say; less where the model has less room."""
-    prefix_bytes: int = 512 << 20
+    prefix_cache_bytes: int = 512 << 20
     """Memory for the KV caches that requests with the same beginning share."""
 
-    kv_bytes: int = 4 << 30
+    kv_cache_bytes: int = 4 << 30
     """Memory for the KV caches of the answers being written."""
 
     timeout: float = 600.0
@@ -77,7 +77,13 @@ class Settings:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
-            least = 0 if field.name in ("port", "drain_seconds", "prefix_bytes") else 1e-3 if _in_seconds(field) else 1
+            least = (
+                0
+                if field.name in ("port", "drain_seconds", "prefix_cache_bytes")
+                else 1e-3
+                if _in_seconds(field)
+                else 1
+            )
             if not value >= least:
                 raise ValueError(f"{field.name} must be at least {least:g}, got {value}")
         if self.port > 65535:
@@ -111,7 +117,7 @@ class Settings:
         return path.resolve().name if path.is_dir() else self.model
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], *, source: str) -> Settings:
+    def of(cls, given: Mapping[str, Any], *, source: str) -> ServerSettings:
         """Settings from a file's or the flags' entries; ValueError for unknown names and wrong types."""
         kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
         values: dict[str, Any] = {}

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from starlette.requests import Request
 
-from gemify.serving.auth import NOBODY, KeyRing, Limits
-from gemify.serving.errors import ApiError, busy
+from gemify.serving.auth import ANONYMOUS, KeyRing, RateLimiter
+from gemify.serving.errors import ApiError, too_many_requests
 from gemify.serving.metrics import Metrics
-from gemify.serving.settings import Settings
-from gemify.serving.tokenization import Prompts
+from gemify.serving.settings import ServerSettings
+from gemify.serving.tokenization import RequestTokenizer
 
 if TYPE_CHECKING:
     from gemify.engine.engine import Engine
 
 
-class Searchable(Protocol):
+class SearchIndex(Protocol):
     """What /v1/search searches (`gemify.retrieval.index.GemIndex`)."""
 
     def search(
@@ -29,16 +29,16 @@ class Searchable(Protocol):
 
 
 @dataclass
-class House:
+class AppState:
     """The engine, the index, and what is known about those who ask."""
 
     engine: Engine
-    settings: Settings
-    index: Searchable | None
+    settings: ServerSettings
+    index: SearchIndex | None
     keys: KeyRing
-    limits: Limits
+    rate_limiter: RateLimiter
     metrics: Metrics
-    prompts: Prompts
+    tokenizer: RequestTokenizer
     ready: bool = False
     """The model has answered."""
     stopping: bool = False
@@ -51,7 +51,7 @@ class House:
         return self.settings.model_name
 
     @property
-    def admits_own_names_only(self) -> bool:
+    def requires_local_host(self) -> bool:
         """Anybody on this machine may ask: then a web page that its user looks at must not pass for this machine's own."""
         return self.settings.is_local and not len(self.keys) and not self.settings.allow_no_key
 
@@ -64,7 +64,7 @@ class House:
                 code="model_not_found",
             )
 
-    def require_index(self) -> Searchable:
+    def require_index(self) -> SearchIndex:
         if self.index is None:
             raise ApiError(
                 404,
@@ -74,27 +74,27 @@ class House:
         return self.index
 
 
-def house_of(request: Request) -> House:
-    """The house a request came to."""
-    house: House = request.app.state.house
-    return house
+def get_state(request: Request) -> AppState:
+    """The state of the application that got a request."""
+    state: AppState = request.app.state.gemify
+    return state
 
 
-def key_of(request: Request) -> str:
+def get_key_name(request: Request) -> str:
     """The name of the key a request came with."""
-    return str(request.scope.get("gemify.key", NOBODY))
+    return str(request.scope.get("gemify.key", ANONYMOUS))
 
 
-def hold(request: Request, size: int) -> None:
+def reserve_body_bytes(request: Request, size: int) -> None:
     """Count bytes of a body that this request holds until it has been answered; ApiError 429 where there is no room."""
-    house = house_of(request)
-    most = house.settings.max_bodies_bytes
-    if house.body_bytes + size > most:
-        raise busy(f"the bodies of all requests hold {most:,} bytes already: wait", 1, code="queue_full")
-    house.body_bytes += size
+    state = get_state(request)
+    most = state.settings.max_bodies_bytes
+    if state.body_bytes + size > most:
+        raise too_many_requests(f"the bodies of all requests hold {most:,} bytes already: wait", 1, code="queue_full")
+    state.body_bytes += size
     request.scope["gemify.bytes"] = request.scope.get("gemify.bytes", 0) + size
 
 
-def note(request: Request, **facts: Any) -> None:
+def add_log_fields(request: Request, **facts: Any) -> None:
     """Add to what the log says of this request."""
     request.scope.setdefault("gemify.notes", {}).update(facts)

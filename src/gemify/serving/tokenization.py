@@ -21,7 +21,7 @@ from gemify.model.encode import TextTokenizer
 from gemify.model.gem import GemModel
 from gemify.rag.chat_template import ChatFormat, Turn
 from gemify.rag.pipeline import SYSTEM, Found, passage_text
-from gemify.serving.errors import bad
+from gemify.serving.errors import bad_request
 
 if TYPE_CHECKING:
     from gemify.serving.protocol.requests import ChatMessage, Input
@@ -39,7 +39,7 @@ class _Tools:
     texts: TextTokenizer
 
 
-class Prompts:
+class RequestTokenizer:
     """Reads what requests say. Give it back with `close`."""
 
     def __init__(self, gem: GemModel) -> None:
@@ -61,11 +61,11 @@ class Prompts:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    async def run(self, work: Callable[..., T], *args: Any) -> T:
+    async def run_in_thread(self, work: Callable[..., T], *args: Any) -> T:
         """Run something short in a reading thread."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
-    async def texts(self, given: Input) -> list[list[int]]:
+    async def tokenize_texts(self, given: Input) -> list[list[int]]:
         """Ids of texts to embed: in them, every control token's name that is a special token's is text."""
         rows: list[list[int]] = []
         some: list[str] = []
@@ -78,38 +78,40 @@ class Prompts:
             some.append(self._before + item)
             size += len(item)
             if size > _AT_A_TIME:
-                rows += await self.run(self._texts, some)
+                rows += await self.run_in_thread(self._texts, some)
                 some, size = [], 0
-        return rows + (await self.run(self._texts, some) if some else [])
+        return rows + (await self.run_in_thread(self._texts, some) if some else [])
 
-    async def query(self, text: str) -> list[int]:
+    async def tokenize_query(self, text: str) -> list[int]:
         """Ids of a question to an index, cut at the end as the library does."""
         cut = text[: self._room * self._longest]
-        return (await self.run(self._texts, [self._before_query + cut], self._columns))[0]
+        return (await self.run_in_thread(self._texts, [self._before_query + cut], self._columns))[0]
 
-    async def prompts(self, given: Input) -> list[list[int]]:
+    async def tokenize_prompts(self, given: Input) -> list[list[int]]:
         """Ids of prompts to continue, as the base's own tokenizer reads them."""
         for item in given:
             if isinstance(item, str):
                 self._require_room(item, self._limit)
-        return [item if isinstance(item, list) else await self.run(self._prompt, item) for item in given]
+        return [item if isinstance(item, list) else await self.run_in_thread(self._prompt, item) for item in given]
 
-    async def chat(self, messages: Sequence[ChatMessage], passages: Sequence[Found] | None = None) -> tuple[int, ...]:
+    async def tokenize_chat(
+        self, messages: Sequence[ChatMessage], passages: Sequence[Found] | None = None
+    ) -> tuple[int, ...]:
         """Ids of a conversation up to the answer; passages go into its last message, as `gemify ask` puts them."""
         if not self.has_chat:
-            raise bad("this model has no chat template: use /v1/completions", code="no_chat_template")
+            raise bad_request("this model has no chat template: use /v1/completions", code="no_chat_template")
         for message in messages:
             self._require_room(message.content, self._limit)
-        return await self.run(self._chat, messages, passages)
+        return await self.run_in_thread(self._chat, messages, passages)
 
-    async def ids(self, text: str) -> list[int]:
+    async def tokenize_plain(self, text: str) -> list[int]:
         """Ids of a text, nothing before it."""
-        return await self.run(lambda: list(self._own().texts.tokenize_plain([text])[0]))
+        return await self.run_in_thread(lambda: list(self._own().texts.tokenize_plain([text])[0]))
 
     def _require_room(self, text: str, tokens: int | None) -> None:
         """Refuse at once what cannot fit, instead of reading megabytes to find out."""
         if tokens is not None and len(text) > tokens * self._longest:
-            raise bad(
+            raise bad_request(
                 f"a text has {len(text):,} characters, more than the {tokens:,} tokens that this model takes can hold:"
                 " cut it up"
             )
@@ -142,7 +144,7 @@ class Prompts:
         try:
             return chat.layout(turns).ids
         except ValueError as error:
-            raise bad(first_line(error), "messages") from error
+            raise bad_request(first_line(error), "messages") from error
 
 
 def _role(message: ChatMessage) -> Any:

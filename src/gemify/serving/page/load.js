@@ -52,14 +52,14 @@ function again(heard, wait) {
 
 function show(stats) {
   const now = { at: performance.now(), ...stats };
-  byId("load-running").textContent = count(stats.rows);
-  byId("load-waiting").textContent = count(stats.waiting_answers + stats.waiting_texts);
+  byId("load-running").textContent = count(stats.num_running_seqs);
+  byId("load-waiting").textContent = count(stats.num_waiting_seqs + stats.num_waiting_texts);
   if (last) {
     const rate = (name) => Math.max(0, ((now[name] - last[name]) / (now.at - last.at)) * 1000); // 0 where it started anew
-    byId("load-writing").textContent = count(rate("generated_tokens"));
+    byId("load-writing").textContent = count(rate("generation_tokens"));
     byId("load-embedding").textContent = count(rate("embedded_tokens"));
     byId("load-texts").textContent = count(rate("embedded_texts"));
-    keep("writing", rate("generated_tokens"));
+    keep("writing", rate("generation_tokens"));
     keep("embedding", rate("embedded_tokens"));
   }
   last = now;

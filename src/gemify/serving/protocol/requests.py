@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from gemify.serving.errors import unsupported
+from gemify.serving.errors import unsupported_parameter
 from gemify.serving.request_body import json_name
 from gemify.serving.settings import MAX_ANSWERS
 
@@ -159,7 +159,7 @@ class _Request(BaseModel):
     user: str | None = Field(default=None, description="Taken and ignored.")
 
 
-class EmbeddingsRequest(_Request):
+class CreateEmbeddingRequest(_Request):
     """Texts to embed."""
 
     input: Inputs = Field(description="A text, texts, token ids or lists of token ids.")
@@ -177,7 +177,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = Field(default=None, description="A last chunk says how many tokens it was.")
 
 
-class _Writing(_Request):
+class _GenerationRequest(_Request):
     """What chat and completions have in common."""
 
     max_tokens: int | None = Field(default=None, ge=1, le=_LARGEST, description="Longest answer.")
@@ -206,11 +206,11 @@ def refuse(given: Any, *names: tuple[str, tuple[Any, ...], str]) -> Any:
     if isinstance(given, dict):
         for name, harmless, message in names:
             if name in given and given[name] is not None and given[name] not in harmless:
-                raise unsupported(name, message)
+                raise unsupported_parameter(name, message)
     return given
 
 
-class CompletionsRequest(_Writing):
+class CreateCompletionRequest(_GenerationRequest):
     """Prompts to continue as they are, without a chat's words around them."""
 
     prompt: Inputs = Field(description="A prompt, prompts, token ids or lists of token ids.")
@@ -231,7 +231,7 @@ class CompletionsRequest(_Writing):
     @model_validator(mode="after")
     def _require_best_of(self) -> Self:
         if self.best_of is not None and self.best_of > (self.n or 1):
-            raise unsupported("best_of", "ask for n answers and choose one")
+            raise unsupported_parameter("best_of", "ask for n answers and choose one")
         return self
 
 
@@ -249,7 +249,7 @@ class ChatMessage(BaseModel):
     def _refuse(cls, given: Any) -> Any:
         why = "this model reads and writes text only"
         if isinstance(given, dict) and given.get("role") in ("tool", "function"):
-            raise unsupported("messages", f"no role {given['role']!r}: this model calls no tools")
+            raise unsupported_parameter("messages", f"no role {given['role']!r}: this model calls no tools")
         return refuse(given, ("tool_calls", ([],), why), ("function_call", (), why), ("audio", (), why))
 
 
@@ -271,7 +271,7 @@ class GemifyOptions(BaseModel):
     search: ChatSearch | None = Field(default=None, description="Answer the last message from the index.")
 
 
-class ChatRequest(_Writing):
+class CreateChatCompletionRequest(_GenerationRequest):
     """A conversation to answer."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)

@@ -14,7 +14,7 @@ class ErrorFacts(BaseModel):
     code: str | None
 
 
-class Error(BaseModel):
+class ErrorResponse(BaseModel):
     """What every error looks like."""
 
     error: ErrorFacts
@@ -25,7 +25,7 @@ class PromptTokensDetails(BaseModel):
     """Had run before, for a request with the same beginning."""
 
 
-class Usage(BaseModel):
+class CompletionUsage(BaseModel):
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int | None = None
@@ -38,11 +38,11 @@ class Embedding(BaseModel):
     embedding: list[float] | str
 
 
-class Embeddings(BaseModel):
+class CreateEmbeddingResponse(BaseModel):
     object: Literal["list"]
     data: list[Embedding]
     model: str
-    usage: Usage
+    usage: CompletionUsage
 
 
 class AssistantMessage(BaseModel):
@@ -78,13 +78,13 @@ class GemifyFacts(BaseModel):
     sources: list[Passage] | None = None
 
 
-class Chat(BaseModel):
+class CreateChatCompletionResponse(BaseModel):
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: CompletionUsage
     gemify: GemifyFacts | None = None
 
 
@@ -95,13 +95,13 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
-class Completions(BaseModel):
+class CreateCompletionResponse(BaseModel):
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
     choices: list[CompletionChoice]
-    usage: Usage
+    usage: CompletionUsage
 
 
 class Model(BaseModel):
@@ -111,19 +111,19 @@ class Model(BaseModel):
     owned_by: str
 
 
-class Models(BaseModel):
+class ListModelsResponse(BaseModel):
     object: Literal["list"]
     data: list[Model]
 
 
-class Passages(BaseModel):
+class SearchResponse(BaseModel):
     object: Literal["list"]
     data: list[Passage]
     model: str
-    usage: Usage
+    usage: CompletionUsage
 
 
-class Recovery(BaseModel):
+class RecoverResponse(BaseModel):
     """A text, and what its special tokens remember of it."""
 
     object: Literal["recovery"]
@@ -134,8 +134,8 @@ class Recovery(BaseModel):
     output_tokens: int
     matching_tokens: int
     """So many tokens of the input come in the output too, in the same order."""
-    usage: Usage
+    usage: CompletionUsage
 
 
-class Health(BaseModel):
+class HealthResponse(BaseModel):
     status: Literal["ok", "ready", "starting", "stopping", "failed"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gemify.serving.completion import Form, Replies
-from gemify.serving.errors import bad
-from gemify.serving.protocol.requests import CompletionsRequest
-from gemify.serving.protocol.responses import Completions
+from gemify.serving.completion import CompletionHandler, ResponseBuilder
+from gemify.serving.errors import bad_request
+from gemify.serving.protocol.requests import CreateCompletionRequest
+from gemify.serving.protocol.responses import CreateCompletionResponse
 from gemify.serving.request_body import JsonRoute
-from gemify.serving.state import house_of
+from gemify.serving.state import get_state
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -18,16 +18,18 @@ router = APIRouter(route_class=JsonRoute)
 @router.post(
     "/v1/completions",
     response_model=None,
-    responses={200: {"model": Completions, "content": {"text/event-stream": {}}}},
+    responses={200: {"model": CreateCompletionResponse, "content": {"text/event-stream": {}}}},
     tags=["OpenAI"],
 )
-async def create_completion(wish: CompletionsRequest, request: Request) -> Response:
+async def create_completion(body: CreateCompletionRequest, request: Request) -> Response:
     """Continue prompts as they are, several at a time if asked; with ``stream`` in server-sent events."""
-    house = house_of(request)
-    house.require_model(wish.model)
-    most = house.settings.max_prompts
-    if len(wish.prompt) > most:
-        raise bad(f"prompt must hold at most {most} prompts, got {len(wish.prompt)}: send several requests", "prompt")
-    rows = await house.prompts.prompts(wish.prompt)
-    form = Form("completion", house.model, logprobs=wish.logprobs is not None)
-    return await Replies(request, wish, form, rows, top_logprobs=wish.logprobs).respond()
+    state = get_state(request)
+    state.require_model(body.model)
+    most = state.settings.max_prompts
+    if len(body.prompt) > most:
+        raise bad_request(
+            f"prompt must hold at most {most} prompts, got {len(body.prompt)}: send several requests", "prompt"
+        )
+    rows = await state.tokenizer.tokenize_prompts(body.prompt)
+    builder = ResponseBuilder("completion", state.model, logprobs=body.logprobs is not None)
+    return await CompletionHandler(request, body, builder, rows, top_logprobs=body.logprobs).respond()

@@ -8,49 +8,49 @@ from functools import partial
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from gemify.engine.requests import Vectors
-from gemify.serving.completion import Choice, usage
-from gemify.serving.dispatch import Asking, while_there
+from gemify.engine.requests import EmbeddingOutput
+from gemify.serving.completion import ChoiceState, usage
+from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.protocol.requests import RecoverRequest
-from gemify.serving.protocol.responses import Recovery
+from gemify.serving.protocol.responses import RecoverResponse
 from gemify.serving.request_body import JsonRoute
-from gemify.serving.state import house_of, key_of, note
+from gemify.serving.state import add_log_fields, get_key_name, get_state
 
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/v1/recover", response_model=None, responses={200: {"model": Recovery}}, tags=["gemify"])
-async def recover(wish: RecoverRequest, request: Request) -> Response:
+@router.post("/v1/recover", response_model=None, responses={200: {"model": RecoverResponse}}, tags=["gemify"])
+async def recover(body: RecoverRequest, request: Request) -> Response:
     """Write a text back from its special tokens alone."""
-    house = house_of(request)
-    house.require_model(wish.model)
-    ids = (await house.prompts.texts([wish.input]))[0]
-    house.limits.require_tokens(key_of(request), len(ids))
-    choice = Choice()
-    with Asking() as asking:
-        asking.start(partial(house.engine.recover, ids, max_tokens=wish.max_tokens))
-        house.limits.add_tokens(key_of(request), len(ids))
+    state = get_state(request)
+    state.require_model(body.model)
+    ids = (await state.tokenizer.tokenize_texts([body.input]))[0]
+    state.rate_limiter.check_tokens(get_key_name(request), len(ids))
+    choice = ChoiceState()
+    with EngineClient() as client:
+        client.submit(partial(state.engine.recover, ids, max_tokens=body.max_tokens))
+        state.rate_limiter.add_tokens(get_key_name(request), len(ids))
 
         async def collect() -> None:
-            async for _, event in asking.events():
-                if not isinstance(event, Vectors):
-                    choice.take(event)
+            async for _, event in client.events():
+                if not isinstance(event, EmbeddingOutput):
+                    choice.add(event)
 
         try:
-            await while_there(request.receive, collect(), house.settings.timeout)
+            await run_until_disconnect(request.receive, collect(), state.settings.timeout)
         finally:
-            house.limits.add_tokens(key_of(request), choice.completion_tokens)
-            note(request, prompt_tokens=len(ids), completion_tokens=choice.completion_tokens)
-    said, back = await house.prompts.ids(wish.input), await house.prompts.ids(choice.text)
+            state.rate_limiter.add_tokens(get_key_name(request), choice.completion_tokens)
+            add_log_fields(request, prompt_tokens=len(ids), completion_tokens=choice.completion_tokens)
+    said, back = await state.tokenizer.tokenize_plain(body.input), await state.tokenizer.tokenize_plain(choice.text)
     return JSONResponse(
         {
             "object": "recovery",
-            "model": house.model,
-            "input": wish.input,
+            "model": state.model,
+            "input": body.input,
             "output": choice.text,
             "input_tokens": len(said),
             "output_tokens": len(back),
-            "matching_tokens": await house.prompts.run(longest_common, said, back),
+            "matching_tokens": await state.tokenizer.run_in_thread(longest_common, said, back),
             "usage": usage(len(ids), 0, choice.completion_tokens),
         }
     )
