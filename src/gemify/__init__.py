@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GemConfig", "GemIndex", "GemModel", "GemRag", "__version__"]
+__all__ = ["GemConfig", "GemIndex", "GemModel", "GemRag", "RagSettings", "__version__"]
 
 if TYPE_CHECKING:
     from gemify.model.config import GemConfig
     from gemify.model.gem import GemModel
-    from gemify.rag.pipeline import GemRag
+    from gemify.rag.pipeline import GemRag, RagSettings
     from gemify.retrieval.index import GemIndex
 
 _ROOMS = {
@@ -19,6 +19,7 @@ _ROOMS = {
     "GemModel": "gemify.model.gem",
     "GemIndex": "gemify.retrieval.index",
     "GemRag": "gemify.rag.pipeline",
+    "RagSettings": "gemify.rag.pipeline",
 }
 
 

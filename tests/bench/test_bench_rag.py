@@ -52,7 +52,7 @@ def test_every_row_is_measured_and_exact_rows_are_exact(gem: GemModel, tmp_path:
         )
         assert rows["document, query"]["stored_bytes"] == 4 * 32
         assert rows["document cached, query"]["stored_bytes"] > 1000 * int(length) / 10
-        assert rows["both cached (joined)"]["divergence_nats"] >= 0
+        assert rows["both cached (concatenated)"]["divergence_nats"] >= 0
         assert rows["no retrieval"]["recall_at_1"] == 0
     assert "documents of 120 tokens" in as_table(report)
     json.dumps(report)

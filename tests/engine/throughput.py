@@ -21,15 +21,15 @@ from engine_client import running
 from gemify import GemModel
 from gemify.bench.traffic import traffic
 from gemify.engine.sampling import SamplingParams
+from gemify.model.chat_template import ChatTemplate
 from gemify.model.forward import left_pad
-from gemify.rag.chat_template import ChatFormat
 
 
 def main(dtype: str = "float32", answers: str = "16", tokens: str = "48") -> None:
     gem = GemModel.from_pretrained("starter", dtype=getattr(torch, dtype))
     lm, count, new = gem.lm, int(answers), int(tokens)
-    chat = ChatFormat(gem.tokenizer)
-    prompts = [list(chat.layout([chat.turn("user", r.texts[0])]).ids) for r in traffic(count, chats=1.0)]
+    chat = ChatTemplate(gem.tokenizer)
+    prompts = [list(chat.apply([chat.message("user", r.texts[0])]).ids) for r in traffic(count, chats=1.0)]
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 2}
     never = SamplingParams(
         max_tokens=new, temperature=0.0, logit_bias={2: -100.0}

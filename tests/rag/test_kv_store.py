@@ -12,14 +12,14 @@ import torch
 from gemify import GemModel
 from gemify.model.kv_cache import key_values
 from gemify.rag.kv_store import KvStore
-from gemify.rag.prompt_cache import RunningPrompt
+from gemify.rag.prompt_cache import PromptCache
 
 IDS = list(range(10, 40))
 
 
 def ran(gem: GemModel, ids: list[int]):  # type: ignore[no-untyped-def]
-    prompt = RunningPrompt(gem)
-    return prompt.reach(ids).text.cache
+    prompt = PromptCache(gem)
+    return prompt.extend_to(ids).text.cache
 
 
 @pytest.mark.parametrize(("bits", "worst"), [(32, 0.0), (16, 1e-3), (8, 8e-3), (4, 0.08)])
@@ -35,10 +35,10 @@ def test_what_is_kept_comes_back(gem: GemModel, tmp_path: Path, bits: int, worst
             assert got.dtype == was.dtype
             spread = float(was.max() - was.min())
             assert float((was - got).abs().max()) <= worst * spread
-    prompt = RunningPrompt(gem)
-    prompt.adopt(IDS, back)
-    oracle = RunningPrompt(gem).reach([*IDS, 50]).logits_BV
-    got = prompt.reach([*IDS, 50]).logits_BV
+    prompt = PromptCache(gem)
+    prompt.load(IDS, back)
+    oracle = PromptCache(gem).extend_to([*IDS, 50]).logits_BV
+    got = prompt.extend_to([*IDS, 50]).logits_BV
     assert prompt.computed == 1
     if bits == 32:
         torch.testing.assert_close(got, oracle, rtol=1e-5, atol=1e-6)

@@ -13,11 +13,11 @@ import torch
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
+from gemify.model.chat_template import ChatTemplate
 from gemify.model.prefill import run_prefill
-from gemify.rag.chat_template import ChatFormat
 from gemify.rag.kv_store import KvStore
-from gemify.rag.pipeline import Conversation, GemRag, Settings
-from gemify.rag.prompt_cache import RunningPrompt
+from gemify.rag.pipeline import Conversation, GemRag, RagSettings
+from gemify.rag.prompt_cache import PromptCache
 
 TEMPLATE = "{% for m in messages %}<r1>{{ m['role'] }}\n{{ m['content'] }}<r2>\n{% endfor %}<r1>assistant\n"
 
@@ -48,8 +48,8 @@ class Shelf:
         return self.passages[:k]
 
 
-FIRST = Settings(passages=2, order="question-first", max_new_tokens=12)
-LAST = Settings(passages=2, order="passages-first", max_new_tokens=12)
+FIRST = RagSettings(passages=2, order="question-first", max_new_tokens=12)
+LAST = RagSettings(passages=2, order="passages-first", max_new_tokens=12)
 
 
 @pytest.fixture
@@ -60,9 +60,9 @@ def chatty(gem: GemModel) -> GemModel:
 
 def run_at_once(conversation: Conversation) -> None:
     """What has run, piece by piece, must be what running it at once gives."""
-    prompt = conversation._prompt
+    prompt = conversation.prompt
     whole = [*prompt.ids, 20]
-    handle = prompt.reach(whole)
+    handle = prompt.extend_to(whole)
     oracle = conversation.rag.gem.lm(input_ids=torch.tensor([whole])).logits[0, -1]
     torch.testing.assert_close(handle.logits_BV[0], oracle, rtol=1e-4, atol=1e-4)
 
@@ -70,22 +70,22 @@ def run_at_once(conversation: Conversation) -> None:
 def test_an_answer_is_generates_answer_to_the_whole_prompt(chatty: GemModel) -> None:
     rag = GemRag(chatty, Shelf(), settings=FIRST)
     answer = rag.ask("who sat on the mat?")
-    form = ChatFormat(chatty.tokenizer)
-    content = form.plain("who sat on the mat?") + form.plain(
+    form = ChatTemplate(chatty.tokenizer)
+    content = form.encode("who sat on the mat?") + form.encode(
         "\n\n[1] the cat sat on the mat\n\n[2] dogs: a dog ate the bone\n\n"
     )
-    ids = form.layout([form.turn("system", FIRST.system), type(form.turn("user", ""))("user", content)]).ids
+    ids = form.apply([form.message("system", FIRST.system), type(form.message("user", ""))("user", content)]).ids
     out = chatty.generate_ids(None, torch.tensor([ids]), torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False)
     assert answer.text == chatty.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     assert answer.sources() == ["[1] a.txt (line 1)", "[2] b.txt (page 2)"]
-    assert answer.timing.computed == len(ids) - len(rag.caches.head)
+    assert answer.timing.computed == len(ids) - len(rag.passage_cache.head)
     assert 0 < answer.timing.embed <= answer.timing.first_token <= answer.timing.total
 
 
-def test_handover_on_and_off_give_the_same(chatty: GemModel) -> None:
+def test_query_cache_on_and_off_give_the_same(chatty: GemModel) -> None:
     shelves = Shelf(), Shelf()
     on = GemRag(chatty, shelves[0], settings=FIRST).ask("who ate?")
-    off = GemRag(chatty, shelves[1], settings=replace(FIRST, handover=False)).ask("who ate?")
+    off = GemRag(chatty, shelves[1], settings=replace(FIRST, query_cache=False)).ask("who ate?")
     assert on.text == off.text
     assert np.array_equal(shelves[0].asked[0][3], shelves[1].asked[0][3])
     assert off.timing.computed > on.timing.computed
@@ -94,10 +94,10 @@ def test_handover_on_and_off_give_the_same(chatty: GemModel) -> None:
 def test_the_question_is_embedded_where_it_stands(chatty: GemModel) -> None:
     shelf = Shelf()
     GemRag(chatty, shelf, settings=FIRST).ask("who ate?")
-    form = ChatFormat(chatty.tokenizer)
-    layout = form.layout([form.turn("system", FIRST.system), form.turn("user", "who ate?")])
-    start = layout.starts[-1]
-    text = chatty.tokenizer.decode(layout.ids[: start + len(form.plain("who ate?"))])
+    form = ChatTemplate(chatty.tokenizer)
+    layout = form.apply([form.message("system", FIRST.system), form.message("user", "who ate?")])
+    start = layout.content_starts[-1]
+    text = chatty.tokenizer.decode(layout.ids[: start + len(form.encode("who ate?"))])
     handle = chatty.prefill(text, add_special_tokens=False)
     np.testing.assert_allclose(shelf.asked[0][3], chatty.embed(handle, start=start).numpy(), rtol=1e-4, atol=1e-5)
     GemRag(chatty, shelf, settings=LAST).ask("who ate?")
@@ -111,38 +111,38 @@ def test_a_template_goes_with_the_question_or_has_it_embedded_apart(base_dir: Pa
     gem.tokenizer.chat_template = TEMPLATE
     shelf, plain = Shelf(), Shelf()
     rag = GemRag(gem, shelf, settings=FIRST)
-    assert rag.in_place == template.startswith("{text}")
+    assert rag.reuses_query_cache == template.startswith("{text}")
     answer = rag.ask("who ate?")
     bare = GemModel.from_base(str(base_dir))
     disturb(bare)
     bare.tokenizer.chat_template = TEMPLATE
     assert answer.text == GemRag(bare, plain, settings=FIRST).ask("who ate?").text  # the words are not in the prompt
     vector = torch.tensor(shelf.asked[0][3])
-    if rag.in_place:
-        form = ChatFormat(gem.tokenizer)
-        layout = form.layout([form.turn("system", FIRST.system), form.turn("user", "who ate?")])
-        start, asked = layout.starts[-1], form.plain("who ate?")
-        ids = torch.tensor([[*layout.ids[: start + len(asked)], *form.plain(' is:"')]])
+    if rag.reuses_query_cache:
+        form = ChatTemplate(gem.tokenizer)
+        layout = form.apply([form.message("system", FIRST.system), form.message("user", "who ate?")])
+        start, asked = layout.content_starts[-1], form.encode("who ate?")
+        ids = torch.tensor([[*layout.ids[: start + len(asked)], *form.encode(' is:"')]])
         handle = run_prefill(bare.lm, ids, torch.ones_like(ids).bool(), single=True)
         torch.testing.assert_close(vector, bare.embed(handle, start=start), rtol=1e-4, atol=1e-5)
     else:
         torch.testing.assert_close(vector, torch.tensor(gem.encode_query("who ate?")), rtol=1e-4, atol=1e-5)
         with pytest.raises(ValueError, match="has words before the text"):
-            RunningPrompt(gem).reach_and_embed([20, 21], since=0)
+            PromptCache(gem).extend_and_embed([20, 21], since=0)
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         LAST,
-        replace(LAST, documents="joined"),
-        replace(LAST, documents="special"),
-        replace(FIRST, documents="joined"),
-        replace(FIRST, documents="special"),
+        replace(LAST, context="concatenated"),
+        replace(LAST, context="special"),
+        replace(FIRST, context="concatenated"),
+        replace(FIRST, context="special"),
     ],
 )
 def test_kept_caches_change_no_answer_and_save_their_tokens(
-    chatty: GemModel, tmp_path: Path, settings: Settings
+    chatty: GemModel, tmp_path: Path, settings: RagSettings
 ) -> None:
     plain = GemRag(chatty, Shelf(), settings=settings).ask("who ate?")
     kv = KvStore(tmp_path, fingerprint="f", bits=32)
@@ -152,7 +152,7 @@ def test_kept_caches_change_no_answer_and_save_their_tokens(
     assert plain.text == first.text == second.text
     assert second.timing.computed < plain.timing.computed
     assert second.timing.computed < first.timing.computed
-    assert len(kv) == (1 if settings.documents == "text" else 2)
+    assert len(kv) == (1 if settings.context == "text" else 2)
     assert kv.misses == len(kv)
     assert other.passages == plain.passages
 
@@ -167,11 +167,11 @@ def test_caches_of_passages_that_are_gone_give_way(chatty: GemModel, tmp_path: P
     assert kv.nbytes <= kv.budget_bytes  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("documents", ["text", "special"])
+@pytest.mark.parametrize("context", ["text", "special"])
 def test_a_store_that_cannot_be_written_keeps_no_answer_back(
-    chatty: GemModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, documents: Any
+    chatty: GemModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, context: Any
 ) -> None:
-    settings = replace(LAST, documents=documents)
+    settings = replace(LAST, context=context)
     (tmp_path / "file").write_text("in the way")
     kv = KvStore(tmp_path / "file" / "kv", fingerprint="f", bits=32)
     answer = GemRag(chatty, Shelf(), kv=kv, settings=settings).ask("who ate?")
@@ -183,7 +183,7 @@ def test_one_joined_passage_is_the_passage_itself(chatty: GemModel) -> None:
     one = replace(LAST, passages=1)
     assert (
         GemRag(chatty, Shelf(), settings=one).ask("who?").text
-        == GemRag(chatty, Shelf(), settings=replace(one, documents="joined")).ask("who?").text
+        == GemRag(chatty, Shelf(), settings=replace(one, context="concatenated")).ask("who?").text
     )
 
 
@@ -195,8 +195,8 @@ def test_a_question_whose_vector_is_not_in_the_chat_is_embedded_apart(chatty: Ge
         shelf = Shelf()
         assert GemRag(gem, shelf, settings=FIRST).ask("who ate?").passages
         assert np.array_equal(shelf.asked[0][3], gem.encode_query("who ate?"))
-    with pytest.raises(ValueError, match="has no special tokens: choose documents"):
-        GemRag(mean, Shelf(), settings=replace(FIRST, documents="special"))
+    with pytest.raises(ValueError, match="has no special tokens: choose context"):
+        GemRag(mean, Shelf(), settings=replace(FIRST, context="special"))
 
 
 def test_another_model_may_embed_the_question(chatty: GemModel) -> None:
@@ -212,23 +212,23 @@ def test_another_model_may_embed_the_question(chatty: GemModel) -> None:
 
 def test_special_documents_take_k_columns_each(chatty: GemModel) -> None:
     text = GemRag(chatty, Shelf(), settings=LAST).conversation()
-    special = GemRag(chatty, Shelf(), settings=replace(LAST, documents="special")).conversation()
+    special = GemRag(chatty, Shelf(), settings=replace(LAST, context="special")).conversation()
     for conversation in (text, special):
         conversation.ask("who?", max_new_tokens=1)
-    form = ChatFormat(chatty.tokenizer)
-    saved = sum(len(form.plain(t + "\n\n")) - 1 for t in ("the cat sat on the mat", "dogs: a dog ate the bone"))
-    assert len(text._prompt.ids) - len(special._prompt.ids) == saved
+    form = ChatTemplate(chatty.tokenizer)
+    saved = sum(len(form.encode(t + "\n\n")) - 1 for t in ("the cat sat on the mat", "dogs: a dog ate the bone"))
+    assert len(text.prompt.ids) - len(special.prompt.ids) == saved
 
 
 @pytest.mark.parametrize("settings", [FIRST, LAST, replace(FIRST, passages=0), replace(LAST, passages=0)])
-def test_a_conversation_runs_nothing_twice(chatty: GemModel, settings: Settings) -> None:
+def test_a_conversation_runs_nothing_twice(chatty: GemModel, settings: RagSettings) -> None:
     conversation = GemRag(chatty, Shelf(), settings=settings).conversation()
     for question in ("who sat?", "who ate?", "and then?"):
-        before = len(conversation._prompt.ids)
+        before = len(conversation.prompt.ids)
         answer = conversation.ask(question)
-        added = len(conversation._prompt.ids) - before
+        added = len(conversation.prompt.ids) - before
         assert answer.timing.computed <= added + 1
-        assert len(conversation._turns) % 2 == 1
+        assert len(conversation.messages) % 2 == 1
     run_at_once(conversation)
 
 
@@ -236,8 +236,8 @@ def test_a_conversation_too_long_forgets_its_beginning(chatty: GemModel) -> None
     conversation = GemRag(chatty, Shelf([]), settings=replace(FIRST, max_new_tokens=40)).conversation()
     for turn in range(12):
         conversation.ask(f"question {turn} " + "again and " * 30)
-    assert len(conversation._prompt.ids) <= 1024
-    assert conversation._turns[0].role == "system"
+    assert len(conversation.prompt.ids) <= 1024
+    assert conversation.messages[0].role == "system"
     run_at_once(conversation)
 
 
@@ -250,9 +250,9 @@ def test_a_prompt_too_long_is_refused_and_forgotten(chatty: GemModel) -> None:
     run_at_once(conversation)
 
 
-@pytest.mark.parametrize("settings", [FIRST, LAST, replace(FIRST, documents="special")])
-def test_what_fits_in_no_prompt_is_refused_before_it_runs(tmp_path: Path, settings: Settings) -> None:
-    name = "llama" if settings.documents == "special" else "gpt2"  # its learned positions end
+@pytest.mark.parametrize("settings", [FIRST, LAST, replace(FIRST, context="special")])
+def test_what_fits_in_no_prompt_is_refused_before_it_runs(tmp_path: Path, settings: RagSettings) -> None:
+    name = "llama" if settings.context == "special" else "gpt2"  # its learned positions end
     gem = GemModel.from_base(str(tiny_models.save(tmp_path / name, name)))
     gem.tokenizer.chat_template = TEMPLATE
     rag = GemRag(gem, Shelf(), settings=settings)
@@ -265,22 +265,22 @@ def test_old_turns_make_room_for_long_passages(chatty: GemModel) -> None:
     conversation = GemRag(chatty, Shelf([Passage("word " * 100)]), settings=FIRST).conversation()
     for turn in range(5):
         conversation.ask(f"question {turn}?")
-        assert len(conversation._prompt.ids) <= 1024
-    assert len(conversation._turns) < 1 + 2 * 5, "some turns were forgotten"
+        assert len(conversation.prompt.ids) <= 1024
+    assert len(conversation.messages) < 1 + 2 * 5, "some turns were forgotten"
     run_at_once(conversation)
 
 
 def test_forgotten_special_documents_are_never_run_as_text(chatty: GemModel) -> None:
-    rag = GemRag(chatty, Shelf(), settings=replace(FIRST, documents="special"))
+    rag = GemRag(chatty, Shelf(), settings=replace(FIRST, context="special"))
     conversation = rag.conversation()
     for turn in range(12):
         conversation.ask(f"question {turn} " + "again and " * 15)
-        kept = conversation._prompt.ids.count(chatty.special_ids[0]), len(conversation._turns)
+        kept = conversation.prompt.ids.count(chatty.special_ids[0]), len(conversation.messages)
         assert kept[0] == kept[1] - 1  # two passages a question
         if kept[1] == 3 and turn:
             alone = rag.conversation()
             alone.ask(f"question {turn} " + "again and " * 15)
-            ours, theirs = (c._prompt.reach([*c._prompt.ids, 20]).logits_BV for c in (conversation, alone))
+            ours, theirs = (c.prompt.extend_to([*c.prompt.ids, 20]).logits_BV for c in (conversation, alone))
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
             return
     raise AssertionError("nothing was forgotten")
@@ -294,31 +294,31 @@ def test_a_search_for_words_embeds_nothing(chatty: GemModel) -> None:
 
 
 def test_control_tokens_in_texts_are_text(chatty: GemModel) -> None:
-    form = ChatFormat(chatty.tokenizer)
+    form = ChatTemplate(chatty.tokenizer)
     special = set(chatty.tokenizer.all_special_ids)
     for name in [*chatty.tokenizer.all_special_tokens, chatty.config.special_tokens[0]]:
-        assert special.isdisjoint(form.plain(f"a {name} b")), name
-        assert chatty.config.special_ids[0] not in form.plain(f"a {name} b")
+        assert special.isdisjoint(form.encode(f"a {name} b")), name
+        assert chatty.config.special_ids[0] not in form.encode(f"a {name} b")
 
 
 def test_a_failed_answer_leaves_the_conversation_as_it_was(chatty: GemModel) -> None:
     conversation = GemRag(chatty, Shelf(), settings=FIRST).conversation()
     conversation.ask("who?")
-    turns = list(conversation._turns)
+    turns = list(conversation.messages)
 
     def fail(text: str) -> None:
         raise RuntimeError("the reader went away")
 
     with pytest.raises(RuntimeError, match="went away"):
         conversation.ask("what?", on_text=fail)
-    assert conversation._turns == turns
+    assert conversation.messages == turns
     conversation.ask("what?")
     run_at_once(conversation)
 
 
 def test_what_does_not_fit_together_is_refused(chatty: GemModel, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown order"):
-        Settings(order="sideways")  # type: ignore[arg-type]
+        RagSettings(order="sideways")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="need order 'passages-first'"):
         GemRag(chatty, None, kv=KvStore(tmp_path, fingerprint="f"), settings=FIRST)
     with pytest.raises(ValueError, match="no question given"):
@@ -330,9 +330,9 @@ def test_what_does_not_fit_together_is_refused(chatty: GemModel, tmp_path: Path)
 
 def test_templates_that_drop_turns_are_refused(chatty: GemModel) -> None:
     chatty.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    form = ChatFormat(chatty.tokenizer)
+    form = ChatTemplate(chatty.tokenizer)
     with pytest.raises(ValueError, match="leaves out or repeats"):
-        form.layout([form.turn("user", "a"), form.turn("assistant", "b"), form.turn("user", "c")])
+        form.apply([form.message("user", "a"), form.message("assistant", "b"), form.message("user", "c")])
     chatty.tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
     with pytest.raises(ValueError, match="no system turns"):
-        ChatFormat(chatty.tokenizer).layout([form.turn("system", "a")])
+        ChatTemplate(chatty.tokenizer).apply([form.message("system", "a")])

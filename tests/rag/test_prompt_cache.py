@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.rag.prompt_cache import RunningPrompt
+from gemify.rag.prompt_cache import PromptCache
 
 ids = st.lists(st.integers(10, 60), min_size=1, max_size=12)
 
@@ -20,10 +20,10 @@ ids = st.lists(st.integers(10, 60), min_size=1, max_size=12)
 @given(prompts=st.lists(ids, min_size=1, max_size=4), shared=ids)
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_reaching_equals_running_at_once(gem: GemModel, prompts: list[list[int]], shared: list[int]) -> None:
-    prompt = RunningPrompt(gem)
+    prompt = PromptCache(gem)
     for rest in prompts:
         whole = shared + rest
-        handle = prompt.reach(whole)
+        handle = prompt.extend_to(whole)
         oracle = gem.lm(input_ids=torch.tensor([whole])).logits[0, -1]
         torch.testing.assert_close(handle.logits_BV[0], oracle, rtol=1e-5, atol=1e-5)
         assert prompt.ids == tuple(whole)
@@ -37,14 +37,16 @@ def test_embedding_on_the_way_equals_embedding_apart(tmp_path: Path, name: str, 
     disturb(gem)
     ids = list(range(20, 31))
     for begun in ([], ids[:3], ids):
-        apart, fused = RunningPrompt(gem), RunningPrompt(gem)
+        apart, fused = PromptCache(gem), PromptCache(gem)
         if begun:
-            fused.reach(begun)
-        vector = gem.embed(apart.reach(ids), start=since)
-        torch.testing.assert_close(fused.reach_and_embed(ids, since=since), vector, rtol=1e-5, atol=1e-5)
+            fused.extend_to(begun)
+        vector = gem.embed(apart.extend_to(ids), start=since)
+        torch.testing.assert_close(fused.extend_and_embed(ids, since=since), vector, rtol=1e-5, atol=1e-5)
         assert fused.ids == apart.ids
         further = [*ids, 40, 41]
-        torch.testing.assert_close(fused.reach(further).logits_BV, apart.reach(further).logits_BV, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            fused.extend_to(further).logits_BV, apart.extend_to(further).logits_BV, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -57,42 +59,42 @@ def test_a_templates_words_after_a_text_leave_no_trace(tmp_path: Path, name: str
     ids, words = list(range(20, 31)), gem.tokenizer(' is:"')["input_ids"]
     for since in (0, 4):
         for begun in ([], ids[:3], ids):
-            apart, fused = RunningPrompt(plain), RunningPrompt(gem)
+            apart, fused = PromptCache(plain), PromptCache(gem)
             if begun:
-                fused.reach(begun)
-            vector = plain.embed(apart.reach([*ids, *words]), start=since)  # the words as if they were the text's
-            torch.testing.assert_close(fused.reach_and_embed(ids, since=since), vector, rtol=1e-5, atol=1e-5)
+                fused.extend_to(begun)
+            vector = plain.embed(apart.extend_to([*ids, *words]), start=since)  # the words as if they were the text's
+            torch.testing.assert_close(fused.extend_and_embed(ids, since=since), vector, rtol=1e-5, atol=1e-5)
             assert fused.ids == tuple(ids)
             further = [*ids, 40, 41]
-            alone = RunningPrompt(plain).reach(further).logits_BV
-            torch.testing.assert_close(fused.reach(further).logits_BV, alone, rtol=1e-5, atol=1e-5)
+            alone = PromptCache(plain).extend_to(further).logits_BV
+            torch.testing.assert_close(fused.extend_to(further).logits_BV, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_only_what_is_new_is_run(gem: GemModel) -> None:
-    prompt = RunningPrompt(gem)
-    prompt.reach([10, 11, 12])
-    prompt.reach([10, 11, 12, 13, 14])
+    prompt = PromptCache(gem)
+    prompt.extend_to([10, 11, 12])
+    prompt.extend_to([10, 11, 12, 13, 14])
     assert prompt.computed == 5
-    prompt.reach([10, 11, 12, 13, 14])
+    prompt.extend_to([10, 11, 12, 13, 14])
     assert prompt.computed == 5
-    prompt.reach([10, 11, 20])
+    prompt.extend_to([10, 11, 20])
     assert prompt.computed == 6
-    prompt.reach([10])  # its logits are not kept: one token runs again
+    prompt.extend_to([10])  # its logits are not kept: one token runs again
     assert prompt.computed == 7
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 def test_a_written_answer_is_generates_and_is_kept(name: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     gem = GemModel.from_base(str(tiny_models.save(tmp_path / name, name)))
-    prompt, start = RunningPrompt(gem), [10, 11, 12, 13]
+    prompt, start = PromptCache(gem), [10, 11, 12, 13]
     pieces: list[str] = []
-    first = prompt.write(prompt.reach(start), on_text=pieces.append, max_new_tokens=9, do_sample=False)
+    first = prompt.write(prompt.extend_to(start), on_text=pieces.append, max_new_tokens=9, do_sample=False)
     plain = gem.generate_ids(None, torch.tensor([start]), torch.ones(1, 4), max_new_tokens=9, do_sample=False)
     assert list(first.ids) == [i for i in plain[0, 4:].tolist() if i != 2]
     assert "".join(pieces) == first.text
     before = prompt.computed
     more = [*start, *first.ids, 30, 31]
-    handle = prompt.reach(more)
+    handle = prompt.extend_to(more)
     assert prompt.computed - before <= 3  # the last token made, and the two new ones
     torch.testing.assert_close(
         handle.logits_BV[0], gem.lm(input_ids=torch.tensor([more])).logits[0, -1], rtol=1e-5, atol=1e-5
@@ -100,12 +102,12 @@ def test_a_written_answer_is_generates_and_is_kept(name: str, tmp_path) -> None:
 
 
 def test_a_stop_string_ends_the_answer_before_it(gem: GemModel) -> None:
-    whole = RunningPrompt(gem)
-    text = whole.write(whole.reach([10, 11, 12]), max_new_tokens=20, do_sample=False).text
+    whole = PromptCache(gem)
+    text = whole.write(whole.extend_to([10, 11, 12]), max_new_tokens=20, do_sample=False).text
     stop = text[3:5]
-    prompt, pieces = RunningPrompt(gem), []  # type: ignore[var-annotated]
+    prompt, pieces = PromptCache(gem), []  # type: ignore[var-annotated]
     written = prompt.write(
-        prompt.reach([10, 11, 12]), max_new_tokens=20, do_sample=False, stop=stop, on_text=pieces.append
+        prompt.extend_to([10, 11, 12]), max_new_tokens=20, do_sample=False, stop=stop, on_text=pieces.append
     )
     assert written.text == text[: text.index(stop)] == "".join(pieces)
     assert written.tokens < 20
@@ -113,4 +115,4 @@ def test_a_stop_string_ends_the_answer_before_it(gem: GemModel) -> None:
 
 def test_an_empty_prompt_is_refused(gem: GemModel) -> None:
     with pytest.raises(ValueError, match="must not be empty"):
-        RunningPrompt(gem).reach([])
+        PromptCache(gem).extend_to([])

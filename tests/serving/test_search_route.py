@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from running_server import Served, indexed, serving
 
-from gemify.rag.pipeline import GemRag, Settings
+from gemify.rag.pipeline import GemRag, RagSettings
 from gemify.retrieval.index import GemIndex
 
 CORPUS = {
@@ -48,7 +48,7 @@ def test_search_is_the_librarys(served: Served, index: GemIndex, mode: Any) -> N
 
 def test_a_chat_answers_from_the_index_as_the_library_does(served: Served, index: GemIndex) -> None:
     question = "when do owls hunt?"
-    library = GemRag(served.gem, index, settings=Settings(passages=2, mode="fts", max_new_tokens=10))
+    library = GemRag(served.gem, index, settings=RagSettings(passages=2, mode="fts", max_new_tokens=10))
     expected = library.ask(question)
     wish: dict[str, Any] = {
         "model": "tiny",

@@ -25,7 +25,7 @@ from gemify.io.vectors import normalize
 from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
 from gemify.rag.kv_store import KvStore
-from gemify.rag.pipeline import Answer, GemRag, QueryEmbedder, Settings
+from gemify.rag.pipeline import Answer, GemRag, QueryEmbedder, RagSettings
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Row:
     """One way to answer; ``over`` names the row that it is compared with."""
 
     name: str
-    settings: Settings
+    settings: RagSettings
     keeps: bool = False
     """Whether documents' caches are kept."""
     embeds: str = "self"
@@ -57,17 +57,17 @@ class Row:
     """The row that should give the same answers; by default the one it is compared with."""
 
 
-_ASK = Settings(passages=1, mode="vector")
+_ASK = RagSettings(passages=1, mode="vector")
 _FIRST, _LAST = replace(_ASK, order="question-first"), replace(_ASK, order="passages-first")
 ROWS = (
     Row("no retrieval", replace(_FIRST, passages=0)),
     Row("generation alone", _FIRST, embeds="nobody"),
-    Row("query, document", replace(_FIRST, handover=False), over="generation alone"),
+    Row("query, document", replace(_FIRST, query_cache=False), over="generation alone"),
     Row("query cached, document", _FIRST, over="generation alone", same="query, document"),
     Row("document, query", _LAST),
     Row("document cached, query", _LAST, keeps=True, over="document, query"),
-    Row("both cached (joined)", replace(_FIRST, documents="joined"), keeps=True, over="document, query"),
-    Row("document's special tokens", replace(_LAST, documents="special"), keeps=True, over="document, query"),
+    Row("both cached (concatenated)", replace(_FIRST, context="concatenated"), keeps=True, over="document, query"),
+    Row("document's special tokens", replace(_LAST, context="special"), keeps=True, over="document, query"),
     Row("two models: document, query", _LAST, embeds="peer", over="document, query"),
 )
 
@@ -148,7 +148,7 @@ def bench_rag(
     if not questions:
         raise ValueError("no question given: the data has none")
     rows = [row for row in _chosen(only) if peer is not None or row.embeds != "peer"]
-    rows = [row for row in rows if gem.config.k or row.settings.documents != "special"]
+    rows = [row for row in rows if gem.config.k or row.settings.context != "special"]
     texts = [str(p["text"]) for p in passages]
     own = gem.encode_document(texts)
     asked = [q.text for q in questions]
@@ -183,7 +183,7 @@ def bench_rag(
                         rag.ask(question.text, max_new_tokens=1)
                     answer = answers[row.name] = rag.ask(question.text)
                     _note(records[row.name], row, question, answer, answers)
-                    if row.settings.documents != "text":
+                    if row.settings.context != "text":
                         records[row.name].divergence.append(_divergence(rag, stacks[row.over or ""], question, answer))
                     bar.update()
             for row in rows:
@@ -245,7 +245,7 @@ def _note(record: Record, row: Row, question: Question, answer: Answer, answers:
 
 def _divergence(rag: GemRag, exact: GemRag, question: Question, answer: Answer) -> float:
     """Of the approximation's first token from the exact prompt's, over the same passages, in the row's own order."""
-    same = GemRag(exact.gem, None, settings=replace(rag.settings, documents="text"))
+    same = GemRag(exact.gem, None, settings=replace(rag.settings, context="text"))
     wide = [r.conversation().read(question.text, answer.passages).logits_BV[0].float() for r in (same, rag)]
     p, q = (torch.log_softmax(logits, dim=-1) for logits in wide)
     return float((p.exp() * (p - q)).sum())

@@ -36,17 +36,17 @@ if TYPE_CHECKING:
     from gemify.rag.pipeline import Answer, GemRag
 
 Passages = Annotated[int, typer.Option("-k", min=0, help="Number of passages to retrieve; 0 answers without any.")]
-Order = Annotated[
+PromptOrder = Annotated[
     str | None,
     typer.Option(
         help="question-first (the question is computed once, to find and to answer) or passages-first (what --keep-kv"
         " keeps can serve). [default: question-first; passages-first with --keep-kv]"
     ),
 ]
-Documents = Annotated[
+ContextMode = Annotated[
     str,
     typer.Option(
-        help="What the answer sees: text (exact), or the approximations joined (caches that ran apart) and special (the"
+        help="What the answer sees: text (exact), or the approximations concatenated (caches that ran apart) and special (the"
         " passages' special tokens alone)."
     ),
 ]
@@ -59,14 +59,14 @@ def ask(
     store: StoreUri,
     k: Passages = 3,
     mode: SearchMode = "hybrid",
-    order: Order = None,
-    documents: Documents = "text",
+    order: PromptOrder = None,
+    context: ContextMode = "text",
     keep_kv: KeepKv = False,
     kv_bits: KvBits = 16,
     kv_budget: KvBudget = None,
     kv_store: KvStoreDir = None,
-    handover: Annotated[
-        bool, typer.Option("--handover/--no-handover", help="Answer from the cache that embedded the question.")
+    query_cache: Annotated[
+        bool, typer.Option("--query-cache/--no-query-cache", help="Answer from the cache that embedded the question.")
     ] = True,
     system: SystemPrompt = None,
     max_new_tokens: MaxNewTokens = 256,
@@ -93,8 +93,8 @@ def chat(
     store: StoreUri,
     k: Passages = 3,
     mode: SearchMode = "hybrid",
-    order: Order = None,
-    documents: Documents = "text",
+    order: PromptOrder = None,
+    context: ContextMode = "text",
     keep_kv: KeepKv = False,
     kv_bits: KvBits = 16,
     kv_budget: KvBudget = None,
@@ -112,7 +112,7 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """A conversation over a store, a question a line; its cache is carried over the turns. /quit or Ctrl-D ends it."""
-    rag, options = _rag({**locals(), "handover": True})
+    rag, options = _rag({**locals(), "query_cache": True})
     conversation = rag.conversation()
     for question in _questions():
         try:
@@ -128,16 +128,17 @@ def chat(
 
 def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
     """What answers, and the options of `generate`, from a verb's arguments."""
-    from gemify.rag.pipeline import SYSTEM, GemRag, Settings
+    from gemify.rag.context import SYSTEM_PROMPT
+    from gemify.rag.pipeline import GemRag, RagSettings
     from gemify.retrieval.index import GemIndex
 
-    settings = Settings(
+    settings = RagSettings(
         passages=given["k"],
         mode=given["mode"],
         order=given["order"] or ("passages-first" if given["keep_kv"] else "question-first"),
-        documents=given["documents"],
-        handover=given["handover"],
-        system=SYSTEM if given["system"] is None else given["system"],
+        context=given["context"],
+        query_cache=given["query_cache"],
+        system=SYSTEM_PROMPT if given["system"] is None else given["system"],
         max_new_tokens=given["max_new_tokens"],
     )
     open_kv_store = kv_store_factory(

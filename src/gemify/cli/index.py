@@ -123,9 +123,9 @@ def _store_caches(gem: GemModel, index: GemIndex, kv: KvStore, quiet: bool) -> d
     """Compute and store the caches of all passages."""
     from tqdm.auto import tqdm
 
-    from gemify.rag.pipeline import GemRag, Settings
+    from gemify.rag.pipeline import GemRag, RagSettings
 
-    rag = GemRag(gem, index, kv=kv, settings=Settings(order="passages-first"))
+    rag = GemRag(gem, index, kv=kv, settings=RagSettings(order="passages-first"))
     passages = tqdm(index.passages(), total=len(index), desc="caches", unit=" passages", disable=quiet)
     added = rag.keep(passages)
     return {"kv_added": added, "kv_files": len(kv), "kv_bytes": kv.nbytes}

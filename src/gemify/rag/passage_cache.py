@@ -12,14 +12,14 @@ from gemify.model.gem import GemModel
 from gemify.model.kv_cache import from_key_values, slice_key_values
 from gemify.model.rope_shift import shift_positions
 from gemify.rag.kv_store import KvStore
-from gemify.rag.prompt_cache import RunningPrompt
+from gemify.rag.prompt_cache import PromptCache
 
 logger = logging.getLogger(__name__)
 
 Ids = tuple[int, ...]
 
 
-class PassageCaches:
+class PassageCache:
     """A passage's cache is computed as the first passage of a first turn: ``head``, ``label``, passage."""
 
     def __init__(self, gem: GemModel, kv: KvStore | None, head: Ids, *, label: Ids) -> None:
@@ -31,7 +31,7 @@ class PassageCaches:
     def start(self) -> tuple[Ids, DynamicCache]:
         """Where every conversation begins: the cache of ``head``, run once."""
         if self._start is None:
-            self._start = RunningPrompt(self._gem).reach(self.head).text.cache
+            self._start = PromptCache(self._gem).extend_to(self.head).text.cache
         return self.head, self._start
 
     def exact(self, ids: Ids) -> tuple[Ids, DynamicCache]:
@@ -66,7 +66,7 @@ class PassageCaches:
         gem, kv = self._gem, self._kv
         kept = kv.get(gem.lm, passage, kind="special") if kv is not None else None
         if kept is None:
-            text = RunningPrompt(self._gem).reach(passage).text
+            text = PromptCache(self._gem).extend_to(passage).text
             self.computed += len(passage)
             kept = special_pass(gem.lm, text, gem.special_ids, shared_position=gem.config.shared_position).cache
             self._put(passage, kept, kind="special")
@@ -81,8 +81,8 @@ class PassageCaches:
                 logger.warning("a cache is not kept: %s", error)
 
     def _run(self, ids: Ids) -> CachedText:
-        prompt = RunningPrompt(self._gem)
-        prompt.adopt(*self.start())
-        text = prompt.reach(ids).text
+        prompt = PromptCache(self._gem)
+        prompt.load(*self.start())
+        text = prompt.extend_to(ids).text
         self.computed += prompt.computed
         return text

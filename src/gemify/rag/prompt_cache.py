@@ -1,7 +1,7 @@
 """One prompt that grows: what of it has run is not run again.
 
 A conversation's next prompt begins with the last one, a question's prompt with the question, a document's with the
-document. `reach` runs only what is new; where a prompt parts from what has run, the cache is cut there.
+document. `extend_to` runs only what is new; where a prompt parts from what has run, the cache is cut there.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Written:
     tokens: int
 
 
-class RunningPrompt:
+class PromptCache:
     """A prompt of one row and its KV cache."""
 
     def __init__(self, gem: GemModel) -> None:
@@ -48,7 +48,7 @@ class RunningPrompt:
         self._cache = new_cache(self._gem.lm)
         self._handle: Prefill | None = None
 
-    def adopt(self, ids: Sequence[int], cache: DynamicCache) -> None:
+    def load(self, ids: Sequence[int], cache: DynamicCache) -> None:
         """Take a cache that was computed elsewhere: ``ids`` have run."""
         self.ids, self._cache, self._handle = tuple(ids), cache, None
 
@@ -56,7 +56,7 @@ class RunningPrompt:
     def text(self) -> CachedText:
         return CachedText(self._cache, torch.ones(1, len(self.ids), dtype=torch.bool, device=self._gem.device))
 
-    def reach(self, ids: Sequence[int]) -> Prefill:
+    def extend_to(self, ids: Sequence[int]) -> Prefill:
         """Run what is new of ``ids`` after what has run already."""
         target = tuple(ids)
         if self._handle is not None and self.ids == target:
@@ -64,7 +64,7 @@ class RunningPrompt:
         return self._run(self._rest(target))
 
     @torch.no_grad()
-    def reach_and_embed(self, ids: Sequence[int], *, since: int) -> Tensor:
+    def extend_and_embed(self, ids: Sequence[int], *, since: int) -> Tensor:
         """Run what is new of ``ids``, and with it the special tokens; their vector [D] or [K * D].
 
         They see the prompt from column ``since`` on, and leave no trace in it, nor do the template's words before them.
@@ -72,7 +72,7 @@ class RunningPrompt:
         gem, target = self._gem, tuple(ids)
         config = gem.config
         if not config.k or not keeps_all_positions(self._cache) or config.layer is not None:
-            return gem.embed(self.reach(target), start=since)
+            return gem.embed(self.extend_to(target), start=since)
         gem.require_embeddable_prefill()
         gem.lm.eval()
         ids_BT = torch.tensor(self._rest(target), device=gem.device)[None]
@@ -86,7 +86,7 @@ class RunningPrompt:
             shared_position=config.shared_position,
             suffix_ids=gem.text_tokenizer.suffix_ids,
         )
-        self.adopt(target, text.cache)
+        self.load(target, text.cache)
         self.computed += ids_BT.shape[1]
         return pool(hidden_BKD, config.pooling)[0].float().cpu()
 
@@ -107,7 +107,7 @@ class RunningPrompt:
 
     def join(self, ids: Sequence[int], cache: DynamicCache) -> None:
         """Put a cache that was computed elsewhere, and moved to this place, behind what has run."""
-        self.adopt((*self.ids, *ids), concatenate(self._gem.lm, [self._cache, cache]) if self.ids else cache)
+        self.load((*self.ids, *ids), concatenate(self._gem.lm, [self._cache, cache]) if self.ids else cache)
 
     def write(
         self,
@@ -145,7 +145,7 @@ class RunningPrompt:
         sequence = out.sequences[0].tolist()
         new = sequence[before:]
         pieces.finish(str(gem.tokenizer.decode(new, skip_special_tokens=True)))
-        self.adopt(sequence[:-1], out.past_key_values)  # the last token was made, not run
+        self.load(sequence[:-1], out.past_key_values)  # the last token was made, not run
         kept = new[:-1] if new and new[-1] in find_eos_ids(gem.lm, gem.tokenizer) else new
         return Written(pieces.text, tuple(kept), len(new))
 

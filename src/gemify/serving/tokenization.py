@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemify.io.errors import first_line
 from gemify.model.base import max_positions
+from gemify.model.chat_template import ChatTemplate, TokenizedMessage
 from gemify.model.encode import TextTokenizer
 from gemify.model.gem import GemModel
-from gemify.rag.chat_template import ChatFormat, Turn
-from gemify.rag.pipeline import SYSTEM, Found, passage_text
+from gemify.rag.context import SYSTEM_PROMPT, RetrievedPassage, passage_text
 from gemify.serving.errors import bad_request
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class RequestTokenizer:
         return [item if isinstance(item, list) else await self.run_in_thread(self._prompt, item) for item in given]
 
     async def tokenize_chat(
-        self, messages: Sequence[ChatMessage], passages: Sequence[Found] | None = None
+        self, messages: Sequence[ChatMessage], passages: Sequence[RetrievedPassage] | None = None
     ) -> tuple[int, ...]:
         """Ids of a conversation up to the answer; passages go into its last message, as `gemify ask` puts them."""
         if not self.has_chat:
@@ -130,19 +130,19 @@ class RequestTokenizer:
     def _prompt(self, text: str) -> list[int]:
         return self._own().texts.tokenize_prompts([text], add_special_tokens=True, vocab_size=self._table)[0]
 
-    def _chat(self, messages: Sequence[ChatMessage], passages: Sequence[Found] | None) -> tuple[int, ...]:
-        chat = ChatFormat(self._own().tokenizer)  # a new one each time: it keeps every sequence of roles it has seen
-        turns = [chat.turn(_role(m), m.content) for m in messages]
+    def _chat(self, messages: Sequence[ChatMessage], passages: Sequence[RetrievedPassage] | None) -> tuple[int, ...]:
+        chat = ChatTemplate(self._own().tokenizer)  # a new one each time: it keeps every sequence of roles it has seen
+        turns = [chat.message(_role(m), m.content) for m in messages]
         if passages is not None:
             asked = list(turns[-1].ids)
             for number, passage in enumerate(passages, start=1):
-                asked += chat.plain("\n\n") if number == 1 else ()
-                asked += chat.plain(f"[{number}] ") + chat.plain(passage_text(passage) + "\n\n")
-            turns[-1] = Turn("user", tuple(asked))
+                asked += chat.encode("\n\n") if number == 1 else ()
+                asked += chat.encode(f"[{number}] ") + chat.encode(passage_text(passage) + "\n\n")
+            turns[-1] = TokenizedMessage("user", tuple(asked))
             if all(turn.role != "system" for turn in turns):
-                turns.insert(0, chat.turn("system", SYSTEM))
+                turns.insert(0, chat.message("system", SYSTEM_PROMPT))
         try:
-            return chat.layout(turns).ids
+            return chat.apply(turns).ids
         except ValueError as error:
             raise bad_request(first_line(error), "messages") from error
 

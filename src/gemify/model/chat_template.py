@@ -21,7 +21,7 @@ _MARK = re.compile("\ue000(\\d+)\ue001")  # private-use characters: no template 
 
 
 @dataclass(frozen=True)
-class Turn:
+class TokenizedMessage:
     """One message; its content as ids."""
 
     role: Role
@@ -29,14 +29,14 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """A conversation's ids, and at which column each turn's content starts."""
+class ChatPrompt:
+    """A conversation's ids, and at which position each message's content starts."""
 
     ids: tuple[int, ...]
-    starts: tuple[int, ...]
+    content_starts: tuple[int, ...]
 
 
-class ChatFormat:
+class ChatTemplate:
     """A tokenizer's chat template, applied to contents that are ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -45,39 +45,39 @@ class ChatFormat:
         self._tokenizer = tokenizer
         self._templates: dict[tuple[str, ...], list[str]] = {}
 
-    def plain(self, text: str) -> tuple[int, ...]:
+    def encode(self, text: str) -> tuple[int, ...]:
         """Ids of a text in which control tokens' names are text."""
         return tuple(
             self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         )
 
-    def turn(self, role: Role, text: str) -> Turn:
-        return Turn(role, self.plain(text))
+    def message(self, role: Role, text: str) -> TokenizedMessage:
+        return TokenizedMessage(role, self.encode(text))
 
-    def layout(self, turns: Sequence[Turn]) -> Layout:
+    def apply(self, messages: Sequence[TokenizedMessage]) -> ChatPrompt:
         """The prompt of a conversation, up to where the assistant's next answer starts."""
         ids: list[int] = []
         starts: list[int] = []
-        for at, piece in enumerate(self._pieces(tuple(turn.role for turn in turns))):
+        for at, piece in enumerate(self._pieces(tuple(message.role for message in messages))):
             if at % 2 == 0:
                 ids += self._tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             else:
                 starts.append(len(ids))
-                ids += turns[int(piece)].ids
-        return Layout(tuple(ids), tuple(starts))
+                ids += messages[int(piece)].ids
+        return ChatPrompt(tuple(ids), tuple(starts))
 
     def _pieces(self, roles: tuple[str, ...]) -> list[str]:
-        """The template's words and the turns' numbers, in alternation."""
+        """The template's own text and the messages' numbers, in alternation."""
         if roles not in self._templates:
             messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
             try:
                 text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
             except Exception as error:  # templates raise what they like
-                raise ValueError(f"the chat template refuses turns of {', '.join(roles)}: {error}") from error
+                raise ValueError(f"the chat template refuses messages of {', '.join(roles)}: {error}") from error
             pieces = _MARK.split(text)
             if pieces[1::2] != [str(i) for i in range(len(roles))]:
                 raise ValueError(
-                    f"the chat template leaves out or repeats turns of {', '.join(roles)}: it cannot be cached"
+                    f"the chat template leaves out or repeats messages of {', '.join(roles)}: it cannot be cached"
                 )
             self._templates[roles] = pieces
         return self._templates[roles]
