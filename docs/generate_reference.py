@@ -20,12 +20,14 @@ from typing import Any
 
 import griffe
 from fastapi import APIRouter, FastAPI
+from typer.main import get_command
 
 import gemify.cli.main
 from gemify.serving import routes
 from gemify.training.recipe import Recipe
 
 DOCS = Path(__file__).parent
+COMMAND: Any = get_command(gemify.cli.main.app)
 
 COMMAND_LINE = """# Command line
 
@@ -71,6 +73,10 @@ def command_line() -> str:
     )
     body = made.stdout.partition("**Usage**")[2].replace("&#x27;", "'")
     body = re.sub(r"(?m)^(\* `[^`]*`:.*)$", lambda line: line[0].replace("[", "\\["), body)
+    for name, verb in COMMAND.commands.items():  # whole sentences: typer cuts them
+        first = (verb.help or "").partition("\n\n")[0]
+        line = f"* `{name}`: {_line(first)}"
+        body = re.sub(rf"(?m)^\* `{name}`: .*$", lambda _, line=line: line, body, count=1)
     return f"{COMMAND_LINE.format(version=gemify.__version__)}\n**Usage**{body}"
 
 
@@ -131,9 +137,7 @@ def _line(text: str) -> str:
 
 def recipe() -> str:
     """The recipe's fields: what a field says of itself, else what its flag says."""
-    from typer.main import get_command
-
-    flags = {p.name: p.help for p in get_command(gemify.cli.main.app).commands["train"].params}  # type: ignore[attr-defined]
+    flags = {p.name: p.help for p in COMMAND.commands["train"].params}
     source = griffe.load("gemify.training.recipe", search_paths=[str(DOCS.parent / "src")])["Recipe"]
     hints = typing.get_type_hints(Recipe)
     rows = []

@@ -83,8 +83,10 @@ class GemIndex:
             model: None serves full-text search, and vector search with vectors of the caller's.
             create: make the store if there is none.
             model_name: by what name the model is loaded, for a new store to remember.
-            tokens, overlap, context, precision: of a new store (`ChunkSettings`, `StoreMeta`); of an existing one they
-                must be what it was made with, or None.
+            tokens: most tokens of a passage of a new store. None: the default, or what an existing store was made with.
+            overlap: tokens that a passage repeats of the one before; None as for ``tokens``.
+            context: embed title and headings with a passage; None as for ``tokens``.
+            precision: of the stored vectors; None as for ``tokens``.
 
         Raises:
             ValueError: no store, a damaged one, or one made by another model or with other settings.
@@ -133,7 +135,8 @@ class GemIndex:
         call finishes the work and ends with the same index; Ctrl-C and SIGTERM end it after the commit under way.
 
         Args:
-            text_column, title_column: of .jsonl rows.
+            text_column: field of .jsonl rows that holds the text.
+            title_column: field of .jsonl rows that holds the title.
             limit: most new or changed files to take in now.
             batch_size: most chunks that the model embeds at a time.
             commit_tokens: tokens embedded between two commits.
