@@ -21,13 +21,14 @@ import tiny_data
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.evaluation.baselines import load_baseline
+from gemify.evaluation.baselines import BaselineEncoder
 from gemify.evaluation.models import encoder_entry
 from gemify.evaluation.mteb_runner import run_task
 from gemify.evaluation.mteb_tasks import LOCAL_TASKS
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.suite import SUITES, Plan, evaluate
 from gemify.evaluation.task_suites import GEM16, LLM2VEC15
+from gemify.model.base import load_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -336,7 +337,7 @@ def test_baselines_are_measured_on_the_gems_base(run: Run, model: str, base_dir:
     assert [s.facts["kind"] for s in entries] == ["gem", "baseline", "baseline"]
     rows = tiny_data.read_rows(run.data / "mteb/sts/STSBenchmark.test.jsonl.gz")
     for entry, method in zip(entries[1:], ("mean", "prompteol"), strict=True):
-        encoder = load_baseline(str(base_dir), method, dtype=torch.float32)  # type: ignore[arg-type]
+        encoder = BaselineEncoder(*load_base(str(base_dir), dtype=torch.float32), method)  # type: ignore[arg-type]
         one, two = (torch.tensor(encoder.encode([r[n] for r in rows])) for n in ("sentence1", "sentence2"))
         found = spearmanr(torch.cosine_similarity(one, two), [r["score"] for r in rows]).statistic
         assert run.store.scores(entry)["STSBenchmark"]["score"] == pytest.approx(100 * found, abs=0.05)

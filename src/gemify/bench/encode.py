@@ -29,13 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
-from gemify.evaluation.baselines import BaselineEncoder, load_sentence_transformer
+from gemify.evaluation.baselines import BaselineEncoder, BidirectionalEncoder, load_sentence_transformer
 from gemify.model.base import default_device
 from gemify.model.export import export
-from gemify.model.forward import right_pad
 from gemify.model.gem import GemModel
 
 if TYPE_CHECKING:
@@ -52,18 +50,6 @@ class Side:
 
     encode: Callable[[list[str]], np.ndarray]
     padding: Callable[[], float | None] = lambda: None
-
-
-class Bidirectional(BaselineEncoder):
-    """The base with its causal mask away: what LLM2Vec runs, without its training."""
-
-    def _pool(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
-        ids_BT, mask_BT = (t.to(self.lm.device) for t in right_pad([ids for ids, _ in rows]))
-        seen_B1TT = mask_BT[:, None, None, :].expand(-1, 1, ids_BT.shape[1], -1)
-        hidden_BTD = self.lm.get_decoder()(
-            input_ids=ids_BT, attention_mask=seen_B1TT, use_cache=False
-        ).last_hidden_state.float()
-        return (hidden_BTD * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
 
 
 def read_texts(path: Path, count: int) -> list[str]:
@@ -162,7 +148,9 @@ def _sides(
         made[GATED] = _ours(own, max_tokens=max_tokens)
     if PEER in wanted:
         made[PEER] = _theirs(str(directory / written.embedding[0]), device, dtype)
-    made["bidirectional"] = Side(Bidirectional(plain.lm, plain.tokenizer, "mean", plain.config.max_length).encode)
+    made["bidirectional"] = Side(
+        BidirectionalEncoder(plain.lm, plain.tokenizer, "mean", plain.config.max_length).encode
+    )
     made["Echo"] = Side(BaselineEncoder(plain.lm, plain.tokenizer, "echo", plain.config.max_length).encode)
 
     def tokens(texts: list[str]) -> list[int]:

@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gemify.io.errors import first_line
-from gemify.model.base import load_base, max_positions
+from gemify.model.base import max_positions
 from gemify.model.batching import length_groups
 from gemify.model.encode import TextTokenizer
 from gemify.model.forward import positions_of, right_pad
@@ -111,11 +111,16 @@ class BaselineEncoder:
         return (hidden_BTD * weights_BT[..., None]).sum(1) / weights_BT.sum(1, keepdim=True)
 
 
-def load_baseline(base: str, method: Baseline, **loading: Any) -> BaselineEncoder:
-    """A baseline on a base model: directory, .gguf, repo id or ``starter``."""
-    if method not in BASELINES:
-        raise ValueError(f"unknown baseline {method!r}: choose from {', '.join(BASELINES)}")
-    return BaselineEncoder(*load_base(base, **loading), method)
+class BidirectionalEncoder(BaselineEncoder):
+    """The base without its causal mask, mean over the text: what LLM2Vec (arXiv 2404.05961) runs, without its training."""
+
+    def _pool(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
+        ids_BT, mask_BT = (t.to(self.lm.device) for t in right_pad([ids for ids, _ in rows]))
+        visible_B1TT = mask_BT[:, None, None, :].expand(-1, 1, ids_BT.shape[1], -1)
+        hidden_BTD = self.lm.get_decoder()(
+            input_ids=ids_BT, attention_mask=visible_B1TT, use_cache=False
+        ).last_hidden_state.float()
+        return (hidden_BTD * mask_BT[..., None]).sum(1) / mask_BT.sum(1, keepdim=True)
 
 
 def load_sentence_transformer(name: str, *, device: str | None = None, dtype: torch.dtype = torch.float32) -> Any:
