@@ -156,7 +156,7 @@ def test_everything_imports_without_the_extras() -> None:
     """The integrations are their frameworks' subclasses: only they need theirs, and they say so."""
     code = (
         "import sys, importlib, pkgutil, gemify\n"
-        "for name in ('datasets', 'pyarrow', 'tensorboard', 'sentence_transformers', 'mteb', 'lm_eval', 'rouge_score', 'matplotlib', 'langchain_core', 'llama_index', 'lancedb', 'lance', 'ray', 'pypdf', 'docx', 'bs4', 'fastapi', 'starlette', 'uvicorn', 'limits', 'prometheus_client'): sys.modules[name] = None\n"
+        "for name in ('datasets', 'pyarrow', 'tensorboard', 'sentence_transformers', 'mteb', 'lm_eval', 'matplotlib', 'langchain_core', 'llama_index', 'lancedb', 'lance', 'ray', 'pypdf', 'docx', 'bs4', 'fastapi', 'starlette', 'uvicorn', 'limits', 'prometheus_client'): sys.modules[name] = None\n"
         "for m in pkgutil.walk_packages(gemify.__path__, 'gemify.'):\n"
         "    try:\n"
         "        if not m.name.endswith('__main__'): importlib.import_module(m.name)\n"

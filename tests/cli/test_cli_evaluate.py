@@ -13,9 +13,8 @@ import pytest
 
 pytest.importorskip("mteb")
 pytest.importorskip("lm_eval")
-pytest.importorskip("rouge_score")
 pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
+pytest.importorskip("markdown_it")
 
 import gemify.evaluation.suite
 import tiny_data

@@ -18,6 +18,7 @@ from gemify.evaluation.recovery import (
     LENGTHS,
     attack_vectors,
     measure_recovery,
+    rouge_l,
     select_texts_by_length,
     token_f1,
 )
@@ -66,7 +67,6 @@ def lcs(one: list[str], other: list[str]) -> int:
 
 def test_the_cell_compares_what_comes_back(gem: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """More texts than a batch, so that rows could be mixed up."""
-    pytest.importorskip("rouge_score")
     answers = {
         "the cat sat on the mat": "the  cat sat on\nthe mat ",
         "the dog": "the cat sat",
@@ -101,11 +101,19 @@ def test_the_cell_compares_what_comes_back(gem: GemModel, monkeypatch: pytest.Mo
     assert by_text["Nothing"]["token_f1"] == by_text["Nothing"]["rouge_l"] == 0.0
 
 
+def test_rouge_l_is_that_of_the_rouge_score_package() -> None:
+    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"], use_stemmer=False)
+    draw = np.random.default_rng(0)
+    words = ["The", "cat", "sat", "on", "mat.", "it's", "née", "2nd", "--", ""]
+    for _ in range(300):
+        one, other = (" ".join(draw.choice(words, draw.integers(0, 12))) for _ in range(2))
+        assert rouge_l(one, other) == scorer.score(one, other)["rougeL"].fmeasure
+
+
 TEXTS = ["the red stone", "a", "seven rivers"]
 
 
 def test_the_first_special_token_alone_recovers_as_a_model_that_has_no_other(base_dir: Path) -> None:
-    pytest.importorskip("rouge_score")
     two = GemModel.from_base(str(base_dir), special_tokens=2)
     one = GemModel.from_base(str(base_dir), special_tokens=list(two.config.special_tokens[:1]))
     disturb(two)

@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("mteb")
 pytest.importorskip("lm_eval")
-pytest.importorskip("rouge_score")
 
 from scipy.stats import spearmanr
 

@@ -13,8 +13,8 @@ import pytest
 from browser import Visit, browsing
 from running_server import Served, indexed, serving
 
+from gemify.model.recovery import common_subsequence_length
 from gemify.retrieval.index import GemIndex
-from gemify.serving.routes.recover import longest_common
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 CORPUS = {
@@ -250,7 +250,7 @@ def test_words_are_compared_by_their_longest_common_subsequence(visit: Visiting)
         got = seen.page.evaluate(compare, [" ".join(a), " ".join(b)])
         kept = [[w["word"] for w in got[side] if w.get("shared")] for side in ("before", "after")]
         assert kept[0] == kept[1]
-        assert len(kept[0]) == got["shared"] == longest_common(a, b)
+        assert len(kept[0]) == got["shared"] == common_subsequence_length(a, b)
 
 
 def test_what_others_wrote_stays_text(visit: Visiting) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gemify.model.gem import GemModel
+from gemify.model.recovery import common_subsequence_length
 
 LENGTHS = (6, 12, 24, 48, 96)
 """Token lengths that texts are cut to, one for each of the report's buckets."""
@@ -50,9 +51,6 @@ def measure_recovery(gem: GemModel, texts: Sequence[str], *, k: int | None = Non
     Returns the cell of the report: of each text its length in tokens, whether it came back exactly (spaces aside), the
     F1 over tokens, and ROUGE-L.
     """
-    from rouge_score.rouge_scorer import RougeScorer
-
-    rouge = RougeScorer(["rougeL"], use_stemmer=False)
     with_k = _with_special_tokens(gem, k)
     tokenize = gem.text_tokenizer
     rows: list[dict[str, Any]] = []
@@ -69,7 +67,7 @@ def measure_recovery(gem: GemModel, texts: Sequence[str], *, k: int | None = Non
                     "tokens": len(wanted),
                     "exact": _spaced(text) == _spaced(guess),
                     "token_f1": token_f1(wanted, got),
-                    "rouge_l": float(rouge.score(text, guess)["rougeL"].fmeasure),
+                    "rouge_l": rouge_l(text, guess),
                 }
             )
     return {"k": with_k.config.k, "rows": rows}
@@ -79,6 +77,16 @@ def token_f1(wanted: Sequence[int], got: Sequence[int]) -> float:
     """Harmonic mean of precision and recall over tokens, counted with repetition."""
     same = sum((Counter(wanted) & Counter(got)).values())
     return 2.0 * same / (len(wanted) + len(got)) if wanted and got else float(not wanted and not got)
+
+
+def rouge_l(wanted: str, got: str) -> float:
+    """ROUGE-L (Lin, 2004): F1 of the longest common subsequence of lower-case words, as ``rouge_score`` gives it."""
+    words, back = (re.findall(r"[a-z0-9]+", text.lower()) for text in (wanted, got))
+    common = common_subsequence_length(words, back)
+    if not common:
+        return 0.0
+    precision, recall = common / len(back), common / len(words)
+    return 2 * precision * recall / (precision + recall)
 
 
 def attack_vectors(gem: GemModel, known: Sequence[str], texts: Sequence[str], *, ridge: float = 1.0) -> dict[str, Any]:

@@ -41,7 +41,13 @@ class ModelEntry:
             )
 
     @property
+    def key(self) -> tuple[str, str]:
+        """Name and revision, which no two models share."""
+        return self.name, self.revision
+
+    @property
     def folder(self) -> Path:
+        """Where its results lie below each kind's directory."""
         return Path(self.name.replace("/", "__")) / self.revision
 
 

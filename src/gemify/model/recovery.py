@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,3 +56,19 @@ def greedy_from_specials(
         ).logits[:, -1]
         position_B = position_B + 1
     return rows
+
+
+def common_subsequence_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
+    """Length of the longest common subsequence of two sequences.
+
+    One integer holds a row of the usual table, a bit for each item of ``a`` (Hyyrö, 2004).
+    """
+    positions: dict[Hashable, int] = {}
+    for at, item in enumerate(a):
+        positions[item] = positions.get(item, 0) | 1 << at
+    full = (1 << len(a)) - 1
+    row = full
+    for item in b:
+        matches = row & positions.get(item, 0)
+        row = ((row + matches) | (row - matches)) & full
+    return len(a) - row.bit_count()

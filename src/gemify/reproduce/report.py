@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Any
 
+from gemify.evaluation.report.comparison import macro_mean, mean_score, recovery_buckets
 from gemify.evaluation.report.published import TABLES
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.task_suites import task_type
+from gemify.io.tables import format_number, markdown_table
 from gemify.reproduce.scales import GATED, Scale
-from gemify.reproduce.tables import Cell, title_of
+from gemify.reproduce.tables import TableCell, title_of
 from gemify.training.recipe import PRESETS
 
 MMLU_SUBJECTS = 57
-LENGTHS = ((1, 10), (11, 20), (21, 30), (31, 60), (61, None))
-"""Lengths, in tokens of the text, that recovery is shown by; the paper speaks of about 30 (Appendix B)."""
-
-_NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -34,36 +31,47 @@ class Finished:
         return [s for kind in kinds for s in self.entries if s.facts["kind"] == kind]
 
 
-def markdown(
+def write_markdown(
     table: str,
     scale: Scale,
-    cells: Sequence[Cell],
-    finished: Mapping[Cell, Finished],
+    cells: Sequence[TableCell],
+    finished: Mapping[TableCell, Finished],
     store: ResultStore,
     training_data: str,
 ) -> str:
-    """The whole page."""
+    """The whole page.
+
+    Args:
+        table: ``table1`` to ``table6``.
+        scale: The size it is run at.
+        cells: All cells of the table.
+        finished: Those that are measured.
+        store: Where their figures are.
+        training_data: What they were trained on, for the page to say.
+    """
     number = table.removeprefix("table")
-    head = f"# Table {number}: {title_of(table)}" if table in TABLES else f"# Appendix B: {title_of(table)}"
-    lines = [head, "", *_stated(table, scale, cells, training_data), ""]
+    title = f"# Table {number}: {title_of(table)}" if table in TABLES else f"# Appendix B: {title_of(table)}"
+    blocks = [title, *_stated(table, scale, cells, training_data)]
     if table in TABLES:
-        scores = {c: figures(c, f, scale, store) for c, f in finished.items()}
-        lines += [*_beside(table, cells, scores), "", *_by_task(scores, scale)]
+        scores = {c: cell_scores(c, f, scale, store) for c, f in finished.items()}
+        blocks += [_beside_paper(table, cells, scores), "Ours, task by task:", _by_task(scores, scale)]
     else:
-        lines += _recovery(cells, finished, store)
+        blocks.append(_recovery(finished, store))
     if missing := [c.name for c in cells if c not in finished]:
-        lines += ["", f"**Not finished: {len(missing)} of {len(cells)} cells** ({', '.join(missing)})."]
-        lines += ["The same command goes on with them."]
+        blocks.append(
+            f"**Not finished: {len(missing)} of {len(cells)} cells** ({', '.join(missing)}).\n"
+            "The same command goes on with them."
+        )
     seconds = sum(f.training + f.evaluation for f in finished.values())
-    lines += ["", f"{len(finished)} of {len(cells)} cells finished, {seconds:,.0f} s of training and evaluation."]
-    return "\n".join(lines) + "\n"
+    blocks.append(f"{len(finished)} of {len(cells)} cells finished, {seconds:,.0f} s of training and evaluation.")
+    return "\n\n".join(blocks) + "\n"
 
 
-def figures(cell: Cell, finished: Finished, scale: Scale, store: ResultStore) -> dict[str, float]:
-    """A cell's scores in percent by the paper's column names, by task, and the held-out loss in its own unit.
+def cell_scores(cell: TableCell, finished: Finished, scale: Scale, store: ResultStore) -> dict[str, float]:
+    """A cell's scores in percent, by the paper's column names and by task, and the held-out loss in nats a token.
 
-    A mean is there only if all that it is a mean of is there: "MTEB subset" is over the scale's tasks, a type's mean
-    over those of the type, MMLU the mean over its 57 subjects.
+    A mean is there only if all that it covers is there: "MTEB subset" covers the scale's tasks, a type's mean those of
+    the type, MMLU its 57 subjects.
     """
     found: dict[str, float] = {}
     for entry in finished.of_kind("gem", "baseline"):
@@ -71,28 +79,26 @@ def figures(cell: Cell, finished: Finished, scale: Scale, store: ResultStore) ->
     groups = {"MTEB subset": list(scale.vectors)}
     for task in scale.vectors:
         groups.setdefault(task_type(task), []).append(task)
-    means = {name: fmean(found[t] for t in some) for name, some in groups.items() if some and set(some) <= set(found)}
+    means = {name: mean for name, tasks in groups.items() if (mean := mean_score(found, tasks)) is not None}
     language: dict[str, dict[str, Any]] = {}
     for entry in finished.of_kind("base", "baseline", "gem") if cell.untouched else finished.of_kind("gem"):
         language |= store.cells("language", entry)
     benchmark = "mmlu" if scale.limit is None else f"mmlu, first {scale.limit}"
-    accuracies = [c["metrics"]["acc"] for c in language.values() if c["group"] == benchmark]
-    if len(accuracies) == MMLU_SUBJECTS:
-        means["MMLU"] = 100.0 * fmean(accuracies)
+    subjects = [c for c in language.values() if c["group"] == benchmark]
+    if len(subjects) == MMLU_SUBJECTS:
+        means["MMLU"] = macro_mean(subjects, "acc")
     if "held_out" in language:
         means["held-out loss"] = language["held_out"]["metrics"][language["held_out"]["main"]]
     return {**found, **means}
 
 
-def _stated(table: str, scale: Scale, cells: Sequence[Cell], training_data: str) -> list[str]:
+def _stated(table: str, scale: Scale, cells: Sequence[TableCell], training_data: str) -> list[str]:
     """The scale, in words: what our figures are figures of."""
     recipe = next(c.recipe for c in cells if c.recipe is not None)
     rows = scale.steps * recipe["batch_size"]
     limit = "uncut" if scale.limit is None else f"cut to {scale.limit} rows a task"
     changed = {k: v for k, v in scale.recipe.items() if PRESETS["paper"].get(k) != v}
     lines = [
-        "Source of the rows marked *paper*: Zhang et al., arXiv 2506.04344v1. Rows marked *ours* are measured here:",
-        "",
         f"- scale: {scale.name}; base: {', '.join(b.name for b in scale.bases_of(table))}",
         f"- training: {scale.steps} steps, {scale.ntp_steps} of them next-token prediction (all, where only that is"
         f" trained); {recipe['batch_size']} rows a step, {rows:,} rows; precision {scale.precision};"
@@ -113,63 +119,51 @@ def _stated(table: str, scale: Scale, cells: Sequence[Cell], training_data: str)
         lines.append("- the paper's means by type are over MTEB's 56 English tasks, ours over the tasks above")
     elif table in TABLES:
         lines.append("- the paper's MTEB subset is GEM16 (its Appendix A), ours the tasks above")
-    return lines
+    source = (
+        "Source of the rows marked *paper*: Zhang et al., arXiv 2506.04344v1. Rows marked *ours* are measured here:"
+    )
+    return [source, "\n".join(lines)]
 
 
-def _beside(table: str, cells: Sequence[Cell], scores: Mapping[Cell, Mapping[str, float]]) -> list[str]:
+def _beside_paper(table: str, cells: Sequence[TableCell], scores: Mapping[TableCell, Mapping[str, float]]) -> str:
     """Rows of ours, each with the paper's beneath; then those of the paper that nothing of ours stands beside."""
     paper = TABLES[table]
-    printed = {row.label: row.values for row in paper.rows}
-    lines = _head(["row", "whose", *paper.columns])
-    shown = set()
+    printed = {row.label: (row.label, "paper", *map(format_number, row.values)) for row in paper.rows}
+    rows = []
     for label in dict.fromkeys(c.label for c in cells):
-        mine = [c for c in cells if c.label == label]
-        found = {name + c.part: value for c in mine for name, value in scores.get(c, {}).items()}
-        whose = "ours" if any(c in scores for c in mine) else "ours, not finished"
-        lines.append(_row([label, whose, *(_number(found.get(column)) for column in paper.columns)]))
-        if (twin := mine[0].paper) is not None and twin in printed:
-            lines.append(_row([twin, "paper", *map(_number, printed[twin])]))
-            shown.add(twin)
-    lines += [_row([label, "paper", *map(_number, v)]) for label, v in printed.items() if label not in shown]
-    return lines
+        parts = [c for c in cells if c.label == label]
+        found = {name + c.part: value for c in parts for name, value in scores.get(c, {}).items()}
+        source = "ours" if any(c in scores for c in parts) else "ours, not finished"
+        rows.append((label, source, *(format_number(found.get(column)) for column in paper.columns)))
+        if parts[0].paper in printed:
+            rows.append(printed.pop(parts[0].paper))
+    return markdown_table(["row", "whose", *paper.columns], [*rows, *printed.values()])
 
 
-def _by_task(scores: Mapping[Cell, Mapping[str, float]], scale: Scale) -> list[str]:
-    columns = [*scale.vectors, *(["held-out loss"] if "held_out" in scale.language else [])]
-    lines = ["Ours, task by task:", "", *_head(["row", *columns])]
-    for cell, found in scores.items():
-        numbers = [_number(found.get(column), 4 if column == "held-out loss" else 2) for column in columns]
-        lines.append(_row([cell.label + cell.part, *numbers]))
-    return lines
+def _by_task(scores: Mapping[TableCell, Mapping[str, float]], scale: Scale) -> str:
+    columns = {
+        **dict.fromkeys(scale.vectors, ".2f"),
+        **({"held-out loss": ".4f"} if "held_out" in scale.language else {}),
+    }
+    rows = [
+        (cell.label + cell.part, *(format_number(found.get(column), spec) for column, spec in columns.items()))
+        for cell, found in scores.items()
+    ]
+    return markdown_table(["row", *columns], rows)
 
 
-def _recovery(cells: Sequence[Cell], finished: Mapping[Cell, Finished], store: ResultStore) -> list[str]:
+def _recovery(finished: Mapping[TableCell, Finished], store: ResultStore) -> str:
     """Recovered texts by length: the share that came back exactly, token F1 and ROUGE-L, in percent."""
-    lines = _head(["row", "tokens", "texts", "exact", "token F1", "ROUGE-L"])
-    for cell in [c for c in cells if c in finished]:
+    lines = []
+    for cell, done in finished.items():
         rows: list[dict[str, Any]] = []
-        for entry in finished[cell].of_kind("gem"):
+        for entry in done.of_kind("gem"):
             rows += store.cells("recovery", entry).get("special_tokens", {}).get("rows", [])
-        for low, high in LENGTHS:
-            some = [r for r in rows if low <= r["tokens"] <= (high or r["tokens"])]
-            means = (
-                [_number(100.0 * fmean(r[m] for r in some)) for m in ("exact", "token_f1", "rouge_l")] if some else []
-            )
-            length = f"{low} to {high}" if high else f"{low} and more"
-            lines.append(_row([cell.label, length, str(len(some)), *(means or [_NONE] * 3)]))
-    return lines
-
-
-def _head(names: Sequence[str]) -> list[str]:
-    return [_row(names), "|" + "---|" * len(names)]
-
-
-def _row(fields: Sequence[str]) -> str:
-    return "| " + " | ".join(field.replace("|", "\\|") for field in fields) + " |"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return _NONE if value is None else f"{value:.{digits}f}"
+        for bucket in recovery_buckets(rows):
+            shares = (bucket.exact, bucket.token_f1, bucket.rouge_l)
+            percent = (format_number(None if share is None else 100.0 * share) for share in shares)
+            lines.append((cell.label, bucket.label, str(bucket.n), *percent))
+    return markdown_table(["row", "tokens", "texts", "exact", "token F1", "ROUGE-L"], lines)
 
 
 def _settings(values: Mapping[str, Any]) -> str:

@@ -17,43 +17,22 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
+from gemify.evaluation import suite
 from gemify.evaluation.results import ModelEntry, ResultStore, read_json
 from gemify.io.atomic import atomic_file
-from gemify.reproduce.report import Finished, markdown
+from gemify.reproduce.report import Finished, write_markdown
 from gemify.reproduce.scales import TABLE_NAMES, Scale, scale_of
-from gemify.reproduce.tables import Cell, cells_of
+from gemify.reproduce.tables import TableCell, cells_of
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import CHECKPOINTS, train
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["TABLE_NAMES", "estimate_seconds", "plan_cells", "reproduce"]
-
-
-class Evaluate(Protocol):
-    """The evaluation suite, as a table calls it: measures one model into a store and says under which names."""
-
-    def __call__(
-        self,
-        model: str | None,
-        *,
-        vectors: tuple[str, ...],
-        language: tuple[str, ...],
-        recovery: int,
-        baselines: tuple[str, ...],
-        base: str | None,
-        output: Path,
-        data: Path | None,
-        limit: int | None,
-        dtype: str,
-        instructions: bool,
-        device: str | None,
-        show_progress_bar: bool,
-    ) -> Sequence[ModelEntry]: ...
 
 
 def reproduce(
@@ -68,15 +47,33 @@ def reproduce(
     limit: int | None = None,
     device: str | None = None,
     show_progress_bar: bool = True,
-    on_cell: Callable[[Cell], None] | None = None,
-    evaluate: Evaluate | None = None,
+    on_cell: Callable[[TableCell], None] | None = None,
+    evaluate: Callable[..., Sequence[ModelEntry]] = suite.evaluate,
 ) -> Path:
-    """Run what is not finished of a table and return its Markdown.
+    """Run what is not finished of a table.
 
-    ``data`` is the evaluation's directory, ``training_data`` as in a training recipe. ``on_cell`` hears of every cell
-    that is about to run. An interruption (`gemify.io.signals.StopRequestedError`, KeyboardInterrupt) or an error leaves what
-    is finished, and the table with it; the same call goes on from there. Raises ValueError for an unknown table or scale
-    and for anything else the user can mend.
+    An interruption (`gemify.io.signals.StopRequestedError`, KeyboardInterrupt) or an error keeps what is finished, and the
+    table with it. The same call goes on from there.
+
+    Args:
+        table: ``table1`` to ``table6``.
+        output: Directory of everything that is written.
+        data: Local evaluation data; None: the hub.
+        training_data: Text to train on, as in a training recipe.
+        scale: ``starter`` or ``paper``.
+        base: Another base model than the scale's.
+        steps: Other training steps than the scale's.
+        limit: Another limit of rows a language task than the scale's.
+        device: Of training and evaluation; None: the best there is.
+        show_progress_bar: Show bars on stderr.
+        on_cell: Called with every cell that is about to run.
+        evaluate: What measures a model: `gemify.evaluation.suite.evaluate`, or its like.
+
+    Returns:
+        Path of the table as Markdown.
+
+    Raises:
+        ValueError: The table or scale is unknown, or anything else that the user can mend.
     """
     chosen = scale_of(scale, base=base, steps=steps, limit=limit)
     cells = cells_of(table, chosen)
@@ -88,7 +85,7 @@ def reproduce(
         finished = {c: f for c in cells if (f := _read_finished(c, chosen, training_data, output)) is not None}
         with atomic_file(path) as stage:
             stage.write_text(
-                markdown(table, chosen, cells, finished, ResultStore(output / "evaluation"), training_data),
+                write_markdown(table, chosen, cells, finished, ResultStore(output / "evaluation"), training_data),
                 encoding="utf-8",
             )
 
@@ -98,7 +95,7 @@ def reproduce(
             continue
         if on_cell is not None:
             on_cell(cell)
-        _run(
+        _run_cell(
             cell,
             chosen,
             training_data,
@@ -106,7 +103,7 @@ def reproduce(
             data=data,
             device=device,
             show_progress_bar=show_progress_bar,
-            evaluate=evaluate or _suite,
+            evaluate=evaluate,
         )
         write()
     return path
@@ -121,15 +118,15 @@ def plan_cells(
     base: str | None = None,
     steps: int | None = None,
     limit: int | None = None,
-) -> list[Cell]:
-    """The cells that `reproduce` would run: all of the table, less those finished in ``output``."""
+) -> list[TableCell]:
+    """List the cells that `reproduce` would run: all of the table, less those finished in ``output``."""
     chosen = scale_of(scale, base=base, steps=steps, limit=limit)
     cells = cells_of(table, chosen)
     return [c for c in cells if output is None or _read_finished(c, chosen, training_data, output) is None]
 
 
-def estimate_seconds(cells: Sequence[Cell], output: Path) -> float | None:
-    """How long cells will take, from what finished ones of the same measure took; None while there is none to go by."""
+def estimate_seconds(cells: Sequence[TableCell], output: Path) -> float | None:
+    """Estimate how long cells will take, from finished ones of the same measure; None while there are none."""
     total = 0.0
     for cell in cells:
         records = [read_json(p) for p in sorted((output / "cells").glob(f"*.{cell.measure}.json"))]
@@ -142,8 +139,8 @@ def estimate_seconds(cells: Sequence[Cell], output: Path) -> float | None:
     return total
 
 
-def _run(
-    cell: Cell,
+def _run_cell(
+    cell: TableCell,
     scale: Scale,
     training_data: str,
     output: Path,
@@ -151,9 +148,9 @@ def _run(
     data: Path | None,
     device: str | None,
     show_progress_bar: bool,
-    evaluate: Evaluate,
+    evaluate: Callable[..., Sequence[ModelEntry]],
 ) -> None:
-    """Train a cell (or go on with it), evaluate it, and write down that it is finished."""
+    """Train a cell (or go on with it), evaluate it, and record that it is finished."""
     run = output / "runs" / cell.name
     recipe = _recipe(cell, training_data)
     training: float = 0.0
@@ -163,10 +160,10 @@ def _run(
         shutil.rmtree(run / CHECKPOINTS, ignore_errors=True)  # of no use to a complete run, and gigabytes
         gc.collect()  # the trainer and its model refer to each other: free the weights before others are loaded
         torch.cuda.empty_cache()
-    began = time.perf_counter()
+    start = time.perf_counter()
     entries = evaluate(
         None if recipe is None else str(run),
-        **_cell_tasks(cell, scale),
+        plan=suite.Plan(**_cell_tasks(cell, scale), language_limit=scale.limit),
         baselines=("mean",) if recipe is None else (),
         base=cell.base if recipe is None else None,
         output=output / "evaluation",
@@ -181,38 +178,24 @@ def _run(
         "asked": _cell_request(cell, scale, training_data),
         "subjects": [[s.name, s.revision, s.facts["kind"]] for s in entries],
         "steps": cell.steps,
-        "seconds": {"training": training, "evaluation": round(time.perf_counter() - began, 3)},
+        "seconds": {"training": training, "evaluation": round(time.perf_counter() - start, 3)},
     }
     with atomic_file(_record(cell, output)) as stage:
         stage.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def _suite(
-    model: str | None,
-    *,
-    vectors: tuple[str, ...],
-    language: tuple[str, ...],
-    recovery: int,
-    limit: int | None,
-    **options: Any,
-) -> Sequence[ModelEntry]:
-    from gemify.evaluation.suite import Plan, evaluate
-
-    return evaluate(model, plan=Plan(vectors, language, recovery, language_limit=limit), **options)
-
-
-def _recipe(cell: Cell, training_data: str) -> Recipe | None:
+def _recipe(cell: TableCell, training_data: str) -> Recipe | None:
     return None if cell.recipe is None else Recipe.from_dict({**cell.recipe, "data": training_data}, source=cell.name)
 
 
-def _cell_tasks(cell: Cell, scale: Scale) -> dict[str, Any]:
+def _cell_tasks(cell: TableCell, scale: Scale) -> dict[str, Any]:
     if cell.measure == "recovery":
         return {"vectors": (), "language": (), "recovery": scale.recovery}
     return {"vectors": scale.vectors, "language": scale.language, "recovery": 0}
 
 
-def _cell_request(cell: Cell, scale: Scale, training_data: str) -> dict[str, Any]:
-    """Everything that decides a cell's figures, as JSON gives it back."""
+def _cell_request(cell: TableCell, scale: Scale, training_data: str) -> dict[str, Any]:
+    """Everything that a cell's figures depend on, as JSON gives it back."""
     asked = {
         "base": cell.base,
         "recipe": None if cell.recipe is None else {**cell.recipe, "data": training_data},
@@ -225,12 +208,12 @@ def _cell_request(cell: Cell, scale: Scale, training_data: str) -> dict[str, Any
     return value
 
 
-def _record(cell: Cell, output: Path) -> Path:
+def _record(cell: TableCell, output: Path) -> Path:
     return output / "cells" / f"{cell.name}.{cell.measure}.json"
 
 
-def _read_finished(cell: Cell, scale: Scale, training_data: str, output: Path) -> Finished | None:
-    """What is known of a finished cell; None if it is not finished, or with other settings only."""
+def _read_finished(cell: TableCell, scale: Scale, training_data: str, output: Path) -> Finished | None:
+    """The record of a finished cell; None if it is not finished, or with other settings only."""
     path = _record(cell, output)
     if not path.is_file() or (record := read_json(path))["asked"] != _cell_request(cell, scale, training_data):
         return None

@@ -62,6 +62,7 @@ class Scale:
     """Of evaluation."""
 
     def bases_of(self, table: str) -> tuple[Base, ...]:
+        """The base models that take part in a table."""
         return tuple(base for base in self.bases if table in base.tables)
 
     def values(self, base: Base, *, ntp_only: bool = False, gated: bool = False, **changes: Any) -> dict[str, Any]:

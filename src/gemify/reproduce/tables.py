@@ -23,7 +23,7 @@ Measure = Literal["scores", "recovery"]
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """One model of a table: how it is trained, and what is measured. Equal names mean equal models, in all tables."""
 
     name: str
@@ -50,7 +50,7 @@ class Cell:
         return self.recipe is None or self.recipe["tune"] == "gated"
 
 
-def cells_of(table: str, scale: Scale) -> tuple[Cell, ...]:
+def cells_of(table: str, scale: Scale) -> tuple[TableCell, ...]:
     """The cells of a table at a scale; ValueError for a table the paper does not have."""
     if table not in _CELLS:
         raise ValueError(f"unknown table {table!r}: choose one of {', '.join(TABLE_NAMES)}")
@@ -58,22 +58,23 @@ def cells_of(table: str, scale: Scale) -> tuple[Cell, ...]:
 
 
 def title_of(table: str) -> str:
+    """What a table shows."""
     return TABLES[table].title if table in TABLES else "Recovery of a text from its special token, by length"
 
 
-def _table1(scale: Scale, base: Base) -> list[Cell]:
+def _table1(scale: Scale, base: Base) -> list[TableCell]:
     ours = [_gated(scale, base, f"gated {base.short}")] if scale.gated else []
     vanilla = _vanilla(base, f"{base.short}, mean-pooled", paper=base.vanilla)
     return [vanilla, _gem(scale, base, f"GEM {base.short}", paper=base.gem), *ours]
 
 
-def _table2(scale: Scale, base: Base) -> list[Cell]:
+def _table2(scale: Scale, base: Base) -> list[TableCell]:
     rates = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
     ours = [_gated(scale, base, "gated, no raw rows", ntp_only=True)] if scale.gated else []
     return [*(_ntp(scale, base, str(p), paper=str(p), p=p) for p in rates), *ours]
 
 
-def _table3(scale: Scale, base: Base) -> list[Cell]:
+def _table3(scale: Scale, base: Base) -> list[TableCell]:
     paper = [
         _vanilla(base, "vanilla", paper="vanilla"),
         _ntp(scale, base, "+ mixed NTP", paper="+ mixed NTP"),
@@ -83,13 +84,13 @@ def _table3(scale: Scale, base: Base) -> list[Cell]:
     return paper + (ours if scale.gated else [])
 
 
-def _table4(scale: Scale, base: Base) -> list[Cell]:
+def _table4(scale: Scale, base: Base) -> list[TableCell]:
     counts = (1, 2, 5, 10)
     paper = [_gem(scale, base, str(k), paper=str(k), k=k) for k in counts]
     return paper + ([_gated(scale, base, f"gated, {k}", k=k) for k in counts] if scale.gated else [])
 
 
-def _table5(scale: Scale, base: Base) -> list[Cell]:
+def _table5(scale: Scale, base: Base) -> list[TableCell]:
     label = base.short
     return [
         _vanilla(base, label, paper=base.size, part=", vanilla"),
@@ -97,7 +98,7 @@ def _table5(scale: Scale, base: Base) -> list[Cell]:
     ]
 
 
-def _table6(scale: Scale, base: Base) -> list[Cell]:
+def _table6(scale: Scale, base: Base) -> list[TableCell]:
     """Recovery of texts of rising length from one special token's KV alone (Appendix B).
 
     The paper shows examples from an 8B model (verbatim up to about 30 tokens, then a paraphrase) and gives no figures,
@@ -115,7 +116,7 @@ def _table6(scale: Scale, base: Base) -> list[Cell]:
     return full + (ours if scale.gated else [])
 
 
-_CELLS: dict[str, Callable[[Scale, Base], list[Cell]]] = {
+_CELLS: dict[str, Callable[[Scale, Base], list[TableCell]]] = {
     "table1": _table1,
     "table2": _table2,
     "table3": _table3,
@@ -125,15 +126,15 @@ _CELLS: dict[str, Callable[[Scale, Base], list[Cell]]] = {
 }
 
 
-def _vanilla(base: Base, label: str, *, paper: str, part: str = "") -> Cell:
-    return Cell(f"{base.short}-vanilla", label, base.name, paper=paper, part=part)
+def _vanilla(base: Base, label: str, *, paper: str, part: str = "") -> TableCell:
+    return TableCell(f"{base.short}-vanilla", label, base.name, paper=paper, part=part)
 
 
 def _ntp(
     scale: Scale, base: Base, label: str, *, paper: str | None = None, p: float = 0.8, measure: Measure = "scores"
-) -> Cell:
+) -> TableCell:
     recipe = scale.values(base, ntp_only=True, mix=p)
-    return Cell(f"{base.short}-ntp-p{p}", label, base.name, recipe, paper, measure=measure)
+    return TableCell(f"{base.short}-ntp-p{p}", label, base.name, recipe, paper, measure=measure)
 
 
 def _gem(
@@ -145,14 +146,14 @@ def _gem(
     k: int = 1,
     part: str = "",
     measure: Measure = "scores",
-) -> Cell:
+) -> TableCell:
     recipe = scale.values(base, special_tokens=k)
-    return Cell(f"{base.short}-gem-k{k}", label, base.name, recipe, paper, part, measure)
+    return TableCell(f"{base.short}-gem-k{k}", label, base.name, recipe, paper, part, measure)
 
 
 def _gated(
     scale: Scale, base: Base, label: str, *, k: int = 1, ntp_only: bool = False, measure: Measure = "scores"
-) -> Cell:
+) -> TableCell:
     recipe = scale.values(base, gated=True, ntp_only=ntp_only, special_tokens=k)
     name = f"{base.short}-gated-ntp" if ntp_only else f"{base.short}-gated-k{k}"
-    return Cell(name, label, base.name, recipe, measure=measure)
+    return TableCell(name, label, base.name, recipe, measure=measure)

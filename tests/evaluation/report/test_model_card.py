@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("matplotlib")
-pytest.importorskip("jinja2")
+pytest.importorskip("markdown_it")
 
 from huggingface_hub import ModelCard
 

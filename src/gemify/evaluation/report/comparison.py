@@ -1,7 +1,7 @@
-"""What a report says: evaluated models from one or several result directories, their figures compared, as tables.
+"""Evaluated models, read from one or several result directories, and their figures compared.
 
-Plain data only, no layout: `page` turns it into Markdown and HTML, `plots` draws it. A figure that was not measured is
-None here and a dash in a table; a mean is of all its tasks or is not given.
+Numbers only: `sections` writes them as tables, `plots` draws them. A figure that was not measured is None. A mean is over
+all its tasks, or None.
 """
 
 from __future__ import annotations
@@ -19,31 +19,36 @@ import numpy as np
 from gemify.evaluation.results import KINDS, Kind, ModelEntry, ResultStore
 from gemify.evaluation.task_suites import DEVELOPMENT_TASKS, TYPES, task_type
 
-Cell = Mapping[str, Any]
+CellResult = Mapping[str, Any]
+"""What the store holds of one model on one task."""
 RAW_METRICS = frozenset({"loss", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"})
-"""Metrics shown as they are, where lower is better; all others are shares, shown times 100."""
+"""Metrics shown as they are; lower is better. All others are shares from 0 to 1, shown times 100."""
 BUCKETS = ((1, 8), (9, 16), (17, 32), (33, 64), (65, None))
-"""Lengths of texts in tokens that recovery is reported by, both ends included."""
-_WORDS_SHOWN = 60  # of a recovered text; longer ones are cut
+"""Text lengths in tokens that recovery is reported by, both ends included."""
+SUBSET = "SUBSET RUN"
+"""Marks every title and label with figures that were measured on some samples of each task only."""
+_MAX_WORDS = 60  # of a recovered text; longer ones are cut
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model entry with all that was measured of it."""
+class EvaluatedModel:
+    """A model and all that was measured of it."""
 
     entry: ModelEntry
     label: str
-    """For people, and for this model alone in the report: names the settings where they are what differs."""
+    """For people; unique in the report. Names the settings where models differ in nothing else."""
     scores: Mapping[str, float]
-    """Embedding tasks, 0 to 100."""
-    cells: Mapping[Kind, Mapping[str, Cell]]
-    base: Model | None = None
+    """Score of each embedding task, 0 to 100."""
+    cells: Mapping[Kind, Mapping[str, CellResult]]
+    base: EvaluatedModel | None = None
     """The model that its language cells are compared with."""
 
     def fact(self, name: str) -> Any:
+        """A fact of the model's entry, or None."""
         return self.entry.facts.get(name)
 
-    def cell(self, kind: Kind, task: str) -> Cell | None:
+    def cell(self, kind: Kind, task: str) -> CellResult | None:
+        """A finished cell, or None."""
         return self.cells[kind].get(task)
 
     @property
@@ -54,7 +59,7 @@ class Model:
 
 @dataclass(frozen=True)
 class LanguageRow:
-    """A language measure of a model beside its base's, in the units it is shown in."""
+    """A language metric of a model beside its base's, in the units it is shown in."""
 
     task: str
     metric: str
@@ -64,22 +69,24 @@ class LanguageRow:
     error: float | None = None
     """Standard error of the difference, paired over the samples."""
     identical: bool = False
-    """Whether both sides are equal in every single sample."""
+    """Whether both models are equal in every sample."""
     comparable: bool = True
-    """Whether both sides were measured on the same samples, as far as their number tells, in the same arithmetic."""
+    """Whether both models were measured on equally many samples with the same numerics."""
 
     @property
     def raw(self) -> bool:
+        """Whether the metric is one of `RAW_METRICS`."""
         return self.metric in RAW_METRICS
 
     @property
     def difference(self) -> float | None:
+        """This model less its base; None where the two are not comparable."""
         return self.value - self.base if self.base is not None and self.comparable else None
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """Recovery of the texts of some lengths; shares from 0 to 1, None where not measured."""
+    """Recovery of the texts of some lengths: shares from 0 to 1, None where not measured."""
 
     label: str
     n: int
@@ -90,18 +97,24 @@ class Bucket:
 
 @dataclass(frozen=True)
 class DiffWord:
-    """A word of a text that is compared with another; ``differs``: the other lacks it there."""
+    """A word of a text that is compared with another one."""
 
     text: str
     differs: bool = False
+    """Whether the other text lacks it at this place."""
 
 
 # Reading
 
 
-def load(directories: Sequence[Path]) -> list[Model]:
-    """The models in the directories, in order of name. The same entry in several of them is one model with the cells
-    of all; where both have a cell the first directory's counts. ValueError for a directory without models."""
+def load_models(directories: Sequence[Path]) -> list[EvaluatedModel]:
+    """The models in result directories, in order of name.
+
+    A model in several directories has the cells of all of them; where two have the same cell, the first directory's counts.
+
+    Raises:
+        ValueError: No directory is given, or one holds no models.
+    """
     if not directories:
         raise ValueError("a report needs at least one directory of results, got none: name those an evaluation wrote")
     stores = [ResultStore(Path(directory)) for directory in directories]
@@ -115,74 +128,70 @@ def load(directories: Sequence[Path]) -> list[Model]:
                 " `models` in them); evaluate a model into it first, or name another"
             )
         for entry in entries:
-            found.setdefault((entry.name, entry.revision), entry)
+            found.setdefault(entry.key, entry)
     labels = _labels([found[key] for key in sorted(found)])
-    return [_model(stores, found[key], found, labels) for key in sorted(found)]
+    return [_read_model(stores, found[key], found, labels) for key in sorted(found)]
 
 
-def one_model(store: ResultStore, entry: ModelEntry) -> Model:
-    """A single model of a store."""
-    found = {(s.name, s.revision): s for s in store.entries()}
-    key = (entry.name, entry.revision)
-    if key not in found and not entry.facts:
+def load_model(store: ResultStore, entry: ModelEntry) -> EvaluatedModel:
+    """One model of a store.
+
+    Raises:
+        ValueError: The store has no such model.
+    """
+    models = {model.entry.key: model for model in load_models([store.directory])}
+    if entry.key not in models:
         raise ValueError(
             f"{store.directory} has no results of {entry.name} {entry.revision}: evaluate it first, or give one of"
-            f" {', '.join(f'{n} {r}' for n, r in sorted(found)) or 'the models in another directory'}"
+            f" {', '.join(f'{name} {revision}' for name, revision in models)}"
         )
-    found.setdefault(key, entry)
-    return _model([store], found[key], found, _labels(list(found.values())))
+    return models[entry.key]
 
 
-def _model(
+def _read_model(
     stores: Sequence[ResultStore],
     entry: ModelEntry,
     known: Mapping[tuple[str, str], ModelEntry],
     labels: Mapping[tuple[str, str], str],
-) -> Model:
+) -> EvaluatedModel:
     base = None
     if pair := entry.facts.get("base_subject"):
         key = (str(pair["name"]), str(pair["revision"]))
         other = known.get(key, ModelEntry(*key))
-        base = Model(other, labels.get(key, other.name), {}, _cells(stores, other))
+        base = EvaluatedModel(other, labels.get(key, other.name), {}, _read_cells(stores, other))
     scores: dict[str, float] = {}
     for store in stores:
         for task, result in store.scores(entry).items():
             scores.setdefault(task, float(result["score"]))
-    return Model(entry, labels[entry.name, entry.revision], scores, _cells(stores, entry), base)
+    return EvaluatedModel(entry, labels[entry.key], scores, _read_cells(stores, entry), base)
 
 
-def _cells(stores: Sequence[ResultStore], entry: ModelEntry) -> dict[Kind, dict[str, Cell]]:
-    merged: dict[Kind, dict[str, Cell]] = {}
-    for kind in KINDS:
-        merged[kind] = {}
-        for store in stores:
-            for task, cell in store.cells(kind, entry).items():
-                merged[kind].setdefault(task, cell)
-    return merged
+def _read_cells(stores: Sequence[ResultStore], entry: ModelEntry) -> dict[Kind, dict[str, CellResult]]:
+    by_rank = list(reversed(stores))  # the first directory's cells replace the others'
+    return {kind: {t: c for store in by_rank for t, c in store.cells(kind, entry).items()} for kind in KINDS}
 
 
-def describe_settings(facts: Mapping[str, Any], among: Iterable[str] = ("dtype", "instructions", "limit")) -> list[str]:
-    """The settings a figure depends on, a few words each."""
+def describe_settings(facts: Mapping[str, Any], names: Iterable[str] = ("dtype", "instructions", "limit")) -> list[str]:
+    """The settings that a figure depends on, a few words each."""
     words = {
         "dtype": str(facts.get("dtype") or "dtype not known"),
         "instructions": "with instructions" if facts.get("instructions") else "no instructions",
-        "limit": "whole tasks" if facts.get("limit") is None else f"SUBSET RUN, limit {facts['limit']}",
+        "limit": "whole tasks" if facts.get("limit") is None else f"{SUBSET}, limit {facts['limit']}",
     }
-    return [words[name] for name in among]
+    return [words[name] for name in names]
 
 
 def _labels(entries: Sequence[ModelEntry]) -> dict[tuple[str, str], str]:
-    """A label for each entry, no two alike; a subset run always says so."""
-    plain = {(s.name, s.revision): str(s.facts.get("label") or s.name) for s in entries}
+    """A label for each entry, no two alike; that of a subset run always says so."""
+    plain = {e.key: str(e.facts.get("label") or e.name) for e in entries}
     labels = {}
     for entry in entries:
-        key = (entry.name, entry.revision)
-        alike = [s for s in entries if plain[s.name, s.revision] == plain[key]]
-        differ = [n for n in ("dtype", "instructions") if len({s.facts.get(n) for s in alike}) > 1]
+        alike = [e for e in entries if plain[e.key] == plain[entry.key]]
+        differ = [n for n in ("dtype", "instructions") if len({e.facts.get(n) for e in alike}) > 1]
         if entry.facts.get("limit") is not None:
             differ.append("limit")
         words = describe_settings(entry.facts, differ)
-        labels[key] = f"{plain[key]} ({', '.join(words)})" if words else plain[key]
+        labels[entry.key] = f"{plain[entry.key]} ({', '.join(words)})" if words else plain[entry.key]
     counts = Counter(labels.values())
     return {k: f"{label} [{k[0]} {k[1]}]" if counts[label] > 1 else label for k, label in labels.items()}
 
@@ -190,7 +199,7 @@ def _labels(entries: Sequence[ModelEntry]) -> dict[tuple[str, str], str]:
 # Embedding
 
 
-def tasks_by_type(models: Sequence[Model]) -> dict[str, list[str]]:
+def tasks_by_type(models: Sequence[EvaluatedModel]) -> dict[str, list[str]]:
     """The tasks that any of the models has a score of, by mteb's type."""
     by_type: dict[str, list[str]] = {}
     for task in sorted({task for model in models for task in model.scores}):
@@ -199,126 +208,129 @@ def tasks_by_type(models: Sequence[Model]) -> dict[str, list[str]]:
     return {name: by_type[name] for name in order if name in by_type}
 
 
-def counted(tasks: Iterable[str]) -> list[str]:
+def without_development(tasks: Iterable[str]) -> list[str]:
     """The tasks that belong in a mean: all but development splits."""
     return [task for task in tasks if task not in DEVELOPMENT_TASKS]
 
 
-def mean_score(model: Model, tasks: Sequence[str]) -> float | None:
-    """Mean score over the tasks; None if there are none, or if the model lacks one."""
-    if not tasks or not all(task in model.scores for task in tasks):
+def mean_score(scores: Mapping[str, float], tasks: Sequence[str]) -> float | None:
+    """Mean over the tasks; None without tasks, or if one has no score."""
+    if not tasks or not all(task in scores for task in tasks):
         return None
-    return sum(model.scores[task] for task in tasks) / len(tasks)
+    return sum(scores[task] for task in tasks) / len(tasks)
 
 
 # Language
 
 
-def language_rows(model: Model) -> list[LanguageRow]:
-    """The model's language measures beside its base's. Tasks of a group of several (MMLU's subjects) give two rows:
-    ``macro``, the mean over the tasks, and ``micro``, weighted by their number of samples."""
-    mine = model.cells["language"]
+def language_rows(model: EvaluatedModel) -> list[LanguageRow]:
+    """The model's language metrics beside its base's; losses come last.
+
+    A group of several tasks (the subjects of MMLU) gives two rows: ``macro``, the mean over the tasks, and ``micro``,
+    weighted by their number of samples.
+    """
+    cells = model.cells["language"]
     base = model.base.cells["language"] if model.base else {}
-    rows, groups = [], dict[str, list[str]]()
-    for task, cell in mine.items():
+    groups: dict[str, list[str]] = {}
+    for task, cell in cells.items():
         groups.setdefault(str(cell.get("group") or task), []).append(task)
+    rows = []
     for group, tasks in sorted(groups.items()):
         if len(tasks) == 1 and not group.startswith("mmlu"):
-            rows.append(_single(group, mine[tasks[0]], base.get(tasks[0])))
-            continue
-        both = [task for task in tasks if task in base]
-        pairs = [(mine[task], base.get(task)) for task in both or tasks]
-        rows.extend(_grouped(group.replace("mmlu", "MMLU"), pairs))
+            rows.append(_single_row(group, cells[tasks[0]], base.get(tasks[0])))
+        else:
+            both = [task for task in tasks if task in base]
+            pairs = [(cells[task], base.get(task)) for task in both or tasks]
+            rows.extend(_group_rows(group.replace("mmlu", "MMLU"), pairs))
     return sorted(rows, key=lambda row: row.raw)
 
 
-def _single(task: str, mine: Cell, base: Cell | None) -> LanguageRow:
-    value = _value(mine)
-    gaps = _gaps(mine, base)
+def macro_mean(cells: Sequence[CellResult], metric: str) -> float:
+    """Mean of a metric over tasks, each counted once, in shown units."""
+    return sum(_value(cell, metric) for cell in cells) / len(cells)
+
+
+def _micro_mean(cells: Sequence[CellResult], metric: str) -> float:
+    return sum(_value(cell, metric) * cell["n"] for cell in cells) / sum(cell["n"] for cell in cells)
+
+
+def _single_row(task: str, cell: CellResult, base: CellResult | None) -> LanguageRow:
     return LanguageRow(
         "held-out loss" if task == "held_out" else task,
-        str(mine["main"]),
-        int(mine["n"]),
-        None if base is None else _value(base, str(mine["main"])),
-        value,
-        _standard_error(gaps),
-        _identical(mine, base),
-        _comparable(mine, base),
+        str(cell["main"]),
+        int(cell["n"]),
+        None if base is None else _value(base, str(cell["main"])),
+        _value(cell),
+        _standard_error(_paired_differences(cell, base)),
+        _are_identical(cell, base),
+        _are_comparable(cell, base),
     )
 
 
-def _grouped(group: str, pairs: Sequence[tuple[Cell, Cell | None]]) -> list[LanguageRow]:
-    n = sum(int(mine["n"]) for mine, _ in pairs)
-    metric = str(pairs[0][0]["main"])
-    against = [base for _, base in pairs if base is not None]
-    gaps = [_gaps(mine, base) for mine, base in pairs]
-    whole = [g for g in gaps if g is not None]
-    pooled = np.concatenate(whole) if len(whole) == len(pairs) else None
-    errors = [_standard_error(g) for g in gaps]
-    known = [e for e in errors if e is not None]
-    macro_error = math.sqrt(sum(e * e for e in known)) / len(pairs) if len(known) == len(pairs) else None
+def _group_rows(group: str, pairs: Sequence[tuple[CellResult, CellResult | None]]) -> list[LanguageRow]:
+    cells, bases = [cell for cell, _ in pairs], [base for _, base in pairs if base is not None]
+    differences = [found for pair in pairs if (found := _paired_differences(*pair)) is not None]
+    errors = [error for found in differences if (error := _standard_error(found)) is not None]
+    macro_error = math.sqrt(sum(e * e for e in errors)) / len(pairs) if len(errors) == len(pairs) else None
+    micro_error = _standard_error(np.concatenate(differences) if len(differences) == len(pairs) else None)
 
-    def row(name: str, mean: Callable[[Sequence[Cell]], float], error: float | None) -> LanguageRow:
+    metric = str(cells[0]["main"])
+
+    def row(name: str, mean: Callable[[Sequence[CellResult], str], float], error: float | None) -> LanguageRow:
         return LanguageRow(
             f"{group} {name} ({len(pairs)} subjects)",
             metric,
-            n,
-            mean(against) if against else None,
-            mean([mine for mine, _ in pairs]),
+            sum(int(cell["n"]) for cell in cells),
+            mean(bases, metric) if bases else None,
+            mean(cells, metric),
             error,
-            all(_identical(*pair) for pair in pairs),
-            all(_comparable(*pair) for pair in pairs),
+            all(_are_identical(*pair) for pair in pairs),
+            all(_are_comparable(*pair) for pair in pairs),
         )
 
-    def macro(cells: Sequence[Cell]) -> float:
-        return sum(_value(cell, metric) for cell in cells) / len(cells)
-
-    def micro(cells: Sequence[Cell]) -> float:
-        return sum(_value(cell, metric) * cell["n"] for cell in cells) / sum(cell["n"] for cell in cells)
-
-    return [row("macro", macro, macro_error), row("micro", micro, _standard_error(pooled))]
+    return [row("macro", macro_mean, macro_error), row("micro", _micro_mean, micro_error)]
 
 
 def _scale(metric: str) -> float:
     return 1.0 if metric in RAW_METRICS else 100.0
 
 
-def _value(cell: Cell, metric: str | None = None) -> float:
+def _value(cell: CellResult, metric: str | None = None) -> float:
     metric = metric or str(cell["main"])
     return _scale(metric) * float(cell["metrics"][metric])
 
 
-def _comparable(mine: Cell, base: Cell | None) -> bool:
-    return base is not None and all(mine.get(key) == base.get(key) for key in ("n", "main", "arithmetic"))
+def _are_comparable(cell: CellResult, base: CellResult | None) -> bool:
+    return base is not None and all(cell.get(key) == base.get(key) for key in ("n", "main", "arithmetic"))
 
 
-def _identical(mine: Cell, base: Cell | None) -> bool:
-    if base is None or not _comparable(mine, base) or not mine.get("per_sample"):
+def _are_identical(cell: CellResult, base: CellResult | None) -> bool:
+    if base is None or not _are_comparable(cell, base) or not cell.get("per_sample"):
         return False
-    return bool(mine["per_sample"] == base.get("per_sample")) and _value(mine) == _value(base)
+    return bool(cell["per_sample"] == base.get("per_sample")) and _value(cell) == _value(base)
 
 
-def _gaps(mine: Cell, base: Cell | None) -> np.ndarray | None:
-    """The differences sample by sample, in shown units; None if the samples are not the same ones."""
-    if base is None or not _comparable(mine, base):
+def _paired_differences(cell: CellResult, base: CellResult | None) -> np.ndarray | None:
+    """The difference of each sample, in shown units; None if the samples are not the same ones."""
+    if base is None or not _are_comparable(cell, base):
         return None
-    ours, theirs = mine.get("per_sample") or [], base.get("per_sample") or []
+    ours, theirs = cell.get("per_sample") or [], base.get("per_sample") or []
     if not ours or len(ours) != len(theirs):
         return None
-    return _scale(str(mine["main"])) * (np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64))
+    return _scale(str(cell["main"])) * (np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64))
 
 
-def _standard_error(gaps: np.ndarray | None) -> float | None:
-    if gaps is None or len(gaps) < 2:
+def _standard_error(differences: np.ndarray | None) -> float | None:
+    if differences is None or len(differences) < 2:
         return None
-    return float(np.std(gaps, ddof=1) / math.sqrt(len(gaps)))
+    return float(np.std(differences, ddof=1) / math.sqrt(len(differences)))
 
 
 # Recovery
 
 
-def buckets(rows: Sequence[Cell]) -> list[Bucket]:
-    """Recovery by length of the text, only the lengths there are, then over all texts."""
+def recovery_buckets(rows: Sequence[CellResult]) -> list[Bucket]:
+    """Recovery by the text's length in tokens: the lengths that occur, then ``all``."""
     found = []
     for low, high in BUCKETS:
         inside = [row for row in rows if row["tokens"] >= low and (high is None or row["tokens"] <= high)]
@@ -327,7 +339,7 @@ def buckets(rows: Sequence[Cell]) -> list[Bucket]:
     return [*found, _bucket("all", rows)] if rows else []
 
 
-def _bucket(label: str, rows: Sequence[Cell]) -> Bucket:
+def _bucket(label: str, rows: Sequence[CellResult]) -> Bucket:
     def mean(name: str) -> float | None:
         values = [float(row[name]) for row in rows if row.get(name) is not None]
         return sum(values) / len(values) if len(values) == len(rows) else None
@@ -335,46 +347,22 @@ def _bucket(label: str, rows: Sequence[Cell]) -> Bucket:
     return Bucket(label, len(rows), mean("exact"), mean("token_f1"), mean("rouge_l"))
 
 
-def spread(rows: Sequence[Cell], count: int = 12) -> list[Cell]:
-    """At most ``count`` rows, evenly spread over the lengths of their texts."""
+def sample_by_length(rows: Sequence[CellResult], count: int = 12) -> list[CellResult]:
+    """At most ``count`` rows, evenly over the lengths of their texts."""
     ordered = sorted(rows, key=lambda row: row["tokens"])
     if len(ordered) <= count:
         return ordered
     return [ordered[round(i * (len(ordered) - 1) / (count - 1))] for i in range(count)]
 
 
-def compared(text: str, other: str) -> tuple[tuple[DiffWord, ...], tuple[DiffWord, ...]]:
-    """The words of two texts, those without a partner in the other marked; long texts are cut."""
+def diff_words(text: str, other: str) -> tuple[list[DiffWord], list[DiffWord]]:
+    """The words of two texts, marked where the other text lacks them. Long texts are cut."""
     ours, theirs = text.split(), other.split()
     matcher = difflib.SequenceMatcher(None, ours, theirs, autojunk=False)
-    kept = [(b.a + i, b.b + i) for b in matcher.get_matching_blocks() for i in range(b.size)]
-    return _words(ours, {a for a, _ in kept}), _words(theirs, {b for _, b in kept})
+    common = [(b.a + i, b.b + i) for b in matcher.get_matching_blocks() for i in range(b.size)]
+    return _mark_words(ours, {a for a, _ in common}), _mark_words(theirs, {b for _, b in common})
 
 
-def _words(words: Sequence[str], kept: set[int]) -> tuple[DiffWord, ...]:
-    marked = tuple(DiffWord(word, at not in kept) for at, word in enumerate(words[:_WORDS_SHOWN]))
-    return (*marked, DiffWord("…")) if len(words) > _WORDS_SHOWN else marked
-
-
-# For a model's index
-
-
-def eval_results(store: ResultStore, entry: ModelEntry) -> list[dict[str, Any]]:
-    """Arguments of huggingface_hub's ``EvalResult``, one for each embedding task and language measure, as percentages
-    (loss: nats a token). None of a subset run: a model index cannot mark it."""
-    model = one_model(store, entry)
-    if model.is_subset:
-        return []
-    found = [(task_type(task), task, "main_score", score) for task, score in model.scores.items()]
-    found += [("Language", row.task, row.metric, row.value) for row in language_rows(model)]
-    return [
-        {
-            "task_name": task,
-            "task_type": kind,
-            "dataset_name": task,
-            "dataset_type": task,
-            "metric_type": metric,
-            "metric_value": round(value, 4),
-        }
-        for kind, task, metric, value in found
-    ]
+def _mark_words(words: Sequence[str], common: set[int]) -> list[DiffWord]:
+    marked = [DiffWord(word, at not in common) for at, word in enumerate(words[:_MAX_WORDS])]
+    return [*marked, DiffWord("…")] if len(words) > _MAX_WORDS else marked

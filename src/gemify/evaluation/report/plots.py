@@ -8,25 +8,32 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gemify.evaluation.report.comparison import Model, buckets, counted, language_rows, mean_score, tasks_by_type
+from gemify.evaluation.report.comparison import (
+    SUBSET,
+    EvaluatedModel,
+    language_rows,
+    mean_score,
+    recovery_buckets,
+    tasks_by_type,
+    without_development,
+)
 from gemify.evaluation.report.published import PAPER_ROWS, TABLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SUBSET = "SUBSET RUN"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's palette for colour-blind readers, without its yellow, which white paper swallows."""
 GREYS = ("#c8c8c8", "#9a9a9a", "#6e6e6e")
 MARKERS = "osD^vPX"
 
 
-def scores_by_type(models: Sequence[Model]) -> Figure | None:
+def scores_by_type(models: Sequence[EvaluatedModel]) -> Figure | None:
     """Bars: mean embedding score by task type, measured models beside published ones (hatched)."""
     models = [model for model in models if model.scores]
-    sets = {name: tasks for name, found in tasks_by_type(models).items() if (tasks := counted(found))}
-    sets = {name: t for name, t in sets.items() if any(mean_score(m, t) is not None for m in models)}
+    sets = {name: tasks for name, found in tasks_by_type(models).items() if (tasks := without_development(found))}
+    sets = {name: t for name, t in sets.items() if any(mean_score(m.scores, t) is not None for m in models)}
     if not sets:
         return None
     table = TABLES["table1"]
@@ -36,7 +43,7 @@ def scores_by_type(models: Sequence[Model]) -> Figure | None:
         hatched = {"color": GREYS[at % len(GREYS)], "hatch": "//", "edgecolor": "white"}
         bars.append((f"{label} (published, MTEB-56)", values, hatched))
     for at, model in enumerate(models):
-        means = [mean_score(model, tasks) for tasks in sets.values()]
+        means = [mean_score(model.scores, tasks) for tasks in sets.values()]
         bars.append((_label(model), means, {"color": _colour(at)}))
     figure, axes = _figure(
         "Embedding score by task type",
@@ -60,7 +67,7 @@ def scores_by_type(models: Sequence[Model]) -> Figure | None:
     return figure
 
 
-def trade_off(models: Sequence[Model]) -> Figure | None:
+def trade_off(models: Sequence[EvaluatedModel]) -> Figure | None:
     """Points: mean embedding score over the tasks that all GEMs share, against the language lost beside the base."""
     gems = [model for model in models if model.fact("kind") == "gem" and model.scores]
     loss = {model.label: worse for model in gems if (worse := _loss_added(model)) is not None}
@@ -68,7 +75,7 @@ def trade_off(models: Sequence[Model]) -> Figure | None:
     lost, what = (loss, "held-out loss added, nats a token") if loss else (accuracy, "mean accuracy lost, points")
     gems = [model for model in gems if model.label in lost]
     shared = sorted(set.intersection(*(set(model.scores) for model in gems))) if gems else []
-    shared = counted(shared) or shared
+    shared = without_development(shared) or shared
     if not shared:
         return None
     figure, axes = _figure(
@@ -84,25 +91,27 @@ def trade_off(models: Sequence[Model]) -> Figure | None:
     axes.set_ylabel(f"embedding score, % ({tasks})")
     axes.margins(0.25)
     axes.grid(alpha=0.3)
-    _numbered_legend(figure, axes)
+    handles, labels = axes.get_legend_handles_labels()
+    numbered = [f"{at + 1}: {label}" for at, label in enumerate(labels)]
+    figure.legend(handles, numbered, loc="outside lower center", fontsize=8)
     return figure
 
 
-def _loss_added(model: Model) -> float | None:
+def _loss_added(model: EvaluatedModel) -> float | None:
     found = [row.difference for row in language_rows(model) if row.metric == "loss" and row.difference is not None]
     return found[0] if found else None
 
 
-def _accuracy_lost(model: Model) -> float | None:
+def _accuracy_lost(model: EvaluatedModel) -> float | None:
     rows = [row for row in language_rows(model) if not row.raw and " micro (" not in row.task]
     found = [row.difference for row in rows if row.difference is not None]
     return -sum(found) / len(found) if found else None
 
 
-def recovery_by_length(models: Sequence[Model]) -> Figure | None:
+def recovery_by_length(models: Sequence[EvaluatedModel]) -> Figure | None:
     """Lines: token F1 (solid) and exact match (dashed) of recovered texts by their length."""
     found = [(model, cell["rows"]) for model in models if (cell := model.cell("recovery", "special_tokens"))]
-    lines = [(model, buckets(rows)[:-1]) for model, rows in found if rows]
+    lines = [(model, recovery_buckets(rows)[:-1]) for model, rows in found if rows]
     if not lines:
         return None
     order = sorted({b.label for _, line in lines for b in line}, key=lambda label: int(label.rstrip("+").split("-")[0]))
@@ -125,7 +134,7 @@ def recovery_by_length(models: Sequence[Model]) -> Figure | None:
     return figure
 
 
-def loss_curves(models: Sequence[Model]) -> Figure | None:
+def loss_curves(models: Sequence[EvaluatedModel]) -> Figure | None:
     """Lines: the training losses by step, next-token and contrastive side by side."""
     panels = {
         "ntp": "next-token loss, nats a token",
@@ -159,7 +168,7 @@ def loss_curves(models: Sequence[Model]) -> Figure | None:
     return figure
 
 
-def _curves(models: Sequence[Model], name: str) -> dict[str, list[tuple[int, float]]]:
+def _curves(models: Sequence[EvaluatedModel], name: str) -> dict[str, list[tuple[int, float]]]:
     found = {}
     for model in models:
         curve: Sequence[Mapping[str, Any]] = model.fact("curve") or []
@@ -169,17 +178,23 @@ def _curves(models: Sequence[Model], name: str) -> dict[str, list[tuple[int, flo
     return found
 
 
-PLOTS: dict[str, tuple[str, Callable[[Sequence[Model]], Figure | None]]] = {
-    "embedding": ("embedding", scores_by_type),
-    "trade-off": ("language", trade_off),
-    "recovery": ("recovery", recovery_by_length),
-    "training": ("training", loss_curves),
+PLOTS: dict[str, tuple[str, Callable[[Sequence[EvaluatedModel]], Figure | None]]] = {
+    "embedding": ("Embedding", scores_by_type),
+    "trade-off": ("Language kept", trade_off),
+    "recovery": ("Recovery", recovery_by_length),
+    "training": ("Training", loss_curves),
 }
-"""Every plot by name, with the section of the report it belongs to."""
+"""Every plot by name, with the heading of the section that shows it."""
 
 
 def _figure(
-    title: str, models: Sequence[Model], *, width: float = 8.0, height: float = 4.2, lines: int = 0, axes: bool = True
+    title: str,
+    models: Sequence[EvaluatedModel],
+    *,
+    width: float = 8.0,
+    height: float = 4.2,
+    lines: int = 0,
+    axes: bool = True,
 ) -> tuple[Figure, Axes]:
     """A figure with its title, which says so if a figure in it is of a subset run, and its only axes.
 
@@ -196,17 +211,11 @@ def _figure(
     return figure, made
 
 
-def _numbered_legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    numbered = [f"{at + 1}: {label}" for at, label in enumerate(labels)]
-    figure.legend(handles, numbered, loc="outside lower center", fontsize=8)
-
-
 def _colour(at: int) -> str:
     return COLOURS[at % len(COLOURS)]
 
 
-def _label(model: Model) -> str:
+def _label(model: EvaluatedModel) -> str:
     """A model's label for a legend: one short line, read neither as a formula nor as hidden (a leading underscore)."""
     text = " ".join(model.label.split())
     text = (text if len(text) <= 90 else f"{text[:89]}…").replace("$", r"\$")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from functools import partial
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from gemify.engine.requests import EmbeddingOutput
+from gemify.model.recovery import common_subsequence_length
 from gemify.serving.completion import ChoiceState, usage
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.protocol.requests import RecoverRequest
@@ -50,20 +50,7 @@ async def recover(body: RecoverRequest, request: Request) -> Response:
             "output": choice.text,
             "input_tokens": len(said),
             "output_tokens": len(back),
-            "matching_tokens": await state.tokenizer.run_in_thread(longest_common, said, back),
+            "matching_tokens": await state.tokenizer.run_in_thread(common_subsequence_length, said, back),
             "usage": usage(len(ids), 0, choice.completion_tokens),
         }
     )
-
-
-def longest_common(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """How many items the longest common subsequence has: the table's rows as the bits of one number each."""
-    where: dict[Hashable, int] = {}
-    for at, item in enumerate(a):
-        where[item] = where.get(item, 0) | 1 << at
-    full = (1 << len(a)) - 1
-    row = full
-    for item in b:
-        matches = row & where.get(item, 0)
-        row = ((row + matches) | (row - matches)) & full
-    return len(a) - row.bit_count()
