@@ -152,6 +152,24 @@ def test_a_long_function_is_found() -> None:
     assert code_checks.long_functions(source) == ["long (81)"]
 
 
+def test_retired_words_stay_away() -> None:
+    for name, text in TEXTS.items():
+        found = code_checks.retired_names(text)
+        assert not found, f"{name} defines {found}: use the field's word (code_checks.RETIRED_NAMES says which are out)"
+    pages = [p for p in (ROOT / "docs").rglob("*.md") if "log" not in p.relative_to(ROOT).parts]
+    texts = [p for p in SOURCE.rglob("*") if p.suffix in {".py", ".js", ".html", ".j2"}]
+    for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *pages, *texts]:
+        found = code_checks.retired_phrases(path.read_text(encoding="utf-8"))
+        assert not found, f"{path.relative_to(ROOT)}: {found}: say it in the field's words"
+
+
+def test_a_retired_word_is_found() -> None:
+    source = "class House:\n    def _told(self, dealt, room):\n        self.max_rows = other.tell()\n"
+    assert code_checks.retired_names(source) == {"House", "dealt", "max_rows"}
+    text = "Requests in the\nhouse.\nA Quick  look with `--max-rows 3`; tests/test_house.py, a household, max-rows."
+    assert code_checks.retired_phrases(text) == ["2: house", "3: Quick  look", "3: --max-rows"]
+
+
 def test_everything_imports_without_the_extras() -> None:
     """The integrations are their frameworks' subclasses: only they need theirs, and they say so."""
     code = (
