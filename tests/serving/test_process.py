@@ -18,14 +18,12 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 from running_server import tiny_gem
 from typer.testing import CliRunner
 
 import gemify.cli.serve
 from gemify.cli.main import app
-from gemify.serving.auth import ENVIRONMENT
-from gemify.serving.settings import ServerSettings
+from gemify.serving.settings import KEYS_VARIABLE, ServerSettings, variable_name
 
 SECRET = "the secret prompt of a client"
 
@@ -114,7 +112,7 @@ def ask(url: str, number: int, *, stream: bool) -> str:
 
 
 def test_sigterm_under_load_loses_nothing_and_logs_no_prompt(model: Path) -> None:
-    with child(model, **{ENVIRONMENT: "tester: key-of-the-test"}) as server:
+    with child(model, **{KEYS_VARIABLE: "tester: key-of-the-test"}) as server:
         ended: list[str] = []
         signalled = threading.Event()
 
@@ -190,7 +188,7 @@ def test_a_killed_server_starts_again_at_the_same_port(model: Path) -> None:
 
 
 def test_what_cannot_be_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.delenv(KEYS_VARIABLE, raising=False)
     (tmp_path / "keys").write_text("# none\n")
     (tmp_path / "short").write_text("ann: abc\n")
     (tmp_path / "twice").write_text("ann: a-long-secret\nbob: a-long-secret\n")
@@ -211,12 +209,18 @@ def test_what_cannot_be_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.Mo
             (["--api-keys", tmp_path / "keys"], "holds no API key"),
             (["--api-keys", tmp_path / "short"], "at least 8"),
             (["--api-keys", tmp_path / "twice"], "given twice"),
-            (["--config", tmp_path / "odd.yaml"], "unknown setting 'prot'"),
-            (["--config", tmp_path / "wrong.yaml"], "port must be int, got 'eighty'"),
-            (["--config", tmp_path / "list.yaml"], "must hold settings"),
+            (["--config", tmp_path / "odd.yaml"], "odd.yaml: unknown option 'prot': choose from model, base"),
+            (
+                ["--config", tmp_path / "wrong.yaml"],
+                "wrong.yaml: port must be a valid integer, unable to parse string as an integer, got 'eighty'",
+            ),
+            (["--config", tmp_path / "list.yaml"], "must hold options"),
             (["--config", tmp_path / "broken.yaml"], "is not YAML"),
-            (["--timeout", "0"], "timeout must be at least"),
-            (["--cors-origin", "example.com"], "starts with http"),
+            (["--timeout", "0"], "--timeout must be greater than or equal to 0.001, got '0.0'"),
+            (
+                ["--cors-origin", "example.com"],
+                "--cors-origin: a CORS origin is * or starts with http:// or https://, got 'example.com'",
+            ),
             (["--port", 0, "--model", tmp_path / "none"], "no such GEM directory"),
         ):
             code, error = run(*arguments)
@@ -228,29 +232,71 @@ def test_what_cannot_be_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.Mo
     assert run("--frobnicate")[0] == 2
 
 
-def test_flags_beat_the_file(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(
-        "port: 9\nmax-num-seqs: 4\ncors_origins: [https://a.example]\napi-keys: keys.txt\n"
+def test_flags_beat_the_environment_and_that_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "port: 9\nmax-num-seqs: 4\ncors_origins: [https://a.example]\napi-keys: keys.txt\nbody_timeout: 2\nstore: s\n"
     )
-    values = ServerSettings.from_yaml(tmp_path / "a.yaml")
-    settings = ServerSettings.of({**values, "port": 10}, source="test")
+    monkeypatch.setenv("GEMIFY_PORT", "11")
+    monkeypatch.setenv("GEMIFY_STORE", "t")
+    monkeypatch.setenv("GEMIFY_LOG_PROMPTS", "true")
+    monkeypatch.setenv("GEMIFY_DTYPE", "")  # as if it were not set
+    monkeypatch.setenv(KEYS_VARIABLE, "ann: a-long-secret")  # keys, not the option of that name
+    settings = ServerSettings.load({"port": 10}, file)
     assert (settings.port, settings.max_num_seqs, settings.cors_origins) == (10, 4, ("https://a.example",))
+    assert (settings.store, settings.log_prompts, settings.dtype, settings.body_timeout) == ("t", True, None, 2.0)
     assert settings.api_keys == Path("keys.txt")
-    assert settings.is_local
+    monkeypatch.setenv("GEMIFY_API_KEYS_FILE", "others.txt")
+    monkeypatch.setenv("GEMIFY_CORS_ORIGINS", "https://a.example, https://b.example")
+    settings = ServerSettings.load({}, file)
+    assert (settings.port, settings.api_keys) == (11, Path("others.txt"))
+    assert settings.cors_origins == ("https://a.example", "https://b.example")
+    assert ServerSettings() == ServerSettings.model_construct(), "built directly, it reads no environment"
+    monkeypatch.setenv("GEMIFY_PORT", "eighty")
+    with pytest.raises(ValueError, match=r"^GEMIFY_PORT must be a valid integer, .*, got 'eighty'$"):
+        ServerSettings.load({})
+    assert ServerSettings.load({"port": 10}).port == 10
+
+
+def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {"cors_origins": "*", "max_bodies_bytes": str(300 << 20), "host": "::1", "stop_timeout": "7.5"}
+    for name, field in ServerSettings.model_fields.items():
+        value = given.get(name, "1" if field.annotation is bool or "1" in str(field.annotation) else "64")
+        monkeypatch.setenv(variable_name(name), value)
+    settings = ServerSettings.load({})
+    assert [name for name, value in settings if value == ServerSettings.model_fields[name].default] == ["max_prompts"]
+
+
+@pytest.mark.parametrize(
+    "line", ["port: true", "port: 1.5", "model: 5", "timeout: soon", "allow_no_key: 7", "host: ''"]
+)
+def test_a_file_says_what_it_means(tmp_path: Path, line: str) -> None:
+    (tmp_path / "a.yaml").write_text(line)
+    with pytest.raises(ValueError, match=rf"a.yaml: {line.partition(':')[0]}\b.*, got ") as raised:
+        ServerSettings.load({}, tmp_path / "a.yaml")
+    assert "\n" not in str(raised.value)
+
+
+def test_only_this_machine_reaches_a_local_address() -> None:
+    assert ServerSettings().is_local
+    assert ServerSettings(host="::1").is_local
     assert not ServerSettings(host="0.0.0.0").is_local
     assert not ServerSettings(host="example.com").is_local
-    assert ServerSettings(host="::1").is_local
 
 
-def test_the_documentation_names_every_option() -> None:
+def test_the_documentation_names_every_option_with_its_variable(tmp_path: Path) -> None:
+    """`test_docs.py` compares the defaults."""
     text = (Path(__file__).parents[2] / "docs" / "how-to" / "serve.md").read_text()
-    rows = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
-    flags = {name.replace("-", "_") for name in re.findall(r"`--([\w-]+)", rows)}
-    others = set(re.findall(r"`(\w+)`\*", rows))
-    fields = set(vars(ServerSettings()))
+    rows = [line.split("|")[1:3] for line in text.splitlines() if re.match(r"\| `(--)?\w.*GEMIFY_", line)]
+    stated = {first.strip().strip("`*"): second.strip().strip("`") for first, second in rows}
     verb = inspect.signature(gemify.cli.serve.serve).parameters
-    assert flags - {"cors_origin", "config"} == (set(verb) & fields) - {"allow_no_key"}
-    assert flags | others | {"cors_origins", "allow_no_key"} == fields | {"cors_origin"}
-    defaults = re.search(r"```yaml\n(.*?)```", text, re.S)
-    assert defaults is not None
-    assert ServerSettings.of({k.replace("-", "_"): v for k, v in yaml.safe_load(defaults[1]).items()}, source="docs")
+    expected = {}
+    for name in ServerSettings.model_fields:
+        flag = {"cors_origins": "cors_origin"}.get(name, name)
+        expected["--" + flag.replace("_", "-") if flag in verb else name] = variable_name(name)
+    assert stated == expected
+    assert set(verb) - {"config", "cors_origin"} <= set(ServerSettings.model_fields)
+    example = re.search(r"```yaml\n(.*?)```", text, re.S)
+    assert example is not None
+    (tmp_path / "serve.yaml").write_text(example[1])
+    assert ServerSettings.load({}, tmp_path / "serve.yaml").host == "0.0.0.0"

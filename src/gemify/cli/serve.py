@@ -15,7 +15,9 @@ def serve(
     store: Annotated[str | None, typer.Option("--store", "-s", help="An index, for /v1/search and the page.")] = None,
     host: Annotated[str | None, typer.Option(help="Where to listen. [default: 127.0.0.1: this machine alone]")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: any free one. [default: 8000]")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of these options; flags win over it.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of options; environment and flags win over it.")
+    ] = None,
     api_keys: Annotated[
         Path | None, typer.Option(help="File of `name: key` lines. [default: the environment's GEMIFY_API_KEYS]")
     ] = None,
@@ -54,11 +56,8 @@ def serve(
     if "cors_origin" in flags:
         flags["cors_origins"] = tuple(flags.pop("cors_origin"))
     try:
-        from gemify.serving.settings import ServerSettings
-
-        from_file = ServerSettings.from_yaml(config) if config is not None else {}
-        settings = ServerSettings.of({**from_file, **flags}, source=str(config or "the flags"))
         from gemify.serving.server import serve as run
+        from gemify.serving.settings import ServerSettings
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'gemify[serve]'") from error
-    run(settings)
+    run(ServerSettings.load(flags, config))

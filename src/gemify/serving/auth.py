@@ -16,10 +16,10 @@ from limits.storage import MemoryStorage
 from limits.strategies import FixedWindowRateLimiter, MovingWindowRateLimiter
 
 from gemify.serving.errors import ApiError, too_many_requests
+from gemify.serving.settings import KEYS_VARIABLE
 
 logger = logging.getLogger("gemify.serving")
 
-ENVIRONMENT = "GEMIFY_API_KEYS"
 ANONYMOUS = "anonymous"
 """The name of all askers where there are no keys."""
 _SHORTEST = 8
@@ -45,7 +45,7 @@ class KeyRing:
     def read(cls, path: Path | None) -> KeyRing:
         """The keys of a file, or of the environment's GEMIFY_API_KEYS (separated by commas or lines)."""
         if path is None:
-            return cls(_parsed(re.split(r"[,\n]", os.environ.get(ENVIRONMENT, ""))))
+            return cls(_parsed(re.split(r"[,\n]", os.environ.get(KEYS_VARIABLE, ""))))
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:

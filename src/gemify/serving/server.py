@@ -23,10 +23,10 @@ from fastapi import FastAPI
 
 from gemify.engine.engine import Engine
 from gemify.serving.app import create_app
-from gemify.serving.auth import ENVIRONMENT, KeyRing
+from gemify.serving.auth import KeyRing
 from gemify.serving.http_protocol import HttpProtocol
 from gemify.serving.log_format import set_up_logs
-from gemify.serving.settings import ServerSettings
+from gemify.serving.settings import KEYS_VARIABLE, ServerSettings
 
 if TYPE_CHECKING:
     from gemify.model.gem import GemModel
@@ -65,7 +65,7 @@ def require_keys(settings: ServerSettings, keys: KeyRing) -> None:
     if not settings.is_local and not len(keys) and not settings.allow_no_key:
         raise ValueError(
             f"--host {settings.host} lets other machines in and there are no API keys: give --api-keys FILE or"
-            f" {ENVIRONMENT}, or say --allow-no-key"
+            f" {KEYS_VARIABLE}, or say --allow-no-key"
         )
 
 

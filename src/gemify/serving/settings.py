@@ -1,102 +1,165 @@
-"""What `gemify serve` can be told: defaults, a YAML file, flags; each beats the one before."""
+"""The options of `gemify serve`. Flags win over the environment, the environment over a YAML file, a file over defaults."""
 
 from __future__ import annotations
 
-import dataclasses
 import ipaddress
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import yaml
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-MAX_ANSWERS = 16
+PREFIX = "GEMIFY_"
+KEYS_VARIABLE = "GEMIFY_API_KEYS"
+"""Holds the keys themselves; ``GEMIFY_API_KEYS_FILE`` is the option ``api_keys``, the path of a file."""
 
 
-@dataclass(frozen=True)
-class ServerSettings:
-    """Options of a server. ValueError, one line, for what cannot be."""
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"must be a number, got {value}")
+    return value
+
+
+def _split(value: Any) -> Any:
+    """Split a variable's or a file's single string at its commas."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+_Number = BeforeValidator(_refuse_bool)
+Count = Annotated[int, _Number, Field(ge=1)]
+Seconds = Annotated[float, _Number, Field(ge=1e-3)]
+Origins = Annotated[tuple[str, ...], BeforeValidator(_split), NoDecode]
+
+
+class ServerSettings(BaseSettings):
+    """Options of a server.
+
+    Built directly, it reads neither environment nor file; `load` does.
+
+    Raises:
+        ValueError: a value is not allowed.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
     model: str = "starter"
+    """A GEM directory or a repo id."""
     base: str | None = None
+    """Where the base model is, if not where the GEM says."""
     dtype: str | None = None
+    """float32, bfloat16 or float16."""
     device: str | None = None
+    """cpu, cuda, mps, ..."""
     trust_remote_code: bool = False
+    """Run Python that comes with the base model."""
     served_model_name: str | None = None
     """What clients call the model; None: its directory's name."""
     store: str | None = None
     """An index for /v1/search."""
 
-    host: str = "127.0.0.1"
-    port: int = 8000
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """Address to listen at."""
+    port: Annotated[int, _Number, Field(ge=0, le=65535)] = 8000
+    """Port to listen at; 0: any free one."""
     api_keys: Path | None = None
     """A file of keys, ``name: key`` a line."""
     allow_no_key: bool = False
     """Serve other machines without keys."""
-    cors_origins: tuple[str, ...] = ()
+    cors_origins: Origins = ()
+    """Origins of web pages that may call."""
 
-    requests_per_minute: int | None = None
-    """Of each key."""
-    tokens_per_minute: int | None = None
-    max_num_seqs: int = 16
-    """Most answers written at a time."""
-    max_queue_size: int = 2048
-    """Most texts and answers that wait for their turn."""
-    max_requests: int = 1024
+    requests_per_minute: Count | None = None
+    """Limit of each key."""
+    tokens_per_minute: Count | None = None
+    """Limit of each key."""
+    max_num_seqs: Count = 16
+    """Most sequences that are generated at a time."""
+    max_queue_size: Count = 2048
+    """Most texts and sequences that wait."""
+    max_requests: Count = 1024
     """Most requests at a time."""
-    max_body_bytes: int = 16 << 20
-    max_bodies_bytes: int = 256 << 20
-    """Of the bodies of all requests together."""
-    max_depth: int = 32
-    """Of a body's JSON."""
-    max_texts: int = 2048
+    max_body_bytes: Count = 16 << 20
+    """Largest body of a request."""
+    max_bodies_bytes: Count = 256 << 20
+    """Memory for the bodies of all requests together."""
+    max_depth: Count = 32
+    """Deepest nesting of a body's JSON."""
+    max_texts: Count = 2048
     """Most texts of an embeddings request."""
-    max_prompts: int = 64
+    max_prompts: Count = 64
     """Most prompts of a completions request."""
-    default_max_tokens: int = 1024
-    """Longest answer where the request does not say; less where the model has less room."""
-    prefix_cache_bytes: int = 512 << 20
-    """Memory for the KV caches that requests with the same beginning share."""
+    default_max_tokens: Count = 1024
+    """Longest answer of a chat that does not say; less where the model has fewer positions left."""
+    prefix_cache_bytes: Annotated[int, _Number, Field(ge=0)] = 512 << 20
+    """Memory for the KV of prefixes that requests share."""
+    kv_cache_bytes: Count = 4 << 30
+    """Memory for the KV of running sequences."""
 
-    kv_cache_bytes: int = 4 << 30
-    """Memory for the KV caches of the answers being written."""
-
-    timeout: float = 600.0
+    timeout: Seconds = 600.0
     """Seconds a request may take."""
-    body_timeout: float = 30.0
-    """Seconds in which a request must have arrived."""
-    drain_seconds: float = 0.0
-    """How long, after SIGTERM, /ready says no before no more connections are accepted."""
-    stop_timeout: float | None = None
+    body_timeout: Seconds = 30.0
+    """Seconds in which a request's body must have arrived."""
+    drain_seconds: Annotated[float, _Number, Field(ge=0)] = 0.0
+    """Seconds after SIGTERM in which /ready answers 503 and everything else is served as before."""
+    stop_timeout: Seconds | None = None
     """Seconds accepted requests have to finish after SIGTERM; None: as long as they take."""
     log_prompts: bool = False
+    """Log what clients send."""
 
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            least = (
-                0
-                if field.name in ("port", "drain_seconds", "prefix_cache_bytes")
-                else 1e-3
-                if _in_seconds(field)
-                else 1
-            )
-            if not value >= least:
-                raise ValueError(f"{field.name} must be at least {least:g}, got {value}")
-        if self.port > 65535:
-            raise ValueError(f"port must lie in 0..65535, got {self.port}")
+    @field_validator("cors_origins")
+    @classmethod
+    def _require_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not origin.startswith(("http://", "https://")):
+                raise ValueError(f"a CORS origin is * or starts with http:// or https://, got {origin!r}")
+        return origins
+
+    @model_validator(mode="after")
+    def _require_room_for_a_body(self) -> Self:
         if self.max_bodies_bytes < self.max_body_bytes:
             raise ValueError(
                 f"max_bodies_bytes must be at least max_body_bytes, {self.max_body_bytes}, got {self.max_bodies_bytes}"
             )
-        if not self.host:
-            raise ValueError("host must not be empty: 127.0.0.1 serves this machine, 0.0.0.0 every other one too")
-        for origin in self.cors_origins:
-            if origin != "*" and not origin.startswith(("http://", "https://")):
-                raise ValueError(f"a CORS origin is * or starts with http:// or https://, got {origin!r}")
+        return self
+
+    @classmethod
+    def settings_customise_sources(  # type: ignore[override]
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read the arguments alone; `load` merges the other sources."""
+        return (init_settings,)
+
+    @classmethod
+    def load(cls, flags: Mapping[str, Any], config: Path | None = None) -> ServerSettings:
+        """Merge flags, environment, file and defaults.
+
+        Args:
+            flags: options given on the command line.
+            config: a YAML file of options, with ``-`` or ``_`` in their names.
+
+        Raises:
+            ValueError: an unknown name or a value that is not allowed, in one line that says where it was given.
+        """
+        from_file = read_yaml(config) if config is not None else {}
+        from_environment = EnvSettingsSource(cls)()
+        from_environment.pop("api_keys", None)
+        if path := os.environ.get(f"{KEYS_VARIABLE}_FILE"):
+            from_environment["api_keys"] = path
+        try:
+            return cls(**{**from_file, **from_environment, **flags})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0]) if first["loc"] else ""
+            if name in flags:
+                source = "--" + name.replace("cors_origins", "cors_origin").replace("_", "-")
+            elif name in from_environment:
+                source = variable_name(name)
+            else:
+                source = f"{config}: {name}" if name else str(config or "the options")
+            raise ValueError(_one_line(source, name, first)) from error
 
     @property
     def is_local(self) -> bool:
@@ -116,54 +179,32 @@ class ServerSettings:
         path = Path(self.model)
         return path.resolve().name if path.is_dir() else self.model
 
-    @classmethod
-    def of(cls, given: Mapping[str, Any], *, source: str) -> ServerSettings:
-        """Settings from a file's or the flags' entries; ValueError for unknown names and wrong types."""
-        kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for name, value in given.items():
-            if name not in kinds:
-                raise ValueError(f"{source}: unknown setting {name!r}: choose from {', '.join(kinds)}")
-            values[name] = _typed(name, kinds[name], value, source)
-        return cls(**values)
 
-    @staticmethod
-    def from_yaml(path: Path) -> dict[str, Any]:
-        """A file's entries, with ``-`` or ``_`` in their names."""
-        try:
-            read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        if read is None:
-            return {}
-        if not isinstance(read, dict) or not all(isinstance(name, str) for name in read):
-            raise ValueError(f"{path} must hold settings, `name: value` a line")
-        return {name.replace("-", "_"): value for name, value in read.items()}
+def variable_name(option: str) -> str:
+    """Return the environment variable of an option."""
+    return f"{KEYS_VARIABLE}_FILE" if option == "api_keys" else PREFIX + option.upper()
 
 
-def _in_seconds(field: dataclasses.Field[Any]) -> bool:
-    return "float" in str(field.type)
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a file's options, with ``-`` or ``_`` in their names."""
+    try:
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if read is None:
+        return {}
+    if not isinstance(read, dict) or not all(isinstance(name, str) for name in read):
+        raise ValueError(f"{path} must hold options, `name: value` a line")
+    return {name.replace("-", "_"): value for name, value in read.items()}
 
 
-def _typed(name: str, kind: str, value: Any, source: str) -> Any:
-    if value is None and "None" in kind:
-        return None
-    if kind.startswith("tuple"):
-        listed = [value] if isinstance(value, str) else value
-        if isinstance(listed, list | tuple) and all(isinstance(v, str) for v in listed):
-            return tuple(listed)
-    elif kind.startswith("Path"):
-        if isinstance(value, str | Path):
-            return Path(value)
-    elif kind.startswith("bool"):
-        if isinstance(value, bool):
-            return value
-    elif kind.startswith("int"):
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-    elif kind.startswith("float"):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-    elif isinstance(value, str):
-        return value
-    raise ValueError(f"{source}: {name} must be {kind.replace(' | None', '')}, got {value!r}")
+def _one_line(source: str, name: str, error: Mapping[str, Any]) -> str:
+    """Say what is wrong with an option: what was got, and what is allowed."""
+    if error["type"] == "extra_forbidden":
+        known = ", ".join(ServerSettings.model_fields)
+        return f"{source.partition(':')[0]}: unknown option {name!r}: choose from {known}"
+    if error["type"] == "value_error":
+        message = str(error["ctx"]["error"])
+        return f"{source} {message}" if message.startswith("must ") else f"{source}: {message}"
+    message = str(error["msg"]).replace("Input should be", "must be").replace("String should have", "must have")
+    return f"{source} {message}, got {str(error['input'])[:80]!r}"

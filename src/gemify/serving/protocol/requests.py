@@ -9,8 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 
 from gemify.serving.errors import unsupported_parameter
 from gemify.serving.request_body import json_name
-from gemify.serving.settings import MAX_ANSWERS
 
+_MAX_N = 16
 _MOST_STOPS = 16
 _LONGEST_STOP = 1000  # each token's text is compared with all of their beginnings
 _MOST_BIASES = 1024
@@ -187,7 +187,7 @@ class _GenerationRequest(_Request):
     top_p: Unit | None = Field(default=None, description="Nucleus sampling. Default 1.")
     seed: int | None = Field(default=None, ge=-_LARGEST - 1, le=_LARGEST, description="Same seed, same answer.")
     stop: Stops = Field(default=(), description="The answer ends before the first of these.")
-    n: int | None = Field(default=None, ge=1, le=MAX_ANSWERS, description="How many answers.")
+    n: int | None = Field(default=None, ge=1, le=_MAX_N, description="How many answers.")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases = Field(default_factory=dict, description="Added to tokens' logits, by token id.")
@@ -217,7 +217,7 @@ class CreateCompletionRequest(_GenerationRequest):
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Log probabilities of the tokens, and of so many others at their place."
     )
-    best_of: int | None = Field(default=None, ge=1, le=MAX_ANSWERS, description="Only as many as n.")
+    best_of: int | None = Field(default=None, ge=1, le=_MAX_N, description="Only as many as n.")
 
     @model_validator(mode="before")
     @classmethod
