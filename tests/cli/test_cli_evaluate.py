@@ -132,7 +132,7 @@ def test_a_cell_that_fails_is_an_error_with_a_report(gemify_: Command, flags: li
     mended = [mine if argument == flags[4] else argument for argument in flags]
     said = gemify_(*mended, "-t", "STS12", "-t", "STS13").error
     assert "1 of 2 cells failed" in said
-    assert "STS12.test.jsonl.gz is not readable as text" in said
+    assert "STS12.test.jsonl.gz: a damaged .gz file" in said
     text = (tmp_path / "out/report.md").read_text()
     assert "STS13" in text
     assert "STS12 |" not in text

@@ -36,8 +36,8 @@ def test_pairs_are_read_and_bad_ones_named(tmp_path: Path) -> None:
     for content, message in (
         ("", "holds no row"),
         ('{"sentence1": "a", "sentence2": "b", "score": 1}\n', "at least two"),
-        ('{"sentence1": "a"}\n', "line 1: 'sentence2' must be str, got nothing"),
-        ("\x00\xff", "line 1"),
+        ('{"sentence1": "a"}\n', r"row 1: no column 'sentence2' \(there are sentence1\)"),
+        ("\x00\xff", "row 1: not JSON"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):

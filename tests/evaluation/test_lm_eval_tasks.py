@@ -24,7 +24,7 @@ from gemify.evaluation.lm_eval_tasks import (
     make_language_tasks,
     run_language_task,
 )
-from gemify.io.jsonl import read_lines, read_rows
+from gemify.io.rows import load_rows
 
 pytest.importorskip("lm_eval")
 from lm_eval.api.model import LM
@@ -377,7 +377,7 @@ def test_the_starters_mmlu_is_lm_evals(
     seen: dict[tuple[str, str], int] = {}
     rows = []
     keep = {"abstract_algebra": 8, "global_facts": 8, "management": 4}
-    for row in read_rows(path, {"subject": str, "split": str}):
+    for row in load_rows(path, {"subject": str, "split": str}):
         key = (row["subject"], row["split"])
         seen[key] = seen.get(key, 0) + 1
         if row["subject"] in keep and (row["split"] == "dev" or seen[key] <= keep[row["subject"]]):
@@ -426,13 +426,13 @@ def test_a_task_without_accuracy_is_refused(hub: dict[Any, dict[str, Rows]]) -> 
     [
         ("arc_easy", {"gold": 4}, "gold 4 names none of the 4 choices"),
         ("arc_easy", {"gold": -1}, "gold -1 names none"),
-        ("arc_easy", {"gold": "2"}, "line 2: 'gold' must be int, got str"),
-        ("arc_easy", {"gold": True}, "line 2: 'gold' must be int, got bool"),
+        ("arc_easy", {"gold": "2"}, "row 2: 'gold' must be a whole number, got str"),
+        ("arc_easy", {"gold": True}, "row 2: 'gold' must be a whole number, got bool"),
         ("arc_easy", {"choices": ["a", 1]}, "choices"),
-        ("arc_easy", {"query": None}, "line 2: 'query' must be str, got NoneType"),
+        ("arc_easy", {"query": None}, "row 2: 'query' must be text, got NoneType"),
         ("hellaswag", {"endings": []}, "names none of the 0 endings"),
-        ("winogrande", {"context_options": "ab"}, "line 2: 'context_options' must be list, got str"),
-        ("lambada", {"text": 3}, "line 2: 'text' must be str, got int"),
+        ("winogrande", {"context_options": "ab"}, "row 2: 'context_options' must be a list, got str"),
+        ("lambada", {"text": 3}, "row 2: 'text' must be text, got int"),
     ],
 )
 def test_broken_rows_are_said(name: str, changed: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_broken_rows_are_said(name: str, changed: dict[str, Any], message: str, 
         ({"choices": ["a", "b", "c"]}, "anatomy has a row without four choices and an answer A-D"),
         ({"choices": ["a", "b", "c", 4]}, "anatomy has a row without four choices"),
         ({"answer": "E"}, "anatomy has a row without four choices and an answer A-D"),
-        ({"answer": 1}, "line 1: 'answer' must be str, got int"),
+        ({"answer": 1}, "row 1: 'answer' must be text, got int"),
         ({"split": "train"}, "anatomy has 4 dev and 2 test rows, at least 5 and 1 are needed"),
     ],
 )
@@ -460,50 +460,6 @@ def test_broken_mmlu_is_said(changed: dict[str, Any], message: str, tmp_path: Pa
     assert message in complaint(lambda: make_language_tasks("mmlu", write(tmp_path, "mmlu", rows)))
     only = [r for r in rows if r["split"] == "test"]
     assert "0 dev and 2 test" in complaint(lambda: make_language_tasks("mmlu", write(tmp_path, "mmlu", only)))
-
-
-# Rows of local files
-
-
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_rows_and_lines_are_read(suffix: str, tmp_path: Path) -> None:
-    def put(name: str, text: str) -> Path:
-        path = tmp_path / (name + suffix)
-        path.write_bytes(gzip.compress(text.encode()) if suffix else text.encode())
-        return path
-
-    good = put("good.jsonl", '{"a": 1, "b": "é\\n"}\n\n  \n{"a": 2, "b": "\u2028", "c": []}')
-    assert read_rows(good, {"a": int, "b": str}) == [{"a": 1, "b": "é\n"}, {"a": 2, "b": "\u2028", "c": []}]
-    assert read_rows(good, {"a": (str, int)}) == read_rows(good, {})
-    assert read_lines(put("l.txt", " one \n\n two\u2028three\r\n\t\nlast")) == ["one", "two\u2028three", "last"]
-    for text, message in (
-        ('{"a": 1}\n{"a": 1', "line 2: not JSON"),
-        ('\n\n{"a": 1}\n[1]\n', "line 4: expected an object with a, got a list"),
-        ('{"a": 1}\n{"b": 1}\n', "line 2: 'a' must be int, got nothing"),
-        ('{"a": 1.5}\n', "line 1: 'a' must be int, got float"),
-        ('{"a": true}\n', "line 1: 'a' must be int, got bool"),
-        (" \n", "holds no row"),
-    ):
-        said = complaint(lambda text=text: read_rows(put("bad.jsonl", text), {"a": int}))  # type: ignore[misc]
-        assert said.startswith(str(tmp_path / "bad.jsonl"))
-        assert message in said
-    said = complaint(lambda: read_rows(put("bad.jsonl", '{"a": []}'), {"a": (str, int)}))
-    assert "'a' must be str or int, got list" in said
-
-
-def test_files_that_are_no_text_are_said(tmp_path: Path) -> None:
-    packed = gzip.compress(b"some text\n" * 1000)
-    for name, content in (
-        ("latin.txt", b"caf\xe9"),
-        ("plain.txt.gz", b"not packed"),
-        ("cut.txt.gz", packed[:-20]),
-        ("bad.txt.gz", packed[:12] + bytes(10) + packed[22:]),
-    ):
-        (tmp_path / name).write_bytes(content)
-        said = complaint(lambda name=name: read_lines(tmp_path / name))  # type: ignore[misc]
-        assert said.startswith(f"{tmp_path / name} is not readable as text: ")
-    assert complaint(lambda: read_lines(tmp_path / "none.txt")) == f"no such data file: {tmp_path / 'none.txt'}"
-    assert "no such data file" in complaint(lambda: read_rows(tmp_path, {}))
 
 
 # Loss and logits

@@ -179,17 +179,27 @@ def test_a_missing_file_is_named_before_anything_runs(mine: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "file", "row", "said"),
     [
-        ("STSBenchmark", "sts/STSBenchmark.test", '{"sentence1": "a", "score": 1}', "line 3: 'sentence2' must be str"),
-        ("STSBenchmark", "sts/STSBenchmark.test", '{"sentence1": "a"', "line 3: not JSON"),
-        ("STSBenchmark", "sts/STSBenchmark.test", '["a"]', "line 3: expected an object"),
-        ("STS12", "sts/STS12.test", '{"sentence1": "", "sentence2": "", "score": "5"}', "line 3: 'score' must be int"),
-        ("STS12", "sts/STS12.test", '{"sentence1": "", "sentence2": "", "score": true}', "line 3: 'score' must be int"),
-        ("CLINC150", "clinc150/train", '{"text": "a", "label": null}', "line 3: 'label' must be str or int"),
-        ("MRPC", "mrpc/test", '{"sent1": "a", "sent2": "b", "label": "yes"}', "line 3: 'label' must be int"),
-        ("NFCorpus", "nfcorpus/corpus", '{"_id": "D", "text": "b"}', "line 3: 'title' must be str, got nothing"),
+        ("STSBenchmark", "sts/STSBenchmark.test", '{"sentence1": "a", "score": 1}', "row 3: no column 'sentence2'"),
+        ("STSBenchmark", "sts/STSBenchmark.test", '{"sentence1": "a"', "row 3: not JSON"),
+        ("STSBenchmark", "sts/STSBenchmark.test", '["a"]', "row 3: expected a JSON object"),
+        (
+            "STS12",
+            "sts/STS12.test",
+            '{"sentence1": "", "sentence2": "", "score": "5"}',
+            "row 3: 'score' must be a number",
+        ),
+        (
+            "STS12",
+            "sts/STS12.test",
+            '{"sentence1": "", "sentence2": "", "score": true}',
+            "row 3: 'score' must be a number",
+        ),
+        ("CLINC150", "clinc150/train", '{"text": "a", "label": null}', "row 3: 'label' must be text or a whole number"),
+        ("MRPC", "mrpc/test", '{"sent1": "a", "sent2": "b", "label": "yes"}', "row 3: 'label' must be a whole number"),
+        ("NFCorpus", "nfcorpus/corpus", '{"_id": "D", "text": "b"}', "row 3: no column 'title' (there are _id, text)"),
         ("WikiQAReranking", "wikiqa_rerank/test", '{"query": "a", "positive": "b", "negative": []}', "'positive' must"),
         ("WikiQAReranking", "wikiqa_rerank/test", '{"query": "a", "positive": [1], "negative": ["b"]}', "'positive'"),
-        ("STC2Biomedical", "stc2/biomedical_titles", '{"text": 5, "label": 1}', "line 3: 'text' must be str, got int"),
+        ("STC2Biomedical", "stc2/biomedical_titles", '{"text": 5, "label": 1}', "row 3: 'text' must be text, got int"),
     ],
 )
 def test_a_broken_row_is_named_with_its_line(mine: Path, name: str, file: str, row: str, said: str) -> None:
@@ -204,7 +214,7 @@ def test_a_broken_row_is_named_with_its_line(mine: Path, name: str, file: str, r
 def test_broken_relevance_is_named_with_its_line(mine: Path) -> None:
     path = mine / "mteb/nfcorpus/qrels.test.tsv"
     path.write_text("query-id\tcorpus-id\tscore\n\nQ-cooking\tD-cooking-1\tgood\n")
-    assert f"{path} line 3: expected query-id" in one_line("NFCorpus", mine)
+    assert f"{path} row 3: expected query-id" in one_line("NFCorpus", mine)
     path.write_text("query-id\tcorpus-id\tscore\nQ-cooking\tD-nobody\t1\n")
     assert str(path) in one_line("NFCorpus", mine)
 
@@ -219,11 +229,11 @@ def test_truncated_and_mistaken_files_are_named(mine: Path) -> None:
     path = mine / "mteb/sts/STS13.test.jsonl.gz"
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    assert f"{path} is not readable as text" in one_line("STS13", mine)
+    assert f"{path}: a damaged .gz file" in one_line("STS13", mine)
     path.write_bytes(b"plain text")
-    assert f"{path} is not readable as text" in one_line("STS13", mine)
+    assert f"{path}: a damaged .gz file" in one_line("STS13", mine)
     path.write_bytes(gzip.compress(b"\xff\xfe\xff"))
-    assert f"{path} is not readable as text" in one_line("STS13", mine)
+    assert f"{path} row 1: not UTF-8 text" in one_line("STS13", mine)
     path.write_bytes(gzip.compress(b"\n"))
     assert f"{path} holds no row" in one_line("STS13", mine)
 

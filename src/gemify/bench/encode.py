@@ -15,12 +15,9 @@ which other work on the machine moves less.
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import json
 import statistics
 import tempfile
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +29,7 @@ import torch
 from tqdm.auto import tqdm
 
 from gemify.evaluation.baselines import BaselineEncoder, BidirectionalEncoder, load_sentence_transformer
+from gemify.io.rows import find_row_file, load_rows
 from gemify.model.base import default_device
 from gemify.model.export import export
 from gemify.model.gem import GemModel
@@ -53,27 +51,22 @@ class Side:
 
 
 def read_texts(path: Path, count: int) -> list[str]:
-    """Texts of a corpus, ``count`` of them evenly over the file.
+    """Texts of a corpus, taken evenly over the file.
 
-    ``path``: a .jsonl or .jsonl.gz file of rows with ``text`` (and ``title``), or a directory with corpus.jsonl (or .gz).
+    Args:
+        path: A file of rows with ``text`` (and ``title``), or a directory that holds one named ``corpus``.
+        count: How many texts to take.
+
+    Returns:
+        At most ``count`` texts, each behind its title.
+
+    Raises:
+        ValueError: There is no such file, or a row without text.
     """
-    files = [path] if path.is_file() else [path / "corpus.jsonl", path / "corpus.jsonl.gz"]
-    found = next((file for file in files if file.is_file()), None)
+    found = path if path.is_file() else find_row_file(path, "corpus")
     if found is None:
-        raise ValueError(f"{path} is no .jsonl file and holds no corpus.jsonl or corpus.jsonl.gz")
-    whole = found.read_bytes()
-    try:
-        lines = (gzip.decompress(whole) if found.suffix == ".gz" else whole).split(
-            b"\n"
-        )  # text may hold other ends of lines
-        rows = [json.loads(line) for line in lines if line.strip()]
-        texts = [f"{row.get('title') or ''} {row['text']}".strip() for row in rows]
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{found} is a damaged .gz file ({error}): restore it") from error
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{found} must have a JSON object with `text` on every line") from error
-    if not texts:
-        raise ValueError(f"{found} holds no text")
+        raise ValueError(f"{path} is no file of rows and holds no corpus.jsonl (or .csv, .parquet, ...)")
+    texts = [f"{row.get('title') or ''} {row['text']}".strip() for row in load_rows(found, {"text": str})]
     return [texts[int(at)] for at in np.linspace(0, len(texts) - 1, min(count, len(texts)))]
 
 

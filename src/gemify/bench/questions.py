@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemify.io.errors import first_line
+from gemify.io.rows import find_row_file, missing_column, read_values
 
 
 @dataclass(frozen=True)
@@ -24,8 +22,8 @@ def read_questions(directory: Path, limit: int | None) -> tuple[list[dict[str, A
 
     Of the questions, ``limit`` are taken evenly over the file. ValueError names a file or row that does not fit.
     """
-    passages = list(_rows(directory, "corpus", ("_id", "text")))
-    found = list(_rows(directory, "queries", ("text", "answers", "passage")))
+    passages = _rows(directory, "corpus", ("_id", "text"))
+    found = _rows(directory, "queries", ("text", "answers", "passage"))
     if odd := [q for q in found if not isinstance(q["answers"], list)]:
         raise ValueError(f"{directory}: answers must be a list of texts, got {str(odd[0]['answers'])[:80]}")
     known = {str(p["_id"]) for p in passages}
@@ -37,17 +35,13 @@ def read_questions(directory: Path, limit: int | None) -> tuple[list[dict[str, A
     return passages, questions
 
 
-def _rows(directory: Path, name: str, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    path = next((p for suffix in (".jsonl", ".jsonl.gz") if (p := directory / f"{name}{suffix}").is_file()), None)
+def _rows(directory: Path, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+    path = find_row_file(directory, name)
     if path is None:
-        raise ValueError(f"{directory} has no {name}.jsonl or {name}.jsonl.gz: give a directory in SQuAD form")
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                missing = [c for c in columns if c not in row]
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path} row {number}: no JSON object ({first_line(error)})") from error
-            if missing:
-                raise ValueError(f"{path} row {number}: no {missing[0]!r}")
-            yield row
+        raise ValueError(f"{directory} has no {name}.jsonl (or .csv, .parquet, ...): give a directory in SQuAD form")
+    found = []
+    for where, values in read_values(path):
+        if missing := [column for column in columns if column not in values]:
+            raise ValueError(f"{where}: {missing_column(missing[0], values)}")
+        found.append(values)
+    return found

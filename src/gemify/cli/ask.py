@@ -179,7 +179,7 @@ def _questions() -> Iterator[str]:
 
 
 def _asked(text: str) -> str:
-    from gemify.retrieval.section import replace_surrogates
+    from gemify.io.rows import replace_surrogates
 
     return replace_surrogates(text.strip())
 

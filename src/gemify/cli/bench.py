@@ -200,7 +200,9 @@ def serve(
 
 @bench.command()
 def encode(
-    data: Annotated[Path, typer.Option(help=".jsonl[.gz] with `text`, or a directory with corpus.jsonl[.gz].")],
+    data: Annotated[
+        Path, typer.Option(help="File of rows with `text`, or a directory with such a corpus.jsonl (or .csv, ...).")
+    ],
     model: Model = "starter",
     num_texts: Annotated[int, typer.Option(min=1, help="Number of texts, evenly over the file.")] = 200,
     rounds: Rounds = 3,

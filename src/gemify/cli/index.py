@@ -145,8 +145,8 @@ def search(
     """Retrieve the passages of a store that match a question best."""
     from typing import get_args
 
+    from gemify.io.rows import replace_surrogates
     from gemify.retrieval.index import GemIndex, Mode
-    from gemify.retrieval.section import replace_surrogates
 
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
@@ -166,7 +166,7 @@ def search(
 
 def embed_corpus(
     inputs: Annotated[
-        list[str], typer.Argument(help=".parquet and .jsonl(.gz) files of rows, or directories of them.")
+        list[str], typer.Argument(help="Files of rows (.parquet, .jsonl, .csv, ...; also .gz, .zst), or directories.")
     ],
     output: Annotated[str, typer.Option("--output", "-o", help="Directory of the corpus, or a URI such as s3://...")],
     model: NewStoreModel = None,

@@ -37,7 +37,8 @@ def embed(
     model: Model,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts. [default: --input, or the lines of stdin]")] = None,
     input: Annotated[
-        Path | None, typer.Option("--input", "-i", help=".txt, .jsonl or .parquet file with a text in each row.")
+        Path | None,
+        typer.Option("--input", "-i", help="File of rows (.txt, .jsonl, .csv, .parquet, ...; also .gz, .zst)."),
     ] = None,
     text_column: TextColumn = "text",
     output: Annotated[

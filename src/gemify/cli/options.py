@@ -39,7 +39,7 @@ Encoder = Annotated[str | None, typer.Option(help="A sentence-transformers model
 TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 TitleColumn = Annotated[str, typer.Option(help="Column that holds the title.")]
 TrainingData = Annotated[
-    str, typer.Option(help="Texts: a .txt, .jsonl or .parquet file, or a Hugging Face data set's name.")
+    str, typer.Option(help="Texts: a .txt, .jsonl, .csv or .parquet file, or a Hugging Face data set's name.")
 ]
 SquadData = Annotated[
     Path, typer.Option(help="Directory with corpus.jsonl and queries.jsonl (or .gz), in SQuAD's form.")

@@ -28,7 +28,8 @@ _NOT_IN_RECIPE = {"output", "preset", "config", "resume", "device", "quiet", "as
 def train(
     output: OutputDirectory,
     data: Annotated[
-        str | None, typer.Option(help="Texts: a .txt, .jsonl or .parquet file, or a Hugging Face data set's name.")
+        str | None,
+        typer.Option(help="Texts: a .txt, .jsonl, .csv or .parquet file, or a Hugging Face data set's name."),
     ] = None,
     base: Annotated[
         str | None,

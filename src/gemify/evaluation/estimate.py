@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import gzip
 from pathlib import Path
 from typing import Any
 
 from gemify.evaluation.lm_eval_tasks import HELD_OUT, local_file
 from gemify.evaluation.mteb_tasks import LOCAL_TASKS
+from gemify.io.rows import read_rows
 
 _UNKNOWN = 200_000.0
 _HEADERS = 57 * 600.0  # MMLU's five solved questions of each subject
@@ -49,13 +50,9 @@ def _share(rows: int, limit: int | None) -> float:
 @functools.cache
 def _size(path: Path) -> tuple[int, int]:
     """Rows and characters of a file."""
-    opener = gzip.open if path.suffix == ".gz" else open
     rows = characters = 0
-    try:
-        with opener(path, "rb") as file:
-            for line in file:
-                rows += 1
-                characters += len(line)
-    except (OSError, EOFError):
-        pass  # a broken file says so when its task is run
+    with contextlib.suppress(OSError, ValueError):  # a broken file says so when its task is run
+        for row in read_rows(path, format="text"):
+            rows += 1
+            characters += len(row.raw)
     return rows, characters

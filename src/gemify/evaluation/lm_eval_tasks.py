@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemify.io.jsonl import read_rows
+from gemify.io.rows import load_rows
 
 HELD_OUT = "held_out"
 """Held-out next-token loss: not a task of lm-eval's, see `gemify.evaluation.language_model`."""
@@ -122,7 +122,7 @@ def make_language_tasks(name: str, data: Path | None) -> list[LanguageTask]:
         raise ValueError(f"{name} needs {data / local.file}, which does not exist: check --data")
 
     def rows() -> list[dict[str, Any]]:
-        read = read_rows(data / local.file, local.columns)
+        read = load_rows(data / local.file, local.columns)
         return [_sound({column: row[column] for column in local.columns}, data / local.file) for row in read]
 
     metrics = ["acc", "acc_norm"] if local.main == "acc_norm" else ["acc"]
@@ -145,7 +145,7 @@ def _mmlu(data: Path) -> list[LanguageTask]:
         raise ValueError(f"mmlu needs {path}, which does not exist: check --data")
     kinds = {"subject": str, "split": str, "question": str, "choices": list, "answer": str}
     subjects: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for row in read_rows(path, kinds):
+    for row in load_rows(path, kinds):
         texts = all(isinstance(choice, str) for choice in row["choices"])
         if row["answer"] not in ("A", "B", "C", "D") or len(row["choices"]) != 4 or not texts:
             raise ValueError(f"{path}: {row['subject']} has a row without four choices and an answer A-D: mend it")

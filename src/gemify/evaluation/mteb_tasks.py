@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemify.io.jsonl import numbered_lines, read_rows
+from gemify.io.rows import load_lines, load_rows
 
 NUMBER = (int, float)
 
@@ -149,7 +149,7 @@ def _sts(split: str) -> Callable[[list[Path]], Any]:
     def read(paths: list[Path]) -> Any:
         from datasets import Dataset
 
-        rows = read_rows(paths[0], {"sentence1": str, "sentence2": str, "score": NUMBER})
+        rows = load_rows(paths[0], {"sentence1": str, "sentence2": str, "score": NUMBER})
         columns = {name: [r[name] for r in rows] for name in ("sentence1", "sentence2")}
         return {split: Dataset.from_dict({**columns, "score": [float(r["score"]) for r in rows]})}
 
@@ -160,7 +160,7 @@ def _classification(paths: list[Path]) -> Any:
     from datasets import Dataset, DatasetDict
 
     kinds: dict[str, Any] = {"text": str, "label": (str, int)}
-    splits = {name: read_rows(path, kinds) for name, path in zip(("train", "test"), paths, strict=True)}
+    splits = {name: load_rows(path, kinds) for name, path in zip(("train", "test"), paths, strict=True)}
     number = {label: at for at, label in enumerate(sorted({str(r["label"]) for r in splits["train"]}))}
     made = {}
     for name, rows in splits.items():
@@ -176,7 +176,7 @@ def _held_out_classification(paths: list[Path]) -> Any:
     """A split of the training set, to choose settings on: every fourth row of each label is held out."""
     from datasets import Dataset, DatasetDict
 
-    rows = read_rows(paths[0], {"text": str, "label": (str, int)})
+    rows = load_rows(paths[0], {"text": str, "label": (str, int)})
     number = {label: at for at, label in enumerate(sorted({str(r["label"]) for r in rows}))}
     seen: defaultdict[str, int] = defaultdict(int)
     parts: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
@@ -190,7 +190,7 @@ def _held_out_classification(paths: list[Path]) -> Any:
 def _pairs(paths: list[Path]) -> Any:
     from datasets import Dataset
 
-    rows = read_rows(paths[0], {"sent1": str, "sent2": str, "label": int})
+    rows = load_rows(paths[0], {"sent1": str, "sent2": str, "label": int})
     columns = {"sentence1": "sent1", "sentence2": "sent2", "labels": "label"}
     return {"test": Dataset.from_dict({name: [r[old] for r in rows] for name, old in columns.items()})}
 
@@ -198,14 +198,14 @@ def _pairs(paths: list[Path]) -> Any:
 def _clustering(paths: list[Path]) -> Any:
     from datasets import Dataset
 
-    rows = read_rows(paths[0], {"text": str, "label": (str, int)})
+    rows = load_rows(paths[0], {"text": str, "label": (str, int)})
     return {
         "test": Dataset.from_dict({"sentences": [r["text"] for r in rows], "labels": [str(r["label"]) for r in rows]})
     }
 
 
 def _reranking(paths: list[Path]) -> Any:
-    rows = read_rows(paths[0], {"query": str, "positive": list, "negative": list})
+    rows = load_rows(paths[0], {"query": str, "positive": list, "negative": list})
     queries, corpus = [], []
     relevant: dict[str, dict[str, int]] = {}
     ranked: dict[str, list[str]] = {}
@@ -225,16 +225,16 @@ def _reranking(paths: list[Path]) -> Any:
 
 
 def _beir(paths: list[Path]) -> Any:
-    corpus = read_rows(paths[0], {"_id": str, "title": str, "text": str})
-    queries = read_rows(paths[1], {"_id": str, "text": str})
+    corpus = load_rows(paths[0], {"_id": str, "title": str, "text": str})
+    queries = load_rows(paths[1], {"_id": str, "text": str})
     known = {row["_id"] for row in corpus}
     relevant: dict[str, dict[str, int]] = defaultdict(dict)
-    for number, line in numbered_lines(paths[2]):
+    for number, line in load_lines(paths[2]):
         parts = line.split("\t")
         if parts[0] == "query-id":
             continue
         if len(parts) != 3 or not parts[2].lstrip("-").isdigit():
-            raise ValueError(f"{paths[2]} line {number}: expected query-id, corpus-id and score, got {line[:60]!r}")
+            raise ValueError(f"{paths[2]} row {number}: expected query-id, corpus-id and score, got {line[:60]!r}")
         if parts[1] in known:
             relevant[parts[0]][parts[1]] = int(parts[2])
     if not any(row["_id"] in relevant for row in queries):

@@ -35,7 +35,7 @@ from gemify.evaluation.mteb_tasks import LOCAL_TASKS, make_task
 from gemify.evaluation.recovery import attack_vectors, measure_recovery, select_texts_by_length
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.task_suites import GEM16, LLM2VEC15
-from gemify.io.jsonl import read_lines
+from gemify.io.rows import load_lines
 
 logger = logging.getLogger(__name__)
 
@@ -337,7 +337,7 @@ class _Builder:
         """Sentences no training should have seen: the end of the local text file, or of STSBenchmark from the hub."""
         if self._texts is None:
             if self.data is not None:
-                self._texts = read_lines(self.text_file())[-5000:]
+                self._texts = [line for _, line in load_lines(self.text_file())[-5000:]]
             else:
                 task = make_task("STSBenchmark", None)
                 task.load_data()

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm.auto import tqdm
 
+from gemify.io.rows import replace_surrogates
 from gemify.io.signals import StopFlag
 from gemify.retrieval.chunking import chunks
 from gemify.retrieval.document_store import FileRecord, Row, Store
 from gemify.retrieval.loaders import Columns, Found, content_hash, read_file
-from gemify.retrieval.section import Skipped, replace_surrogates
+from gemify.retrieval.section import Skipped
 
 
 class Embedder(Protocol):

@@ -6,19 +6,25 @@ The formats with a structure of their own are read in `documents.py`.
 from __future__ import annotations
 
 import functools
-import gzip
 import hashlib
-import io
 import json
 import os
-import zlib
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemify.io.rows import (
+    COMPRESSIONS,
+    decompress,
+    read_rows,
+    readable,
+    replace_surrogates,
+    require_text,
+    row_id,
+)
 from gemify.retrieval.documents import read_docx, read_html, read_markdown, read_pdf
-from gemify.retrieval.section import Section, Skipped, replace_surrogates
+from gemify.retrieval.section import Section, Skipped
 
 READING_VERSION = 1
 """Counted up when a reader changes what it yields: files read by an older one are then read again."""
@@ -37,7 +43,8 @@ _WHOLE: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {
     ".pdf": read_pdf,
     ".docx": read_docx,
 }
-_ROWS = frozenset([".jsonl", ".ndjson"])
+_ROWS = frozenset([".jsonl", ".ndjson", ".parquet"])
+_MAYBE_ROWS = frozenset([".csv", ".tsv", ".json"])
 _PIECE = (
     1 << 20
 )  # bytes of a plain text after which a section ends, at the next line if it is near: a file of any size is read in flat memory
@@ -46,7 +53,7 @@ _BROKEN_ROWS = 10  # of a file that are named one by one
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a .jsonl row holds its text and its title."""
+    """The columns of a file of rows that hold text and title."""
 
     text: str = "text"
     title: str = "title"
@@ -116,7 +123,8 @@ def _walk(root: Path, skipped: list[Skipped]) -> Iterator[Path]:
 
 def _kind(path: Path) -> str | None:
     """The suffix that decides on a file's reader, or None: a kind that is not read."""
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
+    suffix = Path(name).suffix.lower()
     if suffix in _PLAIN or suffix in _ROWS:
         return suffix
     if path.suffix.lower() in _WHOLE:
@@ -126,7 +134,7 @@ def _kind(path: Path) -> str | None:
 
 def content_hash(path: Path, columns: Columns) -> str:
     """SHA-256 of a file's bytes and of how they are read. Raises OSError."""
-    how = [READING_VERSION, *((columns.text, columns.title) if _kind(path) in _ROWS else ())]
+    how = [READING_VERSION, *((columns.text, columns.title) if _kind(path) in _ROWS | _MAYBE_ROWS else ())]
     digest = hashlib.sha256(json.dumps(how).encode())
     with path.open("rb") as file:
         while block := file.read(_PIECE):
@@ -135,30 +143,33 @@ def content_hash(path: Path, columns: Columns) -> str:
 
 
 def read_file(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
-    """The sections of a file, in order, and what of it cannot be read.
+    """Read the sections of a file, in order.
 
-    Raises ValueError, in one line, where the file as a whole cannot be read.
+    Args:
+        path: A file of any kind; one of no known kind is read as text.
+        columns: Columns of files of rows.
+
+    Yields:
+        Sections, and parts of the file that cannot be read.
+
+    Raises:
+        ValueError: The file as a whole cannot be read. One line, without the path.
     """
-    kind = _kind(path)
+    reader = _WHOLE.get(_kind(path) or "")
     try:
-        if kind in _ROWS:
-            yield from _rows(path, columns)
-        elif kind in _WHOLE:
-            yield from _WHOLE[kind](path)
-        else:  # a file of no known kind was named by the user: it may be text
-            yield from _plain(path)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"a damaged .gz file ({error}): restore it") from error
+        with readable(path):
+            if reader is not None:
+                yield from reader(path)
+            elif _holds_rows(path, columns):
+                yield from _read_rows(path, columns)
+            else:  # a file of no known kind was named by the user: it may be text
+                yield from _read_plain(path)
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix(f"{path}: ").removeprefix(f"{path} ")) from error
     except OSError as error:
         raise ValueError(
             f"cannot be read ({error.strerror or type(error).__name__}): allow it or restore it"
         ) from error
-
-
-def _open(path: Path) -> io.BufferedReader:
-    if path.suffix == ".gz":
-        return io.BufferedReader(gzip.open(path, "rb"))
-    return path.open("rb")
 
 
 def _decode(raw: bytes, first_line: int) -> str:
@@ -171,9 +182,10 @@ def _decode(raw: bytes, first_line: int) -> str:
         raise ValueError(f"line {line} is not UTF-8 text: convert the file (iconv -t utf-8)") from error
 
 
-def _plain(path: Path) -> Iterator[Section]:
+def _read_plain(path: Path) -> Iterator[Section]:
     first_line = 1
-    with _open(path) as file:
+    with path.open("rb") as compressed:
+        file = decompress(compressed, path)
         while raw := file.read(_PIECE):
             raw += file.readline(_PIECE)
             for _ in range(3):  # a line that goes on is cut between characters
@@ -183,37 +195,34 @@ def _plain(path: Path) -> Iterator[Section]:
             first_line += raw.count(b"\n")
 
 
-def _rows(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
+def _holds_rows(path: Path, columns: Columns) -> bool:
+    """Whether a table or array has the text column; others of these kinds are indexed as plain text."""
+    kind = _kind(path)
+    if kind in _ROWS:
+        return True
+    if kind not in _MAYBE_ROWS:
+        return False
+    try:
+        first = next(read_rows(path), None)
+        return first is not None and columns.text in first.parse()
+    except ValueError:
+        return False
+
+
+def _read_rows(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
     broken = 0
-    with _open(path) as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                yield _row(_decode(raw, number), number, columns)
-            except ValueError as error:
-                broken += 1
-                if broken <= _BROKEN_ROWS:
-                    yield Skipped(str(path), f"row {number}: {error}")
+    for row in read_rows(path, columns=(columns.text, columns.title, "_id", "id")):
+        try:
+            yield _section(row.parse(), row.number, columns)
+        except ValueError as error:
+            broken += 1
+            if broken <= _BROKEN_ROWS:
+                yield Skipped(str(path), f"row {row.number}: {error}")
     if broken > _BROKEN_ROWS:
         yield Skipped(str(path), f"{broken - _BROKEN_ROWS:,} more rows cannot be read")
 
 
-def _row(line: str, number: int, columns: Columns) -> Section:
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON: give one JSON object a line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    if columns.text not in row:
-        there = replace_surrogates(", ".join(sorted(row)))
-        raise ValueError(f"no column {columns.text!r} (there are {there}): set the text column")
-    text, title = row[columns.text], row.get(columns.title)
-    if not isinstance(text, str):
-        raise ValueError(f"{columns.text!r} must be text, got {type(text).__name__}")
-    name = next((row[c] for c in ("_id", "id") if isinstance(row.get(c), str | int)), number)
-    title = title if isinstance(title, str) else ""
-    return Section(
-        replace_surrogates(text), title=replace_surrogates(title), unit="row", name=replace_surrogates(str(name))
-    )
+def _section(row: dict[str, Any], number: int, columns: Columns) -> Section:
+    text, title = require_text(row, columns.text), row.get(columns.title)
+    title = replace_surrogates(title) if isinstance(title, str) else ""
+    return Section(text, title=title, unit="row", name=row_id(row) or str(number))

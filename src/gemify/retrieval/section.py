@@ -46,8 +46,3 @@ class Skipped:
 
     path: str
     reason: str
-
-
-def replace_surrogates(text: str) -> str:
-    """The text with half characters (lone surrogates, from JSON escapes or odd bytes) replaced: no tokenizer takes them."""
-    return text.encode("utf-8", "replace").decode()

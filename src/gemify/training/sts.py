@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.stats import spearmanr
 
-from gemify.io.jsonl import read_rows
+from gemify.io.rows import load_rows
 from gemify.io.vectors import normalize
 
 
@@ -28,7 +28,7 @@ class Pair:
 
 def read_pairs(path: Path) -> list[Pair]:
     """Pairs from JSON lines with ``sentence1``, ``sentence2`` and ``score`` (.jsonl or .jsonl.gz)."""
-    rows = read_rows(path, {"sentence1": str, "sentence2": str, "score": (int, float)})
+    rows = load_rows(path, {"sentence1": str, "sentence2": str, "score": (int, float)})
     if len(rows) < 2:
         raise ValueError(f"{path} holds {len(rows)} pair: a correlation needs at least two")
     return [Pair(row["sentence1"], row["sentence2"], float(row["score"])) for row in rows]

@@ -189,7 +189,7 @@ def test_bad_files(tmp_path: Path) -> None:
             embed([path], tmp_path / f"out-{path.name}")
 
     (tmp_path / "a.parquet").write_bytes(b"PAR1 nothing")
-    refused(tmp_path / "a.parquet", "a.parquet is not readable as Parquet")
+    refused(tmp_path / "a.parquet", "a.parquet: not readable as Parquet")
     refused(write_parquet(tmp_path / "b.parquet", [{"body": "x"}]), r"no column 'text' \(there are body\)")
     (tmp_path / "c.jsonl.gz").write_bytes(
         write_jsonl(tmp_path / "d.jsonl.gz", [row(n) for n in range(99)]).read_bytes()[:-30]

@@ -6,23 +6,30 @@ and makes of every shard's bytes a digest, by which a later run knows that the i
 
 from __future__ import annotations
 
-import contextlib
-import gzip
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from typing import Any
 
 import numpy as np
 
-from gemify.io.errors import first_line
+from gemify.io.rows import (
+    ROW_SUFFIXES,
+    decompress,
+    detect_format,
+    has_row_suffix,
+    read_rows,
+    readable,
+    readable_parquet,
+)
 
 _PIECE = 1 << 20
 _JSON_KEYS = {"offset": "at", "source_name": "called"}
-_KINDS = (".parquet", ".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
+LINE_FORMATS = ("jsonl", "text")
+"""Formats with a row a line: a shard is a run of bytes."""
+_DIRECTORY_SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")  # .json and .txt are named: they may be notes
 
 
 @dataclass(frozen=True)
@@ -66,23 +73,18 @@ class Shard:
 
 
 def find_inputs(given: Sequence[str | Path]) -> list[Path]:
-    """The files behind paths, in their order; those of a directory by name. Raises ValueError for what cannot be one."""
-    found: list[Path] = []
-    for one in given:
-        if "://" in str(one):
-            raise ValueError(f"inputs are files and directories, got {one}: mount the bucket, or copy it")
-        path = Path(one).absolute()
-        if path.is_dir():
-            inner = sorted(p for p in path.rglob("*") if is_input(p) and p.is_file() and not p.name.startswith("."))
-            if not inner:
-                raise ValueError(f"no {', '.join(_KINDS)} file in {one}: give files of rows")
-            found += inner
-        elif not path.is_file():
-            raise ValueError(f"no such file or directory: {one}")
-        elif not is_input(path):
-            raise ValueError(f"{one} is not of a known kind: give {', '.join(_KINDS)}")
-        else:
-            found.append(path)
+    """Find the files of rows behind paths.
+
+    Args:
+        given: Files of rows, and directories, of which all files but .json and .txt are taken, by name.
+
+    Returns:
+        Absolute paths, in the order given.
+
+    Raises:
+        ValueError: A path that does not exist, is given twice, or holds no rows.
+    """
+    found = [path for one in given for path in _files_of(one)]
     if not found:
         raise ValueError("no input given: give .parquet or .jsonl files of rows, or directories of them")
     if len(set(found)) < len(found):
@@ -91,27 +93,60 @@ def find_inputs(given: Sequence[str | Path]) -> list[Path]:
     return found
 
 
-def is_input(path: Path) -> bool:
-    return path.name.lower().endswith(_KINDS)
-
-
-def is_parquet(path: str | Path) -> bool:
-    return str(path).lower().endswith(".parquet")
+def _files_of(one: str | Path) -> list[Path]:
+    if "://" in str(one):
+        raise ValueError(f"inputs are files and directories, got {one}: mount the bucket, or copy it")
+    path = Path(one).absolute()
+    if path.is_dir():
+        inner = (p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        if not (found := sorted(p for p in inner if has_row_suffix(p, _DIRECTORY_SUFFIXES))):
+            raise ValueError(f"no {', '.join(_DIRECTORY_SUFFIXES)} file in {one}: give files of rows")
+        return found
+    if not path.is_file():
+        raise ValueError(f"no such file or directory: {one}")
+    if not has_row_suffix(path):
+        raise ValueError(f"{one} is not of a known kind: give {', '.join(ROW_SUFFIXES)}")
+    return [path]
 
 
 def plan(
-    inputs: Sequence[Path], *, shard_rows: int, columns: Sequence[str], read: Callable[[int], Any] = lambda _: None
+    inputs: Sequence[Path],
+    *,
+    shard_rows: int,
+    columns: Sequence[str],
+    on_bytes: Callable[[int], Any] = lambda _: None,
 ) -> Iterator[Shard]:
-    """The shards of inputs, in order. ``columns``: of Parquet files those that make a digest; ``read`` is told bytes."""
+    """Divide inputs into shards.
+
+    Args:
+        inputs: Files of rows, in the order of the corpus.
+        shard_rows: Rows of a shard. The last one of a file may have fewer.
+        columns: The columns of Parquet files that make a shard's digest.
+        on_bytes: A function called with the number of bytes read since its last call.
+
+    Yields:
+        Shards, in the order of the inputs.
+
+    Raises:
+        ValueError: An input is damaged.
+    """
     number = 0
     names: set[str] = set()
     for path in inputs:
         source_name = next(name for name in _names(path) if name not in names)
         names.add(source_name)
-        parts = _parquet(path, shard_rows, columns, read) if is_parquet(path) else _lines(path, shard_rows, read)
-        for first, rows, offset, digest in parts:
+        for first, rows, offset, digest in _parts(path, shard_rows, columns, on_bytes):
             yield Shard(number, str(path), first, rows, offset, digest, source_name)
             number += 1
+
+
+def _parts(path: Path, shard_rows: int, columns: Sequence[str], on_bytes: Callable[[int], Any]) -> Iterator[_Part]:
+    kind = detect_format(path)
+    if kind == "parquet":
+        return _parquet(path, shard_rows, columns, on_bytes)
+    if kind in LINE_FORMATS:
+        return _lines(path, shard_rows, on_bytes)
+    return _records(path, shard_rows, on_bytes)
 
 
 def _names(path: Path) -> Iterator[str]:
@@ -120,76 +155,65 @@ def _names(path: Path) -> Iterator[str]:
         yield "/".join(path.parts[-parts:])
 
 
-_Part = tuple[int, int, int, str]  # first row, rows, where, digest
+_Part = tuple[int, int, int, str]  # first row, rows, offset, digest
 
 
-def _lines(path: Path, shard_rows: int, read: Callable[[int], Any]) -> Iterator[_Part]:
-    digest, first, rows, at, here, told, ended = new_digest(), 0, 0, 0, 0, 0, True
-    with path.open("rb") as raw, damaged_gzip(path), opened(raw, path) as file:
+def _lines(path: Path, shard_rows: int, on_bytes: Callable[[int], Any]) -> Iterator[_Part]:
+    digest, first, rows, offset, position, reported, ended = new_digest(), 0, 0, 0, 0, 0, True
+    with path.open("rb") as raw, readable(path):
+        file = decompress(raw, path)
         while piece := file.read(_PIECE):
             start = 0
             ends = np.flatnonzero(np.frombuffer(piece, np.uint8) == ord("\n")) + 1
             for end in ends[shard_rows - rows - 1 :: shard_rows].tolist():
                 digest.update(piece[start:end])
-                yield first, shard_rows, at, digest.hexdigest()
-                first, at, start, digest = first + shard_rows, here + end, end, new_digest()
+                yield first, shard_rows, offset, digest.hexdigest()
+                first, offset, start, digest = first + shard_rows, position + end, end, new_digest()
             rows = (rows + len(ends)) % shard_rows
             digest.update(piece[start:])
-            here, ended = here + len(piece), piece.endswith(b"\n")
-            read(raw.tell() - told)
-            told = raw.tell()
+            position, ended = position + len(piece), piece.endswith(b"\n")
+            on_bytes(raw.tell() - reported)
+            reported = raw.tell()
     if rows or not ended:
-        yield first, rows + (not ended), at, digest.hexdigest()
+        yield first, rows + (not ended), offset, digest.hexdigest()
 
 
-def opened(raw: BinaryIO, path: str | Path) -> IO[bytes]:
-    """The lines of a JSONL file, uncompressed."""
-    return cast("IO[bytes]", gzip.GzipFile(fileobj=raw)) if str(path).lower().endswith(".gz") else raw
+def _records(path: Path, shard_rows: int, on_bytes: Callable[[int], Any]) -> Iterator[_Part]:
+    """Shards of records that are not lines (CSV, JSON arrays): the digest is of each record's bytes."""
+    digest, rows, first = new_digest(), 0, 0
+    for row in read_rows(path, on_progress=on_bytes):
+        digest.update(row.raw)
+        rows += 1
+        if rows == shard_rows:
+            yield first, rows, 0, digest.hexdigest()
+            digest, rows, first = new_digest(), 0, first + rows
+    if rows:
+        yield first, rows, 0, digest.hexdigest()
 
 
-@contextlib.contextmanager
-def damaged_gzip(path: str | Path) -> Iterator[None]:
-    """Say in one line that a file is damaged."""
-    try:
-        yield
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is a damaged .gz file ({error}): restore it") from error
-
-
-@contextlib.contextmanager
-def damaged_parquet(path: str | Path) -> Iterator[None]:
-    """Say in one line that a file is damaged."""
-    from pyarrow.lib import ArrowException
-
-    try:
-        yield
-    except ArrowException as error:
-        raise ValueError(f"{path} is not readable as Parquet: {first_line(error)}") from error
-
-
-def _parquet(path: Path, shard_rows: int, columns: Sequence[str], read: Callable[[int], Any]) -> Iterator[_Part]:
+def _parquet(path: Path, shard_rows: int, columns: Sequence[str], on_bytes: Callable[[int], Any]) -> Iterator[_Part]:
     """Shards go over the ends of row groups; each has in its digest the groups that it touches."""
     import pyarrow.parquet as pq
 
-    with damaged_parquet(path):
+    with readable_parquet(path):
         footer = pq.read_metadata(path)
-    first, rows, at, touched = 0, 0, 0, new_digest()
+    first, rows, offset, touched = 0, 0, 0, new_digest()
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
         whole = _group_digest(path, group, columns)
-        read(sum(group.column(c).total_compressed_size for c in range(group.num_columns)))
+        on_bytes(sum(group.column(c).total_compressed_size for c in range(group.num_columns)))
         left = group.num_rows
         while left:
             if not rows:
-                at, touched = number, new_digest()
+                offset, touched = number, new_digest()
             taken = min(left, shard_rows - rows)
             touched.update(b"%d %d %s " % (group.num_rows - left, taken, whole))
             rows, left = rows + taken, left - taken
             if rows == shard_rows:
-                yield first, rows, at, touched.hexdigest()
+                yield first, rows, offset, touched.hexdigest()
                 first, rows = first + rows, 0
     if rows:
-        yield first, rows, at, touched.hexdigest()
+        yield first, rows, offset, touched.hexdigest()
 
 
 def _group_digest(path: Path, group: Any, columns: Sequence[str]) -> bytes:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from gemify.retrieval.bulk.plan import Shard, damaged_gzip, damaged_parquet, is_parquet, new_digest, opened
-from gemify.retrieval.section import replace_surrogates
+from gemify.io.rows import (
+    PARQUET_BATCH_ROWS,
+    Row,
+    decompress,
+    detect_format,
+    line_row,
+    missing_column,
+    parquet_batch_rows,
+    read_rows,
+    readable,
+    readable_parquet,
+    replace_surrogates,
+    require_text,
+    row_format,
+    row_id,
+)
+from gemify.retrieval.bulk.plan import LINE_FORMATS, Shard, new_digest
 from gemify.retrieval.vector_table import CorpusMeta
 
-_IDS = ("_id", "id")
-_BATCH = 512  # rows of a Parquet file decoded at a time
+_SKIPPED_BYTES = 1 << 20  # read at a time, to reach a byte of a compressed file
 
 
 @dataclass(frozen=True)
@@ -35,25 +49,33 @@ class ShardReader:
 
     def __init__(self, meta: CorpusMeta, *, skip_bad: bool = False) -> None:
         self.meta, self.skip_bad = meta, skip_bad
-        self._file: _Lines | _Table | None = None
+        self._file: _Lines | _Records | _Table | None = None
 
     def passages(self, shard: Shard, skipped: list[str]) -> list[Passage]:
-        """The shard's passages. A row that is none raises ValueError, or is skipped and its reason noted."""
+        """Read a shard's passages.
+
+        Args:
+            shard: A shard of the corpus' inputs.
+            skipped: Where to note malformed rows, if they are skipped.
+
+        Raises:
+            ValueError: A malformed row, unless such rows are skipped, or a file that changed since it was planned.
+        """
         found: list[Passage] = []
-        for number, row in self._rows(shard):
-            where = f"{shard.path} row {number + 1}"
+        for row in self._rows(shard):
+            where = f"{shard.path} row {row.number}"
             try:
-                found.append(self._passage(row, shard.source_name or Path(shard.path).name, number))
+                found.append(self._passage(row.parse(), shard.source_name or Path(shard.path).name, row.number))
             except ValueError as error:
                 if not self.skip_bad:
                     raise ValueError(f"{where}: {error} (--skip-bad leaves such rows out)") from None
                 skipped.append(f"{where}: {error}")
         return found
 
-    def _rows(self, shard: Shard) -> Iterator[tuple[int, Any]]:
+    def _rows(self, shard: Shard) -> Iterator[Row]:
         if self._file is None or self._file.path != shard.path:
             self.close()
-            self._file = (_Table if is_parquet(shard.path) else _Lines)(shard.path, self.columns)
+            self._file = _open(shard.path, self.columns)
         return self._file.rows(shard)
 
     def close(self) -> None:
@@ -65,56 +87,91 @@ class ShardReader:
     @property
     def columns(self) -> list[str]:
         """Those that are read, that of the text first."""
-        ids = _IDS if self.meta.id_column is None else (self.meta.id_column,)
-        return list(dict.fromkeys((self.meta.text_column, self.meta.title_column, *ids)))
+        return list(dict.fromkeys((self.meta.text_column, self.meta.title_column, *self._id_columns)))
 
-    def _passage(self, row: Any, file: str, number: int) -> Passage:
-        if not isinstance(row, dict):
-            row = _parsed(row)
-        meta = self.meta
-        if meta.text_column not in row:
-            there = replace_surrogates(", ".join(sorted(row)))
-            raise ValueError(f"no column {meta.text_column!r} (there are {there}): set --text-column")
-        text, title = row[meta.text_column], row.get(meta.title_column)
-        if not isinstance(text, str):
-            raise ValueError(f"{meta.text_column!r} must be text, got {type(text).__name__}")
+    @property
+    def _id_columns(self) -> tuple[str, ...]:
+        return ("_id", "id") if self.meta.id_column is None else (self.meta.id_column,)
+
+    def _passage(self, row: dict[str, Any], file: str, number: int) -> Passage:
+        text, title = require_text(row, self.meta.text_column), row.get(self.meta.title_column)
         title = replace_surrogates(title) if isinstance(title, str) else ""
-        return Passage(self._id(row, file, number), replace_surrogates(text), title)
-
-    def _id(self, row: dict[str, Any], file: str, number: int) -> str:
-        wanted = _IDS if self.meta.id_column is None else (self.meta.id_column,)
-        for column in wanted:
-            value = row.get(column)
-            if isinstance(value, str | int) and not isinstance(value, bool):
-                return replace_surrogates(str(value))
-        if self.meta.id_column is not None:
+        name = row_id(row, self._id_columns)
+        if name is None and self.meta.id_column is not None:
             raise ValueError(f"no text or whole number in column {self.meta.id_column!r}: set --id-column")
-        return f"{file}:{number + 1}"
+        return Passage(name or f"{file}:{number}", text, title)
+
+
+def _open(path: str, columns: list[str]) -> _Lines | _Records | _Table:
+    kind = detect_format(path)
+    if kind == "parquet":
+        return _Table(path, columns)
+    return _Lines(path, columns[0]) if kind in LINE_FORMATS else _Records(path)
 
 
 class _Lines:
-    """A JSONL file, plain or compressed."""
+    """A file with a row a line, plain or compressed."""
 
-    def __init__(self, path: str, columns: list[str]) -> None:
+    def __init__(self, path: str, text_column: str) -> None:
         self.path = path
+        self._text_column, self._format = text_column, row_format(path)
         self._raw = Path(path).open("rb")  # noqa: SIM115 it stays open until close
-        self._file: IO[bytes] = opened(self._raw, path)
+        self._file = decompress(self._raw, path)
+        self._position = 0
 
-    def rows(self, shard: Shard) -> Iterator[tuple[int, bytes]]:
+    def rows(self, shard: Shard) -> Iterator[Row]:
         digest = new_digest()
-        with damaged_gzip(self.path):
-            self._file.seek(shard.offset)  # in a .gz file that goes on from where it is, or begins anew
-            for number in range(shard.first, shard.first + shard.rows):
+        with readable(self.path):
+            self._seek(shard.offset)
+            for number in range(shard.first + 1, shard.first + shard.rows + 1):
                 line = self._file.readline()
+                self._position += len(line)
                 digest.update(line)
-                if line.strip():
-                    yield number, line
+                row = line_row(number, line, self.path, self._text_column, self._format)
+                if row is not None:
+                    yield row
         if digest.hexdigest() != shard.digest:
             raise _changed(self.path)
+
+    def _seek(self, offset: int) -> None:
+        """Go to a byte of the text; in a compressed file by reading on, or anew from the beginning."""
+        if self._file is self._raw:
+            self._file.seek(offset)
+        elif offset < self._position:
+            self._raw.seek(0)
+            self._file, self._position = decompress(self._raw, self.path), 0
+        while self._file is not self._raw and self._position < offset:
+            skipped = self._file.read(min(offset - self._position, _SKIPPED_BYTES))
+            if not skipped:
+                return
+            self._position += len(skipped)
 
     def close(self) -> None:
         self._file.close()
         self._raw.close()
+
+
+class _Records:
+    """A file whose records are no lines (CSV, a JSON array), read from its beginning."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._next, self._rest = 0, read_rows(path)
+
+    def rows(self, shard: Shard) -> Iterator[Row]:
+        if self._next > shard.first:
+            self._next, self._rest = 0, read_rows(self.path)
+        digest = new_digest()
+        for row in itertools.islice(self._rest, shard.first + shard.rows - self._next):
+            self._next += 1
+            if self._next > shard.first:
+                digest.update(row.raw)
+                yield row
+        if digest.hexdigest() != shard.digest:
+            raise _changed(self.path)
+
+    def close(self) -> None:
+        self._next, self._rest = 0, read_rows(self.path)
 
 
 class _Table:
@@ -124,26 +181,26 @@ class _Table:
         import pyarrow.parquet as pq
 
         self.path = path
-        with damaged_parquet(path):
+        with readable_parquet(path):
             self._file = pq.ParquetFile(path, pre_buffer=False)
         there = self._file.schema_arrow.names
         if columns[0] not in there:
-            raise ValueError(f"{path}: no column {columns[0]!r} (there are {', '.join(there)}): set --text-column")
+            raise ValueError(f"{path}: {missing_column(columns[0], there)}: set --text-column")
         self._columns = [c for c in columns if c in there]
         self._next = -1  # the row that comes next
-        self._rest: Iterator[Any] = iter(())
+        self._rest: Iterator[Row] = iter(())
 
-    def rows(self, shard: Shard) -> Iterator[tuple[int, Any]]:
-        with damaged_parquet(self.path):
+    def rows(self, shard: Shard) -> Iterator[Row]:
+        with readable_parquet(self.path):
             begins = sum(self._file.metadata.row_group(g).num_rows for g in range(shard.offset))
             if not begins <= self._next <= shard.first:
                 groups = range(shard.offset, self._file.num_row_groups)
-                batches = self._file.iter_batches(_BATCH, row_groups=list(groups), columns=self._columns)
-                self._next, self._rest = begins, (row for batch in batches for row in _decoded(batch))
+                batches = self._file.iter_batches(PARQUET_BATCH_ROWS, row_groups=list(groups), columns=self._columns)
+                self._next, self._rest = begins, (row for batch in batches for row in parquet_batch_rows(batch))
             for row in self._rest:
                 self._next += 1
                 if self._next > shard.first:
-                    yield self._next - 1, row
+                    yield row._replace(number=self._next)
                 if self._next == shard.first + shard.rows:
                     return
         raise _changed(self.path)
@@ -154,24 +211,3 @@ class _Table:
 
 def _changed(path: str) -> ValueError:
     return ValueError(f"{path} changed while it was read: put back what it was, or embed anew elsewhere")
-
-
-def _decoded(batch: Any) -> Iterator[Any]:
-    """Rows of an Arrow batch; where one of them is not UTF-8, each as a batch of its own."""
-    try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
-        yield from (batch.slice(number, 1) for number in range(batch.num_rows))
-
-
-def _parsed(line: Any) -> dict[str, Any]:
-    """A line of JSON, or a batch of one row."""
-    try:
-        row: Any = json.loads(line) if isinstance(line, bytes) else line.to_pylist()[0]
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text: convert the file to UTF-8") from None
-    except (ValueError, RecursionError):
-        raise ValueError("not JSON: give one JSON object a line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-    return row

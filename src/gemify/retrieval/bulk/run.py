@@ -216,7 +216,7 @@ def _without_outputs(found: Sequence[Path], given: Sequence[str | Path], directo
 def _plan_shards(inputs: Sequence[Path], meta: CorpusMeta, show: bool) -> list[Shard]:
     size = sum(path.stat().st_size for path in inputs)
     with tqdm(total=size, desc="read inputs", unit="B", unit_scale=True, disable=not show, leave=False) as bar:
-        shards = list(plan(inputs, shard_rows=meta.shard_rows, columns=ShardReader(meta).columns, read=bar.update))
+        shards = list(plan(inputs, shard_rows=meta.shard_rows, columns=ShardReader(meta).columns, on_bytes=bar.update))
     if not shards:
         raise ValueError(f"the inputs hold no row ({', '.join(str(p) for p in inputs[:3])}): give rows")
     return shards
