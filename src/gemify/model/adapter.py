@@ -304,7 +304,9 @@ class Adapter(nn.Module):
         return lm
 
 
-def attached(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: AdapterSettings) -> Adapter | None:
+def attach_adapter(
+    lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: AdapterSettings
+) -> Adapter | None:
     """The adapter that a GEM's configuration asks for, on its model; none where the model itself is trained."""
     if config.tune == "full":
         return None
@@ -318,7 +320,7 @@ def attached(lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: 
     )
 
 
-def adapter_settings(directory: Path) -> AdapterSettings:
+def read_adapter_settings(directory: Path) -> AdapterSettings:
     """The settings `Adapter` needs to be rebuilt from a saved directory."""
     config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, LoraConfig):

@@ -1,0 +1,199 @@
+"""The embedding half of `GemModel`, as transformers' `GenerationMixin` is the generating half of a language model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from gemify.model.compile import compile_layers
+from gemify.model.config import GemConfig
+from gemify.model.encode import encode_texts
+from gemify.model.throughput import ThroughputMeter
+from gemify.model.tokenization import TextTokenizer
+
+Texts = str | Sequence[str]
+Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
+"""One embedding, [D]."""
+Matrix = np.ndarray[tuple[int, int], np.dtype[np.float32]]
+"""Embeddings of N texts, [N, D]."""
+
+
+class EncodeOptions(TypedDict, total=False):
+    """Options of `GemModel.encode` that do not change the type of its result."""
+
+    prompt_name: str | None
+    prompt: str | None
+    batch_size: int
+    max_tokens: int | None
+    compile: bool
+    show_progress_bar: bool
+    normalize_embeddings: bool
+    truncate_dim: int | None
+
+
+class EmbeddingMixin:
+    """Texts to vectors, in sentence-transformers' names. The class that uses it has the attributes named here."""
+
+    lm: PreTrainedModel
+    config: GemConfig
+    text_tokenizer: TextTokenizer
+    meter: ThroughputMeter
+
+    def get_embedding_dim(self) -> int:
+        """Return D, the length of the vectors."""
+        width = int(self.lm.config.get_text_config().hidden_size)
+        return width * (self.config.k if self.config.pooling == "concat" else 1)
+
+    @overload
+    def encode(  # type: ignore[overload-overlap]  # a str is a Sequence[str]
+        self, inputs: str, *, convert_to_tensor: Literal[False] = False, **options: Unpack[EncodeOptions]
+    ) -> Vector: ...
+    @overload
+    def encode(
+        self, inputs: Sequence[str], *, convert_to_tensor: Literal[False] = False, **options: Unpack[EncodeOptions]
+    ) -> Matrix: ...
+    @overload
+    def encode(
+        self, inputs: Texts, *, convert_to_tensor: Literal[True], **options: Unpack[EncodeOptions]
+    ) -> Tensor: ...
+    def encode(
+        self,
+        inputs: Texts,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        max_tokens: int | None = None,
+        compile: bool = False,
+        show_progress_bar: bool = False,
+        convert_to_tensor: bool = False,
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+    ) -> np.ndarray | Tensor:
+        """Embed texts (GEM, Section 3.1), with sentence-transformers' names and defaults.
+
+        Args:
+            inputs: One text, or several.
+            prompt_name: Name of a prompt in ``config.prompts`` to put before every text.
+            prompt: The prompt itself.
+            batch_size: Most texts of a batch.
+            max_tokens: Most tokens of a batch, padding included. None: what suits the device.
+            compile: Compile the layers at the first call, for encoding alone (`gemify.model.compile`).
+            show_progress_bar: Show a progress bar on stderr.
+            convert_to_tensor: Return a tensor on the CPU instead of a NumPy array.
+            normalize_embeddings: Scale vectors to length 1.
+            truncate_dim: Keep only the first dimensions.
+
+        Returns:
+            float32 vectors: [D] for one text, [N, D] for N texts, in their order. ``meter`` has the counts and the speed.
+
+        Raises:
+            ValueError: A text is no string, the prompt is unknown, or a number is out of its range.
+        """
+        single = isinstance(inputs, str)
+        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ValueError(f"texts must be strings, item {index} is a {type(text).__name__}")
+        if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+            raise ValueError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}")
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.get_embedding_dim():
+            raise ValueError(f"truncate_dim must lie in 1..{self.get_embedding_dim()}, got {truncate_dim}")
+        prompt_text = self.config.resolve_prompt(prompt_name, prompt)
+        self.meter = ThroughputMeter()
+        vectors_ND = torch.empty(0, self.get_embedding_dim())
+        if texts:
+            self.lm.eval()
+            with compile_layers(self.lm) if compile else contextlib.nullcontext():
+                vectors_ND = encode_texts(
+                    self.lm,
+                    self.text_tokenizer,
+                    self.config,
+                    [prompt_text + t for t in texts],
+                    batch_size=batch_size,
+                    max_tokens=max_tokens,
+                    show_progress_bar=show_progress_bar,
+                    meter=self.meter,
+                )
+        vectors_ND = vectors_ND[:, :truncate_dim]
+        if normalize_embeddings:
+            vectors_ND = F.normalize(vectors_ND, dim=-1)
+        result = vectors_ND[0] if single else vectors_ND
+        return result if convert_to_tensor else result.numpy()
+
+    @overload
+    def encode_query(self, inputs: str, *, convert_to_tensor: Literal[False] = False, **options: Any) -> Vector: ...
+    @overload
+    def encode_query(
+        self, inputs: Sequence[str], *, convert_to_tensor: Literal[False] = False, **options: Any
+    ) -> Matrix: ...
+    @overload
+    def encode_query(self, inputs: Texts, *, convert_to_tensor: Literal[True], **options: Any) -> Tensor: ...
+    def encode_query(self, inputs: Texts, **options: Any) -> np.ndarray | Tensor:
+        """Embed queries: `encode` with the prompt named ``query``, if the model has one.
+
+        Args:
+            inputs: One text, or several.
+            options: Those of `encode`. A prompt given here replaces the one named ``query``.
+
+        Returns:
+            float32 vectors: [D] for one text, [N, D] for N texts.
+        """
+        return self._encode_with_prompt("query", inputs, options)
+
+    @overload
+    def encode_document(self, inputs: str, *, convert_to_tensor: Literal[False] = False, **options: Any) -> Vector: ...
+    @overload
+    def encode_document(
+        self, inputs: Sequence[str], *, convert_to_tensor: Literal[False] = False, **options: Any
+    ) -> Matrix: ...
+    @overload
+    def encode_document(self, inputs: Texts, *, convert_to_tensor: Literal[True], **options: Any) -> Tensor: ...
+    def encode_document(self, inputs: Texts, **options: Any) -> np.ndarray | Tensor:
+        """Embed documents: `encode` with the prompt named ``document``, if the model has one.
+
+        Args:
+            inputs: One text, or several.
+            options: Those of `encode`. A prompt given here replaces the one named ``document``.
+
+        Returns:
+            float32 vectors: [D] for one text, [N, D] for N texts.
+        """
+        return self._encode_with_prompt("document", inputs, options)
+
+    def _encode_with_prompt(self, name: str, inputs: Texts, options: dict[str, Any]) -> np.ndarray | Tensor:
+        if name in self.config.prompts and "prompt" not in options and "prompt_name" not in options:
+            options = {**options, "prompt_name": name}
+        vectors: np.ndarray | Tensor = self.encode(inputs, **options)
+        return vectors
+
+    @staticmethod
+    def similarity(embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
+        """Return cosine similarities of every vector of the first argument with every vector of the second.
+
+        Args:
+            embeddings1: [N, D], or [D].
+            embeddings2: [M, D], or [D].
+
+        Returns:
+            [N, M] in float32.
+        """
+        a, b = (F.normalize(_as_matrix(e), dim=-1) for e in (embeddings1, embeddings2))
+        return a @ b.T
+
+    @staticmethod
+    def similarity_pairwise(embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
+        """Return cosine similarities of the vectors with equal index: [N, D] and [N, D] give [N]."""
+        a, b = (_as_matrix(e) for e in (embeddings1, embeddings2))
+        return F.cosine_similarity(a, b, dim=-1)
+
+
+def _as_matrix(vectors: np.ndarray | Tensor) -> Tensor:
+    return torch.as_tensor(vectors).float().reshape(-1, np.shape(vectors)[-1])

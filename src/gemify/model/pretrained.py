@@ -1,0 +1,152 @@
+"""A GEM's parts: made from a base model, loaded from a directory, saved to one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Unpack
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gemify.io.atomic import atomic_directory
+from gemify.io.errors import first_line
+from gemify.model.adapter import (
+    ADAPTER_FILE,
+    Adapter,
+    AdapterSettings,
+    Tune,
+    attach_adapter,
+    read_adapter_settings,
+)
+from gemify.model.attention import require_kernel, require_maskable
+from gemify.model.base import (
+    Loading,
+    choose_special_tokens,
+    grow_table,
+    hide_progress_bars,
+    initial_rows,
+    load_base,
+    max_positions,
+    special_token_ids,
+)
+from gemify.model.config import CONFIG_FILE, GemConfig, require_special_tokens, resolve_directory
+from gemify.model.fingerprint import weights_fingerprint
+from gemify.model.pooling import Pooling
+from gemify.model.tokenization import require_template
+
+logger = logging.getLogger(__name__)
+
+
+class GemParts(NamedTuple):
+    """What a `gemify.model.gem.GemModel` is made of."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    config: GemConfig
+    adapter: Adapter | None
+
+
+def prepare_base(
+    base: str,
+    *,
+    tune: Tune,
+    special_tokens: int | Sequence[str],
+    pooling: Pooling,
+    shared_position: bool,
+    max_length: int,
+    prompts: Mapping[str, str],
+    template: str,
+    layer: int | None,
+    adapter: AdapterSettings,
+    **loading: Unpack[Loading],
+) -> GemParts:
+    """Load a base model, choose its special tokens and attach untrained weights: see `GemModel.from_base`."""
+    names_given = None if isinstance(special_tokens, int) else list(special_tokens)
+    k = special_tokens if isinstance(special_tokens, int) else len(special_tokens)
+    require_special_tokens(k, tune=tune, pooling=pooling)
+    require_template(template, k=k)
+    require_kernel(loading.get("attn_implementation"))
+    lm, tokenizer = load_base(base, **loading)
+    require_maskable(lm)
+    ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
+    taken = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    names = choose_special_tokens(tokenizer, k, wanted=names_given, taken=taken)
+    ids = special_token_ids(tokenizer, names)
+    config = GemConfig(
+        tune=tune,
+        base=base,
+        base_revision=loading.get("revision"),
+        base_fingerprint=weights_fingerprint(lm),
+        special_tokens=tuple(names),
+        special_ids=tuple(ids),
+        pooling=pooling,
+        shared_position=shared_position,
+        max_length=min(max_length, max_positions(lm) or max_length),
+        prompts=dict(prompts),
+        template=template,
+        layer=layer,
+    )
+    rows = initial_rows(lm, ids)
+    if tune in ("lora", "full"):
+        grow_table(lm, ids, rows)
+    return GemParts(lm, tokenizer, config, attach_adapter(lm, config, rows, adapter))
+
+
+def load_pretrained(path: str | Path, *, base: str | None, **loading: Unpack[Loading]) -> GemParts:
+    """Load a saved GEM: see `GemModel.from_pretrained`."""
+    directory = resolve_directory(path)
+    config = GemConfig.from_directory(directory)
+    full = config.tune == "full" or not (directory / ADAPTER_FILE).is_file()
+    if full and not (directory / "config.json").is_file():
+        raise ValueError(
+            f"{directory} holds neither {ADAPTER_FILE} nor a model: restore the missing file or train again"
+        )
+    require_kernel(loading.get("attn_implementation"))
+    if not full and base is None and config.base_revision is not None:
+        loading.setdefault("revision", config.base_revision)
+    lm, tokenizer = load_base(str(directory) if full else base or config.base, **loading)
+    if full:
+        return GemParts(lm, tokenizer, config, None)
+    if (found := weights_fingerprint(lm)) != config.base_fingerprint:
+        logger.warning(
+            "%s was trained on other base weights (fingerprint %s) than those loaded from %s (%s): another"
+            " quantisation or precision moves embeddings a little, another model makes them meaningless",
+            directory,
+            config.base_fingerprint,
+            base or config.base,
+            found,
+        )
+    if (directory / "tokenizer_config.json").is_file():  # the shipped ones use their base's
+        tokenizer = type(tokenizer).from_pretrained(str(directory))
+    rows = initial_rows(lm, config.special_ids)
+    if config.tune == "lora":
+        grow_table(lm, config.special_ids, rows)
+    adapter = attach_adapter(lm, config, rows, read_adapter_settings(directory))
+    assert adapter is not None
+    try:
+        adapter.load(directory)
+    except SafetensorError as error:
+        raise ValueError(f"{directory / ADAPTER_FILE} is damaged: {error}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"cannot load the adapter in {directory}: {first_line(error)}") from error
+    lm.eval()
+    return GemParts(lm, tokenizer, config, adapter)
+
+
+def save_parts(parts: GemParts, path: str | Path, *, merge: bool, weights: dict[str, torch.Tensor] | None) -> None:
+    """Write a GEM's directory: see `GemModel.save_pretrained`."""
+    target = Path(path)
+    if merge and parts.config.tune != "lora":
+        raise ValueError(f"only a `lora` GEM can be merged, this one is {parts.config.tune!r}: train with --tune lora")
+    with atomic_directory(target, last=CONFIG_FILE) as stage:
+        if parts.adapter is not None and not merge:
+            parts.adapter.save(stage)
+        else:
+            lm = parts.adapter.merge() if parts.adapter is not None else parts.lm
+            with hide_progress_bars():
+                lm.save_pretrained(stage, state_dict=weights)
+        parts.tokenizer.save_pretrained(stage)
+        (stage / CONFIG_FILE).write_text(parts.config.to_json(), encoding="utf-8")
