@@ -1,4 +1,4 @@
-"""What a saved GEM says of itself: `config_gemify.json` beside the ordinary Hugging Face files."""
+"""A GEM's configuration: `config_gemify.json` beside the ordinary Hugging Face files, and where saved GEMs are found."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any, Literal, get_args
 from gemify.model.pooling import POOLINGS, Pooling
 from gemify.model.tokenization import PLAIN, require_template
 
-# Which weights of a model are trained (`gemify.model.adapter` says what each choice does).
-
 Tune = Literal["gated", "tokens", "lora", "full"]
-TUNES: tuple[Tune, ...] = ("gated", "tokens", "lora", "full")
-
-
+"""Which weights are trained: LoRA at the special tokens and their rows, the rows alone, LoRA everywhere, or all weights."""
+TUNES: tuple[Tune, ...] = get_args(Tune)
 CONFIG_FILE = "config_gemify.json"
 FORMAT_VERSION = 1
+SHIPPED = ("starter", "starter-multi")
+"""Names of the GEMs that come with gemify."""
 
 
 @dataclass(frozen=True)
 class GemConfig:
-    """Everything needed to use a GEM beside its weights. Invalid values raise ValueError, one line."""
+    """Everything needed to use a GEM beside its weights. An invalid value raises ValueError."""
 
     tune: Tune = "gated"
+    """Which weights were trained."""
     base: str = ""
-    """Path, repo id or ``starter``: the model whose weights are (or were) the base."""
+    """The base model: a path, a repo id or ``starter``."""
     base_revision: str | None = None
     base_fingerprint: str = ""
     special_tokens: tuple[str, ...] = ()
@@ -36,11 +36,11 @@ class GemConfig:
     pooling: Pooling = "mean"
     shared_position: bool = True
     max_length: int = 512
-    """Most tokens of a text that are read, template and special tokens included; longer texts are cut at the end."""
+    """Most tokens of a text, template and special tokens included. Longer texts are cut at the end."""
     template: str = PLAIN
-    """What stands around every text that is embedded (`gemify.model.tokenization`)."""
+    """Words around every text that is embedded (`gemify.model.tokenization`)."""
     layer: int | None = None
-    """The layer whose state, after the final norm, is the embedding: 1 is the first. None: the last."""
+    """The layer whose state, after the final norm, is the embedding. 1 is the first, None the last."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     format_version: int = FORMAT_VERSION
@@ -69,16 +69,20 @@ class GemConfig:
 
     @property
     def max_text_tokens(self) -> int:
-        """Most tokens before the special tokens: a text's, the template's and what the tokenizer puts first."""
+        """Most tokens before the special tokens: BOS, template and text."""
         return self.max_length - self.k
 
     @property
     def frozen_base(self) -> bool:
-        """Whether the base model's weights are left alone at ordinary positions."""
+        """Whether the base model's weights act unchanged at ordinary positions."""
         return self.tune in ("gated", "tokens")
 
     def resolve_prompt(self, name: str | None, prompt: str | None) -> str:
-        """The words to put before a text: ``prompt`` itself, the one of that name, or the default one."""
+        """Return the prompt to put before a text: the given one, the named one, or the default; empty if there is none.
+
+        Raises:
+            ValueError: Both are given, or the name is unknown.
+        """
         if prompt is not None and name is not None:
             raise ValueError("give a prompt or a prompt_name, not both")
         if prompt is not None:
@@ -91,16 +95,21 @@ class GemConfig:
         return self.prompts[name]
 
     def to_json(self) -> str:
+        """Return the text of ``config_gemify.json``."""
         values = dataclasses.asdict(self)
-        if self.template == PLAIN:  # such files are as they were before there were templates
+        if self.template == PLAIN:  # defaults of fields added later are left out: older files stay equal
             del values["template"]
-        if self.layer is None:  # likewise
+        if self.layer is None:
             del values["layer"]
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
     @staticmethod
     def from_directory(directory: Path) -> GemConfig:
-        """Read and check ``config_gemify.json``."""
+        """Read ``config_gemify.json`` from a directory.
+
+        Raises:
+            ValueError: There is no such directory or file, or it is damaged, of another version or has unknown entries.
+        """
         path = directory / CONFIG_FILE
         if not directory.is_dir():
             raise ValueError(
@@ -126,12 +135,12 @@ class GemConfig:
         return GemConfig(**values)
 
 
-SHIPPED = ("starter", "starter-multi")
-"""Names of the GEMs that come with gemify."""
-
-
 def require_special_tokens(k: int, *, tune: Tune, pooling: Pooling) -> None:
-    """Refuse a number of special tokens that leaves nothing to train or to pool. None at all is the SimCSE baseline."""
+    """Check the number of special tokens. 0 is the SimCSE baseline, which pools over the text.
+
+    Raises:
+        ValueError: ``k`` leaves nothing to train (``gated``, ``tokens``) or nothing to concatenate.
+    """
     if k < 0 or (k == 0 and tune not in ("lora", "full")):
         raise ValueError(
             f"k must be at least 1 special token with tune {tune!r}, got {k}: its weights act nowhere else"
@@ -142,7 +151,11 @@ def require_special_tokens(k: int, *, tune: Tune, pooling: Pooling) -> None:
 
 
 def require_layer(layer: int | None) -> None:
-    """Refuse what is no number of a layer. Whether a model has it: `gemify.model.early_exit`."""
+    """Check a layer's number (None: the last). Whether a model has that layer is checked by `gemify.model.early_exit`.
+
+    Raises:
+        ValueError: It is not a whole number from 1 on.
+    """
     if layer is not None and (isinstance(layer, bool) or not isinstance(layer, int) or layer < 1):
         raise ValueError(
             f"layer must be a number from 1 (the first layer) on, got {layer!r}: leave it out for the last"
@@ -150,7 +163,17 @@ def require_layer(layer: int | None) -> None:
 
 
 def resolve_directory(path: str | Path) -> Path:
-    """The directory of a saved GEM: one of ours by name, a path, or a Hugging Face repo id (fetched to its cache)."""
+    """Find the directory of a saved GEM.
+
+    Args:
+        path: A GEM that comes with gemify by name, a directory, or a Hugging Face repo id, which is downloaded.
+
+    Returns:
+        The directory. A path that does not exist is returned as it is.
+
+    Raises:
+        ValueError: The repo cannot be reached.
+    """
     directory = Path(path)
     if str(path) in SHIPPED and not directory.is_dir():
         return Path(__file__).parents[1] / "shipped" / directory

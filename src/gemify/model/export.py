@@ -37,61 +37,7 @@ from gemify.model.early_exit import truncate_layers
 from gemify.model.gem import GemModel
 from gemify.model.tokenization import PLAIN, split_template
 
-# The README.md of an exported GEM: what lies in the directory, and how an engine gets a text's vector out of it.
-
 DOCS = "docs/how-to/engines.md of gemify"
-
-
-def card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequence[str]) -> str:
-    """The card. Its tags name the special tokens: llama.cpp's converter keeps them in the GGUF file's metadata."""
-    tags = ["gemify", "sentence-similarity", *(f"special-token:{name}" for name in config.special_tokens)]
-    names = ", ".join(f"`{name}` (id {i})" for name, i in zip(config.special_tokens, config.special_ids, strict=True))
-    lines = [
-        "---",
-        f"tags: {json.dumps(tags, ensure_ascii=False)}",
-        "---",
-        "",
-        "# A GEM, exported for other engines",
-        "",
-        "A language model that also embeds: a text's vector is the last hidden state at its special token.",
-        "",
-        f"- Special token{'s' if config.k > 1 else ''}: {names}",
-        f"- Longest text: {config.max_text_tokens} tokens and the special token",
-    ]
-    before, after = (json.dumps(words, ensure_ascii=False) for words in split_template(config.template))
-    plain = config.template == PLAIN
-    if not plain:
-        lines.append(
-            f"- Template: {before} before every text and {after} after it, then the special token. Tokenise the"
-            " three parts apart; the longest text counts them all"
-        )
-    for name, prompt in config.prompts.items():
-        default = ", before every text unless another is asked for" if name == config.default_prompt_name else ""
-        lines.append(f"- Prompt `{name}`: {json.dumps(prompt, ensure_ascii=False)}{default}")
-    lines += ["- This directory: the language model; chat and generate with it as with any other"]
-    lines += [
-        f"- `{name}/`: for sentence-transformers and engines that read its layout; appends `{token}` itself"
-        for name, token in zip(embedding, config.special_tokens, strict=bool(embedding))
-    ]
-    lines += [
-        f"- `{name}/`: an aLoRA adapter that acts from `{token}` on; without it the vectors are untrained"
-        for name, token in zip(adapters, config.special_tokens, strict=bool(adapters))
-    ]
-    if config.k > 1:
-        way = "averaged" if config.pooling == "mean" else "put one after the other, in this order"
-        lines.append(f"- A text's vector: its {config.k} vectors, one with each special token alone, {way}")
-    filled, apart = (
-        ("", "") if plain else (" in its template", ", which also tokenise the template apart from the text")
-    )
-    lines += [
-        "",
-        f"Engines that tokenise for themselves (llama.cpp, Ollama) get the text{filled} with"
-        f" {'a' if config.k > 1 else 'the'} special token's name appended, and no space before it. A user's text that"
-        f" spells the name is then read as the token: remove it, or send token ids{apart}. What each engine can do, with"
-        f" figures: {DOCS}.",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -143,7 +89,7 @@ def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported
             _write_embedding(gem, lm, weights, stage / name, special)
         if weights != stage:
             shutil.rmtree(weights)
-        text = card(config, embedding=embedding, adapters=adapters)
+        text = render_card(config, embedding=embedding, adapters=adapters)
         (stage / "README.md").write_text(text, encoding="utf-8")
     return written
 
@@ -261,6 +207,61 @@ def _forget_names(directory: Path, names: Sequence[str]) -> None:
         values["extra_special_tokens"] = [name for name in extra if name not in names]
     values.pop("added_tokens_decoder", None)
     _write_json(path, values)
+
+
+def render_card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequence[str]) -> str:
+    """Return the README.md of an exported GEM: what lies in the directory, and how an engine gets a text's vector.
+
+    Its tags name the special tokens, because llama.cpp's converter keeps tags in the GGUF file's metadata.
+    """
+    tags = ["gemify", "sentence-similarity", *(f"special-token:{name}" for name in config.special_tokens)]
+    names = ", ".join(f"`{name}` (id {i})" for name, i in zip(config.special_tokens, config.special_ids, strict=True))
+    lines = [
+        "---",
+        f"tags: {json.dumps(tags, ensure_ascii=False)}",
+        "---",
+        "",
+        "# A GEM, exported for other engines",
+        "",
+        "A language model that also embeds: a text's vector is the last hidden state at its special token.",
+        "",
+        f"- Special token{'s' if config.k > 1 else ''}: {names}",
+        f"- Longest text: {config.max_text_tokens} tokens and the special token",
+    ]
+    before, after = (json.dumps(words, ensure_ascii=False) for words in split_template(config.template))
+    plain = config.template == PLAIN
+    if not plain:
+        lines.append(
+            f"- Template: {before} before every text and {after} after it, then the special token. Tokenise the"
+            " three parts apart; the longest text counts them all"
+        )
+    for name, prompt in config.prompts.items():
+        default = ", before every text unless another is asked for" if name == config.default_prompt_name else ""
+        lines.append(f"- Prompt `{name}`: {json.dumps(prompt, ensure_ascii=False)}{default}")
+    lines += ["- This directory: the language model; chat and generate with it as with any other"]
+    lines += [
+        f"- `{name}/`: for sentence-transformers and engines that read its layout; appends `{token}` itself"
+        for name, token in zip(embedding, config.special_tokens, strict=bool(embedding))
+    ]
+    lines += [
+        f"- `{name}/`: an aLoRA adapter that acts from `{token}` on; without it the vectors are untrained"
+        for name, token in zip(adapters, config.special_tokens, strict=bool(adapters))
+    ]
+    if config.k > 1:
+        way = "averaged" if config.pooling == "mean" else "put one after the other, in this order"
+        lines.append(f"- A text's vector: its {config.k} vectors, one with each special token alone, {way}")
+    filled, apart = (
+        ("", "") if plain else (" in its template", ", which also tokenise the template apart from the text")
+    )
+    lines += [
+        "",
+        f"Engines that tokenise for themselves (llama.cpp, Ollama) get the text{filled} with"
+        f" {'a' if config.k > 1 else 'the'} special token's name appended, and no space before it. A user's text that"
+        f" spells the name is then read as the token: remove it, or send token ids{apart}. What each engine can do, with"
+        f" figures: {DOCS}.",
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -1,4 +1,11 @@
-"""Texts -> ids: tokenising that never cuts or mistakes a special token. It needs no model library at import."""
+"""Texts to token ids: templates, and tokenising that never cuts or mistakes a special token.
+
+A template is what stands around every text that is embedded: words that tell the base model what is wanted of the text.
+The base reads them as any words, so they help without a trained weight. ``{text}`` is the text; the special tokens follow
+all of it. Next-token rows, prompts and chats have no template.
+
+This file imports no model library, so that configurations can be read without one.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +17,23 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# What stands around every text that is embedded: words that tell the base what is wanted of the text.
-#
-# The base reads them as it reads any words, so that they help without a weight being trained. ``{text}`` is the text; the
-# special tokens come after all of it. Next-token rows, prompts and chats have no template.
-
 TEXT = "{text}"
 PLAIN = TEXT
-"""No words at all: the paper's way."""
+"""The template without words, as in the paper."""
 PROMPTEOL = 'This sentence : "{text}" means in one word:"'
-"""Of PromptEOL (arXiv 2307.16645)."""
+"""The template of PromptEOL (arXiv 2307.16645)."""
 
 
 def require_template(template: str, *, k: int) -> None:
-    """Refuse what is no template, and one for a model without special tokens: its vector is a mean over the text."""
+    """Check a template.
+
+    Args:
+        template: The text with ``{text}`` in it.
+        k: Number of special tokens. A model without any averages over the text, so it can have no template.
+
+    Raises:
+        ValueError: ``{text}`` does not occur exactly once, or there are words but no special token to read them.
+    """
     if not isinstance(template, str) or template.count(TEXT) != 1:
         raise ValueError(f"template must hold {TEXT} exactly once, got {template!r}")
     if k == 0 and template != PLAIN:
@@ -31,16 +41,21 @@ def require_template(template: str, *, k: int) -> None:
 
 
 def split_template(template: str) -> tuple[str, str]:
-    """What stands before the text and what after it."""
-    before, after = template.split(TEXT)
-    return before, after
+    """Return a template's prefix and suffix: the words before the text and after it."""
+    prefix, suffix = template.split(TEXT)
+    return prefix, suffix
 
 
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer for texts to embed: a user's text that spells a special token's name is text, not the token.
+    """A tokenizer for texts to embed. A special token's name in a user's text is read as text, not as the token.
 
-    The template's two parts and the text are tokenised apart, so that a text has the same ids under every template.
+    Template and text are tokenised apart, so that a text has the same ids under every template.
+
+    Attributes:
+        tokenizer: The base model's tokenizer.
+        special_ids: Ids that no text may contain.
+        template: The template around every text.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -50,53 +65,78 @@ class TextTokenizer:
     @cached_property
     def prefix_ids(self) -> list[int]:
         """Ids of the template's words before a text."""
-        return self._words(split_template(self.template)[0])
+        return self._template_ids(split_template(self.template)[0])
 
     @cached_property
     def suffix_ids(self) -> list[int]:
         """Ids of the template's words after a text."""
-        return self._words(split_template(self.template)[1])
+        return self._template_ids(split_template(self.template)[1])
 
     @property
     def bos_ids(self) -> list[int]:
-        """What the tokenizer puts before every text (a BOS, mostly, or nothing)."""
+        """Ids that the tokenizer puts before every text: a BOS token in most models, or none."""
         bare: list[int] = self.tokenizer("a", add_special_tokens=False)["input_ids"]
         full: list[int] = self.tokenizer("a")["input_ids"]
-        for at in range(len(full) - len(bare) + 1):
-            if full[at : at + len(bare)] == bare:
-                return full[:at]
+        for start in range(len(full) - len(bare) + 1):
+            if full[start : start + len(bare)] == bare:
+                return full[:start]
         return []
 
     def __call__(self, texts: Sequence[str], *, max_tokens: int | None) -> list[list[int]]:
-        """Ids of each text to embed: ``bos_ids``, template and text, of which the text is cut to ``max_tokens`` in all."""
+        """Tokenise texts to embed: BOS, prefix, text, suffix.
+
+        Args:
+            texts: The texts.
+            max_tokens: Most tokens of a row; the text is cut at its end to fit. None: no limit.
+
+        Returns:
+            Ids of each text.
+        """
         if not texts:
             return []
         start = self.bos_ids + self.prefix_ids
-        room = None if max_tokens is None else max(0, max_tokens - len(start) - len(self.suffix_ids))
-        return [start + row + self.suffix_ids for row in self.tokenize_plain(texts, max_tokens=room)]
+        limit = None if max_tokens is None else max(0, max_tokens - len(start) - len(self.suffix_ids))
+        return [start + row + self.suffix_ids for row in self.tokenize_plain(texts, max_tokens=limit)]
 
     def tokenize_plain(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[list[int]]:
-        """Ids of each text alone, cut at the end to ``max_tokens``."""
+        """Tokenise texts alone, without BOS and template.
+
+        Args:
+            texts: The texts.
+            max_tokens: Most tokens of a text, which is cut at its end. None: no limit.
+
+        Returns:
+            Ids of each text.
+        """
         if not texts:
             return []
         rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        for at, row in enumerate(rows):
+        for index, row in enumerate(rows):
             if not self.special_ids.isdisjoint(row):
-                rows[at] = self.tokenizer(texts[at], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+                rows[index] = self.tokenizer(texts[index], add_special_tokens=False, split_special_tokens=True)[
+                    "input_ids"
+                ]
         return [row[:max_tokens] for row in rows]
 
     def tokenize_prompts(self, texts: Sequence[str], *, add_special_tokens: bool, vocab_size: int) -> list[list[int]]:
-        """Ids of prompts to continue, as the base's own tokenizer reads them.
+        """Tokenise prompts to continue, as the base's own tokenizer does.
 
-        An added special token that has no row among the ``vocab_size`` rows means nothing to the base: its name is text.
+        Args:
+            texts: The prompts.
+            add_special_tokens: Add what the tokenizer puts around a text.
+            vocab_size: Rows of the embedding table. A special token beyond it means nothing to the base, so that its
+                name is read as text.
+
+        Returns:
+            Ids of each prompt.
         """
         rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)[
             "input_ids"
         ]
-        for at, row in enumerate(rows):
+        for index, row in enumerate(rows):
             if any(i >= vocab_size for i in row):
-                rows[at] = (self.bos_ids if add_special_tokens else []) + self.tokenize_plain([texts[at]])[0]
+                rows[index] = (self.bos_ids if add_special_tokens else []) + self.tokenize_plain([texts[index]])[0]
         return rows
 
-    def _words(self, words: str) -> list[int]:
+    def _template_ids(self, words: str) -> list[int]:
         return self.tokenize_plain([words])[0] if words else []
