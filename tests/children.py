@@ -15,7 +15,7 @@ from typing import Any
 def killed_at(
     server: ForkServerContext, work: Callable[..., None], *args: Any, kill_after: int | None = None, wait: float = 0.0
 ) -> tuple[int, int]:
-    """Work in a child, killed ``wait`` seconds after one of the steps it tells of. Gives their number and its exit code."""
+    """Work in a child, killed ``wait`` seconds after a step that it reports. Gives their number and the exit code."""
     ours, theirs = server.Pipe()
     child = server.Process(target=work, args=(*args, theirs))
     child.start()
@@ -88,7 +88,7 @@ def join(rank: int, world: int, port: int) -> None:
 
 
 def train_sharded(rank: int, world: int, port: int, recipe: str, output: str, tell: Connection) -> None:
-    """The same, launched with recipes/accelerate/fsdp2.yaml; says then how many weights this process held at the end."""
+    """The same, launched with recipes/accelerate/fsdp2.yaml; reports how many weights this process held at the end."""
     from accelerate.commands.config.config_args import load_config_from_file
 
     from gemify.training import fsdp

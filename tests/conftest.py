@@ -102,7 +102,7 @@ def bag() -> BagOfWords:
 
 @pytest.fixture(scope="session")
 def server() -> ForkServerContext:
-    """Children that start quickly: the long imports are done once. LanceDB's is not: its threads do not survive a fork."""
+    """Children that start quickly: long imports are done once. LanceDB's is not: its threads do not survive a fork."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["gemify.model.gem", "gemify.retrieval.index", "children"])
     return context

@@ -264,7 +264,7 @@ _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 10**3, "MB": 10*
 def states(text: str, value: Any) -> bool:
     """Whether a table's text gives this default: ``16 MiB``, ``none``, ``no``, ``1e-3``, ``paper``.
 
-    A text that is none of these (``the directory's name``) says what happens without a value, so that there must be none.
+    A text that is none of these (``the directory's name``) says what happens without a value: there must be none.
     """
     bare = text.strip("`*").replace(",", "")
     if isinstance(value, bool):

@@ -94,7 +94,8 @@ def as_read(block: str, shipped: GemModel, directory: Path) -> Any:
 
 
 def test_a_block_that_fails_is_found() -> None:
-    page = "```python\nx = 1\n```\n\n<!-- not run: it needs a GPU -->\n\n```python\ny = 2\n```\n\n```python\nassert x == 2\n```\n"
+    first, second, third = (f"```python\n{code}\n```\n\n" for code in ("x = 1", "y = 2", "assert x == 2"))
+    page = f"{first}<!-- not run: it needs a GPU -->\n\n{second}{third}"
     blocks = docs_checks.blocks(page)
     assert [block.not_run for block in blocks] == [None, "it needs a GPU", None]
     with pytest.raises(AssertionError):

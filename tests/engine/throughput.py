@@ -1,4 +1,4 @@
-"""Tokens a second of many answers at once: transformers one by one, its padded batch, its continuous batching, the engine.
+"""Tokens a second of many answers: transformers one by one, its padded batch, its continuous batching, the engine.
 
 ``python tests/engine/throughput.py [float32|bfloat16] [answers] [tokens]``, with the starter model, greedily; each way
 twice, in turn. Not a test: figures for docs/log/.

@@ -1,4 +1,7 @@
-"""The figures on llama.cpp in docs/how-to/engines.md. Run by hand: python tests/engines/llama_cpp_figures.py STSBenchmark.test.jsonl.gz"""
+"""The figures on llama.cpp in docs/how-to/engines.md.
+
+Run by hand: ``python tests/export/llama_cpp_figures.py STSBenchmark.test.jsonl.gz``.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ def main() -> None:
                 vectors = np.array(list(pool.map(embed, texts)))
             same = cosines(vectors, wanted)
             print(
-                f"pooling {pooling}, {slots} slots, {clients} clients: cosine to the library's at least {same.min():.6f},"
+                f"pooling {pooling}, {slots} slots, {clients} clients: cosine to the library's"
+                f" at least {same.min():.6f},"
                 f" mean {same.mean():.6f}; STS {sts(vectors):.2f}",
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""`gemify export`: what it writes, for every kind of GEM, and that plain transformers and PEFT get the library's results from it."""
+"""`gemify export` for every kind of GEM: what it writes, and the library's results from it by transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_plain_engines_are_told_of_the_template(base_dir: Path, tmp_path: Path, 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "qwen2"])
 def test_a_tied_head_keeps_its_rows(tmp_path: Path, arch: str) -> None:
-    """The special token's trained row is an input: logits stay the base's, bit for bit, where head and table were one."""
+    """The special token's trained row is an input: logits stay the base's to the bit where head and table were one."""
     base = tiny_models.build(arch)
     base.config.tie_word_embeddings = True
     base.tie_weights()

@@ -1,4 +1,4 @@
-"""llama.cpp on an exported GEM, as GGUF: chat and embeddings from one server. Needs llama.cpp's converters and xllamacpp.
+"""llama.cpp on an exported GEM: chat and embeddings from one server. Needs llama.cpp's converters and xllamacpp.
 
 `pip install xllamacpp sentencepiece`, and GEMIFY_LLAMA_CPP: a checkout of llama.cpp (nothing of it needs compiling).
 Then `pytest -m long tests/engines`: two minutes.
@@ -129,7 +129,7 @@ class Server:
         return list(self.post("/v1/embeddings", {"input": text + SPECIAL})["data"][0]["embedding"])
 
     def embed_gated(self, text: str) -> list[float]:
-        """The special token twice, its first hidden state: llama.cpp's adapter acts from the token before the last one on."""
+        """The special token twice, its first state: llama.cpp's adapter acts from the token before the last one on."""
         return list(self.post("/embeddings", {"content": text + SPECIAL + SPECIAL})[0]["embedding"][-2])
 
     def mixed(self, embed: Any) -> tuple[np.ndarray, list[str]]:
@@ -173,6 +173,6 @@ def test_a_gated_gem_with_one_slot(gated: Converted) -> None:
 
 
 def test_a_gated_gem_pooled_by_llama_cpp_is_another_vector(gated: Converted) -> None:
-    """A fault of theirs that docs/how-to/engines.md warns of: once this fails, the plain route serves gated GEMs too."""
+    """A fault of theirs that docs/how-to/engines.md warns of. Once this fails, the plain route serves gated GEMs."""
     server = Server(gated, pooling="last", slots=1)
     assert cosines(np.array([server.embed(text) for text in TEXTS]), gated.vectors).max() < 0.9999

@@ -1,4 +1,4 @@
-"""Stock sentence-transformers on an exported GEM: the library's vectors, its cutting, its reading of names and prompts."""
+"""Stock sentence-transformers on an exported GEM: the library's vectors, its cutting, its names and prompts."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_several_tokens_are_several_models(base_dir: Path, tmp_path: Path) -> No
 
 
 def test_a_beginning_token_stays_and_an_ending_one_goes(tmp_path: Path) -> None:
-    """Like Llama 3's and Gemma's tokenizers, which begin with one; the special token ends the text, nothing else does."""
+    """Like Llama 3's and Gemma's tokenizers, which begin with one. Only the special token ends the text."""
     base = tiny_models.save(tmp_path / "base")
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(

@@ -59,7 +59,7 @@ def test_the_gate_does_act_at_its_columns_and_only_from_there_on(pair) -> None: 
 
 
 def test_raw_text_teaches_gated_weights_nothing(pair) -> None:  # type: ignore[no-untyped-def]
-    """Why the paper's share p of raw rows has no meaning with a frozen base: their loss depends on no trained weight."""
+    """The paper's share p of raw rows has no meaning with a frozen base: their loss depends on no trained weight."""
     _, gem = pair
     gem.adapter.set_training(True)
     weights = [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD]
@@ -76,7 +76,7 @@ def test_raw_text_teaches_gated_weights_nothing(pair) -> None:  # type: ignore[n
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_stock_peft_gives_the_same_embedding(base_dir: Path, tmp_path: Path, k: int) -> None:
-    """k special tokens are k stock requests ``text s_i`` each, as they share one position id and do not see each other."""
+    """k special tokens are k stock requests ``text s_i``: they share one position id and do not see each other."""
     gem = GemModel.from_base(str(base_dir), special_tokens=k, pooling="concat")
     disturb(gem)
     gem.save_pretrained(tmp_path / "gem")

@@ -230,7 +230,7 @@ def test_flex_attention_has_the_mask(k: int, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_block_mask_of_a_long_row_holds_no_square_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """8,192 tokens, the mask as a model asks transformers for it: what it keeps, and that its blocks are the GEM rule's."""
+    """8,192 tokens, the mask as transformers makes it: its memory, and that its blocks are those of the GEM rule."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     L, at, k, side = 8192, 5000, 3, 128
     segments = [Segment.TEXT] * at + [Segment.SPECIAL] * k + [Segment.SUFFIX] * (L - at - k)

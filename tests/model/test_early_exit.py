@@ -1,4 +1,4 @@
-"""A read-out layer below the last: the vectors are that layer's, the layers above do not run, and nothing else changes."""
+"""A read-out layer below the last: vectors are that layer's, the layers above do not run, nothing else changes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def final_norm(lm: PreTrainedModel) -> nn.Module:
 
 
 def expected(gem: GemModel, text: str, layer: int) -> Tensor:
-    """[K, D] by a full pass under the GEM mask: transformers' own hidden states after that layer, and the final norm."""
+    """[K, D] by a full pass under the GEM mask: transformers' own states after that layer, and the final norm."""
     ids = gem.text_tokenizer([text], max_tokens=gem.config.max_text_tokens)[0]
     row = build_inputs(Row("split", tuple(ids)), gem.special_ids, shared_position=gem.config.shared_position)
     segments_BT = torch.tensor([row.segments])

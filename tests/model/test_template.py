@@ -132,7 +132,7 @@ def test_the_text_is_cut_and_never_the_words(tmp_path: Path) -> None:
 
 
 def test_a_texts_ids_are_its_own(base_dir: Path) -> None:
-    """With merges across the seam a text would be read otherwise; a special token's name is text in the template too."""
+    """Merges across the seam would change a text's tokens. A special token's name is text in the template too."""
     gem = made(base_dir, template="<|reserved_0|> {text}<|reserved_1|>")
     assert gem.config.special_tokens == ("<|reserved_0|>",)
     (ids,) = gem.text_tokenizer(["a {text} <|reserved_0|>"], max_tokens=None)

@@ -21,7 +21,8 @@ FACTS = {
     "owl.md": "# Owls\n\nOwls hunt mice at night.\n\n## Ears\n\nTheir ears sit at different heights.\n",
     "lark.txt": "Larks sing at dawn.\n",
     "deep/code.py": "def add(a, b):\n    return a + b\n",
-    "rows.jsonl": '{"_id": "r1", "title": "Moon", "text": "The moon circles the earth."}\n{"_id": "r2", "text": "Tides."}\n',
+    "rows.jsonl": '{"_id": "r1", "title": "Moon", "text": "The moon circles the earth."}\n'
+    '{"_id": "r2", "text": "Tides."}\n',
 }
 
 

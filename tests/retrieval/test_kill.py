@@ -41,7 +41,7 @@ def _corpus(root: Path, *, later: bool) -> Path:
 
 @pytest.mark.usefixtures("one_thread")
 def test_killed_anywhere(tmp_path: Path, base_dir: Path, server: ForkServerContext) -> None:
-    """Half of the stores are new, half are to be brought up to date. A moment is a step of writing and some time after."""
+    """Half of the stores are new, half are brought up to date. A moment is a step of writing and some time after."""
     gem = GemModel.from_base(str(base_dir))
     disturb(gem)
     gem.save_pretrained(tmp_path / "gem")

@@ -100,7 +100,8 @@ def test_html_is_what_a_reader_sees(tmp_path: Path) -> None:
     path = tmp_path / "a.html"
     path.write_text(
         "<html><head><title>The  page</title><style>p {}</style></head><body><script>var x</script><!-- no -->"
-        "<p>Before.</p><h1>One <em>two</em></h1><p>Some\n  <b>bold</b> text.<br>Next line</p><ul><li>a</li><li>b</li></ul>"
+        "<p>Before.</p><h1>One <em>two</em></h1><p>Some\n  <b>bold</b> text.<br>Next line</p>"
+        "<ul><li>a</li><li>b</li></ul>"
         "<h2>Code</h2><pre>if x:\n    y</pre></body></html>"
     )
     got = sections(path)

@@ -18,7 +18,8 @@ CONTRAST = """() => {
     canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
     return [...canvas.getImageData(0, 0, 1, 1).data];
   };
-  const light = ([r, g, b]) => [r, g, b].map((v) => (v / 255 <= 0.04045 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4))
+  const linear = (v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+  const light = ([r, g, b]) => [r, g, b].map((v) => linear(v / 255))
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
   const ground = (node) => {
     for (let at = node; at; at = at.parentElement) {
@@ -32,7 +33,8 @@ CONTRAST = """() => {
   while (walker.nextNode()) {
     const parent = walker.currentNode.parentElement;
     const text = walker.currentNode.textContent.trim();
-    if (!text || !parent.checkVisibility() || parent.closest(".hidden, .skip, button:disabled, title, noscript")) continue;
+    if (!text || !parent.checkVisibility()) continue;
+    if (parent.closest(".hidden, .skip, button:disabled, title, noscript")) continue;
     const style = getComputedStyle(parent);
     const ink = light(rgba(parent.namespaceURI.endsWith("svg") ? style.fill : style.color));
     const paper = light(ground(parent));
@@ -45,7 +47,8 @@ CONTRAST = """() => {
 
 _WATCH = """
   window.violations = [];
-  document.addEventListener("securitypolicyviolation", (event) => violations.push(`${event.violatedDirective} ${event.blockedURI} ${event.sample}`));
+  document.addEventListener("securitypolicyviolation", (event) =>
+    violations.push(`${event.violatedDirective} ${event.blockedURI} ${event.sample}`));
 """
 
 

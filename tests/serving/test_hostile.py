@@ -175,11 +175,23 @@ BROKEN: dict[str, tuple[bytes, list[int]]] = {
     "no length": (HEAD + b"\r\n", [400]),
     "body on a get": (b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nabcde", [200]),
     "expects something": (HEAD + b"Expect: a-miracle\r\nContent-Length: 2\r\n\r\n{}", [400]),
-    "websocket": (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n", [200]),
-    "h2c": (b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n", [200]),
+    "websocket": (
+        b"GET /v1/models HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+        [200],
+    ),
+    "h2c": (
+        b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
+        b"HTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n",
+        [200],
+    ),
     "connect": (b"CONNECT evil.example:443 HTTP/1.1\r\nHost: a\r\n\r\n", [400, 404, 405]),
     "odd key": (b"GET /v1/models HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer \xff\xfe\xfd\r\n\r\n", [200]),
-    "odd type": (HEAD.replace(b"application/json", b"application/json; charset=\xff; ;;") + b'Content-Length: 14\r\n\r\n{"input": "a"}', [200, 415]),
+    "odd type": (
+        HEAD.replace(b"application/json", b"application/json; charset=\xff; ;;")
+        + b'Content-Length: 14\r\n\r\n{"input": "a"}',
+        [200, 415],
+    ),
 }  # fmt: skip
 
 

@@ -229,7 +229,11 @@ def test_memory_marks_what_differs(visit: Visiting, served: Served) -> None:
         seen.page.press("#original", "Control+Enter")
     seen.page.locator("#recovered").wait_for()
     output = served.post("/v1/recover", asked.value.post_data_json).json()["output"]
-    plain = "p => { const copy = p.cloneNode(true); copy.querySelectorAll('.hidden').forEach((s) => s.remove()); return copy.textContent; }"
+    plain = """p => {
+        const copy = p.cloneNode(true);
+        copy.querySelectorAll('.hidden').forEach((s) => s.remove());
+        return copy.textContent;
+    }"""
     assert seen.page.locator("#given").evaluate(plain) == text
     assert "".join(seen.page.locator("#remembered").evaluate(plain).split()) == "".join(output.split())
     assert (

@@ -1,4 +1,4 @@
-"""The index behind the server: /v1/search finds what the library finds, and chats answer from it as `gemify ask` does."""
+"""The index behind the server: /v1/search finds what the library finds, chats answer from it as `gemify ask` does."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def embedded(llm: Any, job: dict[str, Any], greedy: Any) -> dict[str, Any]:
-    """Vectors, alone and in one batch with prompts to continue, and how much of the longest prompt was not run again."""
+    """Vectors, alone and in one batch with prompts to continue; how much of the longest prompt was not run again."""
     from gemify.integrations.vllm.embedder import Embedder, rows_of
     from gemify.integrations.vllm.offline import embed
 

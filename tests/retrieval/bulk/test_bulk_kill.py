@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, and a Ray worker killed half-way: the same call ends with the corpus of a run left alone."""
+"""SIGKILL at random moments, a Ray worker killed half-way: the same call ends with the corpus of an undisturbed run."""
 
 from __future__ import annotations
 

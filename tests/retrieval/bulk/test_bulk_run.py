@@ -1,4 +1,4 @@
-"""`embed_corpus`: what is in the corpus, going on, refusals, bad rows, flat memory, and search equal to exact search."""
+"""`embed_corpus`: what is in the corpus, resuming, refusals, bad rows, flat memory, search equal to exact search."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_other_settings_models_and_inputs_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_mistake_in_the_first_run_settles_nothing(tmp_path: Path) -> None:
-    """The run ended before any shard was done: the command may be mended and run again, and what it did not name stays."""
+    """The run ended before any shard was done: a mended command may follow, and what it does not name stays."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"_id": "x", "body": "owls"}, {"_id": "y", "body": "bees"}])
     with pytest.raises(ValueError, match=r"no column 'text'.*set --text-column"):
         embed([path], tmp_path / "out", precision="float32")

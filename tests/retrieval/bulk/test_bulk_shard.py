@@ -1,4 +1,4 @@
-"""`embed_shard`: run twice, at once, over a failing disk or with another's marker there, a shard is in the corpus once."""
+"""`embed_shard` run twice, at once, over a failing disk or beside another's marker: a shard is in the corpus once."""
 
 from __future__ import annotations
 
