@@ -23,8 +23,9 @@ PROBES = (
 
 
 def numerics_signature(device: torch.device | str | None) -> str:
-    """What decides how sums are rounded, beside the weights: language scores compare to the last answer only where it is equal.
+    """What the rounding of sums depends on beside the weights: torch version, device, threads.
 
+    Language scores are comparable to the last answer only where it is equal.
     On a CPU another number of threads adds in another order: in bfloat16 one answer in thirty of MMLU changes.
     """
     kind = default_device() if device is None else torch.device(device)

@@ -1,6 +1,6 @@
 """Language benchmarks through lm-eval: its stock tasks from the hub, or its prompts over local files.
 
-(The rows decide the rest: a HellaSwag file whose contexts were joined without capitals differs from the hub's there.)
+The prompts are lm-eval's; the rows are the file's. Rows are checked, and errors name the line, before lm-eval sees them.
 
 Local files (``--data``), relative to the data directory::
 
@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemify.io.errors import first_line
 from gemify.io.rows import load_rows
 
 HELD_OUT = "held_out"
@@ -102,14 +103,19 @@ _SHOTS = 5
 
 
 def local_file(name: str) -> str | None:
-    """Where a benchmark lies under the data directory."""
+    """Path of a benchmark's file below the data directory; None if it has none."""
     return _MMLU_FILE if name == "mmlu" else _LOCAL[name].file if name in _LOCAL else None
 
 
 def make_language_tasks(name: str, data: Path | None) -> list[LanguageTask]:
-    """The cells of a benchmark: one, or for ``mmlu`` its 57 subjects.
+    """Make the cells of a benchmark: one, or for ``mmlu`` its 57 subjects.
 
-    ``data``: directory of local files; none: lm-eval's own tasks, from the hub (then any task name of lm-eval's goes).
+    Args:
+        name: One of `LANGUAGE_TASKS`, or with ``data`` None any task of lm-eval's.
+        data: Directory of local files; None: lm-eval's own tasks, from the hub.
+
+    Raises:
+        ValueError: The name is unknown, or its file is missing.
     """
     if data is None:
         return _stock(name)
@@ -123,15 +129,15 @@ def make_language_tasks(name: str, data: Path | None) -> list[LanguageTask]:
 
     def rows() -> list[dict[str, Any]]:
         read = load_rows(data / local.file, local.columns)
-        return [_sound({column: row[column] for column in local.columns}, data / local.file) for row in read]
+        return [_check_gold({column: row[column] for column in local.columns}, data / local.file) for row in read]
 
     metrics = ["acc", "acc_norm"] if local.main == "acc_norm" else ["acc"]
     config = {"output_type": "multiple_choice", **local.config, **_common(name, lambda: {"test": rows()}, metrics)}
     return [LanguageTask(name, name, local.main, config)]
 
 
-def _sound(row: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A gold number must name one of the choices: lm-eval would fail far from the file."""
+def _check_gold(row: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Check that the gold number names one of the choices: lm-eval would fail far from the file."""
     for column in ("choices", "endings", "context_options"):
         if column in row and not (0 <= row["gold"] < len(row[column]) and all(isinstance(c, str) for c in row[column])):
             raise ValueError(f"{path}: gold {row['gold']} names none of the {len(row[column])} {column}: {row}"[:300])
@@ -257,8 +263,9 @@ def _load(task: LanguageTask) -> Any:
         try:
             loaded = _task_manager(stock=True).load([task.config])
         except OSError as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"cannot load {task.name} from the hub ({reason}): connect, or give --data DIR") from error
+            raise ValueError(
+                f"cannot load {task.name} from the hub ({first_line(error)}): connect, or give --data DIR"
+            ) from error
     else:
         loaded = _task_manager(stock=False).load([task.config])
     (made,) = loaded["tasks"].values()

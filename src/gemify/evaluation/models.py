@@ -1,4 +1,4 @@
-"""Who is measured: names, revisions and facts of GEMs, their bases, baselines and other encoders; and loading them."""
+"""The models of an evaluation: GEMs, their bases, baselines and other encoders; their names, revisions and loading."""
 
 from __future__ import annotations
 
@@ -37,9 +37,11 @@ class EvalSettings:
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
         return parse_dtype(self.dtype)
 
     def revision(self, weights: str, *, language_only: bool = False) -> str:
+        """Weights and settings as a revision. ``language_only``: without instructions, which only vectors depend on."""
         parts = [weights, self.dtype]
         if self.instructions and not language_only:
             parts.append("instructions")
@@ -48,6 +50,7 @@ class EvalSettings:
         return "-".join(parts)
 
     def facts(self) -> dict[str, Any]:
+        """The settings as facts of a `ModelEntry`."""
         return {
             "dtype": self.dtype,
             "instructions": self.instructions,
@@ -74,6 +77,7 @@ class EvalModels:
 
     @property
     def gem(self) -> GemModel:
+        """The GEM, loaded at the first use."""
         if self._gem is None:
             assert self.model is not None
             self._gem = GemModel.from_pretrained(
@@ -92,18 +96,18 @@ class EvalModels:
         return self._base
 
     def baseline(self, method: Baseline) -> BaselineEncoder:
+        """The base's embeddings by a method."""
         lm, tokenizer = self.base
         return BaselineEncoder(lm, tokenizer, method)
 
     def gem_entry(self) -> ModelEntry:
+        """The GEM as an embedding and language model."""
         assert self.directory is not None
         assert self.config is not None
         directory = self.directory.resolve()
-        label = (
-            directory.name
-            if directory.parent.name != "checkpoints"
-            else f"{directory.parents[1].name}-{directory.name}"
-        )
+        label = directory.name
+        if directory.parent.name == "checkpoints":
+            label = f"{directory.parents[1].name}-{label}"
         base = self.base_entry()
         weights = weights_hash(directory)
         if self.base_given is not None and self.config.tune != "full":
@@ -130,6 +134,7 @@ class EvalModels:
         return self._base_entry("base", f"{_short(self.base_name)}, base model", "base", language_only=True)
 
     def baseline_entry(self, method: Baseline) -> ModelEntry:
+        """The base as an embedding model by a method."""
         words = {"mean": "mean pooling", "weighted-mean": "weighted mean pooling", "last": "last token"}
         names = {"prompteol": "PromptEOL", "echo": "Echo"}
         label = f"{_short(self.base_name)}, {words.get(method) or names[method]}"
@@ -159,6 +164,7 @@ def encoder_entry(spec: str, settings: EvalSettings) -> tuple[ModelEntry, str]:
 
 
 def load_encoder(path: str, settings: EvalSettings, device: str | None) -> Any:
+    """Load a sentence-transformers model with the evaluation's dtype."""
     return load_sentence_transformer(path, device=device, dtype=settings.torch_dtype)
 
 

@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class MtebEncoder:
-    """An encoder (ours, or sentence-transformers') as mteb calls one.
+    """An encoder (ours, or a sentence-transformers model) as mteb calls one.
 
-    ``instruction`` is put before every text, before queries only in retrieval and reranking: "instruction: text", as
-    LLM2Vec does (arXiv 2404.05961).
+    ``instruction`` stands before every text as "instruction: text", in retrieval and reranking before queries only, as
+    in LLM2Vec (arXiv 2404.05961).
     """
 
     def __init__(self, encoder: Any, entry: ModelEntry, *, instruction: str = "") -> None:
@@ -34,6 +34,7 @@ class MtebEncoder:
     def encode(
         self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, batch_size: int = 64, **_: Any
     ) -> np.ndarray:
+        """Vectors [N, D] of the texts in mteb's batches."""
         texts = [text for batch in inputs for text in batch["text"]]
         side = getattr(prompt_type, "value", prompt_type)
         encode = self.encoder.encode
@@ -47,11 +48,13 @@ class MtebEncoder:
         return np.asarray(vectors, dtype=np.float32)
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Cosine of every pair: [N, M]."""
         from mteb.similarity_functions import cos_sim
 
         return cos_sim(embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Any:
+        """Cosine of vectors at the same place: [N]."""
         from mteb.similarity_functions import pairwise_cos_sim
 
         return pairwise_cos_sim(embeddings1, embeddings2)
@@ -66,7 +69,7 @@ def instruction_of(task: Any) -> str:
 
 
 def is_finished(store: ResultStore, entry: ModelEntry, name: str) -> bool:
-    """Whether a task of one subset is done. A file cut short by a kill is removed, to be made again."""
+    """Whether a task has a result. A file cut short by a kill is removed."""
     path = store.directory / "results" / entry.folder / f"{name}.json"
     if not path.is_file():
         return False
@@ -88,14 +91,22 @@ def run_task(
     instructions: bool = False,
     batch_size: int = 64,
 ) -> float:
-    """Evaluate one task, write its result, and return its main score times 100. What is there is not run again."""
+    """Evaluate one task and write its result, or read the result that is there.
+
+    Args:
+        encoder: What has an ``encode`` of texts.
+        task: From `make_task`.
+        entry: The model's name and revision, which mteb files the result under.
+        store: Where the result goes.
+        instructions: Put the task's instruction before the texts.
+        batch_size: Most texts of a batch.
+
+    Returns:
+        The main score times 100.
+    """
     import mteb
 
-    wrapped = MtebEncoder(
-        encoder,
-        entry,
-        instruction=instruction_of(task) if instructions else "",
-    )
+    wrapped = MtebEncoder(encoder, entry, instruction=instruction_of(task) if instructions else "")
     with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = mteb.evaluate(
@@ -112,7 +123,7 @@ def run_task(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """mteb and datasets tell of every step; their bars and logs would bury ours."""
+    """Without the logs and bars of mteb and datasets, which report every step."""
     import datasets
 
     shown = datasets.is_progress_bar_enabled()
@@ -131,7 +142,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _loud() -> Iterator[None]:
-    """Warnings of the encoder itself are still shown."""
+    """With the warnings of the encoder itself."""
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         yield

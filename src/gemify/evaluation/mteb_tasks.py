@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemify.io.errors import first_line
 from gemify.io.rows import load_lines, load_rows
 
 NUMBER = (int, float)
@@ -27,28 +28,30 @@ NUMBER = (int, float)
 
 @dataclass(frozen=True)
 class LocalTask:
-    """How a task's data are read from files, and for a task that mteb does not have what it is."""
+    """How a task is read from files; for one that mteb does not have, also its type, instruction and main score."""
 
     files: tuple[str, ...]
     read: Callable[[list[Path]], Any]
     """The task's ``dataset`` from its files, in mteb's layout."""
     type: Any = ""
     """mteb's task type, for tasks that are not mteb's own."""
-    split: str = "test"
     instruction: str = ""
     main_score: str = ""
 
 
 def make_task(name: str, data: Path | None, *, limit: int | None = None) -> Any:
-    """An mteb task object that loads its data when it is evaluated.
+    """Make an mteb task that loads its data when it is evaluated.
 
     Args:
-        name: a name mteb knows, or one of `LOCAL_TASKS`.
-        data: directory of local data; none: the hub.
-        limit: use about so many rows (queries, for retrieval): a subset run, not comparable.
+        name: A name mteb knows, or one of `LOCAL_TASKS`.
+        data: Directory of local data; None: the hub.
+        limit: Use about so many rows (queries, for retrieval). The score is then not comparable.
+
+    Returns:
+        An ``AbsTask`` of mteb.
 
     Raises:
-        ValueError: unknown name, or a file that is not there.
+        ValueError: The name is unknown, or a file is not there.
     """
     local = LOCAL_TASKS.get(name)
     if local is not None and data is not None:
@@ -71,7 +74,7 @@ def make_task(name: str, data: Path | None, *, limit: int | None = None) -> Any:
         if not task.data_loaded:
             task.dataset = load()
             if limit is not None:
-                task.dataset = _cut(task, limit)
+                task.dataset = _subset(task, limit)
             task.data_loaded = True
 
     task.load_data = load_data
@@ -96,9 +99,8 @@ def _hub_loader(task: Any) -> Callable[[], Any]:
             if hasattr(task, "convert_v1_dataset_format_to_v2"):
                 task.convert_v1_dataset_format_to_v2(num_proc=None)
         except (ConnectionError, OSError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"cannot load {task.metadata.name} from the hub ({reason}): connect, or give --data DIR"
+                f"cannot load {task.metadata.name} from the hub ({first_line(error)}): connect, or give --data DIR"
             ) from error
         task.data_loaded = False
         return task.dataset
@@ -131,7 +133,7 @@ def _custom_task(name: str, local: LocalTask) -> Any:
         type=local.type,
         category="t2t",
         modalities=["text"],
-        eval_splits=[local.split],
+        eval_splits=["test"],
         eval_langs=["eng-Latn"],
         main_score=local.main_score,
         prompt=prompt,
@@ -145,15 +147,12 @@ def _custom_task(name: str, local: LocalTask) -> Any:
 # Files -> datasets
 
 
-def _sts(split: str) -> Callable[[list[Path]], Any]:
-    def read(paths: list[Path]) -> Any:
-        from datasets import Dataset
+def _sts(paths: list[Path]) -> Any:
+    from datasets import Dataset
 
-        rows = load_rows(paths[0], {"sentence1": str, "sentence2": str, "score": NUMBER})
-        columns = {name: [r[name] for r in rows] for name in ("sentence1", "sentence2")}
-        return {split: Dataset.from_dict({**columns, "score": [float(r["score"]) for r in rows]})}
-
-    return read
+    rows = load_rows(paths[0], {"sentence1": str, "sentence2": str, "score": NUMBER})
+    columns = {name: [r[name] for r in rows] for name in ("sentence1", "sentence2")}
+    return {"test": Dataset.from_dict({**columns, "score": [float(r["score"]) for r in rows]})}
 
 
 def _classification(paths: list[Path]) -> Any:
@@ -259,10 +258,10 @@ def _retrieval_data(queries: list[Any], corpus: list[Any], relevant: Any, ranked
     return {"default": {"test": split}}
 
 
-# A subset run
+# Subsets
 
 
-def _cut(task: Any, limit: int) -> Any:
+def _subset(task: Any, limit: int) -> Any:
     """The first rows of a shuffled copy of every evaluated split; training rows and distractors are cut to match."""
 
     def rows(data: Any, count: int) -> Any:
@@ -272,7 +271,7 @@ def _cut(task: Any, limit: int) -> Any:
         made = {}
         for name, part in data.items():
             if isinstance(part, dict) and "queries" in part:
-                made[name] = _cut_retrieval(part, limit)
+                made[name] = _subset_retrieval(part, limit)
             elif labels is not None and name == getattr(task, "train_split", None):
                 made[name] = _some_of_each(part, labels, task.samples_per_label * 2)
             elif labels is not None:
@@ -287,7 +286,7 @@ def _cut(task: Any, limit: int) -> Any:
     return type(task.dataset)(splits(task.dataset, labels=label))
 
 
-def _cut_retrieval(part: Any, limit: int) -> Any:
+def _subset_retrieval(part: Any, limit: int) -> Any:
     queries = part["queries"].select(range(min(limit, len(part["queries"]))))
     relevant = {q: part["relevant_docs"][q] for q in queries["id"] if q in part["relevant_docs"]}
     wanted = {d for documents in relevant.values() for d in documents}
@@ -311,7 +310,7 @@ def _some_of_each(data: Any, label: str, count: int) -> Any:
 
 
 def _many_labels(data: Any, label: str, count: int) -> Any:
-    """Rows of as many labels as there can be, three at least: mteb takes rows of two labels for a binary task."""
+    """Rows of as many labels as possible, three at least: mteb takes two labels for a binary task."""
     seen: defaultdict[Any, int] = defaultdict(int)
     rank = []
     for value in data[label]:
@@ -324,18 +323,15 @@ _BANKING = ("mteb/banking77/train.jsonl.gz", "mteb/banking77/test.jsonl.gz")
 _SIMILAR = "Retrieve semantically similar text"
 LOCAL_TASKS: dict[str, LocalTask] = {
     **{
-        name: LocalTask((f"mteb/sts/{name}.test.jsonl.gz",), _sts("test"))
+        name: LocalTask((f"mteb/sts/{name}.test.jsonl.gz",), _sts)
         for name in ("STSBenchmark", "STS12", "STS13", "STS14")
     },
-    "STSBenchmarkDev": LocalTask(
-        ("mteb/sts/STSBenchmark.dev.jsonl.gz",), _sts("test"), "STS", "test", _SIMILAR, "cosine_spearman"
-    ),
+    "STSBenchmarkDev": LocalTask(("mteb/sts/STSBenchmark.dev.jsonl.gz",), _sts, "STS", _SIMILAR, "cosine_spearman"),
     "Banking77Classification": LocalTask(_BANKING, _classification),
     "Banking77Dev": LocalTask(
         _BANKING[:1],
         _held_out_classification,
         "Classification",
-        "test",
         "Given a online banking query, find the corresponding intents",
         "accuracy",
     ),
@@ -343,16 +339,14 @@ LOCAL_TASKS: dict[str, LocalTask] = {
         ("mteb/clinc150/train.jsonl.gz", "mteb/clinc150/test.jsonl.gz"),
         _classification,
         "Classification",
-        "test",
         "Given a user utterance as query, find the user intents",
         "accuracy",
     ),
-    "MRPC": LocalTask(("mteb/mrpc/test.jsonl.gz",), _pairs, "PairClassification", "test", _SIMILAR, "max_ap"),
+    "MRPC": LocalTask(("mteb/mrpc/test.jsonl.gz",), _pairs, "PairClassification", _SIMILAR, "max_ap"),
     "WikiQAReranking": LocalTask(
         ("mteb/wikiqa_rerank/test.jsonl.gz",),
         _reranking,
         "Reranking",
-        "test",
         "Given a question, retrieve sentences that answer the question",
         "map_at_1000",
     ),
@@ -361,7 +355,6 @@ LOCAL_TASKS: dict[str, LocalTask] = {
             (f"mteb/stc2/{file}.jsonl.gz",),
             _clustering,
             "Clustering",
-            "test",
             f"Identify the topic of {what}",
             "v_measure",
         )

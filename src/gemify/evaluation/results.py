@@ -25,7 +25,7 @@ KINDS: tuple[Kind, ...] = ("language", "recovery", "cost", "gate")
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model as it is measured: its weights and every setting that moves a figure."""
+    """A model as it is measured: its weights and every setting that a figure depends on."""
 
     name: str
     """``org/model``, as mteb wants it: ``gem/run1``, ``starter/mean``, ``st/all-MiniLM-L6-v2``, ``starter/base``."""
@@ -62,13 +62,15 @@ class ResultStore:
             raise ValueError(f"cannot keep results in {self.directory}: it is a file, give a directory")
 
     def path(self, kind: Kind, entry: ModelEntry, task: str) -> Path:
+        """Where a cell is kept."""
         return self.directory / kind / entry.folder / f"{task}.json"
 
     def read(self, kind: Kind, entry: ModelEntry, task: str) -> dict[str, Any] | None:
-        """A finished cell, or none. A damaged file raises ValueError, with what to do."""
+        """A finished cell, or None; ValueError for a damaged file."""
         return read_json(path) if (path := self.path(kind, entry, task)).is_file() else None
 
     def write(self, kind: Kind, entry: ModelEntry, task: str, value: Mapping[str, Any]) -> None:
+        """Write a finished cell."""
         _write_json(self.path(kind, entry, task), value)
 
     def register(self, entry: ModelEntry) -> None:
@@ -76,7 +78,7 @@ class ResultStore:
         _write_json(self._model_file(entry), {"name": entry.name, "revision": entry.revision, **entry.facts})
 
     def entries(self) -> list[ModelEntry]:
-        """Every model there is, in order of name."""
+        """Every registered model, in order of name."""
         found = []
         for path in sorted((self.directory / "models").glob("*/*.json")):
             facts = read_json(path)
@@ -89,7 +91,7 @@ class ResultStore:
         return {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
 
     def scores(self, entry: ModelEntry) -> dict[str, dict[str, Any]]:
-        """Embedding tasks by name: ``score`` (mteb's main score, times 100), ``type``, ``metric``, ``seconds``."""
+        """Embedding tasks by name: ``score`` (mteb's main score, times 100) and ``seconds``."""
         scores = {}
         for path in sorted((self.directory / "results" / entry.folder).glob("*.json")):
             if path.stem == "model_meta":

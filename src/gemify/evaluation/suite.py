@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -35,6 +35,7 @@ from gemify.evaluation.mteb_tasks import LOCAL_TASKS, make_task
 from gemify.evaluation.recovery import attack_vectors, measure_recovery, select_texts_by_length
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.task_suites import GEM16, LLM2VEC15
+from gemify.io.errors import first_line
 from gemify.io.rows import load_lines
 
 logger = logging.getLogger(__name__)
@@ -65,48 +66,42 @@ class Plan:
 
     @staticmethod
     def of(suite: str, *, data: Path | None, tasks: Sequence[str] = ()) -> Plan:
-        """The plan of a named suite; ``tasks`` given by name replace its tasks."""
+        """The plan of a named suite.
+
+        Args:
+            suite: One of `SUITES`.
+            data: Directory of local data: all embedding tasks are then those that it holds; None: mteb's English ones.
+            tasks: Names of tasks that replace the suite's.
+
+        Raises:
+            ValueError: The suite is unknown.
+        """
         if suite not in SUITES:
             raise ValueError(f"unknown suite {suite!r}: choose one of {', '.join(SUITES)}")
         if tasks:
             language = tuple(t for t in tasks if t in LANGUAGE_TASKS)
             return Plan(tuple(t for t in tasks if t not in language), language)
-
-        def everything() -> tuple[str, ...]:
-            return tuple(LOCAL_TASKS) if data is not None else _english_mteb()
-
-        plans: dict[str, Callable[[], Plan]] = {
-            "quick": lambda: Plan(
-                ("STSBenchmark", "Banking77Classification"),
-                (HELD_OUT, "hellaswag", "lambada", "arc_easy"),
-                recovery=50,
-                cost=True,
-                prompts=20,
-                language_limit=100,
-            ),
-            "gem16": lambda: Plan(GEM16),
-            "llm2vec15": lambda: Plan(LLM2VEC15),
-            "mteb": lambda: Plan(everything()),
-            "lm": lambda: Plan((), _LANGUAGE, prompts=200),
-            "all": lambda: Plan(
-                everything(),
-                _LANGUAGE,
-                recovery=200,
-                cost=True,
-                attack=True,
-                prompts=200,
-            ),
-        }
-        return plans[suite]()
+        if suite == "quick":
+            vectors = ("STSBenchmark", "Banking77Classification")
+            language = (HELD_OUT, "hellaswag", "lambada", "arc_easy")
+            return Plan(vectors, language, recovery=50, cost=True, prompts=20, language_limit=100)
+        if suite in ("gem16", "llm2vec15"):
+            return Plan(GEM16 if suite == "gem16" else LLM2VEC15)
+        if suite == "lm":
+            return Plan((), _LANGUAGE, prompts=200)
+        everything = tuple(LOCAL_TASKS) if data is not None else _english_mteb()
+        if suite == "mteb":
+            return Plan(everything)
+        return Plan(everything, _LANGUAGE, recovery=200, cost=True, attack=True, prompts=200)
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """One thing to measure."""
+    """One model on one task."""
 
     title: str
     tokens: float
-    """Roughly how much text it takes: for the estimate and the progress bar only."""
+    """About how many tokens it takes: for the estimate and the progress bar only."""
     done: Callable[[], bool]
     run: Callable[[], Any]
 
@@ -128,18 +123,30 @@ def evaluate(
     show_progress_bar: bool = True,
     on_estimate: Callable[[int, int, float], None] | None = None,
 ) -> list[ModelEntry]:
-    """Measure what is not yet measured, and return who was: the GEM, its base, baselines, other encoders.
+    """Measure what is not yet measured of a GEM, its base, baselines and other encoders.
 
     Args:
-        model: a GEM directory or repo id; none: only baselines of ``base`` and other encoders.
-        data: local data (`vector_tasks`, `make_language_tasks`); none: the hub.
-        encoders: sentence-transformers models, as ``st:PATH`` or ``st:NAME``.
-        limit: rows of every task: a subset run, marked so everywhere.
-        on_estimate: told before the start: cells to run, cells in all, and about how many seconds it will take.
+        model: A GEM's directory or repo id; None: only baselines of ``base`` and other encoders.
+        plan: What is measured.
+        output: Directory of the results. What it holds is not measured again.
+        data: Directory of local data (see `mteb_tasks`, `lm_eval_tasks`); None: the hub.
+        baselines: Names from `BASELINES`: embeddings of the base model by other methods.
+        encoders: Sentence-transformers models, as ``st:PATH`` or ``st:NAME``.
+        base: The base model, where it is not the one that the GEM names.
+        limit: Rows of every task: a subset run, marked so everywhere.
+        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        device: Of the models; None: the best there is.
+        instructions: Put each embedding task's instruction before its texts.
+        batch_size: Most texts of a batch.
+        show_progress_bar: Show a bar on stderr.
+        on_estimate: Called before the start with the cells to run, all cells, and about how many seconds it will take.
+
+    Returns:
+        The models that were measured, the GEM first.
 
     Raises:
-        ValueError: unknown names or missing files, before anything runs; or, at the end, how many cells failed and why
-            the first did. What is finished is kept: the same call goes on from there.
+        ValueError: Names are unknown or files missing, before anything runs; or, at the end, how many cells failed and
+            why the first did. What is finished is kept: the same call goes on from there.
     """
     data = _data_root(data)
     settings = EvalSettings(dtype, instructions, limit)
@@ -151,28 +158,23 @@ def evaluate(
     models = None
     if model is not None or base is not None or baselines or not encoders:
         models = EvalModels(model, base=base, settings=settings, device=device)
-    build = _Builder(plan, store, data, settings, batch_size=batch_size, device=device)
-    if models is not None and model is not None:
-        build.gem(models)
-    elif models is not None and plan.language:
-        build.base_language(models)
+    planner = _Planner(plan, store, data, settings, batch_size=batch_size, device=device)
     if models is not None:
-        for method in baselines:
-            build.baseline(models, method)  # type: ignore[arg-type]
+        planner.add_models(models, baselines)  # type: ignore[arg-type]
     for spec in encoders:
-        build.encoder(spec)
-    if not build.cells:
+        planner.add_encoder(spec)
+    if not planner.cells:
         raise ValueError("nothing to measure: the suite has no task for these models (--base alone needs --baselines)")
-    if data is not None and build.reads_texts:
-        build.text_file()
-    for entry in build.entries:
+    if data is not None and planner.reads_texts:
+        planner.text_file()
+    for entry in planner.entries:
         store.register(entry)
-    _run(build.cells, speed=lambda: _speed(models), bar=show_progress_bar, on_estimate=on_estimate)
-    return build.entries
+    _run(planner.cells, speed=lambda: _speed(models), bar=show_progress_bar, on_estimate=on_estimate)
+    return planner.entries
 
 
-class _Builder:
-    """Lists the cells of an evaluation."""
+class _Planner:
+    """Lists the cells of an evaluation, and measures them."""
 
     def __init__(
         self,
@@ -189,15 +191,26 @@ class _Builder:
         self.cells: list[_Cell] = []
         self.entries: list[ModelEntry] = []
         self.reads_texts = False
-        """Whether any cell reads held-out text."""
+        """Whether a cell reads held-out text."""
         self._tasks = [(n, t) for n in plan.language if n != HELD_OUT for t in make_language_tasks(n, data)]
         self._texts: list[str] | None = None
 
-    def gem(self, models: EvalModels) -> None:
+    def add_models(self, models: EvalModels, baselines: Sequence[Baseline]) -> None:
+        """Add the cells of a GEM and its base as a language model, and of baselines on that base."""
+        if models.model is not None:
+            self._add_gem(models)
+        elif self.plan.language:
+            self._add_base(models)
+        for method in baselines:
+            entry = models.baseline_entry(method)
+            self.entries.append(entry)
+            self._add_vectors(entry, functools.partial(models.baseline, method))
+
+    def _add_gem(self, models: EvalModels) -> None:
         entry = models.gem_entry()
         self.entries.append(entry)
         assert models.config is not None
-        self._vectors(entry, lambda: models.gem)
+        self._add_vectors(entry, lambda: models.gem)
         with_specials = models.config.k > 0
         if self.plan.recovery and with_specials:
             for k in sorted({1, models.config.k}):
@@ -208,34 +221,23 @@ class _Builder:
         if self.plan.cost:
             self._add("cost", entry, "encode", 15_000.0, lambda: self._cost(models))
         if self.plan.language:
-            self._language(entry, lambda: (models.gem.lm, models.gem.tokenizer))
-            self.base_language(models)
+            self._add_language(entry, lambda: (models.gem.lm, models.gem.tokenizer))
+            self._add_base(models)
         if self.plan.prompts:
             self._add("gate", entry, "logits", 2 * 30.0 * self.plan.prompts, lambda: self._gate(models))
 
-    def base_language(self, models: EvalModels) -> None:
+    def _add_base(self, models: EvalModels) -> None:
         entry = models.base_entry()
         self.entries.append(entry)
-        self._language(entry, lambda: models.base)
+        self._add_language(entry, lambda: models.base)
 
-    def baseline(self, models: EvalModels, method: Baseline) -> None:
-        entry = models.baseline_entry(method)
-        self.entries.append(entry)
-        self._vectors(entry, lambda: models.baseline(method))
-
-    def encoder(self, spec: str) -> None:
+    def add_encoder(self, spec: str) -> None:
+        """Add the cells of a sentence-transformers model, loaded when the first one runs."""
         entry, path = encoder_entry(spec, self.settings)
         self.entries.append(entry)
-        loaded: list[Any] = []
+        self._add_vectors(entry, functools.cache(lambda: load_encoder(path, self.settings, self.device)))
 
-        def load() -> Any:
-            if not loaded:
-                loaded.append(load_encoder(path, self.settings, self.device))
-            return loaded[0]
-
-        self._vectors(entry, load)
-
-    def _vectors(self, entry: ModelEntry, load: Callable[[], Any]) -> None:
+    def _add_vectors(self, entry: ModelEntry, load: Callable[[], Any]) -> None:
         for name in self.plan.vectors:
 
             def run(name: str = name) -> None:
@@ -252,16 +254,14 @@ class _Builder:
             done = functools.partial(is_finished, self.store, entry, name)
             self.cells.append(_Cell(f"{entry.facts['label']}: {name}", tokens, done, run))
 
-    def _language(self, entry: ModelEntry, load: Callable[[], tuple[Any, Any]]) -> None:
+    def _add_language(self, entry: ModelEntry, load: Callable[[], tuple[Any, Any]]) -> None:
         limit = self.settings.limit
         if HELD_OUT in self.plan.language:
             self._add("language", entry, HELD_OUT, 15_000.0, lambda: self._held_out(*load()))
-        harness: list[Any] = []
+        harness = functools.cache(lambda: share_prefixes(make_harness(*load())))
 
         def run(task: LanguageTask, rows: int | None) -> dict[str, Any]:
-            if not harness:
-                harness.append(share_prefixes(make_harness(*load())))
-            return run_language_task(harness[0], task, limit=rows)
+            return run_language_task(harness(), task, limit=rows)
 
         for name, task in self._tasks:
             rows = limit
@@ -273,22 +273,22 @@ class _Builder:
             self._add("language", entry, task.name, tokens, functools.partial(run, task, rows))
 
     def _add(self, kind: Any, entry: ModelEntry, task: str, tokens: float, run: Callable[[], Any]) -> None:
-        rounding = {"arithmetic": numerics_signature(self.device)} if kind == "language" else {}
+        numerics = {"arithmetic": numerics_signature(self.device)} if kind == "language" else {}
 
-        def measured() -> None:
+        def measure() -> None:
             start = time.perf_counter()
-            value = {**run(), **rounding}
+            value = {**run(), **numerics}
             self.store.write(kind, entry, task, {**value, "seconds": round(time.perf_counter() - start, 2)})
 
-        def done() -> bool:  # a difference of 0 would be lost in another rounding: such a cell is run again
+        def done() -> bool:  # with other numerics a difference of 0 would be lost: run such a cell again
             if not self.store.path(kind, entry, task).is_file():
                 return False
-            cell = self.store.read(kind, entry, task) if rounding else None
-            return cell is None or {**cell, **rounding} == cell
+            cell = self.store.read(kind, entry, task) if numerics else None
+            return cell is None or {**cell, **numerics} == cell
 
         self.reads_texts |= kind != "language" or task == HELD_OUT
         title = f"{entry.facts['label']}: {task}"
-        self.cells.append(_Cell(title, tokens, done, measured))
+        self.cells.append(_Cell(title, tokens, done, measure))
 
     # What the cells do
 
@@ -325,7 +325,7 @@ class _Builder:
         return compare_logits(models.base[0], models.gem.lm, models.gem.tokenizer, self.texts[-count:])
 
     def text_file(self) -> Path:
-        """The local text file; ValueError if there is none."""
+        """The first local text file; ValueError if there is none."""
         assert self.data is not None
         files = sorted((self.data / "text").glob("*.txt*"))
         if not files:
@@ -368,8 +368,7 @@ def _run(
             try:
                 cell.run()
             except (ValueError, OSError, RuntimeError) as error:  # out of memory, a full disk: the rest may still go
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                failures.append(f"{cell.title}: {reason}")
+                failures.append(f"{cell.title}: {first_line(error)}")
                 logger.warning("%s", failures[-1])
             progress.update(round(cell.tokens / 1000))
     if failures:
@@ -380,7 +379,7 @@ def _run(
 
 
 def _speed(models: EvalModels | None) -> float:
-    """Tokens a second of a short probe with the model to be measured (a stated guess where there is none)."""
+    """Tokens a second of a short probe with the GEM; a guess where there is none."""
     if models is None or models.model is None:
         return 1000.0
     models.gem.encode(["A short text, to wake the machine."])
@@ -405,9 +404,4 @@ def _data_root(data: Path | None) -> Path | None:
 def _english_mteb() -> tuple[str, ...]:
     import mteb
 
-    return tuple(_names(mteb.get_benchmark("MTEB(eng, v1)")))
-
-
-def _names(benchmark: Any) -> Iterator[str]:
-    for task in benchmark.tasks:
-        yield task.metadata.name
+    return tuple(task.metadata.name for task in mteb.get_benchmark("MTEB(eng, v1)").tasks)
