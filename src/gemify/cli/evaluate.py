@@ -46,7 +46,7 @@ def evaluate(
     device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure both sides: vectors, language kept, recovery, cost; beside the base and any baselines."""
+    """Measure both sides: vectors, language kept, recovery, cost; compared with the base and any baselines."""
     from gemify.evaluation.baselines import BASELINES
     from gemify.evaluation.report.model_card import write_card
     from gemify.evaluation.report.render import write_report
@@ -114,7 +114,7 @@ def reproduce(
         bool, typer.Option("--json", help="Print what is left to run as JSON, and run nothing.")
     ] = False,
 ) -> None:
-    """Run one of the paper's tables, with its figures beside ours."""
+    """Run one of the paper's tables, and show its figures with ours."""
     from gemify.io.signals import StopRequestedError
     from gemify.reproduce.run import estimate_seconds, plan_cells
     from gemify.reproduce.run import reproduce as run

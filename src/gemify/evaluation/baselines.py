@@ -1,7 +1,7 @@
 """What a GEM is compared with: embeddings of its untrained base, and any sentence-transformers model.
 
-All of them read the same base weights through the same code, so a difference is the method's. Each method turns a text
-into one row of tokens and pools the last hidden states over a span of it:
+All methods run the same base weights through the same code, so a difference is the method's. Each turns a text into one
+row of tokens and pools the last hidden states over a span of it:
 
     mean, weighted-mean, last    [text]                                  pooled over the text
     prompteol                    This sentence : "[text]" means in one word:"      its last token
@@ -43,7 +43,7 @@ class BaselineEncoder:
     tokenizer: Any
     method: Baseline
     max_length: int = 512
-    """Most tokens of a text; longer ones are cut at the end, as are those that do not fit the model's positions."""
+    """Maximum tokens of a text; a longer one is cut at the end, as is one that the model has no positions for."""
 
     def __post_init__(self) -> None:
         if self.method not in BASELINES:
@@ -59,7 +59,18 @@ class BaselineEncoder:
         max_tokens: int = 8192,
         show_progress_bar: bool = False,
     ) -> np.ndarray:
-        """Vectors [N, D], float32. A prompt is read before the text and not pooled."""
+        """Embed texts.
+
+        Args:
+            inputs: Texts.
+            prompt: Stands before every text and is not pooled.
+            batch_size: Most texts of a batch.
+            max_tokens: Most tokens of a batch, padding included.
+            show_progress_bar: Show a bar on stderr.
+
+        Returns:
+            Vectors [N, D], float32.
+        """
         distinct = list(dict.fromkeys(inputs))
         rows = self._rows(distinct, prompt)
         out: np.ndarray | None = None

@@ -17,9 +17,10 @@ _QUERIES = 30
 def measure_encoding_cost(
     model: str, texts: Sequence[str], *, base: str | None, dtype: str, device: str | None
 ) -> dict[str, Any]:
-    """Encode ``texts`` in bulk and some of them one by one, in a fresh process that does nothing else.
+    """Encode texts in bulk and some of them one by one, in a process of its own.
 
-    Returns the cell of the report. Peak memory is that process's own: model, tokenizer and encoding together.
+    Returns:
+        The cell of the report. Peak memory is that process's: model, tokenizer and encoding together.
     """
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()

@@ -1,4 +1,4 @@
-"""About how many tokens a task takes: for estimates before a long run, nothing else. Four characters a token."""
+"""About how many tokens a task takes, at four characters a token: only for the estimate before a long run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEADERS = 57 * 600.0  # MMLU's five solved questions of each subject
 
 
 def estimate_vector_tokens(name: str, data: Path | None, *, limit: int | None) -> float:
-    """Tokens that an embedding task encodes."""
+    """Estimate the tokens that an embedding task encodes."""
     if data is not None and name in LOCAL_TASKS:
         tokens = 0.0
         for file in LOCAL_TASKS[name].files:
@@ -34,7 +34,7 @@ def estimate_vector_tokens(name: str, data: Path | None, *, limit: int | None) -
 
 
 def estimate_language_tokens(name: str, data: Path | None, *, limit: int | None) -> float:
-    """Tokens that a language benchmark runs, every shared beginning once."""
+    """Estimate the tokens that a language benchmark runs, every shared prefix once."""
     file = local_file(name)
     if data is None or name == HELD_OUT or file is None:
         return _UNKNOWN

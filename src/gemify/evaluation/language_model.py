@@ -23,7 +23,7 @@ PROBES = (
 
 
 def numerics_signature(device: torch.device | str | None) -> str:
-    """What the rounding of sums depends on beside the weights: torch version, device, threads.
+    """What the rounding of sums depends on, apart from the weights: torch version, device, threads.
 
     Language scores are comparable to the last answer only where it is equal.
     On a CPU another number of threads adds in another order: in bfloat16 one answer in thirty of MMLU changes.
@@ -57,7 +57,7 @@ def language_loss(lm: Any, tokenizer: Any, texts: Sequence[str], *, max_length: 
 def compute_text_losses(
     lm: Any, tokenizer: Any, texts: Sequence[str], *, max_length: int = 256
 ) -> list[tuple[float, int]]:
-    """Of each text its summed next-token loss in nats and the number of tokens predicted."""
+    """Summed next-token loss in nats of each text, and the number of tokens predicted."""
     rows = [r[:max_length] for r in tokenizer(list(texts), verbose=False)["input_ids"]]
     device = lm.device
     losses = [(0.0, 0)] * len(rows)

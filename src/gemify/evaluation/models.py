@@ -189,7 +189,7 @@ def weights_hash(directory: Path) -> str:
 
 
 def _training(directory: Path) -> dict[str, Any]:
-    """Summary and loss curve of the run that made a GEM, if they lie beside it."""
+    """Summary and loss curve of the run that made a GEM, if its directory has them."""
     summary, curve = directory / "summary.json", directory / "metrics.jsonl"
     facts: dict[str, Any] = {"training": None, "curve": []}
     try:

@@ -1,8 +1,7 @@
-"""How much of a text its special tokens give back (GEM, Appendix B): a quality, and a leak.
+"""How much of a text can be decoded from its special tokens (GEM, Appendix B): a quality, and a leak.
 
-From the special tokens' KV a text is decoded greedily; whoever holds a stored KV can do the same. From the *vector*
-alone there is nothing to decode with, so that attack is a separate, weaker one: a linear map, fitted on other texts,
-guesses which tokens occur.
+From the special tokens' KV a text is decoded greedily; who holds a stored KV can do the same. A *vector* alone cannot be
+decoded, so the attack on it is another, weaker one: a linear map, fitted on other texts, guesses which tokens occur.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ _BATCH = 32
 
 
 def select_texts_by_length(gem: GemModel, texts: Sequence[str], count: int) -> list[str]:
-    """About ``count`` texts spread evenly over `LENGTHS`: beginnings of the given ones, joined where they are short."""
+    """Cut about ``count`` texts, evenly over `LENGTHS`, from the beginnings of the given ones; short ones are joined."""
     each = max(1, count // len(LENGTHS))
     tokenize = gem.text_tokenizer
     chosen: list[str] = []
@@ -48,8 +47,9 @@ def select_texts_by_length(gem: GemModel, texts: Sequence[str], count: int) -> l
 def measure_recovery(gem: GemModel, texts: Sequence[str], *, k: int | None = None) -> dict[str, Any]:
     """Decode texts from the KV of the first ``k`` special tokens (default: all) and compare.
 
-    Returns the cell of the report: of each text its length in tokens, whether it came back exactly (spaces aside), the
-    F1 over tokens, and ROUGE-L.
+    Returns:
+        The cell of the report: for each text its length in tokens, whether it was recovered exactly (spaces aside), the
+        F1 over tokens, and ROUGE-L.
     """
     with_k = _with_special_tokens(gem, k)
     tokenize = gem.text_tokenizer
@@ -92,8 +92,8 @@ def rouge_l(wanted: str, got: str) -> float:
 def attack_vectors(gem: GemModel, known: Sequence[str], texts: Sequence[str], *, ridge: float = 1.0) -> dict[str, Any]:
     """Guess the tokens of texts from their vectors alone: ridge regression fitted on ``known`` texts.
 
-    The attacker is told how many different tokens each text has (which favours the attack) and names that many. Chance
-    names the tokens most frequent in the known texts.
+    The attack knows how many different tokens each text has (which favours it) and guesses that many. Chance guesses the
+    tokens that are most frequent in the known texts.
     """
     tokenize = gem.text_tokenizer
     known_ids = [set(ids) for ids in tokenize.tokenize_plain(known, max_tokens=gem.config.max_length)]

@@ -1,4 +1,4 @@
-"""`evaluate`: measures a model on both sides, cell by cell, beside its base and any baselines.
+"""`evaluate`: measure a model on both sides, cell by cell, with its base and any baselines.
 
 A cell is one model on one task. Finished cells are kept in the output directory and never run again; a cell that fails
 leaves the others alone.

@@ -54,7 +54,7 @@ GEM16 = (
     "SICK-R",
     "STSBenchmark",
 )
-"""The paper's MTEB subset: its Appendix A speaks of 15 tasks and lists these 16."""
+"""The paper's MTEB subset: its Appendix A says 15 tasks and lists these 16."""
 
 LLM2VEC15 = tuple(task for task in GEM16 if task != "ClimateFEVER")
 """The 15 tasks of LLM2Vec (BehnamGhader et al. 2024), which the paper follows."""

@@ -1,4 +1,4 @@
-"""A table as Markdown: our figures, the paper's beneath, the scale stated, and what is not finished."""
+"""A table as Markdown: our figures, the paper's below them, the scale, and what is not finished."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def write_markdown(
 def cell_scores(cell: TableCell, finished: Finished, scale: Scale, store: ResultStore) -> dict[str, float]:
     """A cell's scores in percent, by the paper's column names and by task, and the held-out loss in nats a token.
 
-    A mean is there only if all that it covers is there: "MTEB subset" covers the scale's tasks, a type's mean those of
+    A mean is given only if every score it covers is there: "MTEB subset" covers the scale's tasks, a type's mean those of
     the type, MMLU its 57 subjects.
     """
     found: dict[str, float] = {}
@@ -93,7 +93,7 @@ def cell_scores(cell: TableCell, finished: Finished, scale: Scale, store: Result
 
 
 def _stated(table: str, scale: Scale, cells: Sequence[TableCell], training_data: str) -> list[str]:
-    """The scale, in words: what our figures are figures of."""
+    """The scale and settings that our figures are of."""
     recipe = next(c.recipe for c in cells if c.recipe is not None)
     rows = scale.steps * recipe["batch_size"]
     limit = "uncut" if scale.limit is None else f"cut to {scale.limit} rows a task"
@@ -126,7 +126,7 @@ def _stated(table: str, scale: Scale, cells: Sequence[TableCell], training_data:
 
 
 def _beside_paper(table: str, cells: Sequence[TableCell], scores: Mapping[TableCell, Mapping[str, float]]) -> str:
-    """Rows of ours, each with the paper's beneath; then those of the paper that nothing of ours stands beside."""
+    """Our rows, each with the paper's row below it; then the paper's other rows."""
     paper = TABLES[table]
     printed = {row.label: (row.label, "paper", *map(format_number, row.values)) for row in paper.rows}
     rows = []

@@ -1,11 +1,11 @@
-"""Running a table: train each cell, evaluate it, write the table. What is finished is never run again.
+"""Run a table: train each cell, evaluate it, write the table. What is finished is never run again.
 
-Layout of the output, which all tables may share (a cell that two tables have in common is run once)::
+Layout of the output, which all tables may share (a cell that is in two tables is run once)::
 
     DIR/<table>.md              the table, written anew after every cell
     DIR/runs/<cell>/            a training run (`gemify.training.trainer`), its checkpoints removed when it is complete
     DIR/evaluation/             what was measured (`gemify.evaluation.results.ResultStore`)
-    DIR/cells/<cell>.<measure>.json   a finished cell: what was asked, under which names it is in the store, seconds
+    DIR/cells/<cell>.<measure>.json   a finished cell: its settings, its entries in the store, seconds
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def reproduce(
         Path of the table as Markdown.
 
     Raises:
-        ValueError: The table or scale is unknown, or anything else that the user can mend.
+        ValueError: The table or scale is unknown, or anything else is wrong that the user can correct.
     """
     chosen = scale_of(scale, base=base, steps=steps, limit=limit)
     cells = cells_of(table, chosen)

@@ -1,6 +1,6 @@
 """At what size the paper's tables are run: which base models, how many steps, which tasks.
 
-``paper`` is the paper's own size and wants a GPU and the hub. ``starter`` is the smallest at which every table can be
+``paper`` is the paper's size and needs a GPU and the hub. ``starter`` is the smallest at which every table can be
 run on two CPU cores: it shows that the commands work and which way a setting pulls, not the paper's scores.
 """
 
@@ -21,19 +21,19 @@ TABLE_NAMES = ("table1", "table2", "table3", "table4", "table5", "table6")
 
 @dataclass(frozen=True)
 class Base:
-    """A base model, and the rows of the paper its figures stand beside."""
+    """A base model, and the rows of the paper it is compared with."""
 
     name: str
-    """As `gemify.model.base.load_base` wants it: ``starter``, a directory or a repo id."""
+    """For `gemify.model.base.load_base`: ``starter``, a directory or a repo id."""
     short: str
-    """In labels and in directory names."""
+    """Name in labels and directories."""
     vanilla: str = "Llama-3.2-1B, mean-pooled"
     gem: str = "GEM Llama-3.2-1B"
     """Rows of table 1."""
     size: str = "1B"
     """Row of table 5."""
     tables: tuple[str, ...] = TABLE_NAMES
-    """The tables it takes part in."""
+    """The tables that show it."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Scale:
     instructions: bool
     """Whether embedding tasks come with instructions, as in the paper (those of LLM2Vec)."""
     gated: bool
-    """Whether gated rows, which are ours, stand beside the paper's."""
+    """Whether gated rows, which the paper has not, are shown too."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
-    """What is changed of the paper's recipe (Section 4.2), beside the steps."""
+    """Changes to the paper's recipe (Section 4.2), apart from the steps."""
     precision: str = "bf16"
     """Of training: full fine-tuning keeps float32 weights and computes under autocast."""
     dtype: str = "bfloat16"
@@ -87,7 +87,7 @@ GATED: dict[str, Any] = {
     "contrastive_lr": 2e-3,
     "warmup_steps": 5,
 }
-"""What the gated rows change: no raw rows, and the rates that a rank-16 adapter wants (recipes/starter-gated.yaml)."""
+"""What the gated rows change: no raw rows, and learning rates for a rank-16 adapter (recipes/starter-gated.yaml)."""
 
 _LLAMA_1B = Base("meta-llama/Llama-3.2-1B", "Llama-3.2-1B", tables=("table1", "table2", "table3", "table4", "table5"))
 PAPER_BASES = (
@@ -144,7 +144,7 @@ SCALES: dict[str, Scale] = {
 def scale_of(name: str, *, base: str | None = None, steps: int | None = None, limit: int | None = None) -> Scale:
     """A named scale, with another base for all tables, other steps (the share of next-token steps stays), another limit.
 
-    A base the paper does not know is set beside the paper's smallest, Llama-3.2-1B.
+    A base that the paper does not have is compared with its smallest, Llama-3.2-1B.
     """
     if name not in SCALES:
         raise ValueError(f"unknown scale {name!r}: choose one of {', '.join(SCALES)}")

@@ -24,19 +24,19 @@ Measure = Literal["scores", "recovery"]
 
 @dataclass(frozen=True)
 class TableCell:
-    """One model of a table: how it is trained, and what is measured. Equal names mean equal models, in all tables."""
+    """One model of a table: how it is trained, and what is measured. Equal names are equal models, in all tables."""
 
     name: str
-    """Of its run's directory."""
+    """Name of its run's directory."""
     label: str
-    """Of its row; cells of one label share a row."""
+    """Label of its row; cells of one label share a row."""
     base: str
     recipe: Mapping[str, Any] | None = field(default=None, hash=False)
     """Entries of a training recipe without its data; None: the base itself, mean-pooled."""
     paper: str | None = None
-    """The row of the paper's table to stand beside."""
+    """The row of the paper's table to compare with."""
     part: str = ""
-    """What is put after a column's name, where a row is made of several cells (table 5)."""
+    """Suffix of a column's name, where a row has several cells (table 5)."""
     measure: Measure = "scores"
 
     @property
@@ -102,8 +102,8 @@ def _table6(scale: Scale, base: Base) -> list[TableCell]:
     """Recovery of texts of rising length from one special token's KV alone (Appendix B).
 
     The paper shows examples from an 8B model (verbatim up to about 30 tokens, then a paraphrase) and gives no figures,
-    so nothing of the paper stands beside these rows. Next-token rows alone are there too, as the contrastive steps
-    train no recovery.
+    so these rows have none of the paper's below them. Rows with next-token steps only are there too, as the contrastive
+    steps train no recovery.
     """
     full = [
         _ntp(scale, base, "mixed NTP", measure="recovery"),

@@ -187,7 +187,7 @@ def _language(models: Sequence[EvaluatedModel]) -> list[str]:
     for model in models:
         others = [set(m.cells["language"]) for m in models if m.base and m.base.entry == model.entry]
         if others and set(model.cells["language"]) <= set.union(*others):
-            continue  # a base whose figures all stand beside its models'
+            continue  # a base whose figures are all in its models' tables
         rows = language_rows(model)
         caption = f"{model.label}, against {model.base.label}" if model.base else model.label
         header = ("task", "metric", "n", "base", "this model", "difference", "standard error")
@@ -236,8 +236,8 @@ def _gate(models: Sequence[EvaluatedModel]) -> list[str]:
 def _recovery(models: Sequence[EvaluatedModel], examples: bool) -> list[str]:
     blocks: list[str] = []
     notes = [
-        "How much of a text can be decoded from what is stored of it. This is as much a measure of leakage: whoever"
-        " holds the stored KV of a text's special tokens can read that share of the text.",
+        "How much of a text can be decoded from what is stored of it. It also measures leakage: who holds the"
+        " stored KV of a text's special tokens can read that share of the text.",
     ]
     for model in models:
         from_kv = [cell for task, cell in model.cells["recovery"].items() if task.startswith("special_tokens")]
@@ -267,7 +267,7 @@ def _recovered(caption: str, rows: Sequence[CellResult], model: EvaluatedModel) 
 
 
 def _examples(caption: str, rows: Sequence[CellResult], field: str, model: EvaluatedModel) -> list[str]:
-    """A few texts beside what came back; words that only one of the two has are in bold."""
+    """A few texts next to what was decoded; words that only one of the two has are in bold."""
 
     def bold(words: Sequence[DiffWord]) -> str:
         runs = [(d, escape_markdown(" ".join(w.text for w in run))) for d, run in groupby(words, lambda w: w.differs)]
