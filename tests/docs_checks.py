@@ -148,6 +148,7 @@ class Names:
         self.modules: dict[str, set[str]] = {}
         """``model/forward`` -> the names that it defines."""
         self.classes: dict[str, set[str]] = {}
+        self.bases: dict[str, set[str]] = {}
         self.tests: set[str] = set()
         for path in (root / "src" / "gemify").rglob("*.py"):
             self._read_module(path)
@@ -164,6 +165,8 @@ class Names:
                 members = set(_defined(node.body))
                 members |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and _is_self(n.value)}
                 self.classes.setdefault(node.name, set()).update(members)
+                bases = {ast.unparse(base).split("[")[0].rsplit(".", 1)[-1] for base in node.bases}
+                self.bases.setdefault(node.name, set()).update(bases - {node.name})
 
     def missing(self, span: str) -> str | None:
         """Why the name in a span of code cannot be right, or None: it exists, or is no name of ours."""
@@ -177,6 +180,10 @@ class Names:
             return self._missing_dotted(found[1].split("."))
         return None
 
+    def _members(self, name: str) -> set[str]:
+        inherited = (self._members(base) for base in self.bases.get(name, ()))
+        return self.classes.get(name, set()).union(*inherited)
+
     def _missing_in_file(self, path: str, name: str | None) -> str | None:
         found = [file for file in self.files if f"/{file}".endswith(f"/{path}")]
         if not found:
@@ -189,7 +196,7 @@ class Names:
         if parts[0] == "gem":
             parts = ["GemModel", *parts[1:]]
         if parts[0] in self.classes:
-            return None if parts[1] in self.classes[parts[0]] else f"{parts[0]} has no {parts[1]}"
+            return None if parts[1] in self._members(parts[0]) else f"{parts[0]} has no {parts[1]}"
         rooms = {name.split("/")[0] for name in self.modules if "/" in name}
         if parts[0] != "gemify" and parts[0] not in rooms:
             return None

@@ -85,8 +85,7 @@ def as_read(block: str, shipped: GemModel, directory: Path) -> Any:
         done = CliRunner().invoke(app, ["export", "--model", "my-gem", "--output", "OUT"])
         assert done.exit_code == 0, done.output
     if "127.0.0.1:8000" in block:
-        from running_server import serving
-
+        serving = pytest.importorskip("running_server").serving  # it needs gemify[serve]
         with serving(shipped, served_model_name="my-gem") as served:
             yield block.replace("http://127.0.0.1:8000", served.url)
     else:
