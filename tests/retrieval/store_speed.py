@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from gemify.retrieval.chunking import Chunk
-from gemify.retrieval.document_store import FileRecord, Row, Store, StoreMeta
+from gemify.retrieval.document_store import ChunkRow, FileRecord, Store, StoreMeta
 from gemify.retrieval.index import fuse
 
 DIMENSION, PORTION, TOPICS = 576, 2000, 500
@@ -32,13 +32,15 @@ def main(directory: str, count: int = 100_000, precision: str = "float32") -> No
         vectors = topics[rng.integers(0, TOPICS, PORTION)] + 1.5 * rng.normal(size=(PORTION, DIMENSION))
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         kept[first : first + PORTION] = vectors
-        rows = [Row("f", "v", Chunk(first + i, t, "", "", f"row {first + i}", 40, t)) for i, t in enumerate(listed)]
+        rows = [
+            ChunkRow("f", "v", Chunk(first + i, t, "", "", f"row {first + i}", 40, t)) for i, t in enumerate(listed)
+        ]
         now = time.perf_counter()
         store.append(rows, vectors)
         writing += time.perf_counter() - now
     now = time.perf_counter()
-    store.record([FileRecord("f", "h", "v", 1, 1.0, count)])
-    store.finish()
+    store.commit([FileRecord("f", "h", "v", 1, 1.0, count)])
+    store.optimize()
     facts = {"rows": count, "precision": precision, "append_s": writing, "finish_s": time.perf_counter() - now}
     facts["peak_MB_writing"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     queries = topics[rng.integers(0, TOPICS, 50)] + 1.5 * rng.normal(size=(50, DIMENSION))

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny_models
-from gemify.retrieval.chunking import ChunkSettings, chunks, cut
+from gemify.retrieval.chunking import ChunkSettings, split_section, split_tokens
 from gemify.retrieval.section import Section
 
 TOKENIZER = tiny_models.tokenizer()
@@ -27,7 +27,7 @@ def offsets(text: str) -> list[tuple[int, int]]:
 def test_pieces_cover_the_text_and_keep_to_the_limit(text: str, tokens: int, data: st.DataObject) -> None:
     overlap = data.draw(st.integers(0, tokens // 4))
     laid_out = offsets(text)
-    pieces = cut(text, laid_out, tokens=tokens, overlap=overlap)
+    pieces = split_tokens(text, laid_out, tokens=tokens, overlap=overlap)
     assert bool(pieces) == bool(laid_out)
     if not pieces:
         return
@@ -45,7 +45,7 @@ def test_pieces_cover_the_text_and_keep_to_the_limit(text: str, tokens: int, dat
 @given(TEXTS)
 def test_the_overlap_is_all_of_it_unless_it_would_begin_inside_a_word(text: str) -> None:
     laid_out = offsets(text)
-    pieces = cut(text, laid_out, tokens=40, overlap=10)
+    pieces = split_tokens(text, laid_out, tokens=40, overlap=10)
     for one, two in pairwise(pieces):
         if two.first > one.last - 10:  # then no place before it would have done, or none at all
             for at in range(one.last - 10, two.first):
@@ -57,7 +57,7 @@ def test_the_overlap_is_all_of_it_unless_it_would_begin_inside_a_word(text: str)
 @given(TEXTS)
 def test_chunks_are_numbered_and_keep_every_visible_character(text: str) -> None:
     section = Section(text, unit="line")
-    got = list(chunks(section, TOKENIZER, ChunkSettings(32, 0, context=False), ordinal=5))
+    got = list(split_section(section, TOKENIZER, ChunkSettings(32, 0, context=False), ordinal=5))
     assert [c.ordinal for c in got] == list(range(5, 5 + len(got)))
     assert "".join("".join(c.text.split()) for c in got) == "".join(text.split())
     for chunk in got:
@@ -68,19 +68,19 @@ def test_chunks_are_numbered_and_keep_every_visible_character(text: str) -> None
 
 def test_cuts_prefer_paragraphs_to_sentences_to_words() -> None:
     first, rest = "One two three. Four five six.", "Seven eight nine ten eleven twelve thirteen. Fourteen."
-    got = cut(f"{first}\n\n{rest}", offsets(f"{first}\n\n{rest}"), tokens=40, overlap=0)
+    got = split_tokens(f"{first}\n\n{rest}", offsets(f"{first}\n\n{rest}"), tokens=40, overlap=0)
     assert f"{first}\n\n{rest}"[: got[0].end].strip() == first
     text = "One two three four five. Six seven eight nine ten eleven"
-    got = cut(text, offsets(text), tokens=40, overlap=0)
+    got = split_tokens(text, offsets(text), tokens=40, overlap=0)
     assert text[: got[0].end].strip() == "One two three four five."
     text = "one two three four five six seven eight nine ten"
-    got = cut(text, offsets(text), tokens=20, overlap=0)
+    got = split_tokens(text, offsets(text), tokens=20, overlap=0)
     assert text[: got[0].end].strip() == "one two three four"
 
 
 def test_context_goes_before_the_words_and_places_follow_the_lines() -> None:
     section = Section("alpha\nbeta\n\ngamma delta epsilon\n", "Title", ("Top", "Sub"), unit="line", first=10)
-    got = list(chunks(section, TOKENIZER, ChunkSettings(16, 0)))
+    got = list(split_section(section, TOKENIZER, ChunkSettings(16, 0)))
     assert [(c.text, c.location) for c in got] == [
         ("alpha\nbeta", "lines 10-11"),
         ("gamma delta", "line 13"),

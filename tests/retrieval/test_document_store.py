@@ -13,7 +13,7 @@ import pytest
 
 from gemify.io.vectors import normalize
 from gemify.retrieval.chunking import Chunk, ChunkSettings
-from gemify.retrieval.document_store import FileRecord, Precision, Row, Store, StoreMeta
+from gemify.retrieval.document_store import ChunkRow, FileRecord, Precision, Store, StoreMeta
 from gemify.retrieval.index import fuse
 
 DIMENSION = 64
@@ -30,8 +30,8 @@ def vectors(count: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, DIMENSION)).astype("f4")
 
 
-def rows(version: str, listed: list[str], first: int = 0) -> list[Row]:
-    return [Row("f.txt", version, Chunk(first + i, t, "", "", "", 1, t)) for i, t in enumerate(listed)]
+def rows(version: str, listed: list[str], first: int = 0) -> list[ChunkRow]:
+    return [ChunkRow("f.txt", version, Chunk(first + i, t, "", "", "", 1, t)) for i, t in enumerate(listed)]
 
 
 def record(version: str, chunks: int) -> FileRecord:
@@ -41,8 +41,8 @@ def record(version: str, chunks: int) -> FileRecord:
 def filled(path: Path, count: int, precision: Precision = "float32") -> Store:
     store = Store.create(path, StoreMeta("m", "p", DIMENSION, precision))
     store.append(rows("v1", texts(count)), vectors(count))
-    store.record([record("v1", count)])
-    store.finish()
+    store.commit([record("v1", count)])
+    store.optimize()
     return store
 
 
@@ -110,25 +110,25 @@ def test_chunks_count_once_their_files_row_names_their_version(tmp_path: Path) -
         assert reader.pending_versions() == {"v2": 30}
         assert [h.id for h in reader.vector_search(query, 50)] == before
         assert {h.id[:2] for h in reader.text_search("word0 word1", 100)} == {"v1"}
-    store.record([record("v2", 30)])
+    store.commit([record("v2", 30)])
     for reader in (store, other):
         assert reader.pending_versions() == {"v1": 50}
         assert {h.id[:2] for h in reader.vector_search(query, 100)} == {"v2"}
         assert len(reader) == 30
-    store.finish()
+    store.optimize()
     assert other.pending_versions() == {}
     assert len(list(other.rows())) == 30
-    store.forget(["f.txt"])
+    store.remove(["f.txt"])
     assert other.vector_search(query, 5) == other.text_search("word0", 5) == []
-    store.finish()
+    store.optimize()
     assert (len(store), list(store.rows())) == (0, [])
 
 
 def test_paths_with_quotes_are_only_paths(tmp_path: Path) -> None:
     store = filled(tmp_path / "s", 3)
     odd = "it's; DROP -- \".txt"
-    store.record([FileRecord(odd, "h", "v9", 1, 1.0, 0)])
-    store.forget([odd])
+    store.commit([FileRecord(odd, "h", "v9", 1, 1.0, 0)])
+    store.remove([odd])
     assert set(store.files()) == {"f.txt"}
 
 
@@ -146,12 +146,12 @@ def test_a_store_knows_how_it_was_made(tmp_path: Path) -> None:
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     store = filled(tmp_path / "s", 3)
     with (
-        store.writing(),
+        store.write_lock(),
         pytest.raises(ValueError, match="written by another process"),
-        Store.open(tmp_path / "s").writing(),
+        Store.open(tmp_path / "s").write_lock(),
     ):
         pass
-    with store.writing():
+    with store.write_lock():
         pass
 
 

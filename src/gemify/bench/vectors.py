@@ -34,7 +34,8 @@ from gemify.io.directory import Directory
 from gemify.retrieval.bulk.lance_writer import commit, table, vacuum, write_part
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import Passage
-from gemify.retrieval.vector_table import TABLE, Corpus, CorpusMeta
+from gemify.retrieval.corpus_format import CorpusMeta, table_uri
+from gemify.retrieval.vector_table import Corpus
 
 KINDS = ("exact", "flat", "sq", "pq", "rq", "binary")
 _K = 10
@@ -139,7 +140,7 @@ def _index(uri: str, kind: str) -> dict[str, Any]:
         "build_seconds": round(seconds, 1),
         "build_cpu_seconds": round(cpu, 1),
         "build_memory_mb": _peak(),
-        "index_bytes": _bytes(Path(uri, f"{TABLE}.lance", "_indices")),
+        "index_bytes": _bytes(Path(table_uri(uri), "_indices")),
         "disk_bytes": _bytes(Path(uri)),
     }
 

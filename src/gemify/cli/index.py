@@ -84,16 +84,18 @@ def index(
     from gemify.retrieval.vector_table import refuse_corpus
 
     refuse_corpus(store)
-    there = Store.open(store) if Store.exists(store) else None
-    find_files(paths, known=there.files() if there else ())  # reports a wrong path before a model is loaded
-    name = model or (there.meta.model if there else "") or "starter"
+    existing = Store.open(store) if Store.exists(store) else None
+    files = find_files(paths, known=() if existing is None else existing.files())  # before a model is loaded
+    name = model or (existing.meta.model if existing is not None else "") or "starter"
     options: Any = {"tokens": chunk_tokens, "overlap": chunk_overlap, "context": context, "precision": precision}
     open_kv_store = kv_store_factory(store, keep_kv=keep_kv, bits=kv_bits, budget=kv_budget, directory=kv_store)
     gem = load_gem(name, base, dtype, device)
-    opened = GemIndex.open(store, gem, model_name=absolute_model_name(name), **options)
+    opened = GemIndex.open(
+        store if existing is None else existing, gem, model_name=absolute_model_name(name), **options
+    )
     try:
         report = opened.add(
-            paths,
+            files,
             text_column=text_column,
             title_column=title_column,
             limit=limit,
@@ -209,8 +211,8 @@ def embed_corpus(
     """Embed a corpus larger than memory; run it again to continue where it stopped."""
     from gemify.retrieval.bulk.plan import find_inputs
     from gemify.retrieval.bulk.run import embed_corpus as run
-    from gemify.retrieval.bulk.run import read_manifest
-    from gemify.retrieval.vector_table import PQ_FROM
+    from gemify.retrieval.corpus_format import read_manifest
+    from gemify.retrieval.vector_table import PQ_MIN_ROWS
 
     find_inputs(inputs)  # reports a wrong path before a model is loaded
     there = read_manifest(output)
@@ -240,8 +242,8 @@ def embed_corpus(
         shard_rows=shard_rows,
         dtype=dtype,
     )
-    if index == "pq" and not report.left and report.rows < PQ_FROM:
-        echo_err(f"no pq index on {report.rows:,} rows (it needs {PQ_FROM}): a search compares them all")
+    if index == "pq" and not report.left and report.rows < PQ_MIN_ROWS:
+        echo_err(f"no pq index on {report.rows:,} rows (it needs {PQ_MIN_ROWS}): a search compares them all")
     _print_corpus_report(report, output, as_json)
 
 

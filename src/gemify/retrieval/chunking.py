@@ -1,4 +1,4 @@
-"""Sections -> chunks of at most so many tokens, cut where a reader would pause. Pure: no model, no files.
+"""Sections cut into chunks of a number of tokens, where a reader would pause. Pure: no model, no files.
 
 A cut falls, in this order of preference, at the end of a paragraph, a sentence, a line or a word, in the second half of
 the tokens that fit; never inside a character. The next chunk repeats the last tokens of the one before.
@@ -25,12 +25,12 @@ _CONTEXT = 200  # characters of title and headings put before a text: some 50 to
 
 @dataclass(frozen=True)
 class ChunkSettings:
-    """How texts are cut. Invalid values raise ValueError, one line."""
+    """How texts are cut. Raises ValueError, in one line, for invalid values."""
 
     tokens: int = 256
-    """Most tokens of a chunk."""
+    """Maximum tokens of a chunk."""
     overlap: int = 32
-    """Tokens that a chunk repeats of the one before; fewer where that would begin inside a word."""
+    """Tokens that a chunk repeats of the one before. Fewer where the chunk would begin inside a word."""
     context: bool = True
     """Whether title and headings go before the text where it is embedded and searched."""
 
@@ -42,19 +42,18 @@ class ChunkSettings:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A run of a text's tokens, and the characters they cover."""
+class TokenSpan:
+    """A run of a text's tokens, and the characters they cover. Ends are exclusive."""
 
     first: int
     last: int
-    """One past the end, as are all ends here."""
     start: int
     end: int
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a file, ready to embed."""
+    """A part of a file, ready to embed."""
 
     ordinal: int
     text: str
@@ -63,31 +62,41 @@ class Chunk:
     location: str
     tokens: int
     embed_text: str
-    """What is embedded and searched: the text, with title and headings before it if the settings say so."""
+    """The text to embed and search: with title and headings before it, if the settings say so."""
 
 
-def cut(text: str, offsets: Sequence[tuple[int, int]], *, tokens: int, overlap: int) -> list[Piece]:
-    """Cut a text whose tokens cover the characters ``offsets`` into overlapping pieces that together cover all of it."""
+def split_tokens(text: str, offsets: Sequence[tuple[int, int]], *, tokens: int, overlap: int) -> list[TokenSpan]:
+    """Split a text into overlapping spans that together cover all of it.
+
+    Args:
+        text: The text.
+        offsets: The characters that each token covers, as (start, end).
+        tokens: Maximum tokens of a span.
+        overlap: Tokens that a span repeats of the one before.
+
+    Returns:
+        Spans in the order of the text; none for a text without tokens.
+    """
     count = len(offsets)
     if not count:
         return []
     begins = [start for start, _ in offsets]
     whole = [at == 0 or offsets[at - 1][1] <= begins[at] for at in range(count)]  # whether a character begins there
-    pieces: list[Piece] = []
+    spans: list[TokenSpan] = []
     first = 0
     while True:
         last = count
         if first + tokens < count:
             last = _pause(text, begins, whole, first + tokens // 2, first + tokens)
         start = 0 if first == 0 else begins[first]
-        pieces.append(Piece(first, last, start, len(text) if last == count else begins[last]))
+        spans.append(TokenSpan(first, last, start, len(text) if last == count else begins[last]))
         if last == count:
-            return pieces
+            return spans
         first = _resume(text, begins, whole, last - overlap, last)
 
 
 def _pause(text: str, begins: Sequence[int], whole: Sequence[bool], low: int, high: int) -> int:
-    """The best token to end before, in ``low`` to ``high``."""
+    """The best token to end before, from ``low`` to ``high``."""
     for pattern in _PAUSES:
         for match in reversed(list(pattern.finditer(text, begins[low], begins[high] + 1))):
             start, end = match.span(match.lastindex or 0)
@@ -106,17 +115,29 @@ def _resume(text: str, begins: Sequence[int], whole: Sequence[bool], low: int, l
     return next((at for at in range(low, last) if whole[at]), last)
 
 
-def chunks(section: Section, tokenizer: Any, settings: ChunkSettings, *, ordinal: int = 0) -> Iterator[Chunk]:
-    """The chunks of a section, numbered from ``ordinal``. ``tokenizer`` is a fast one of transformers."""
+def split_section(section: Section, tokenizer: Any, settings: ChunkSettings, *, ordinal: int = 0) -> Iterator[Chunk]:
+    """Split a section into chunks.
+
+    Args:
+        section: The section.
+        tokenizer: A fast tokenizer of transformers.
+        settings: How to cut.
+        ordinal: The number of the first chunk.
+
+    Yields:
+        Chunks with text, numbered in their order.
+    """
     if not section.text.strip():
         return
-    laid_out = tokenizer(section.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoding = tokenizer(section.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     heading = " > ".join(section.headings)
     path = [section.title] if section.title and section.title not in section.headings else []
     context = " > ".join([*path, *section.headings])[:_CONTEXT] if settings.context else ""
-    for piece in cut(section.text, laid_out["offset_mapping"], tokens=settings.tokens, overlap=settings.overlap):
-        text = section.text[piece.start : piece.end]
-        start = piece.start + len(text) - len(text.lstrip())
+    for span in split_tokens(
+        section.text, encoding["offset_mapping"], tokens=settings.tokens, overlap=settings.overlap
+    ):
+        text = section.text[span.start : span.end]
+        start = span.start + len(text) - len(text.lstrip())
         text = text.strip()
         if not text:
             continue
@@ -126,7 +147,7 @@ def chunks(section: Section, tokenizer: Any, settings: ChunkSettings, *, ordinal
             title=section.title,
             heading=heading,
             location=section.location(start, start + len(text)),
-            tokens=piece.last - piece.first,
+            tokens=span.last - span.first,
             embed_text=f"{context}\n{text}" if context else text,
         )
         ordinal += 1

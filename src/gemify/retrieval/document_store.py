@@ -85,7 +85,7 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
-class Row:
+class ChunkRow:
     """A chunk of a version of a file."""
 
     file: str
@@ -168,13 +168,13 @@ class Store:
             database.create_table(_FILES, schema=pa.schema(files, metadata=described), mode="overwrite")
         return cls(uri, database, meta)
 
-    def writing(self) -> contextlib.AbstractContextManager[None]:
+    def write_lock(self) -> contextlib.AbstractContextManager[None]:
         """Keep other writers out (local stores; of a remote one the user must keep a single writer)."""
         return only_writer(self.uri)
 
     # Writing
 
-    def append(self, rows: Sequence[Row], vectors_ND: np.ndarray) -> None:
+    def append(self, rows: Sequence[ChunkRow], vectors_ND: np.ndarray) -> None:
         """Add chunks in one commit. They do not count until `record`; those of a version come in their order."""
         import pyarrow as pa
 
@@ -193,7 +193,7 @@ class Store:
         with readable(self.uri):
             self._chunks.add(pa.table(columns).select(self._chunks.schema.names).cast(self._chunks.schema))
 
-    def record(self, records: Sequence[FileRecord]) -> None:
+    def commit(self, records: Sequence[FileRecord]) -> None:
         """Make these versions the ones that count, in one commit."""
         import pyarrow as pa
 
@@ -203,13 +203,13 @@ class Store:
                 merge = self._files.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
                 merge.execute(pa.table(columns).select(self._files.schema.names))
 
-    def forget(self, paths: Iterable[str]) -> None:
+    def remove(self, paths: Iterable[str]) -> None:
         """Let files not count any more."""
         with readable(self.uri):
             for listed in sql_lists(paths):
                 self._files.delete(f"path IN ({listed})")
 
-    def finish(self) -> None:
+    def optimize(self) -> None:
         """Delete what does not count, bring the indexes up to date, compact. Does nothing where nothing is to do."""
         with readable(self.uri):
             for listed in sql_lists(self.pending_versions()):

@@ -1,4 +1,4 @@
-"""`GemIndex`: files in, passages out. What a directory holds is read, cut, embedded and kept; a question finds it."""
+"""`GemIndex`: files in, passages out. It reads, cuts, embeds and stores files, and finds their passages by a query."""
 
 from __future__ import annotations
 
@@ -13,29 +13,16 @@ from tqdm.auto import tqdm
 from gemify.io.signals import stop_signals
 from gemify.retrieval.chunking import ChunkSettings
 from gemify.retrieval.document_store import Hit, Precision, Store, StoreMeta
-from gemify.retrieval.ingest import Embedder, IndexReport, Options, Run
-from gemify.retrieval.loaders import Columns, find_files
+from gemify.retrieval.ingest import Embedder, IndexOptions, IndexReport, IndexRun
+from gemify.retrieval.loaders import Columns, FileListing, find_files
 from gemify.retrieval.section import Skipped
-from gemify.retrieval.vector_table import Corpus
-
-# Several rankings -> one, by reciprocal rank: needs no scores that can be compared.
-
-_SMOOTHING = 60  # Cormack, Clarke and Büttcher (2009)
-
-
-def fuse(rankings: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
-    """Names by the sum over rankings of 1 / (60 + rank), best first; ties keep the order of first mention."""
-    scores: dict[str, float] = {}
-    for ranking in rankings:
-        for rank, name in enumerate(ranking, start=1):
-            scores[name] = scores.get(name, 0.0) + 1 / (_SMOOTHING + rank)
-    return sorted(scores.items(), key=lambda item: -item[1])
-
+from gemify.retrieval.vector_table import Corpus, find_store, open_store
 
 __all__ = ["Embedder", "GemIndex", "IndexReport", "Mode", "Passage", "Skipped"]
 
 Mode = Literal["vector", "fts", "hybrid"]
-_POOL = 50  # hits of each kind that a hybrid search fuses, at least
+_MIN_CANDIDATES = 50  # hits of each kind that a hybrid search fuses
+_RANK_CONSTANT = 60  # of reciprocal rank fusion
 
 
 @dataclass(frozen=True)
@@ -43,7 +30,7 @@ class Passage:
     """A chunk that a search found."""
 
     id: str
-    """The same as long as the file stays the same."""
+    """Stays the same as long as the file does."""
     text: str
     file: str
     location: str
@@ -53,12 +40,12 @@ class Passage:
     """Higher is better: a cosine (vector), BM25 (fts), or a sum of reciprocal ranks (hybrid)."""
 
     def to_json(self) -> dict[str, Any]:
-        """Fields under their names in HTTP answers and in ``--json`` output."""
+        """Return the fields under their names in HTTP answers and in ``--json`` output."""
         return {"place" if name == "location" else name: value for name, value in vars(self).items()}
 
 
 class GemIndex:
-    """Passages in a store, and the model that embeds them. Make one with `open`."""
+    """Passages in a store, and the model that embeds them. `open` makes one."""
 
     def __init__(self, store: Store | Corpus, model: Embedder | None) -> None:
         self.store, self.model = store, model
@@ -66,7 +53,7 @@ class GemIndex:
     @classmethod
     def open(
         cls,
-        store: str | Path,
+        store: str | Path | Store | Corpus,
         model: Embedder | None,
         *,
         create: bool = True,
@@ -78,49 +65,49 @@ class GemIndex:
     ) -> GemIndex:
         """Open a store, or make one.
 
+        Settings apply to a new store. Those of an existing store must be None, or what it was made with.
+
         Args:
-            store: a directory, or a URI that LanceDB takes (``s3://bucket/path``).
-            model: None serves full-text search, and vector search with vectors of the caller's.
-            create: make the store if there is none.
-            model_name: by what name the model is loaded, for a new store to remember.
-            tokens: most tokens of a passage of a new store. None: the default, or what an existing store was made with.
-            overlap: tokens that a passage repeats of the one before; None as for ``tokens``.
-            context: embed title and headings with a passage; None as for ``tokens``.
-            precision: of the stored vectors; None as for ``tokens``.
+            store: A directory, a URI that LanceDB takes (``s3://bucket/path``), or an open store or corpus.
+            model: The model. Without one only full-text search works, and vector search with the caller's vectors.
+            create: Whether to make a store if there is none.
+            model_name: The name that loads the model, which a new store keeps.
+            tokens: Maximum tokens of a passage. Default 256.
+            overlap: Tokens that a passage repeats of the one before. Default 32.
+            context: Whether title and headings are embedded with a passage. Default True.
+            precision: Precision of the vectors. Default float32.
+
+        Returns:
+            An index over the store.
 
         Raises:
-            ValueError: no store, a damaged one, or one made by another model or with other settings.
+            ValueError: There is no store, or it is damaged, or was made by another model or with other settings.
         """
         given: dict[str, Any] = {"tokens": tokens, "overlap": overlap, "context": context}
         given = {name: value for name, value in given.items() if value is not None}
-        opened: Store | Corpus
-        if Corpus.exists(store):
-            opened = Corpus.open(store)
-        elif not create or Store.exists(store):
-            opened = Store.open(store)
-            _require_settings(opened, given | ({} if precision is None else {"precision": precision}))
-        elif model is None:
-            raise ValueError(f"no store at {store}, and a new one needs a model: give one")
+        if isinstance(store, Store | Corpus):
+            opened: Store | Corpus | None = store
         else:
-            settings = ChunkSettings(**given)
-            _require_room(settings, model)
-            dimension = model.get_embedding_dim()
-            opened = Store.create(
-                store, StoreMeta(model_name, model.fingerprint, dimension, precision or "float32", settings)
-            )
+            opened = find_store(store) if create else open_store(store)
+        if isinstance(opened, Store):
+            _require_settings(opened, given | ({} if precision is None else {"precision": precision}))
+        elif opened is None:
+            if model is None:
+                raise ValueError(f"no store at {store}, and a new one needs a model: give one")
+            opened = _create_store(str(store), model, model_name, precision or "float32", ChunkSettings(**given))
         if model is not None:
             _require_same_model(opened, model)
             if isinstance(opened, Store):
-                _require_room(opened.meta.chunk, model)
+                _require_chunks_fit(opened.meta.chunk, model)
         return cls(opened, model)
 
     def __len__(self) -> int:
-        """How many passages can be found."""
+        """Return the number of passages."""
         return len(self.store)
 
     def add(
         self,
-        paths: str | Path | Sequence[str | Path],
+        paths: str | Path | Sequence[str | Path] | FileListing,
         *,
         text_column: str = "text",
         title_column: str = "title",
@@ -131,19 +118,25 @@ class GemIndex:
     ) -> IndexReport:
         """Bring files and directories, as they are now, into the index.
 
-        Unchanged files (by content) are left alone, changed ones replaced, those that are no more removed. A file that cannot be read is reported, and what was known of it stays. Killed at any point, the same
-        call finishes the work and ends with the same index; Ctrl-C and SIGTERM end it after the commit under way.
+        Files whose content is unchanged are left alone, changed ones replaced, deleted ones removed. A file that cannot
+        be read is reported, and its earlier passages stay. After a kill at any point, the same call finishes the work
+        with the same index. Ctrl-C and SIGTERM end it after the commit under way.
 
         Args:
-            text_column: field of .jsonl rows that holds the text.
-            title_column: field of .jsonl rows that holds the title.
-            limit: most new or changed files to take in now.
-            batch_size: most chunks that the model embeds at a time.
-            commit_tokens: tokens embedded between two commits.
+            paths: Files and directories, or what `find_files` found.
+            text_column: The column of files of rows that holds the text.
+            title_column: The column of files of rows that holds the title.
+            limit: Maximum new or changed files to index now.
+            batch_size: Maximum passages that the model embeds at a time.
+            commit_tokens: Tokens embedded between two commits.
+            show_progress_bar: Whether to show a progress bar on stderr.
+
+        Returns:
+            What was added, changed, removed and skipped.
 
         Raises:
-            ValueError: a path that does not exist, a damaged store, no model, another process writing.
-            StopRequestedError: after a signal; what is committed stays.
+            ValueError: A path does not exist, the store is damaged, there is no model, or another process writes.
+            StopRequestedError: A signal came. What is committed stays.
         """
         if self.model is None:
             raise ValueError("adding files needs a model: open the index with one")
@@ -153,33 +146,42 @@ class GemIndex:
             )
         if isinstance(self.store, Corpus):
             raise ValueError(f"{self.store.uri} is a corpus that gemify embed-corpus writes: index files elsewhere")
-        known = self.store.files()
-        found = find_files([paths] if isinstance(paths, str | Path) else list(paths), known=known)
-        options = Options(Columns(text_column, title_column), limit, batch_size, commit_tokens)
+        if not isinstance(paths, FileListing):
+            listed = [paths] if isinstance(paths, str | Path) else list(paths)
+            paths = find_files(listed, known=self.store.files())
+        options = IndexOptions(Columns(text_column, title_column), limit, batch_size, commit_tokens)
         with (
-            self.store.writing(),
+            self.store.write_lock(),
             stop_signals() as stop_flag,
             tqdm(desc="index", unit=" chunks", disable=not show_progress_bar) as bar,
         ):
-            return Run(self.store, self.model, options, stop_flag, bar).over(found)
+            return IndexRun(self.store, self.model, options, stop_flag, bar).run(paths)
 
     def require_text(self) -> None:
-        """Refuse to answer from passages of which only vectors are kept."""
+        """Raise ValueError if the passages have vectors alone, and no text to answer from."""
         if isinstance(self.store, Corpus) and not self.store.meta.keep_text:
             raise ValueError(f"the corpus {self.store.uri} keeps no text to answer from: embed with --keep-text")
 
     def passages(self) -> Iterator[Passage]:
-        """All passages, in no order (score 0)."""
+        """Yield all passages, in no order, with score 0."""
         return (_passage(hit, 0.0) for hit in self.store.hits())
 
     def search(
         self, query: str, *, k: int = 10, mode: Mode = "hybrid", vector: np.ndarray | None = None
     ) -> list[Passage]:
-        """The ``k`` passages that fit a question best, best first.
+        """Find the passages that match a query best.
 
         Args:
+            query: A question, or words to find.
+            k: How many passages to find.
             mode: ``vector`` (meaning), ``fts`` (words, BM25) or ``hybrid`` (both, fused by rank).
-            vector: the question's embedding, where the caller has it already; then no model is needed.
+            vector: The query's embedding, [D], where the caller has it. Then no model is needed.
+
+        Returns:
+            At most ``k`` passages, best first.
+
+        Raises:
+            ValueError: The query is empty, a setting is not allowed, or the search needs a model that is missing.
         """
         if mode not in get_args(Mode):
             raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
@@ -189,31 +191,52 @@ class GemIndex:
             raise ValueError("the query is empty: give some words")
         if mode == "fts":
             return [_passage(hit, hit.score) for hit in self.store.text_search(query, k)]
-        vector_D = self._embedded(query) if vector is None else np.asarray(vector, dtype=np.float32)
+        vector_D = self._embed_query(query) if vector is None else np.asarray(vector, dtype=np.float32)
         if mode == "vector":
             return [_passage(hit, hit.score) for hit in self.store.vector_search(vector_D, k)]
-        pool = max(_POOL, k)
-        rankings = [self.store.vector_search(vector_D, pool), self.store.text_search(query, pool)]
+        candidates = max(_MIN_CANDIDATES, k)
+        rankings = [self.store.vector_search(vector_D, candidates), self.store.text_search(query, candidates)]
         hits = {hit.id: hit for ranking in rankings for hit in ranking}
         fused = fuse([[hit.id for hit in ranking] for ranking in rankings])
         return [_passage(hits[name], score) for name, score in fused[:k]]
 
-    def _embedded(self, query: str) -> np.ndarray:
+    def _embed_query(self, query: str) -> np.ndarray:
         if self.model is None:
             raise ValueError("this search needs a model: open the index with one, give a vector, or set mode to fts")
         return np.asarray(self.model.encode_query(query), dtype=np.float32)
+
+
+def fuse(rankings: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
+    """Merge rankings by reciprocal rank (Cormack, Clarke and Büttcher, 2009), which compares no scores.
+
+    Args:
+        rankings: Lists of names, best first.
+
+    Returns:
+        Each name with the sum of 1 / (60 + rank) over the rankings, best first; ties in the order of first mention.
+    """
+    scores: dict[str, float] = {}
+    for ranking in rankings:
+        for rank, name in enumerate(ranking, start=1):
+            scores[name] = scores.get(name, 0.0) + 1 / (_RANK_CONSTANT + rank)
+    return sorted(scores.items(), key=lambda item: -item[1])
 
 
 def _passage(hit: Hit, score: float) -> Passage:
     return Passage(hit.id, hit.text, hit.file, hit.location, hit.title, hit.heading, score)
 
 
+def _create_store(uri: str, model: Embedder, name: str, precision: Precision, chunk: ChunkSettings) -> Store:
+    _require_chunks_fit(chunk, model)
+    return Store.create(uri, StoreMeta(name, model.fingerprint, model.get_embedding_dim(), precision, chunk))
+
+
 def _require_settings(store: Store, given: dict[str, Any]) -> None:
-    made = {**vars(store.meta.chunk), "precision": store.meta.precision}
+    stored = {**vars(store.meta.chunk), "precision": store.meta.precision}
     for name, value in given.items():
-        if value != made[name]:
+        if value != stored[name]:
             raise ValueError(
-                f"the store {store.uri} was made with {name} {made[name]}, not {value}: leave the setting out, or index"
+                f"the store {store.uri} was made with {name} {stored[name]}, not {value}: leave the setting out, or index"
                 " into another directory"
             )
 
@@ -233,7 +256,7 @@ def _require_same_model(store: Store | Corpus, model: Embedder) -> None:
         )
 
 
-def _require_room(settings: ChunkSettings, model: Embedder) -> None:
+def _require_chunks_fit(settings: ChunkSettings, model: Embedder) -> None:
     if settings.tokens > model.max_seq_length:
         raise ValueError(
             f"chunks of {settings.tokens} tokens do not fit the model, which reads {model.max_seq_length}: make them"

@@ -1,7 +1,7 @@
-"""One run over files: what is new is read, cut, embedded and committed; what is gone is forgotten.
+"""One run over files: it reads, cuts, embeds and commits what is new, and removes what is gone.
 
-Chunks of several files wait until there are enough to embed in length-sorted batches; then they are committed, and with
-them the files that are complete. No more than one such portion, and one piece of one file, is ever in memory.
+Chunks of several files wait until there are enough to embed in length-sorted batches. One commit then holds them, and
+the next one the files that are complete. Memory holds one such portion, and one piece of one file.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 
 from gemify.io.rows import replace_surrogates
 from gemify.io.signals import StopFlag
-from gemify.retrieval.chunking import chunks
-from gemify.retrieval.document_store import FileRecord, Row, Store
-from gemify.retrieval.loaders import Columns, Found, content_hash, read_file
+from gemify.retrieval.chunking import split_section
+from gemify.retrieval.document_store import ChunkRow, FileRecord, Store
+from gemify.retrieval.loaders import Columns, FileListing, content_hash, read_file
 from gemify.retrieval.section import Skipped
 
 
@@ -29,16 +29,25 @@ class Embedder(Protocol):
     tokenizer: Any
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """A name of the model's weights and settings: equal for equal vectors."""
+
     @property
-    def max_seq_length(self) -> int: ...
-    def get_embedding_dim(self) -> int: ...
-    def encode_query(self, inputs: Any, **options: Any) -> Any: ...
-    def encode_document(self, inputs: Any, **options: Any) -> Any: ...
+    def max_seq_length(self) -> int:
+        """Maximum tokens of a text."""
+
+    def get_embedding_dim(self) -> int:
+        """Return D, the width of a vector."""
+
+    def encode_query(self, inputs: Any, **options: Any) -> Any:
+        """Embed a query, [D], or a list of them, [N, D]."""
+
+    def encode_document(self, inputs: Any, **options: Any) -> Any:
+        """Embed a list of texts, [N, D]."""
 
 
 @dataclass(frozen=True)
-class Options:
+class IndexOptions:
     """How a run reads and embeds."""
 
     columns: Columns = field(default_factory=Columns)
@@ -57,23 +66,24 @@ class IndexReport:
     unchanged: int
     skipped: tuple[Skipped, ...]
     chunks: int
-    """Embedded in this run."""
+    """Number of chunks embedded in this run."""
     tokens: int
     seconds: float
-    """Of embedding alone."""
+    """Time spent embedding."""
 
     @property
     def tokens_per_second(self) -> float:
+        """Speed of embedding; 0 if nothing was embedded."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
 @dataclass
-class Run:
-    """A run under way. The caller holds the store's lock."""
+class IndexRun:
+    """A run under way. The caller holds the store's write lock."""
 
     store: Store
     model: Embedder
-    options: Options
+    options: IndexOptions
     stop_flag: StopFlag
     bar: tqdm[Any]
     added: list[str] = field(default_factory=list)
@@ -83,21 +93,31 @@ class Run:
     chunks: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    _rows: list[Row] = field(default_factory=list)
+    _rows: list[ChunkRow] = field(default_factory=list)
     _complete: list[FileRecord] = field(default_factory=list)
-    _waiting: int = 0
+    _pending_tokens: int = 0
 
-    def over(self, found: Found) -> IndexReport:
-        """Bring the files found, as they are, into the store."""
-        before, begun = self.store.files(), dict(self.store.pending_versions())
-        self.skipped.extend(found.skipped)
-        removed = tuple(path for path in before if found.is_gone(Path(path)))
-        self.store.forget(removed)
-        for number, path in enumerate(found.files, start=1):
-            self.bar.set_postfix_str(f"file {number:,} of {len(found.files):,}", refresh=False)
-            self._file(path, before.get(str(path)), begun)
+    def run(self, listing: FileListing) -> IndexReport:
+        """Bring the store up to date with files.
+
+        Args:
+            listing: The files as `find_files` found them.
+
+        Returns:
+            What was added, changed, removed and skipped.
+
+        Raises:
+            StopRequestedError: A signal came. What is committed stays.
+        """
+        before, pending = self.store.files(), dict(self.store.pending_versions())
+        self.skipped.extend(listing.skipped)
+        removed = tuple(path for path in before if listing.is_gone(Path(path)))
+        self.store.remove(removed)
+        for number, path in enumerate(listing.files, start=1):
+            self.bar.set_postfix_str(f"file {number:,} of {len(listing.files):,}", refresh=False)
+            self._add_file(path, before.get(str(path)), pending)
         self._commit()
-        self.store.finish()
+        self.store.optimize()
         return IndexReport(
             added=tuple(self.added),
             changed=tuple(self.changed),
@@ -109,27 +129,26 @@ class Run:
             seconds=self.seconds,
         )
 
-    def _file(self, path: Path, old: FileRecord | None, begun: dict[str, int]) -> None:
-        columns, limit = self.options.columns, self.options.limit
-        version = ""
-        if (shown := replace_surrogates(str(path))) != str(path):
-            self.skipped.append(Skipped(shown, "its name is not UTF-8: rename it"))
+    def _add_file(self, path: Path, old: FileRecord | None, pending: dict[str, int]) -> None:
+        limit, version = self.options.limit, ""
+        if (printable := replace_surrogates(str(path))) != str(path):
+            self.skipped.append(Skipped(printable, "its name is not UTF-8: rename it"))
             return
         try:
             stat = path.stat()
-            digest = content_hash(path, columns)
+            digest = content_hash(path, self.options.columns)
             version = sha256(f"{path}\0{digest}".encode()).hexdigest()[:16]
             if old is not None and old.version == version:
                 self.unchanged += 1
                 return
             if limit is not None and len(self.added) + len(self.changed) >= limit:
                 return
-            count = self._read(path, version, skip=begun.get(version, 0))
+            count = self._read_chunks(path, version, skip=pending.get(version, 0))
             now = path.stat()
             if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
                 raise ValueError("changed while it was read: run the same command again")
         except (ValueError, OSError) as error:
-            self._drop(version)
+            self._discard(version)
             reason = str(error) if isinstance(error, ValueError) else f"cannot be read ({error.strerror}): allow it"
             kept = "; what was indexed of it before stays" if old is not None else ""
             self.skipped.append(Skipped(str(path), reason + kept))
@@ -137,38 +156,38 @@ class Run:
         self._complete.append(FileRecord(str(path), digest, version, stat.st_size, stat.st_mtime, count))
         (self.added if old is None else self.changed).append(str(path))
 
-    def _read(self, path: Path, version: str, *, skip: int) -> int:
-        """Let a file's chunks wait for their commit, all but the first ``skip``, which are there; returns their number."""
+    def _read_chunks(self, path: Path, version: str, *, skip: int) -> int:
+        """Queue a file's chunks for a commit, but for the first ``skip``, which the store has. Returns their number."""
         count = 0
         for item in read_file(path, self.options.columns):
             if isinstance(item, Skipped):
                 self.skipped.append(item)
                 continue
-            for chunk in chunks(item, self.model.tokenizer, self.store.meta.chunk, ordinal=count):
+            for chunk in split_section(item, self.model.tokenizer, self.store.meta.chunk, ordinal=count):
                 count += 1
                 if chunk.ordinal >= skip:
-                    self._rows.append(Row(str(path), version, chunk))
-                    self._waiting += chunk.tokens
-                if self._waiting >= self.options.commit_tokens:
+                    self._rows.append(ChunkRow(str(path), version, chunk))
+                    self._pending_tokens += chunk.tokens
+                if self._pending_tokens >= self.options.commit_tokens:
                     self._commit()
                 self.stop_flag.raise_if_set()
         return count
 
-    def _drop(self, version: str) -> None:
-        """Take back what waits of a file that turned out not to be readable."""
+    def _discard(self, version: str) -> None:
+        """Take queued chunks of a file back that turned out not to be readable."""
         self._rows = [r for r in self._rows if r.version != version]
-        self._waiting = sum(r.chunk.tokens for r in self._rows)
+        self._pending_tokens = sum(r.chunk.tokens for r in self._rows)
 
     def _commit(self) -> None:
         if self._rows:
             begin = time.perf_counter()
-            words = [r.chunk.embed_text for r in self._rows]
-            vectors_ND = np.asarray(self.model.encode_document(words, batch_size=self.options.batch_size))
+            texts = [r.chunk.embed_text for r in self._rows]
+            vectors_ND = np.asarray(self.model.encode_document(texts, batch_size=self.options.batch_size))
             self.seconds += time.perf_counter() - begin
             self.store.append(self._rows, vectors_ND)
-        self.store.record(self._complete)
+        self.store.commit(self._complete)
         self.chunks += len(self._rows)
-        self.tokens += self._waiting
+        self.tokens += self._pending_tokens
         self.bar.update(len(self._rows))
-        self._rows, self._complete, self._waiting = [], [], 0
+        self._rows, self._complete, self._pending_tokens = [], [], 0
         self.stop_flag.raise_if_set()

@@ -60,8 +60,8 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a search for files met."""
+class FileListing:
+    """Files to index, and what could not be listed."""
 
     files: tuple[Path, ...]
     """Every file to read: absolute, sorted, each once."""
@@ -83,7 +83,7 @@ class Found:
         return not any(path.is_relative_to(s.path) for s in self.skipped)
 
 
-def find_files(paths: Sequence[str | Path], *, known: Container[str] = ()) -> Found:
+def find_files(paths: Sequence[str | Path], *, known: Container[str] = ()) -> FileListing:
     """The files behind paths: a file as it is, a directory with all it holds of known kinds, hidden ones left out.
 
     The tables of a store that lies among the documents are left out too. Raises ValueError for a path that does not
@@ -106,7 +106,7 @@ def find_files(paths: Sequence[str | Path], *, known: Container[str] = ()) -> Fo
             directories.append(path)
         else:
             raise ValueError(f"no such file or directory: {given}")
-    return Found(tuple(sorted(files)), tuple(directories), tuple(skipped))
+    return FileListing(tuple(sorted(files)), tuple(directories), tuple(skipped))
 
 
 def _walk(root: Path, skipped: list[Skipped]) -> Iterator[Path]:

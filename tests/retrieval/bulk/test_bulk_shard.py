@@ -15,8 +15,8 @@ from gemify.io.vectors import normalize
 from gemify.retrieval.bulk.lance_writer import at_precision, commit
 from gemify.retrieval.bulk.plan import Shard, plan
 from gemify.retrieval.bulk.rows import ShardReader, _Table
-from gemify.retrieval.bulk.shard import embed_shard, marker
-from gemify.retrieval.vector_table import CorpusMeta
+from gemify.retrieval.bulk.shard import embed_shard
+from gemify.retrieval.corpus_format import CorpusMeta, marker_name
 from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl
 
 
@@ -72,8 +72,8 @@ def test_the_first_marker_counts(shards: list[Shard], meta: CorpusMeta, tmp_path
     assert len([p for p in (tmp_path / "out").rglob("*.lance") if p.is_file()]) == 2
     commit(directory, meta, done.parts, name="x")
     assert read_back(tmp_path / "out")["id"].to_pylist() == [f"d{n}" for n in range(20)]
-    assert not directory.write_if_absent(marker(shards[0]), b"other")
-    assert directory.read(marker(shards[0])) == done.to_json().encode()
+    assert not directory.write_if_absent(marker_name(shards[0].name), b"other")
+    assert directory.read(marker_name(shards[0].name)) == done.to_json().encode()
 
 
 def test_a_failing_disk_is_tried_again(shards: list[Shard], meta: CorpusMeta, tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_failing_disk_is_tried_again(shards: list[Shard], meta: CorpusMeta, tm
     model.failures = [OSError("gone for good")] * 3
     with pytest.raises(OSError, match="gone for good"):
         embed_shard(shards[1], model=model, reader=ShardReader(meta), directory=directory, wait=0)
-    assert directory.read(marker(shards[1])) is None
+    assert directory.read(marker_name(shards[1].name)) is None
 
 
 def test_a_file_that_fails_half_way_is_opened_again(shards: list[Shard], meta: CorpusMeta, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from gemify.io.signals import signal_handlers
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import ShardReader
 from gemify.retrieval.bulk.shard import DocumentEncoder, DoneMarker, embed_shard
-from gemify.retrieval.vector_table import CorpusMeta
+from gemify.retrieval.corpus_format import CorpusMeta
 
 _BLOCKS = 4096  # groups of shards that Ray knows by name
 

@@ -27,10 +27,11 @@ from gemify.retrieval.bulk.executors import EmbedJob, run_locally, run_on_ray
 from gemify.retrieval.bulk.lance_writer import commit, committed, vacuum
 from gemify.retrieval.bulk.plan import Shard, find_inputs, plan
 from gemify.retrieval.bulk.rows import ShardReader
-from gemify.retrieval.bulk.shard import MARKERS, DocumentEncoder, DoneMarker
+from gemify.retrieval.bulk.shard import DocumentEncoder, DoneMarker
+from gemify.retrieval.corpus_format import MANIFEST, MARKERS, CorpusMeta, read_manifest
 from gemify.retrieval.document_store import Store
 from gemify.retrieval.lance import IndexKind, only_writer
-from gemify.retrieval.vector_table import MANIFEST, Corpus, CorpusMeta, require_index
+from gemify.retrieval.vector_table import Corpus, require_index
 
 Engine = Literal["local", "ray"]
 _ELSEWHERE = "leave the setting out, or give another --output"
@@ -65,12 +66,6 @@ class EmbedReport:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def read_manifest(output: str | Path) -> CorpusMeta | None:
-    """What a run that was begun there says of itself."""
-    there = Directory(output).read(MANIFEST)
-    return None if there is None else CorpusMeta.from_json(there, str(output))
 
 
 def embed_corpus(

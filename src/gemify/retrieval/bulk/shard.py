@@ -18,9 +18,8 @@ from gemify.model.throughput import ThroughputMeter
 from gemify.retrieval.bulk.lance_writer import table, write_part
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import ShardReader
-from gemify.retrieval.vector_table import CorpusMeta
+from gemify.retrieval.corpus_format import CorpusMeta, marker_name
 
-MARKERS = "done"
 _ATTEMPTS = 3  # for a disk or a network that fails and comes back
 _NAMED = 20  # bad rows of a shard
 
@@ -59,11 +58,6 @@ class DoneMarker:
         return cls(**{**values, "shard": Shard.from_dict(values["shard"])})
 
 
-def marker(shard: Shard) -> str:
-    """The name of a shard's marker."""
-    return f"{MARKERS}/{shard.name}.json"
-
-
 def embed_shard(
     shard: Shard,
     *,
@@ -88,7 +82,7 @@ def embed_shard(
 def _embed(
     shard: Shard, model: DocumentEncoder, reader: ShardReader, directory: Directory, batch_size: int
 ) -> DoneMarker:
-    if (there := directory.read(marker(shard))) is not None:
+    if (there := directory.read(marker_name(shard.name))) is not None:
         return DoneMarker.from_json(there)
     begin = time.perf_counter()
     skipped: list[str] = []
@@ -106,6 +100,6 @@ def _embed(
     parts = write_part(directory, meta, shard, table(meta, passages, vectors_ND))
     seconds = time.perf_counter() - begin
     done = DoneMarker(shard, len(passages), len(skipped), skipped[:_NAMED], parts, tokens, seconds)
-    if directory.write_if_absent(marker(shard), done.to_json().encode()):
+    if directory.write_if_absent(marker_name(shard.name), done.to_json().encode()):
         return done
-    return DoneMarker.from_json(directory.read(marker(shard)) or b"")
+    return DoneMarker.from_json(directory.read(marker_name(shard.name)) or b"")
