@@ -14,10 +14,10 @@ import httpx
 import numpy as np
 import pytest
 from pydantic import BaseModel
-from running_server import Served, serving, tiny_gem
 
 from gemify.serving import http_protocol
 from gemify.serving.protocol import requests
+from running_server import Served, serving, tiny_gem
 
 PATHS = ("/v1/embeddings", "/v1/chat/completions", "/v1/completions", "/v1/search", "/v1/recover")
 GOOD: dict[str, Any] = {

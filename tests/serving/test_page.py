@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import Visit, browsing
-from running_server import Served, indexed, serving
 
 from gemify.model.recovery import common_subsequence_length
 from gemify.retrieval.index import GemIndex
+from running_server import Served, indexed, serving
 
 HOSTILE = "<img src=x onerror=alert(1)><script>alert(2)</script>"
 CORPUS = {

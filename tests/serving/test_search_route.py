@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running_server import Served, indexed, serving
 
 from gemify.rag.pipeline import GemRag, RagSettings
 from gemify.retrieval.index import GemIndex
+from running_server import Served, indexed, serving
 
 CORPUS = {
     "birds.md": "# Birds\n\nOwls hunt at night.\n\n# Bees\n\nBees dance.\n",
