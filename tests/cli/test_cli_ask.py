@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.cli.ask import _asked
+from gemify.cli.ask import _clean
 from gemify.cli.main import app
-from gemify.cli.options import parse_bytes
+from gemify.rag.kv_store import parse_bytes
 
 RUNNER = CliRunner()
 
@@ -147,7 +147,7 @@ def test_wrong_use_is_one_line(store: Path, arguments: list[str], words: str) ->
 def test_a_question_of_odd_bytes_is_a_question(store: Path) -> None:
     code, _, err = run("ask", "owls\udcff?", "-s", store, "--max-new-tokens", 2, "-k", 1)
     assert code == 0, err
-    assert _asked(" owls\udcff?\n") == "owls??"
+    assert _clean(" owls\udcff?\n") == "owls??"
     code, out, err = run("search", "owls\udcff?", "-s", store, "-k", 1)
     assert (code, out[:3]) == (0, "[1]"), err
 

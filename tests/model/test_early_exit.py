@@ -29,6 +29,7 @@ from gemify.model.export import export
 from gemify.paper.tokens import Row, build_inputs
 from gemify.paper.views import View, whole
 from gemify.rag.prompt_cache import PromptCache
+from gemify.rag.runner import ModelRunner
 from gemify.training.objective import Computed, MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
@@ -185,9 +186,9 @@ def test_a_thread_that_writes_in_the_midst_of_encoding_runs_all_layers(base: str
 @pytest.mark.parametrize("template", ["{text}", '{text} is:"'])
 def test_a_prompt_that_grows_is_embedded_at_the_layer_and_goes_on(base: str, template: str) -> None:
     gem = made(base, layer=2, template=template)
-    prompt, ids = PromptCache(gem), gem.tokenizer("a prompt that grows")["input_ids"]
+    prompt, ids = PromptCache(ModelRunner(gem)), gem.tokenizer("a prompt that grows")["input_ids"]
     for length in (4, len(ids)):
-        vector = prompt.extend_and_embed(ids[:length], since=0)
+        vector = prompt.extend_and_embed(ids[:length], start=0)
         want = gem.encode(gem.tokenizer.decode(ids[:length]))
         np.testing.assert_allclose(vector.numpy(), want, atol=2e-5)
     handle = prompt.extend_to(ids)

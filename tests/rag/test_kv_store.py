@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import tiny_models
 from gemify import GemModel
 from gemify.model.kv_cache import key_values
 from gemify.rag.kv_store import KvStore
 from gemify.rag.prompt_cache import PromptCache
+from gemify.rag.runner import ModelRunner
 
 IDS = list(range(10, 40))
 
 
 def ran(gem: GemModel, ids: list[int]):  # type: ignore[no-untyped-def]
-    prompt = PromptCache(gem)
+    prompt = PromptCache(ModelRunner(gem))
     return prompt.extend_to(ids).text.cache
 
 
@@ -30,14 +32,14 @@ def test_what_is_kept_comes_back(gem: GemModel, tmp_path: Path, bits: int, worst
     store.put(IDS, cache)
     back = store.get(gem.lm, IDS)
     assert back is not None
-    for (k, v), (k2, v2) in zip(key_values(cache), key_values(back), strict=True):
+    for (k, v), (k2, v2) in zip(key_values(cache), key_values(back.cache), strict=True):
         for was, got in ((k, k2), (v, v2)):
             assert got.dtype == was.dtype
             spread = float(was.max() - was.min())
             assert float((was - got).abs().max()) <= worst * spread
-    prompt = PromptCache(gem)
+    prompt = PromptCache(ModelRunner(gem))
     prompt.load(IDS, back)
-    oracle = PromptCache(gem).extend_to([*IDS, 50]).logits_BV
+    oracle = PromptCache(ModelRunner(gem)).extend_to([*IDS, 50]).logits_BV
     got = prompt.extend_to([*IDS, 50]).logits_BV
     assert prompt.computed == 1
     if bits == 32:
@@ -45,6 +47,21 @@ def test_what_is_kept_comes_back(gem: GemModel, tmp_path: Path, bits: int, worst
     else:
         assert float((got - oracle).abs().max()) <= 5 * worst * float(oracle.max() - oracle.min())
     assert (store.hits, store.misses, len(store)) == (1, 1, 1)
+
+
+def test_a_cache_longer_than_a_sliding_window_comes_back_whole(tmp_path: Path) -> None:
+    gem = GemModel.from_base(str(tiny_models.save(tmp_path / "base", "mistral-window")))
+    ids = IDS * 2
+    store = KvStore(tmp_path / "kv", fingerprint="f", bits=32)
+    store.put(ids, ran(gem, ids))
+    back = store.get(gem.lm, ids)
+    assert back is not None
+    prompt = PromptCache(ModelRunner(gem))
+    prompt.load(ids, back)
+    more = [*ids, 50, 51]
+    oracle = gem.lm(input_ids=torch.tensor([more])).logits[:, -1]
+    torch.testing.assert_close(prompt.extend_to(more).logits_BV, oracle, rtol=1e-5, atol=1e-5)
+    assert prompt.computed == 2
 
 
 def test_fewer_bits_take_less_room(gem: GemModel, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from gemify.model.prefill import run_prefill
 from gemify.rag.kv_store import KvStore
 from gemify.rag.pipeline import Conversation, GemRag, RagSettings
 from gemify.rag.prompt_cache import PromptCache
+from gemify.rag.runner import ModelRunner
 
 TEMPLATE = "{% for m in messages %}<r1>{{ m['role'] }}\n{{ m['content'] }}<r2>\n{% endfor %}<r1>assistant\n"
 
@@ -78,7 +79,7 @@ def test_an_answer_is_generates_answer_to_the_whole_prompt(chatty: GemModel) -> 
     out = chatty.generate_ids(None, torch.tensor([ids]), torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False)
     assert answer.text == chatty.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     assert answer.sources() == ["[1] a.txt (line 1)", "[2] b.txt (page 2)"]
-    assert answer.timing.computed == len(ids) - len(rag.passage_cache.head)
+    assert answer.timing.computed == len(ids) - len(rag.passage_cache.prefix_ids)
     assert 0 < answer.timing.embed <= answer.timing.first_token <= answer.timing.total
 
 
@@ -128,7 +129,7 @@ def test_a_template_goes_with_the_question_or_has_it_embedded_apart(base_dir: Pa
     else:
         torch.testing.assert_close(vector, torch.tensor(gem.encode_query("who ate?")), rtol=1e-4, atol=1e-5)
         with pytest.raises(ValueError, match="has words before the text"):
-            PromptCache(gem).extend_and_embed([20, 21], since=0)
+            PromptCache(ModelRunner(gem)).extend_and_embed([20, 21], start=0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.rag.prompt_cache import PromptCache
+from gemify.rag.runner import ModelRunner
 
 ids = st.lists(st.integers(10, 60), min_size=1, max_size=12)
 
@@ -20,7 +21,7 @@ ids = st.lists(st.integers(10, 60), min_size=1, max_size=12)
 @given(prompts=st.lists(ids, min_size=1, max_size=4), shared=ids)
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_reaching_equals_running_at_once(gem: GemModel, prompts: list[list[int]], shared: list[int]) -> None:
-    prompt = PromptCache(gem)
+    prompt = PromptCache(ModelRunner(gem))
     for rest in prompts:
         whole = shared + rest
         handle = prompt.extend_to(whole)
@@ -37,11 +38,11 @@ def test_embedding_on_the_way_equals_embedding_apart(tmp_path: Path, name: str, 
     disturb(gem)
     ids = list(range(20, 31))
     for begun in ([], ids[:3], ids):
-        apart, fused = PromptCache(gem), PromptCache(gem)
+        apart, fused = PromptCache(ModelRunner(gem)), PromptCache(ModelRunner(gem))
         if begun:
             fused.extend_to(begun)
         vector = gem.embed(apart.extend_to(ids), start=since)
-        torch.testing.assert_close(fused.extend_and_embed(ids, since=since), vector, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fused.extend_and_embed(ids, start=since), vector, rtol=1e-5, atol=1e-5)
         assert fused.ids == apart.ids
         further = [*ids, 40, 41]
         torch.testing.assert_close(
@@ -59,19 +60,19 @@ def test_a_templates_words_after_a_text_leave_no_trace(tmp_path: Path, name: str
     ids, words = list(range(20, 31)), gem.tokenizer(' is:"')["input_ids"]
     for since in (0, 4):
         for begun in ([], ids[:3], ids):
-            apart, fused = PromptCache(plain), PromptCache(gem)
+            apart, fused = PromptCache(ModelRunner(plain)), PromptCache(ModelRunner(gem))
             if begun:
                 fused.extend_to(begun)
             vector = plain.embed(apart.extend_to([*ids, *words]), start=since)  # the words as if they were the text's
-            torch.testing.assert_close(fused.extend_and_embed(ids, since=since), vector, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(fused.extend_and_embed(ids, start=since), vector, rtol=1e-5, atol=1e-5)
             assert fused.ids == tuple(ids)
             further = [*ids, 40, 41]
-            alone = PromptCache(plain).extend_to(further).logits_BV
+            alone = PromptCache(ModelRunner(plain)).extend_to(further).logits_BV
             torch.testing.assert_close(fused.extend_to(further).logits_BV, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_only_what_is_new_is_run(gem: GemModel) -> None:
-    prompt = PromptCache(gem)
+    prompt = PromptCache(ModelRunner(gem))
     prompt.extend_to([10, 11, 12])
     prompt.extend_to([10, 11, 12, 13, 14])
     assert prompt.computed == 5
@@ -86,9 +87,9 @@ def test_only_what_is_new_is_run(gem: GemModel) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 def test_a_written_answer_is_generates_and_is_kept(name: str, tmp_path) -> None:  # type: ignore[no-untyped-def]
     gem = GemModel.from_base(str(tiny_models.save(tmp_path / name, name)))
-    prompt, start = PromptCache(gem), [10, 11, 12, 13]
+    prompt, start = PromptCache(ModelRunner(gem)), [10, 11, 12, 13]
     pieces: list[str] = []
-    first = prompt.write(prompt.extend_to(start), on_text=pieces.append, max_new_tokens=9, do_sample=False)
+    first = prompt.generate(prompt.extend_to(start), on_text=pieces.append, max_new_tokens=9, do_sample=False)
     plain = gem.generate_ids(None, torch.tensor([start]), torch.ones(1, 4), max_new_tokens=9, do_sample=False)
     assert list(first.ids) == [i for i in plain[0, 4:].tolist() if i != 2]
     assert "".join(pieces) == first.text
@@ -102,17 +103,17 @@ def test_a_written_answer_is_generates_and_is_kept(name: str, tmp_path) -> None:
 
 
 def test_a_stop_string_ends_the_answer_before_it(gem: GemModel) -> None:
-    whole = PromptCache(gem)
-    text = whole.write(whole.extend_to([10, 11, 12]), max_new_tokens=20, do_sample=False).text
+    whole = PromptCache(ModelRunner(gem))
+    text = whole.generate(whole.extend_to([10, 11, 12]), max_new_tokens=20, do_sample=False).text
     stop = text[3:5]
-    prompt, pieces = PromptCache(gem), []  # type: ignore[var-annotated]
-    written = prompt.write(
+    prompt, pieces = PromptCache(ModelRunner(gem)), []  # type: ignore[var-annotated]
+    written = prompt.generate(
         prompt.extend_to([10, 11, 12]), max_new_tokens=20, do_sample=False, stop=stop, on_text=pieces.append
     )
     assert written.text == text[: text.index(stop)] == "".join(pieces)
-    assert written.tokens < 20
+    assert written.num_tokens < 20
 
 
 def test_an_empty_prompt_is_refused(gem: GemModel) -> None:
     with pytest.raises(ValueError, match="must not be empty"):
-        PromptCache(gem).extend_to([])
+        PromptCache(ModelRunner(gem)).extend_to([])

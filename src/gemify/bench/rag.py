@@ -246,7 +246,7 @@ def _note(record: Record, row: Row, question: Question, answer: Answer, answers:
 def _divergence(rag: GemRag, exact: GemRag, question: Question, answer: Answer) -> float:
     """Of the approximation's first token from the exact prompt's, over the same passages, in the row's own order."""
     same = GemRag(exact.gem, None, settings=replace(rag.settings, context="text"))
-    wide = [r.conversation().read(question.text, answer.passages).logits_BV[0].float() for r in (same, rag)]
+    wide = [r.conversation().prefill(question.text, answer.passages).logits_BV[0].float() for r in (same, rag)]
     p, q = (torch.log_softmax(logits, dim=-1) for logits in wide)
     return float((p.exp() * (p - q)).sum())
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -26,24 +28,23 @@ from gemify.cli.options import (
     Temperature,
     TopP,
     echo_err,
-    kv_store_factory,
     load_gem,
     print_json,
     store_model_name,
 )
 
 if TYPE_CHECKING:
-    from gemify.rag.pipeline import Answer, GemRag
+    from gemify.rag.pipeline import Answer, ContextMode, GemRag, PromptOrder, RagSettings
 
 Passages = Annotated[int, typer.Option("-k", min=0, help="Number of passages to retrieve; 0 answers without any.")]
-PromptOrder = Annotated[
+Order = Annotated[
     str | None,
     typer.Option(
         help="question-first (the question is computed once, to find and to answer) or passages-first (what --keep-kv"
         " keeps can serve). [default: question-first; passages-first with --keep-kv]"
     ),
 ]
-ContextMode = Annotated[
+Context = Annotated[
     str,
     typer.Option(
         help="What the answer sees: text (exact), or the approximations concatenated (caches that ran apart) and special (the"
@@ -59,8 +60,8 @@ def ask(
     store: StoreUri,
     k: Passages = 3,
     mode: SearchMode = "hybrid",
-    order: PromptOrder = None,
-    context: ContextMode = "text",
+    order: Order = None,
+    context: Context = "text",
     keep_kv: KeepKv = False,
     kv_bits: KvBits = 16,
     kv_budget: KvBudget = None,
@@ -84,8 +85,11 @@ def ask(
     asked = question if question is not None else sys.stdin.read()
     if not asked.strip():
         raise ValueError("no question given: pass one as an argument or on stdin")
-    rag, options = _rag(locals())
-    answer = rag.ask(_asked(asked), on_text=None if as_json else _write, **options)
+    settings = _settings(k, mode, order, context, keep_kv, system, max_new_tokens, query_cache=query_cache)
+    loading = _Loading(store, model, base, dtype, device)
+    rag = _open_rag(settings, loading, _Kept(keep_kv, kv_bits, kv_budget, kv_store))
+    options = _generate_options(temperature, top_p, seed, stop)
+    answer = rag.ask(_clean(asked), on_text=None if as_json else _write, **options)
     _finish(answer, as_json=as_json)
 
 
@@ -93,8 +97,8 @@ def chat(
     store: StoreUri,
     k: Passages = 3,
     mode: SearchMode = "hybrid",
-    order: PromptOrder = None,
-    context: ContextMode = "text",
+    order: Order = None,
+    context: Context = "text",
     keep_kv: KeepKv = False,
     kv_bits: KvBits = 16,
     kv_budget: KvBudget = None,
@@ -112,7 +116,10 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """A conversation over a store, a question a line; its cache is carried over the turns. /quit or Ctrl-D ends it."""
-    rag, options = _rag({**locals(), "query_cache": True})
+    settings = _settings(k, mode, order, context, keep_kv, system, max_new_tokens)
+    loading = _Loading(store, model, base, dtype, device)
+    rag = _open_rag(settings, loading, _Kept(keep_kv, kv_bits, kv_budget, kv_store))
+    options = _generate_options(temperature, top_p, seed, stop)
     conversation = rag.conversation()
     for question in _questions():
         try:
@@ -126,41 +133,77 @@ def chat(
         _finish(answer, as_json=as_json)
 
 
-def _rag(given: dict[str, Any]) -> tuple[GemRag, dict[str, Any]]:
-    """What answers, and the options of `generate`, from a verb's arguments."""
+@dataclass(frozen=True)
+class _Loading:
+    """Which index and model answer."""
+
+    store: str
+    model: str | None
+    base: str | None
+    dtype: str
+    device: str | None
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What the options say of kept caches."""
+
+    keep_kv: bool
+    bits: int
+    budget: str | None
+    directory: Path | None
+
+
+def _settings(
+    k: int,
+    mode: str,
+    order: str | None,
+    context: str,
+    keep_kv: bool,
+    system: str | None,
+    max_new_tokens: int,
+    *,
+    query_cache: bool = True,
+) -> RagSettings:
     from gemify.rag.context import SYSTEM_PROMPT
-    from gemify.rag.pipeline import GemRag, RagSettings
+    from gemify.rag.pipeline import RagSettings
+
+    return RagSettings(
+        passages=k,
+        mode=mode,
+        order=cast("PromptOrder", order or ("passages-first" if keep_kv else "question-first")),
+        context=cast("ContextMode", context),  # both are checked there
+        query_cache=query_cache,
+        system=SYSTEM_PROMPT if system is None else system,
+        max_new_tokens=max_new_tokens,
+    )
+
+
+def _open_rag(settings: RagSettings, loading: _Loading, kept: _Kept) -> GemRag:
+    from gemify.rag.kv_store import kv_store_factory
+    from gemify.rag.pipeline import GemRag
     from gemify.retrieval.index import GemIndex
 
-    settings = RagSettings(
-        passages=given["k"],
-        mode=given["mode"],
-        order=given["order"] or ("passages-first" if given["keep_kv"] else "question-first"),
-        context=given["context"],
-        query_cache=given["query_cache"],
-        system=SYSTEM_PROMPT if given["system"] is None else given["system"],
-        max_new_tokens=given["max_new_tokens"],
-    )
     open_kv_store = kv_store_factory(
-        given["store"],
-        keep_kv=given["keep_kv"],
-        bits=given["kv_bits"],
-        budget=given["kv_budget"],
-        directory=given["kv_store"],
+        loading.store, keep_kv=kept.keep_kv, bits=kept.bits, budget=kept.budget, directory=kept.directory
     )
-    name = store_model_name(given["store"], given["model"])
-    gem = load_gem(name, given["base"], given["dtype"], given["device"])
+    name = store_model_name(loading.store, loading.model)
+    gem = load_gem(name, loading.base, loading.dtype, loading.device)
     kv = open_kv_store(gem) if open_kv_store is not None else None
-    index = GemIndex.open(given["store"], gem, create=False)
+    index = GemIndex.open(loading.store, gem, create=False)
     index.require_text()
-    options: dict[str, Any] = {"do_sample": given["temperature"] > 0, "stop": given["stop"] or None}
-    if given["temperature"] > 0:
-        options.update(temperature=given["temperature"], top_p=given["top_p"])
-    if given["seed"] is not None:
+    return GemRag(gem, index, kv=kv, settings=settings)
+
+
+def _generate_options(temperature: float, top_p: float, seed: int | None, stop: list[str] | None) -> dict[str, Any]:
+    """Options of transformers' `generate`."""
+    if seed is not None:
         import torch
 
-        torch.manual_seed(given["seed"])
-    return GemRag(gem, index, kv=kv, settings=settings), options
+        torch.manual_seed(seed)
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature, "top_p": top_p, "stop": stop or None}
+    return {"do_sample": False, "stop": stop or None}
 
 
 def _questions() -> Iterator[str]:
@@ -175,10 +218,10 @@ def _questions() -> Iterator[str]:
         if not line or line.strip() in ("/quit", "/exit"):
             return
         if line.strip():
-            yield _asked(line)
+            yield _clean(line)
 
 
-def _asked(text: str) -> str:
+def _clean(text: str) -> str:
     from gemify.io.rows import replace_surrogates
 
     return replace_surrogates(text.strip())

@@ -29,7 +29,6 @@ from gemify.cli.options import (
     TopK,
     absolute_model_name,
     echo_err,
-    kv_store_factory,
     load_gem,
     print_json,
     store_model_name,
@@ -88,6 +87,8 @@ def index(
     files = find_files(paths, known=() if existing is None else existing.files())  # before a model is loaded
     name = model or (existing.meta.model if existing is not None else "") or "starter"
     options: Any = {"tokens": chunk_tokens, "overlap": chunk_overlap, "context": context, "precision": precision}
+    from gemify.rag.kv_store import kv_store_factory
+
     open_kv_store = kv_store_factory(store, keep_kv=keep_kv, bits=kv_bits, budget=kv_budget, directory=kv_store)
     gem = load_gem(name, base, dtype, device)
     opened = GemIndex.open(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -15,7 +13,6 @@ from gemify.io.errors import first_line
 
 if TYPE_CHECKING:
     from gemify.model.gem import GemModel
-    from gemify.rag.kv_store import KvStore
 
 # The model.
 GEM_NAME = "starter, starter-multi, a GEM directory or a Hugging Face repo id."
@@ -105,43 +102,6 @@ def parse_lengths(text: str) -> list[int]:
         return [int(length) for length in text.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"--lengths must be whole numbers with commas between, got {text!r}") from error
-
-
-def kv_store_factory(
-    store: str, *, keep_kv: bool, bits: int, budget: str | None, directory: Path | None
-) -> Callable[[GemModel], KvStore] | None:
-    """Check the options of kept caches before a model is loaded.
-
-    Returns:
-        What opens the cache store for a model; None without ``--keep-kv``.
-    """
-    from gemify.model.fingerprint import cache_fingerprint
-    from gemify.rag.kv_store import KvStore
-
-    if not keep_kv:
-        if budget is not None or directory is not None:
-            raise ValueError("--kv-budget and --kv-store say where caches are kept: they need --keep-kv")
-        return None
-    if directory is None and "://" in store:
-        raise ValueError(f"caches are kept on a local disk, and {store} is remote: give --kv-store DIR")
-    target, budget_bytes = directory or Path(store) / "kv", parse_bytes(budget)
-    KvStore(target, fingerprint="", bits=bits, budget_bytes=budget_bytes)
-
-    def open_kv_store(gem: GemModel) -> KvStore:
-        fingerprint = cache_fingerprint(gem.lm, gem.config, gem.adapter)
-        return KvStore(target, fingerprint=fingerprint, bits=bits, budget_bytes=budget_bytes)
-
-    return open_kv_store
-
-
-def parse_bytes(text: str | None) -> int | None:
-    """Bytes of a size such as 500MB. ValueError for anything else."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
-    if not match or float(match[1]) <= 0:
-        raise ValueError(f"a size must be a number of bytes such as 500MB or 2GB, got {text!r}")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
 def print_json(value: object) -> None:

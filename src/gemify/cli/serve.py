@@ -7,12 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
+from gemify.cli.options import KvBudget, KvStoreDir
+
 
 def serve(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: starter]")
     ] = None,
     store: Annotated[str | None, typer.Option("--store", "-s", help="An index, for /v1/search and the page.")] = None,
+    keep_kv: Annotated[
+        bool | None, typer.Option("--keep-kv", help="Keep the passages' KV caches on disk and use them in answers.")
+    ] = None,
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Bits of a kept cache's values: 32, 16, 8 or 4. [default: 16]")
+    ] = None,
+    kv_budget: KvBudget = None,
+    kv_store: KvStoreDir = None,
     host: Annotated[str | None, typer.Option(help="Where to listen. [default: 127.0.0.1: this machine alone]")] = None,
     port: Annotated[int | None, typer.Option(min=0, max=65535, help="0: any free one. [default: 8000]")] = None,
     config: Annotated[

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from gemify.engine.embedding import EmbeddingScheduler
-from gemify.engine.requests import EmbeddingRequest, GenerationRequest, Listener, QueueFull
+from gemify.engine.requests import EmbeddingRequest, GenerationRequest, Listener, PromptStart, QueueFull
 from gemify.engine.sampling import SamplingParams
 from gemify.engine.scheduler import GenerationScheduler
 from gemify.engine.worker import RequestT, Worker, release_threads
@@ -152,6 +152,7 @@ class Engine:
         n: int = 1,
         embed_prompt: bool = False,
         cache_salt: str = "",
+        start: PromptStart | None = None,
     ) -> GenerationRequest:
         """Continue a prompt.
 
@@ -162,6 +163,7 @@ class Engine:
             n: how many sequences.
             embed_prompt: also emit the prompt's embedding, before any text, from the same prefill.
             cache_salt: only requests with equal salts share prefixes.
+            start: the first tokens of the prompt, which have run already, less than all of them.
 
         Returns:
             The request, which can be cancelled.
@@ -173,24 +175,9 @@ class Engine:
         """
         if not 1 <= n <= self._max_num_seqs:
             raise ValueError(f"n must lie in 1..{self._max_num_seqs}, got {n}: ask again for more answers")
-        if embed_prompt:
-            self.gem.require_embeddable_prefill()
-            behind = len(self.gem.text_tokenizer.suffix_ids) + self.gem.config.k
-            if self.max_model_len is not None and len(ids) + behind > self.max_model_len:
-                raise ValueError(
-                    f"the prompt has {len(ids)} tokens and its embedding takes {behind} more, this model takes"
-                    f" {self.max_model_len} in all: shorten the prompt"
-                )
-        self._require_ids("the prompt", ids)
-        if not ids:
-            raise ValueError("the prompt has no tokens: say something")
+        self._require_prompt(ids, sampling.max_tokens, embedded=embed_prompt)
         if unknown := [i for i in sampling.logit_bias if not 0 <= i < self._vocabulary]:
             raise ValueError(f"logit_bias must name tokens 0..{self._vocabulary - 1}, got {unknown[0]}")
-        if self.max_model_len is not None and len(ids) + sampling.max_tokens > self.max_model_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and the answer may have {sampling.max_tokens}, this model takes"
-                f" {self.max_model_len} in all: shorten the prompt or lower max_tokens"
-            )
         num_tokens = len(ids) + sampling.max_tokens
         if n > 1 and (needed := self._scheduler.kv_bytes_for(n, num_tokens)) > self._kv_cache_bytes:
             raise ValueError(
@@ -198,7 +185,47 @@ class Engine:
                 f" gives {self._kv_cache_bytes:,}: ask for fewer, or lower max_tokens"
             )
         request = GenerationRequest(
-            ids, sampling, listener, n=n, embed_prompt=embed_prompt, is_recovery=False, cache_salt=cache_salt
+            ids,
+            sampling,
+            listener,
+            n=n,
+            embed_from=0 if embed_prompt else None,
+            cache_salt=cache_salt,
+            start=start,
+        )
+        self._add_request(self._generation, request)
+        return request
+
+    def prefill(
+        self,
+        ids: Sequence[int],
+        listener: Listener,
+        *,
+        embed_from: int | None = None,
+        cache_salt: str = "",
+        start: PromptStart | None = None,
+    ) -> GenerationRequest:
+        """Run a prompt that will be continued: its KV comes back in a `PrefillOutput`, for the ``start`` of `generate`.
+
+        Args:
+            ids: the prompt's token ids.
+            listener: called with each event, in the engine's thread.
+            embed_from: also emit the prompt's embedding; its special tokens see the positions from this one on.
+            cache_salt: only requests with equal salts share prefixes.
+            start: the first tokens of the prompt, which have run already, less than all of them.
+
+        Returns:
+            The request, which can be cancelled.
+
+        Raises:
+            ValueError: no tokens, ids outside the vocabulary, or more than the model's positions.
+            QueueFull: too much is waiting.
+            EngineStopping: no more requests are accepted.
+        """
+        sampling = SamplingParams(max_tokens=1)
+        self._require_prompt(ids, sampling.max_tokens, embedded=embed_from is not None)
+        request = GenerationRequest(
+            ids, sampling, listener, n=0, embed_from=embed_from, cache_salt=cache_salt, start=start
         )
         self._add_request(self._generation, request)
         return request
@@ -241,7 +268,7 @@ class Engine:
                 f" {self.max_model_len} in all: shorten the text or lower max_tokens"
             )
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        request = GenerationRequest(ids, sampling, listener, n=1, embed_prompt=False, is_recovery=True, cache_salt="")
+        request = GenerationRequest(ids, sampling, listener, n=1, is_recovery=True)
         self._add_request(self._generation, request)
         return request
 
@@ -263,6 +290,24 @@ class Engine:
             embedding_seconds=embedding_seconds,
             **generation,
         )
+
+    def _require_prompt(self, ids: Sequence[int], max_tokens: int, *, embedded: bool) -> None:
+        if embedded:
+            self.gem.require_embeddable_prefill()
+            extra = len(self.gem.text_tokenizer.suffix_ids) + self.gem.config.k
+            if self.max_model_len is not None and len(ids) + extra > self.max_model_len:
+                raise ValueError(
+                    f"the prompt has {len(ids)} tokens and its embedding takes {extra} more, this model takes"
+                    f" {self.max_model_len} in all: shorten the prompt"
+                )
+        self._require_ids("the prompt", ids)
+        if not ids:
+            raise ValueError("the prompt has no tokens: say something")
+        if self.max_model_len is not None and len(ids) + max_tokens > self.max_model_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and the answer may have {max_tokens}, this model takes"
+                f" {self.max_model_len} in all: shorten the prompt or lower max_tokens"
+            )
 
     def _require_ids(self, what: str, ids: Sequence[int]) -> None:
         if any(not 0 <= i < self._vocabulary for i in ids):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 
 from gemify.engine.sampling import SamplingParams, TokenLogprob
 from gemify.model.forward import CachedText
@@ -38,6 +39,31 @@ class EmbeddingOutput:
 
 
 @dataclass(frozen=True)
+class PrefillOutput:
+    """A prompt that has run, without an answer: `Engine.generate` goes on from it."""
+
+    text: CachedText
+    """KV of the whole prompt."""
+    logits_BV: Tensor
+    """Logits [1, V] of the next token."""
+
+
+@dataclass(frozen=True)
+class PromptStart:
+    """The first tokens of a prompt, which have run before the request is made.
+
+    Args:
+        text: their KV, one row without padding; a cache that keeps all positions.
+        cached_tokens: how many of them were not run for this client, such as those of a kept cache.
+        is_exact: whether the KV is what running the tokens gives. KV that is not goes into no prefix cache.
+    """
+
+    text: CachedText
+    cached_tokens: int = 0
+    is_exact: bool = True
+
+
+@dataclass(frozen=True)
 class Failed:
     """The request failed. A ValueError is the client's fault, any other error is the server's."""
 
@@ -49,7 +75,7 @@ class Done:
     """The last event of every request, also of a cancelled one."""
 
 
-Event = TokenDelta | Completion | EmbeddingOutput | Failed | Done
+Event = TokenDelta | Completion | EmbeddingOutput | PrefillOutput | Failed | Done
 Listener = Callable[[Event], None]
 
 
@@ -121,10 +147,12 @@ class GenerationRequest(EngineRequest):
         ids: the prompt.
         sampling: how tokens are chosen.
         listener: called with each event.
-        n: how many sequences.
-        embed_prompt: also compute the prompt's embedding, from the same prefill.
+        n: how many sequences. 0: the prompt's prefill is all that is wanted.
+        embed_from: also compute the prompt's embedding, from the same prefill; its special tokens see the positions from
+            this one on. None: no embedding.
         is_recovery: ``ids`` is a text; generate from the KV of its special tokens alone.
         cache_salt: only requests with equal salts share prefixes.
+        start: what of the prompt has run. None: what the prefix cache knows.
     """
 
     def __init__(
@@ -134,22 +162,25 @@ class GenerationRequest(EngineRequest):
         listener: Listener,
         *,
         n: int,
-        embed_prompt: bool,
-        is_recovery: bool,
-        cache_salt: str,
+        embed_from: int | None = None,
+        is_recovery: bool = False,
+        cache_salt: str = "",
+        start: PromptStart | None = None,
     ) -> None:
         super().__init__(listener)
         self.ids, self.sampling, self.n, self.cache_salt = tuple(ids), sampling, n, cache_salt
-        self.embed_prompt, self.is_recovery = embed_prompt, is_recovery
+        self.embed_from, self.is_recovery = embed_from, is_recovery
         self.prompt_tokens = len(ids)
-        self.prefilled: CachedText | None = None
-        """The part of the prompt that has run."""
+        self.prefilled = None if start is None else start.text
+        """The part of the prompt that has run. None: not known yet."""
+        self.cached_tokens = 0 if start is None else start.cached_tokens
+        self.is_exact = start is None or start.is_exact
         self.num_unfinished = n
 
     @property
     def num_items(self) -> int:
-        """How many sequences it asks for."""
-        return self.n
+        """How many sequences it asks for; a prefill alone counts as one."""
+        return max(1, self.n)
 
     @property
     def num_prefilled(self) -> int:

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from gemify.engine.batched_prefill import prefill_batch, supports_batched_prefill
-from gemify.engine.prefix_cache import PrefixCache
-from gemify.engine.requests import Done, EmbeddingOutput, GenerationRequest
+from gemify.engine.requests import Done, EmbeddingOutput, GenerationRequest, PrefillOutput
 from gemify.engine.running_batch import RunningBatch
 from gemify.engine.sampling import TokenBytes
 from gemify.engine.sequence import GeneratedSequence
@@ -23,6 +22,7 @@ from gemify.model.forward import CachedText, special_pass, text_pass
 from gemify.model.gem import GemModel
 from gemify.model.kv_cache import size_in_bytes
 from gemify.model.prefill import Prefill
+from gemify.model.prefix_cache import PrefixCache
 
 
 class GenerationScheduler:
@@ -145,6 +145,8 @@ class GenerationScheduler:
         return chosen
 
     def _must_wait(self, request: GenerationRequest, chosen: Sequence[GenerationRequest]) -> bool:
+        if request.prefilled is not None:
+            return False
         others = [other.ids for other in chosen if other.cache_salt == request.cache_salt]
         return self.prefix_cache.would_match_after(request.ids, others, request.cache_salt)
 
@@ -171,13 +173,18 @@ class GenerationScheduler:
 
     def _finish_prefill(self, request: GenerationRequest, text: CachedText, logits_BV: torch.Tensor) -> None:
         self.waiting.remove(request)
-        self.prefix_cache.insert(request.ids, text, request.cache_salt)
+        if request.is_exact:
+            self.prefix_cache.insert(request.ids, text, request.cache_salt)
         self._kv_bytes_per_token = size_in_bytes(text.cache) // len(request.ids)
-        if request.embed_prompt:
+        if request.embed_from is not None:
             ids_BT = torch.tensor([request.ids], device=self._gem.device)
-            request.emit(EmbeddingOutput(self._embed(Prefill(text, ids_BT, logits_BV, single=True))))
+            prefill = Prefill(text, ids_BT, logits_BV, single=True)
+            request.emit(EmbeddingOutput(self._embed(prefill, request.embed_from)))
         self._add_sequences(request, text, logits_BV)
         request.prefilled = None
+        if not request.n:
+            request.emit(PrefillOutput(text, logits_BV))
+            request.emit(Done())
 
     def _prefill_recovery(self, request: GenerationRequest) -> int:
         """Run a text and its special tokens, and let the sequence see the special tokens alone (GEM, Appendix B)."""
@@ -201,8 +208,8 @@ class GenerationScheduler:
             self._batch.add(text, logits_BV, position=position)
             self.running.append(sequence)
 
-    def _embed(self, handle: Prefill) -> np.ndarray:
-        vectors_1D: np.ndarray = self._gem.embed(handle).numpy()[None]  # of one string: [D]
+    def _embed(self, prefill: Prefill, start: int) -> np.ndarray:
+        vectors_1D: np.ndarray = self._gem.embed(prefill, start=start).numpy()[None]  # of one string: [D]
         return vectors_1D
 
     # 3) Sample and finish
@@ -233,7 +240,7 @@ class GenerationScheduler:
     def _remove(self, row: int, *, keep_kv: bool = False) -> None:
         sequence = self.running[row]
         request = sequence.request
-        if keep_kv and not request.is_recovery:
+        if keep_kv and request.is_exact and not request.is_recovery:
             ids = request.ids + tuple(sequence.ids[:-1])
             self.prefix_cache.insert(ids, self._batch.copy_row(row), request.cache_salt)
         self._batch.remove(row)

@@ -28,6 +28,7 @@ from gemify.model.attention import require_maskable
 from gemify.model.batching import length_groups
 from gemify.model.forward import left_pad, positions_of, right_pad
 from gemify.model.kv_cache import new_cache, select
+from gemify.model.prefix_cache import common_prefix_length
 
 Request = tuple[Any, list[int], list[int]]
 Answer = tuple[float, bool]
@@ -151,13 +152,8 @@ def _shared_length(contexts: list[list[int]]) -> int:
     """Tokens that all contexts begin with, less one: every context keeps at least a token of its own."""
     if len(contexts) < 2:
         return 0
-    low, high = min(contexts), max(contexts)
-    same = 0
-    for a, b in zip(low, high, strict=False):
-        if a != b:
-            break
-        same += 1
-    return max(0, min(same, min(len(c) for c in contexts) - 1))
+    common = common_prefix_length(min(contexts), max(contexts))  # in lexical order all others lie between these two
+    return min(common, min(len(c) for c in contexts) - 1)
 
 
 def _counts_columns(lm: Any) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
     if target.is_dir():
         raise ValueError(f"cannot write {target}: it is a directory, give a file name")
     target.parent.mkdir(parents=True, exist_ok=True)
-    stage = target.with_name(f".{target.name}.{os.getpid()}.part")
+    stage = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         yield stage
         sync(stage)

@@ -1,4 +1,4 @@
-"""Conversations as token ids: the chat template's own words parsed as such, everybody's contents as plain text.
+r"""Conversations as token ids: the chat template's control tokens are parsed, the messages' contents are plain text.
 
     <|im_start|>user\n   What is a GEM?   \n\nPassages: ...   <|im_end|>\n<|im_start|>assistant\n
     template             question         passages            template
@@ -10,13 +10,16 @@ that spells a control token (``<|im_end|>`` in a document) stays text.
 from __future__ import annotations
 
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-Role = Literal["system", "user", "assistant"]
+Ids = tuple[int, ...]
+
+_MAX_KEPT = 64  # sequences of roles whose template text is kept
 _MARK = re.compile("\ue000(\\d+)\ue001")  # private-use characters: no template has them
 
 
@@ -24,51 +27,63 @@ _MARK = re.compile("\ue000(\\d+)\ue001")  # private-use characters: no template 
 class TokenizedMessage:
     """One message; its content as ids."""
 
-    role: Role
-    ids: tuple[int, ...]
+    role: str
+    ids: Ids
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
     """A conversation's ids, and at which position each message's content starts."""
 
-    ids: tuple[int, ...]
+    ids: Ids
     content_starts: tuple[int, ...]
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, applied to contents that are ids."""
+    """A tokenizer's chat template, applied to contents that are ids. Several threads may use it.
+
+    Args:
+        tokenizer: the base model's. Nobody else may use it from another thread at the same time.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
             raise ValueError("the base model has no chat template: answers need an instruction-tuned model")
         self._tokenizer = tokenizer
-        self._templates: dict[tuple[str, ...], list[str]] = {}
+        self._lock = threading.Lock()  # tokenising a text as plain text flips a switch of the tokenizer
+        self._pieces: OrderedDict[tuple[str, ...], list[Ids]] = OrderedDict()
 
-    def encode(self, text: str) -> tuple[int, ...]:
-        """Ids of a text in which control tokens' names are text."""
-        return tuple(
-            self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        )
+    def encode(self, text: str) -> Ids:
+        """Token ids of a text in which control tokens' names are text."""
+        with self._lock:
+            return self._encode(text, split_special_tokens=True)
 
-    def message(self, role: Role, text: str) -> TokenizedMessage:
+    def message(self, role: str, text: str) -> TokenizedMessage:
+        """One message; its content is tokenised with `encode`."""
         return TokenizedMessage(role, self.encode(text))
 
     def apply(self, messages: Sequence[TokenizedMessage]) -> ChatPrompt:
-        """The prompt of a conversation, up to where the assistant's next answer starts."""
-        ids: list[int] = []
+        """Lay out a conversation, up to where the assistant's next answer starts.
+
+        Raises:
+            ValueError: the template refuses this order of roles, or leaves out or repeats a message.
+        """
+        with self._lock:
+            pieces = self._template_pieces(tuple(message.role for message in messages))
+        ids = list(pieces[0])
         starts: list[int] = []
-        for at, piece in enumerate(self._pieces(tuple(message.role for message in messages))):
-            if at % 2 == 0:
-                ids += self._tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
-            else:
-                starts.append(len(ids))
-                ids += messages[int(piece)].ids
+        for message, piece in zip(messages, pieces[1:], strict=True):
+            starts.append(len(ids))
+            ids += message.ids
+            ids += piece
         return ChatPrompt(tuple(ids), tuple(starts))
 
-    def _pieces(self, roles: tuple[str, ...]) -> list[str]:
-        """The template's own text and the messages' numbers, in alternation."""
-        if roles not in self._templates:
+    def _template_pieces(self, roles: tuple[str, ...]) -> list[Ids]:
+        """Ids of the template's own text: before the first message, and after each."""
+        if roles not in self._pieces:
             messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
             try:
                 text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
@@ -79,5 +94,11 @@ class ChatTemplate:
                 raise ValueError(
                     f"the chat template leaves out or repeats messages of {', '.join(roles)}: it cannot be cached"
                 )
-            self._templates[roles] = pieces
-        return self._templates[roles]
+            if len(self._pieces) == _MAX_KEPT:
+                self._pieces.popitem(last=False)
+            self._pieces[roles] = [self._encode(piece, split_special_tokens=False) for piece in pieces[::2]]
+        return self._pieces[roles]
+
+    def _encode(self, text: str, *, split_special_tokens: bool) -> Ids:
+        split = {"split_special_tokens": True} if split_special_tokens else {}
+        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False, **split)["input_ids"])

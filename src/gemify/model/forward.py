@@ -22,7 +22,16 @@ from transformers import DynamicCache, PreTrainedModel
 from gemify.model.adapter import gate
 from gemify.model.attention import gem_mask
 from gemify.model.early_exit import active_layers
-from gemify.model.kv_cache import concatenate_rows, fork, from_key_values, new_cache, select, slice_key_values, tail
+from gemify.model.kv_cache import (
+    concatenate_rows,
+    fork,
+    from_key_values,
+    new_cache,
+    new_full_cache,
+    select,
+    slice_key_values,
+    tail,
+)
 from gemify.paper.tokens import IGNORED, RowInputs, Segment
 
 
@@ -177,7 +186,8 @@ def text_and_special_pass(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-    return CachedText(from_key_values(lm, slice_key_values(cache, 0, kept)), whole_BT[:, :kept]), hidden_BTD[:, -K:]
+    text = from_key_values(lm, slice_key_values(cache, 0, kept), into=new_full_cache(lm))
+    return CachedText(text, whole_BT[:, :kept]), hidden_BTD[:, -K:]
 
 
 def suffix_pass(

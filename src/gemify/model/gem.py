@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gemify.model import prefill as prefilling
 from gemify.model.adapter import Adapter, AdapterSettings, Tune
 from gemify.model.base import Loading
+from gemify.model.chat_template import ChatTemplate
 from gemify.model.config import GemConfig
 from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.embedding_mixin import EmbeddingMixin, Texts
@@ -207,12 +208,11 @@ class GemModel(EmbeddingMixin):
         Raises:
             ValueError: The base model has no chat template.
         """
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                f"the base model {self.config.base} has no chat template: use generate with a plain prompt"
-            )
-        prompt = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return self.prefill(str(prompt), add_special_tokens=False)
+        self.lm.eval()
+        template = ChatTemplate(self.tokenizer)
+        prompt = template.apply([template.message(m["role"], m["content"]) for m in messages])
+        ids_BT, mask_BT = (t.to(self.device) for t in left_pad([prompt.ids]))
+        return prefilling.run_prefill(self.lm, ids_BT, mask_BT, single=True)
 
     @torch.no_grad()
     def embed(self, prefill: Prefill, *, start: int = 0) -> Tensor:

@@ -8,23 +8,34 @@ SYSTEM_PROMPT = "You answer questions from the given passages, in a few words."
 
 
 class RetrievedPassage(Protocol):
-    """A passage that was found (`gemify.retrieval.index.Passage`)."""
+    """A passage that a search returned (`gemify.retrieval.index.Passage`)."""
 
     @property
-    def text(self) -> str: ...
+    def text(self) -> str:
+        """The passage itself."""
+
     @property
-    def title(self) -> str: ...
+    def title(self) -> str:
+        """Title of its file or row; may be empty."""
+
     @property
-    def heading(self) -> str: ...
+    def heading(self) -> str:
+        """Heading that it stands under; may be empty."""
+
     @property
-    def file(self) -> str: ...
+    def file(self) -> str:
+        """File or row that it comes from."""
+
     @property
-    def location(self) -> str: ...
+    def location(self) -> str:
+        """Where in the file, such as a page or a line; may be empty."""
+
     @property
-    def score(self) -> float: ...
+    def score(self) -> float:
+        """How well it matches; higher is better."""
 
 
 def passage_text(passage: RetrievedPassage) -> str:
-    """A passage as the prompt has it."""
+    """Return a passage as it stands in a prompt: its heading or title, and its text."""
     about = passage.heading or passage.title
     return f"{about}: {passage.text}" if about else passage.text

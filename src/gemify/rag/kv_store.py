@@ -14,7 +14,8 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,7 +27,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gemify.io.atomic import atomic_file
 from gemify.io.errors import first_line
-from gemify.model.kv_cache import from_key_values, key_values
+from gemify.model.fingerprint import cache_fingerprint
+from gemify.model.forward import CachedText
+from gemify.model.gem import GemModel
+from gemify.model.kv_cache import from_key_values, key_values, new_full_cache
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +39,18 @@ _SUFFIX = ".kv.safetensors"
 
 
 class KvStore:
-    """A directory of KV caches of at most ``budget_bytes``. Several processes may share it.
+    """A directory of KV caches. Several processes may share it.
 
     Args:
+        directory: where they are; it need not exist.
         fingerprint: of the model's weights and precision (`gemify.model.fingerprint.cache_fingerprint`); caches of others
             are never found.
-        bits: 16 is exact for models that run in 16 bits, 32 for those that run in float32.
+        bits: of the kept values: 32, 16, 8 or 4. 16 is exact for models that run in 16 bits, 32 for those that run in
+            float32.
+        budget_bytes: most bytes of all files together. None: no limit.
+
+    Raises:
+        ValueError: other bits, no bytes, or a file in the directory's place.
     """
 
     def __init__(
@@ -58,13 +68,20 @@ class KvStore:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all files."""
         return sum(size for _, size, _ in self._files())
 
     def __len__(self) -> int:
         return len(self._files())
 
-    def get(self, lm: PreTrainedModel, ids: Sequence[int], *, kind: str = "text") -> DynamicCache | None:
-        """The cache of ``ids``, or None. What is damaged is removed, with a warning."""
+    def get(self, lm: PreTrainedModel, ids: Sequence[int], *, kind: str = "text") -> CachedText | None:
+        """Return the KV of ``ids``, or None. A damaged file is removed, with a warning.
+
+        Args:
+            lm: the model whose KV it is.
+            ids: the text's token ids.
+            kind: as `put` was told.
+        """
         path = self._path(ids, kind)
         try:
             with safe_open(str(path), framework="pt", device=str(lm.device)) as file:
@@ -76,7 +93,10 @@ class KvStore:
                     (_unpack(file, f"k{i}", self.bits, lm.dtype), _unpack(file, f"v{i}", self.bits, lm.dtype))
                     for i in range(layers)
                 ]
-            cache = from_key_values(lm, pairs)
+            length = pairs[0][0].shape[-2]
+            if kind == "text" and length != len(ids):
+                raise ValueError(f"it holds {length} of {len(ids)} positions")
+            cache = from_key_values(lm, pairs, into=new_full_cache(lm))
         except FileNotFoundError:
             self.misses += 1
             return None
@@ -88,7 +108,7 @@ class KvStore:
             return None
         self.hits += 1
         _touch(path)
-        return cache
+        return CachedText(cache, torch.ones(1, length, dtype=torch.bool, device=lm.device))
 
     def touch(self, ids: Sequence[int]) -> int:
         """Count a text's cache as used now, so that others are dropped before it. Gives its bytes, 0 where none is."""
@@ -187,3 +207,47 @@ def _unpack(file: Any, name: str, bits: int, dtype: torch.dtype) -> Tensor:
     if bits == 4:
         tensor = torch.stack([tensor & 15, tensor >> 4], dim=-1).flatten(-2)
     return (tensor.float() * file.get_tensor(f"{name}.step") + file.get_tensor(f"{name}.low")).to(dtype)
+
+
+def kv_store_factory(
+    store: str, *, keep_kv: bool, bits: int, budget: str | None, directory: Path | None
+) -> Callable[[GemModel], KvStore] | None:
+    """Check the options of kept caches before a model is loaded.
+
+    Args:
+        store: the index whose passages they are: a directory or a URI.
+        keep_kv: whether caches are kept at all.
+        bits: of their values.
+        budget: most bytes of all of them, such as 500MB. None: no limit.
+        directory: where they are kept. None: ``kv`` in the store's directory.
+
+    Returns:
+        What opens the cache store for a model; None without ``keep_kv``.
+
+    Raises:
+        ValueError: options that do not fit together, or are none.
+    """
+    if not keep_kv:
+        if budget is not None or directory is not None:
+            raise ValueError("--kv-budget and --kv-store say where caches are kept: they need --keep-kv")
+        return None
+    if directory is None and "://" in store:
+        raise ValueError(f"caches are kept on a local disk, and {store} is remote: give --kv-store DIR")
+    target, budget_bytes = directory or Path(store) / "kv", parse_bytes(budget)
+    KvStore(target, fingerprint="", bits=bits, budget_bytes=budget_bytes)
+
+    def open_kv_store(gem: GemModel) -> KvStore:
+        fingerprint = cache_fingerprint(gem.lm, gem.config, gem.adapter)
+        return KvStore(target, fingerprint=fingerprint, bits=bits, budget_bytes=budget_bytes)
+
+    return open_kv_store
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """Bytes of a size such as 500MB. ValueError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"a size must be a number of bytes such as 500MB or 2GB, got {text!r}")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))

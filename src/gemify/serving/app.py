@@ -18,15 +18,17 @@ from starlette.responses import Response
 
 from gemify import __version__
 from gemify.engine.sampling import SamplingParams
+from gemify.rag.pipeline import SearchIndex
 from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.dispatch import EngineClient
 from gemify.serving.errors import ApiError, bad_request
 from gemify.serving.metrics import Metrics
 from gemify.serving.middleware import RequestMiddleware
 from gemify.serving.protocol.responses import ErrorResponse
+from gemify.serving.rag import RagService, kv_store_of
 from gemify.serving.routes import chat, completions, embeddings, health, recover, search, ui
 from gemify.serving.settings import ServerSettings
-from gemify.serving.state import AppState, SearchIndex
+from gemify.serving.state import AppState
 from gemify.serving.tokenization import RequestTokenizer
 
 if TYPE_CHECKING:
@@ -83,6 +85,11 @@ def create_app(
 
     ``keys`` are those of the settings' file, or of the environment, if not given.
     """
+    tokenizer = RequestTokenizer(engine.gem)
+    rag = None
+    if index is not None and tokenizer.has_chat:
+        open_kv_store = kv_store_of(settings)
+        rag = RagService(engine, index, kv=open_kv_store(engine.gem) if open_kv_store is not None else None)
     state = AppState(
         engine=engine,
         settings=settings,
@@ -90,7 +97,8 @@ def create_app(
         keys=KeyRing.read(settings.api_keys) if keys is None else keys,
         rate_limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
         metrics=Metrics(engine.stats),
-        tokenizer=RequestTokenizer(engine.gem),
+        tokenizer=tokenizer,
+        rag=rag,
     )
     app = FastAPI(
         title="gemify",
@@ -137,6 +145,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         warming.cancel()
         finished = await asyncio.to_thread(partial(state.engine.stop, timeout_s=state.settings.stop_timeout))
         state.tokenizer.close()
+        if state.rag is not None:
+            state.rag.close()
         logger.info("stopped" if finished else "stopped; the last requests were cancelled")
 
 

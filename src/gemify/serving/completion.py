@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from gemify.engine.requests import Completion, EmbeddingOutput, TokenDelta
+from gemify.engine.requests import Completion, EmbeddingOutput, PromptStart, TokenDelta
 from gemify.engine.sampling import SamplingParams, TokenLogprob
 from gemify.io.vectors import normalize
 from gemify.serving.dispatch import ClientDisconnected, EngineClient, run_until_disconnect
@@ -217,6 +217,10 @@ class CompletionHandler:
     prompts: Sequence[Sequence[int]]
     top_logprobs: int | None
     return_embedding: bool = False
+    start: PromptStart | None = None
+    """What of the prompt, there is one then, has run."""
+    charged_tokens: int = 0
+    """Prompt tokens that were charged for when they ran."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the response says under ``gemify``."""
 
@@ -227,7 +231,11 @@ class CompletionHandler:
     async def respond(self) -> Response:
         """Ask, and give what is to be sent; the engine's refusals are ApiErrors."""
         self._began = time.perf_counter()
-        limiter, key, tokens = self.state.rate_limiter, get_key_name(self.request), sum(map(len, self.prompts))
+        limiter, key, tokens = (
+            self.state.rate_limiter,
+            get_key_name(self.request),
+            sum(map(len, self.prompts)) - self.charged_tokens,
+        )
         limiter.check_tokens(key, tokens)
         self._choices = [ChoiceState() for _ in range(len(self.prompts) * self._n)]
         timeout = self.state.settings.timeout
@@ -261,6 +269,7 @@ class CompletionHandler:
                 n=self._n,
                 embed_prompt=self.return_embedding,
                 cache_salt=get_key_name(self.request),
+                start=self.start,
             )
             client.submit(verb)
 

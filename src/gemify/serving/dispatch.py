@@ -9,7 +9,16 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.types import Receive
 
-from gemify.engine.requests import Completion, Done, EmbeddingOutput, EngineRequest, Event, Failed, TokenDelta
+from gemify.engine.requests import (
+    Completion,
+    Done,
+    EmbeddingOutput,
+    EngineRequest,
+    Event,
+    Failed,
+    PrefillOutput,
+    TokenDelta,
+)
 from gemify.serving.errors import ApiError, from_engine_error
 
 T = TypeVar("T")
@@ -63,7 +72,7 @@ class EngineClient:
                 self._open -= 1
             elif isinstance(event, Failed):
                 raise from_engine_error(event.error)
-            else:
+            elif not isinstance(event, PrefillOutput):
                 yield number, event
 
     @property

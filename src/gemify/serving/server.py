@@ -26,6 +26,7 @@ from gemify.serving.app import create_app
 from gemify.serving.auth import KeyRing
 from gemify.serving.http_protocol import HttpProtocol
 from gemify.serving.log_format import set_up_logs
+from gemify.serving.rag import kv_store_of
 from gemify.serving.settings import KEYS_VARIABLE, ServerSettings
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def serve(settings: ServerSettings) -> None:
     """Load the model and serve until a signal. ValueError or OSError, one line, for what cannot be."""
     keys = KeyRing.read(settings.api_keys)
     require_keys(settings, keys)
+    kv_store_of(settings)
     with listen(settings) as listener:
         gem = _load(settings)
         index = _open_index(settings, gem)

@@ -59,6 +59,14 @@ class ServerSettings(BaseSettings):
     """What clients call the model; None: its directory's name."""
     store: str | None = None
     """An index for /v1/search."""
+    keep_kv: bool = False
+    """Keep the KV of the index's passages on disk, for answers with ``gemify.search``."""
+    kv_bits: int = 16
+    """Of the kept values: 32, 16, 8 or 4."""
+    kv_budget: str | None = None
+    """Most bytes of all kept KV, such as 2GB; None: no limit."""
+    kv_store: Path | None = None
+    """Where it is kept; None: ``kv`` in the store's directory."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
     """Address to listen at."""

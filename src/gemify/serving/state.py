@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from starlette.requests import Request
 
+from gemify.rag.pipeline import SearchIndex
 from gemify.serving.auth import ANONYMOUS, KeyRing, RateLimiter
 from gemify.serving.errors import ApiError, too_many_requests
 from gemify.serving.metrics import Metrics
+from gemify.serving.rag import RagService
 from gemify.serving.settings import ServerSettings
 from gemify.serving.tokenization import RequestTokenizer
 
 if TYPE_CHECKING:
     from gemify.engine.engine import Engine
-
-
-class SearchIndex(Protocol):
-    """What /v1/search searches (`gemify.retrieval.index.GemIndex`)."""
-
-    def search(
-        self, query: str, *, k: int = 10, mode: Any = "hybrid", vector: np.ndarray | None = None
-    ) -> Sequence[Any]: ...
 
 
 @dataclass
@@ -39,6 +31,8 @@ class AppState:
     rate_limiter: RateLimiter
     metrics: Metrics
     tokenizer: RequestTokenizer
+    rag: RagService | None
+    """None: no index, or no chat template."""
     ready: bool = False
     """The model has answered."""
     stopping: bool = False

@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemify.io.errors import first_line
 from gemify.model.base import max_positions
-from gemify.model.chat_template import ChatTemplate, TokenizedMessage
+from gemify.model.chat_template import ChatTemplate
 from gemify.model.encode import TextTokenizer
 from gemify.model.gem import GemModel
-from gemify.rag.context import SYSTEM_PROMPT, RetrievedPassage, passage_text
 from gemify.serving.errors import bad_request
 
 if TYPE_CHECKING:
@@ -37,6 +36,7 @@ class _Tools:
 
     tokenizer: Any
     texts: TextTokenizer
+    chat: ChatTemplate | None
 
 
 class RequestTokenizer:
@@ -46,7 +46,8 @@ class RequestTokenizer:
         self._copies: SimpleQueue[_Tools] = SimpleQueue()
         for _ in range(_THREADS):
             tokenizer = copy.deepcopy(gem.tokenizer)
-            self._copies.put(_Tools(tokenizer, replace(gem.text_tokenizer, tokenizer=tokenizer)))
+            chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
+            self._copies.put(_Tools(tokenizer, replace(gem.text_tokenizer, tokenizer=tokenizer), chat))
         self._table = int(gem.lm.get_input_embeddings().weight.shape[0])
         self._room, self._columns = gem.max_seq_length, gem.config.max_text_tokens
         self._limit: int | None = max_positions(gem.lm)
@@ -94,15 +95,17 @@ class RequestTokenizer:
                 self._require_room(item, self._limit)
         return [item if isinstance(item, list) else await self.run_in_thread(self._prompt, item) for item in given]
 
-    async def tokenize_chat(
-        self, messages: Sequence[ChatMessage], passages: Sequence[RetrievedPassage] | None = None
-    ) -> tuple[int, ...]:
-        """Ids of a conversation up to the answer; passages go into its last message, as `gemify ask` puts them."""
+    async def tokenize_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        """Ids of a conversation, up to where the answer starts."""
+        self.require_chat(messages)
+        return await self.run_in_thread(self._chat, messages)
+
+    def require_chat(self, messages: Sequence[ChatMessage]) -> None:
+        """Refuse a conversation where there is no chat template, or with a message that is too long."""
         if not self.has_chat:
             raise bad_request("this model has no chat template: use /v1/completions", code="no_chat_template")
         for message in messages:
             self._require_room(message.content, self._limit)
-        return await self.run_in_thread(self._chat, messages, passages)
 
     async def tokenize_plain(self, text: str) -> list[int]:
         """Ids of a text, nothing before it."""
@@ -130,22 +133,15 @@ class RequestTokenizer:
     def _prompt(self, text: str) -> list[int]:
         return self._own().texts.tokenize_prompts([text], add_special_tokens=True, vocab_size=self._table)[0]
 
-    def _chat(self, messages: Sequence[ChatMessage], passages: Sequence[RetrievedPassage] | None) -> tuple[int, ...]:
-        chat = ChatTemplate(self._own().tokenizer)  # a new one each time: it keeps every sequence of roles it has seen
-        turns = [chat.message(_role(m), m.content) for m in messages]
-        if passages is not None:
-            asked = list(turns[-1].ids)
-            for number, passage in enumerate(passages, start=1):
-                asked += chat.encode("\n\n") if number == 1 else ()
-                asked += chat.encode(f"[{number}] ") + chat.encode(passage_text(passage) + "\n\n")
-            turns[-1] = TokenizedMessage("user", tuple(asked))
-            if all(turn.role != "system" for turn in turns):
-                turns.insert(0, chat.message("system", SYSTEM_PROMPT))
+    def _chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+        chat = self._own().chat
+        assert chat is not None
         try:
-            return chat.apply(turns).ids
+            return chat.apply([chat.message(chat_role(m), m.content) for m in messages]).ids
         except ValueError as error:
             raise bad_request(first_line(error), "messages") from error
 
 
-def _role(message: ChatMessage) -> Any:
+def chat_role(message: ChatMessage) -> str:
+    """The role as chat templates name it: OpenAI's ``developer`` is ``system``."""
     return "system" if message.role == "developer" else message.role

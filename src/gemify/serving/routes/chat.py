@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from gemify.serving.completion import CompletionHandler, ResponseBuilder
-from gemify.serving.errors import bad_request
-from gemify.serving.protocol.requests import CreateChatCompletionRequest
+from gemify.serving.dispatch import run_until_disconnect
+from gemify.serving.errors import bad_request, from_engine_error
+from gemify.serving.protocol.requests import ChatSearch, CreateChatCompletionRequest
 from gemify.serving.protocol.responses import CreateChatCompletionResponse
+from gemify.serving.rag import RagPrompt
 from gemify.serving.request_body import JsonRoute
-from gemify.serving.routes.search import search_index
-from gemify.serving.state import get_state
+from gemify.serving.state import get_key_name, get_state
+from gemify.serving.tokenization import chat_role
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -31,16 +34,13 @@ async def create_chat_completion(body: CreateChatCompletionRequest, request: Req
     state.require_model(body.model)
     own = body.gemify
     facts: dict[str, Any] = {}
-    passages = None
+    start, charged_tokens = None, 0
     if own is not None and own.search is not None:
-        state.require_index()
-        if body.messages[-1].role != "user" or not body.messages[-1].content.strip():
-            raise bad_request(
-                "gemify.search looks for the last message, which must be the user's and not empty", "messages"
-            )
-        passages = await search_index(request, body.messages[-1].content, k=own.search.k, mode=own.search.mode)
-        facts["sources"] = [p.to_json() for p in passages.passages]
-    ids = await state.tokenizer.tokenize_chat(body.messages, passages.passages if passages else None)
+        prompt = await _prepare(body, own.search, request)
+        ids, start, charged_tokens = prompt.ids, prompt.start, prompt.charged_tokens
+        facts["sources"] = [p.to_json() for p in prompt.passages]
+    else:
+        ids = await state.tokenizer.tokenize_chat(body.messages)
     handler = CompletionHandler(
         request,
         body,
@@ -48,6 +48,41 @@ async def create_chat_completion(body: CreateChatCompletionRequest, request: Req
         [ids],
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         return_embedding=own is not None and own.return_embedding,
+        start=start,
+        charged_tokens=charged_tokens,
         facts=facts,
     )
     return await handler.respond()
+
+
+async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, request: Request) -> RagPrompt:
+    """The prompt of a question to the index, with the passages that were found."""
+    state, key, loop = get_state(request), get_key_name(request), asyncio.get_running_loop()
+    state.require_index()
+    if body.messages[-1].role != "user" or not body.messages[-1].content.strip():
+        raise bad_request(
+            "gemify.search looks for the last message, which must be the user's and not empty", "messages"
+        )
+    state.tokenizer.require_chat(body.messages)
+    assert state.rag is not None
+
+    def tokenize_query(text: str) -> list[int]:
+        return asyncio.run_coroutine_threadsafe(state.tokenizer.tokenize_query(text), loop).result()
+
+    def charge(tokens: int) -> None:
+        state.rate_limiter.check_tokens(key, tokens)
+        state.rate_limiter.add_tokens(key, tokens)
+
+    work = state.rag.prepare(
+        [{"role": chat_role(message), "content": message.content} for message in body.messages],
+        k=search.k,
+        mode=search.mode,
+        max_tokens=body.max_completion_tokens or body.max_tokens or 1,
+        tokenize_query=tokenize_query,
+        charge=charge,
+        cache_salt=key,
+    )
+    try:
+        return await run_until_disconnect(request.receive, work, state.settings.timeout)
+    except Exception as error:
+        raise from_engine_error(error) from error

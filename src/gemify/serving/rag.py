@@ -1,0 +1,236 @@
+"""Chat answers from the index: the pipeline of `gemify.rag` over the engine.
+
+    question     prefill in the engine's batches; its special token embeds it there        (`EngineRunner`)
+    search       the index, with that vector
+    answer       the passages and the rest of the prompt go on from the question's KV      (`Engine.generate`, ``start``)
+
+The pipeline blocks, as it does for `gemify ask`. So each request has a thread until its answer starts; the threads wait for
+the engine most of the time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from gemify.engine.requests import (
+    Done,
+    EmbeddingOutput,
+    EngineRequest,
+    Event,
+    Failed,
+    PrefillOutput,
+    PromptStart,
+)
+from gemify.model.chat_template import ChatTemplate
+from gemify.model.forward import CachedText, special_pass
+from gemify.model.gem import GemModel
+from gemify.rag.kv_store import KvStore, kv_store_factory
+from gemify.rag.pipeline import GemRag, PreparedPrompt, RagSettings, SearchIndex
+from gemify.rag.runner import Ids, PromptRun
+from gemify.serving.dispatch import SubmitFn
+from gemify.serving.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from gemify.engine.engine import Engine
+
+_THREADS = 32
+
+
+def kv_store_of(settings: ServerSettings) -> Callable[[GemModel], KvStore] | None:
+    """Check the settings of kept KV. Return what opens the store for a model; None: nothing is kept."""
+    if settings.keep_kv and settings.store is None and settings.kv_store is None:
+        raise ValueError("--keep-kv keeps caches of an index's passages: give --store DIR")
+    return kv_store_factory(
+        settings.store or "",
+        keep_kv=settings.keep_kv,
+        bits=settings.kv_bits,
+        budget=settings.kv_budget,
+        directory=settings.kv_store,
+    )
+
+
+class RequestCancelledError(Exception):
+    """The client has gone, or has waited too long."""
+
+
+class EngineRunner:
+    """Runs the prompts of one HTTP request in an engine (`gemify.rag.runner.PromptRunner`). Its methods block.
+
+    Args:
+        engine: runs them.
+        tokenize_query: token ids of a question that is embedded alone.
+        charge: called with the number of tokens before they are run; may refuse them.
+        cache_salt: only requests with equal salts share prefixes.
+        is_exact: whether all KV that the pipeline goes on from is what running the tokens gives.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        tokenize_query: Callable[[str], Sequence[int]],
+        charge: Callable[[int], None],
+        cache_salt: str,
+        is_exact: bool,
+    ) -> None:
+        self._engine, self._tokenize_query, self._charge = engine, tokenize_query, charge
+        self._cache_salt, self._is_exact = cache_salt, is_exact
+        self._lock = threading.Lock()
+        self._request: EngineRequest | None = None
+        self.charged_tokens = 0
+        """Of prompts; questions that were embedded alone are not among them."""
+        self._cancelled = False
+
+    @property
+    def gem(self) -> GemModel:
+        """The engine's model."""
+        return self._engine.gem
+
+    def cancel(self) -> None:
+        """Give up what runs, and start nothing more; from any thread."""
+        with self._lock:
+            self._cancelled = True
+            if self._request is not None:
+                self._request.cancel()
+
+    def run(self, ids: Ids, start: CachedText, *, embed_from: int | None = None) -> PromptRun:
+        """Run a prompt after ``start``, or after what the engine's prefix cache knows; see `PromptRunner.run`."""
+        known = start.mask_BT.shape[1]
+        self._charge(len(ids) - known)
+        self.charged_tokens += len(ids) - known
+        given = PromptStart(start, is_exact=self._is_exact) if known else None
+        submit = partial(self._engine.prefill, ids, embed_from=embed_from, cache_salt=self._cache_salt, start=given)
+        request, events = self._wait(submit)
+        output = next(event for event in events if isinstance(event, PrefillOutput))
+        vectors = [event.vectors_ND[0] for event in events if isinstance(event, EmbeddingOutput)]
+        embedding = torch.from_numpy(vectors[0]) if vectors else None
+        computed = len(ids) - known - request.cached_tokens
+        return PromptRun(output.text, output.logits_BV, embedding, computed)
+
+    def run_special_tokens(self, text: CachedText) -> DynamicCache:
+        """KV of the special tokens after a text that has run."""
+        config = self.gem.config
+        with self._engine.paused():
+            return special_pass(self.gem.lm, text, config.special_ids, shared_position=config.shared_position).cache
+
+    def encode_query(self, inputs: str) -> np.ndarray:
+        """Vector [D] of a question alone."""
+        ids = self._tokenize_query(inputs)
+        self._charge(len(ids))
+        _, events = self._wait(partial(self._engine.embed, [ids]))
+        vector_D: np.ndarray = next(event.vectors_ND for event in events if isinstance(event, EmbeddingOutput))[0]
+        return vector_D
+
+    def cache_prefix(self, ids: Ids) -> None:
+        """Do nothing: the engine's prefix cache keeps what was used last."""
+
+    def _wait(self, submit: SubmitFn) -> tuple[EngineRequest, list[Event]]:
+        """Submit a request to the engine. Return its events when it is done."""
+        arriving: SimpleQueue[Event] = SimpleQueue()
+        with self._lock:
+            if self._cancelled:
+                raise RequestCancelledError
+            request = self._request = submit(listener=arriving.put)
+        events: list[Event] = []
+        while not isinstance(event := arriving.get(), Done):
+            if isinstance(event, Failed):
+                raise event.error
+            events.append(event)
+        if not events:  # nothing but the end
+            raise RequestCancelledError
+        return request, events
+
+
+@dataclass(frozen=True)
+class RagPrompt:
+    """A prompt with passages, ready for `Engine.generate`."""
+
+    ids: Ids
+    start: PromptStart | None
+    """What of it has run."""
+    passages: Sequence[Any]
+    charged_tokens: int
+    """Tokens that were charged for already."""
+
+
+class RagService:
+    """Prepares the prompts of questions to the index.
+
+    Args:
+        engine: runs them.
+        index: searched for passages.
+        kv: where passages' KV is kept. None: nowhere.
+    """
+
+    def __init__(self, engine: Engine, index: SearchIndex, *, kv: KvStore | None) -> None:
+        self._engine, self._index, self._kv = engine, index, kv
+        self._settings = RagSettings(order="question-first" if kv is None else "passages-first")
+        self._template = ChatTemplate(copy.deepcopy(engine.gem.tokenizer))  # the model's own is the engine's
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="gemify-rag")
+
+    def close(self) -> None:
+        """Let go of the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def prepare(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        k: int,
+        mode: str,
+        max_tokens: int,
+        tokenize_query: Callable[[str], Sequence[int]],
+        charge: Callable[[int], None],
+        cache_salt: str,
+    ) -> RagPrompt:
+        """Embed the last message, find its passages and lay out the prompt, as `gemify ask` does.
+
+        Args:
+            messages: the conversation, with the keys ``role`` and ``content``; the last one is the question.
+            k: how many passages.
+            mode: of the search.
+            max_tokens: positions that the answer needs.
+            tokenize_query: token ids of a question that is embedded alone; called in another thread.
+            charge: called with the number of tokens before they are run, in another thread; may refuse them.
+            cache_salt: only requests with equal salts share prefixes.
+
+        Raises:
+            ValueError: a prompt that does not fit the model, or a search that cannot be made.
+        """
+        exact = self._kv is None
+        runner = EngineRunner(
+            self._engine, tokenize_query=tokenize_query, charge=charge, cache_salt=cache_salt, is_exact=exact
+        )
+
+        def work() -> PreparedPrompt:
+            rag = GemRag(
+                self._engine.gem,
+                self._index,
+                kv=self._kv,
+                settings=replace(self._settings, passages=k, mode=mode),
+                runner=runner,
+                chat_template=self._template,
+            )
+            with torch.inference_mode():
+                conversation = rag.conversation(messages[:-1])
+                return conversation.prepare(messages[-1]["content"], max_new_tokens=max_tokens)
+
+        try:
+            prepared = await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            runner.cancel()  # nothing is left to do, unless this was given up
+        known = prepared.start.mask_BT.shape[1]
+        start = PromptStart(prepared.start, max(0, known - prepared.computed), is_exact=exact) if known else None
+        return RagPrompt(prepared.ids, start, prepared.passages, min(runner.charged_tokens, known))
