@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     from gemify.rag.pipeline import Answer, ContextMode, GemRag, PromptOrder, RagSettings
 
 Passages = Annotated[int, typer.Option("-k", min=0, help="Number of passages to retrieve; 0 answers without any.")]
-Order = Annotated[
+OrderOption = Annotated[
     str | None,
     typer.Option(
         help="question-first (the question is computed once, to find and to answer) or passages-first (what --keep-kv"
         " keeps can serve). [default: question-first; passages-first with --keep-kv]"
     ),
 ]
-Context = Annotated[
+ContextOption = Annotated[
     str,
     typer.Option(
         help="What the answer sees: text (exact), or the approximations concatenated (caches that ran apart) and special (the"
@@ -60,8 +60,8 @@ def ask(
     store: StoreUri,
     k: Passages = 3,
     mode: SearchMode = "hybrid",
-    order: Order = None,
-    context: Context = "text",
+    order: OrderOption = None,
+    context: ContextOption = "text",
     keep_kv: KeepKv = False,
     kv_bits: KvBits = 16,
     kv_budget: KvBudget = None,
@@ -97,8 +97,8 @@ def chat(
     store: StoreUri,
     k: Passages = 3,
     mode: SearchMode = "hybrid",
-    order: Order = None,
-    context: Context = "text",
+    order: OrderOption = None,
+    context: ContextOption = "text",
     keep_kv: KeepKv = False,
     kv_bits: KvBits = 16,
     kv_budget: KvBudget = None,

@@ -51,7 +51,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if not tokenizer.chat_template:
-            raise ValueError("the base model has no chat template: answers need an instruction-tuned model")
+            raise ValueError(
+                "the base model has no chat template: take an instruction-tuned one, or generate from a plain prompt"
+            )
         self._tokenizer = tokenizer
         self._lock = threading.Lock()  # tokenising a text as plain text flips a switch of the tokenizer
         self._pieces: OrderedDict[tuple[str, ...], list[Ids]] = OrderedDict()

@@ -61,7 +61,7 @@ class ServerSettings(BaseSettings):
     """An index for /v1/search."""
     keep_kv: bool = False
     """Keep the KV of the index's passages on disk, for answers with ``gemify.search``."""
-    kv_bits: int = 16
+    kv_bits: Annotated[int, _Number] = 16
     """Of the kept values: 32, 16, 8 or 4."""
     kv_budget: str | None = None
     """Most bytes of all kept KV, such as 2GB; None: no limit."""
