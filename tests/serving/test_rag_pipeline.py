@@ -16,7 +16,6 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from running_server import Served, indexed, serving
 
 from gemify import GemModel, GemRag, RagSettings
 from gemify.engine.engine import Engine
@@ -25,6 +24,7 @@ from gemify.engine.sampling import SamplingParams
 from gemify.model.forward import CachedText
 from gemify.retrieval.index import GemIndex
 from gemify.serving.rag import EngineRunner
+from running_server import Served, indexed, serving
 
 CORPUS = {
     "birds.md": "# Birds\n\nOwls hunt at night.\n\n# Bees\n\nBees dance.\n",
