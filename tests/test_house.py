@@ -215,7 +215,11 @@ def test_everything_imports_without_the_extras() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path",
+    [*sorted((ROOT / "recipes").glob("*.yaml")), *sorted(SOURCE.glob("shipped/*/recipe.yaml"))],
+    ids=lambda p: "/".join(p.parts[-2:]),
+)
 def test_recipes_parse(path: Path) -> None:
     recipe = Recipe.from_dict(Recipe.read_yaml(path), source=str(path))
     assert recipe.base == "starter"
