@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running_server import Served, serving
 
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.serving.tokenization import RequestTokenizer
+from running_server import Served, serving
 
 WORDS = 'say : "{text}" is:"'
 

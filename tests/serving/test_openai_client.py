@@ -13,9 +13,9 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
-from running_server import Served, serving, tiny_gem
 
 from gemify import GemModel
+from running_server import Served, serving, tiny_gem
 
 CHAT: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello there"}]
 TEXTS = ["a cat", "a longer text about a dog and a cat", "Ünïcödé 猫 🐈", "a cat"]

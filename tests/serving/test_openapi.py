@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
-from running_server import Served, serving, tiny_gem
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
+
+from running_server import Served, serving, tiny_gem
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from typing import Any
 
 import httpx
 import pytest
-from running_server import tiny_gem
 from typer.testing import CliRunner
 
 import gemify.cli.serve
 from gemify.cli.main import app
 from gemify.serving.settings import KEYS_VARIABLE, ServerSettings, variable_name
+from running_server import tiny_gem
 
 SECRET = "the secret prompt of a client"
 

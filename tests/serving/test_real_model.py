@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running_server import serving
 
 from gemify import GemModel
+from running_server import serving
 
 
 @pytest.mark.real

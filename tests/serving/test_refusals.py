@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from running_server import Served, serving, tiny_gem
 
 from gemify.engine.requests import Done, EngineRequest, Failed, QueueFull, TokenDelta
+from running_server import Served, serving, tiny_gem
 
 ASK: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"

@@ -10,11 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from running_server import Served, serving, tiny_gem
 
 from gemify.serving import http_protocol
 from gemify.serving.errors import ApiError
 from gemify.serving.request_body import read_json
+from running_server import Served, serving, tiny_gem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
