@@ -17,7 +17,7 @@ import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.engine.engine import Engine
-from gemify.engine.requests import Done, EngineStopping, Failed, QueueFull, TokenDelta
+from gemify.engine.requests import Done, EngineStopping, Failed, PrefillOutput, PromptStart, QueueFull, TokenDelta
 from gemify.engine.sampling import SamplingParams
 from gemify.model.encode import encode_ids
 from gemify.model.prefill import run_prefill
@@ -129,6 +129,34 @@ def test_a_prefix_is_run_once_and_changes_nothing(shared_gem: GemModel) -> None:
         assert asker.request.cached_tokens == 0
     assert texts == [greedy(shared_gem, ids, 12) for ids in asked]
     assert reused == [0, 40, 44]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_prompt_goes_on_from_what_has_run(tmp_path: Path, name: str, exact: bool) -> None:
+    gem = GemModel.from_base(str(tiny_models.save(tmp_path, name)))
+    disturb(gem)
+    first, rest = some_ids(1, 30), some_ids(2, 9)
+    with running(gem, max_num_batched_tokens=8) as asker:
+        heard = Heard()
+        request = asker.engine.prefill(first, heard, embed_from=4)
+        (output,) = heard.wait().of(PrefillOutput)
+        handle = run_prefill(gem.lm, torch.tensor([first]), torch.ones(1, 30).bool(), single=True)
+        np.testing.assert_allclose(heard.vectors()[0], gem.embed(handle, start=4), atol=1e-5)
+        torch.testing.assert_close(output.logits_BV, handle.logits_BV, rtol=1e-4, atol=1e-4)
+        assert (request.prompt_tokens, request.cached_tokens) == (30, 0)
+        start = PromptStart(output.text, cached_tokens=3, is_exact=exact)
+        with asker.engine.paused():
+            beside = asker.write(some_ids(3, 12))
+            both = asker.write(first + rest, start=start, n=2, cache_salt="ann")
+        assert [both.text(0), both.text(1)] == [greedy(gem, first + rest, 12)] * 2
+        assert beside.text() == greedy(gem, some_ids(3, 12), 12)
+        assert asker.request.cached_tokens == 3
+        assert asker.engine.stats().prompt_tokens == 30 + 9 + 12
+        assert asker.write(first + rest, cache_salt="ann").text() == both.text()
+        assert asker.request.cached_tokens == (38 if exact else 0)  # other KV is shared with nobody
+        with pytest.raises(ValueError, match="1024 tokens and the answer may have 1"):
+            asker.engine.prefill(some_ids(1, 1024), Heard())
 
 
 def test_the_next_turn_of_a_chat_goes_on_from_the_answer(shared_gem: GemModel) -> None:
