@@ -1,15 +1,13 @@
-"""``gemify bench encode``: our `encode` against other ways to embed with the same weights.
+"""`gemify bench encode`: our `encode` against other ways to embed with the same weights.
 
     gemify                     the plain weights (the model's special token, nothing gated), as `gemify export` writes them
     gemify, compiled           the same with ``compile=True``
-    gemify, gated              the model itself, where it is a gated one
+    gemify, gated              the model itself, if it is a gated one
     sentence-transformers      its `encode` on the export, with its defaults
     bidirectional              every token sees every token, mean over the text (LLM2Vec, arXiv 2404.05961)
     Echo                       the text twice, mean over the second (arXiv 2402.15449)
 
-All embed the same texts in turn (A B C A B C), after a warm-up; tokens are the texts' own, so that neither padding nor a
-repeated text counts. A ratio is the median of the rounds' own ratios. Beside the clock stand the processor's seconds,
-which other work on the machine moves less.
+Tokens are the texts' own: neither padding nor a repeated text counts.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from gemify.bench.timing import Report, Runs, make_report, median_ratio, rows_table, run_in_turn
 from gemify.evaluation.baselines import BaselineEncoder, BidirectionalEncoder, load_sentence_transformer
 from gemify.io.rows import find_row_file, load_rows
 from gemify.model.base import default_device
@@ -37,17 +34,19 @@ from gemify.model.gem import GemModel
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PEER = "sentence-transformers"
+SENTENCE_TRANSFORMERS = "sentence-transformers"
 OURS, COMPILED, GATED = "gemify", "gemify, compiled", "gemify, gated"
-SIDES = (OURS, COMPILED, GATED, PEER, "bidirectional", "Echo")
+ENCODERS = (OURS, COMPILED, GATED, SENTENCE_TRANSFORMERS, "bidirectional", "Echo")
 
 
 @dataclass(frozen=True)
-class Side:
-    """One way to embed: texts -> vectors, and what share of the columns it computed was padding."""
+class Encoder:
+    """One way to embed."""
 
     encode: Callable[[list[str]], np.ndarray]
+    """Texts to vectors [N, D]."""
     padding: Callable[[], float | None] = lambda: None
+    """Share of padding among the tokens of its last batch of texts, if known."""
 
 
 def read_texts(path: Path, count: int) -> list[str]:
@@ -76,56 +75,53 @@ def bench_encode(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
-    sides: Sequence[str] = SIDES,
+    encoders: Sequence[str] = ENCODERS,
     rounds: int = 3,
     max_tokens: int | None = None,
     show_progress_bar: bool = True,
-) -> dict[str, Any]:
-    """Time every side over the texts; gives a JSON-ready report. ``max_tokens``: columns of our batches."""
-    if unknown := sorted(set(sides) - set(SIDES)):
-        raise ValueError(f"unknown side {unknown[0]!r}: choose from {'; '.join(SIDES)}")
+) -> Report:
+    """Time every encoder over the texts.
+
+    Args:
+        model: A GEM with one special token.
+        texts: What to embed.
+        encoders: Names of those to time, of `ENCODERS`.
+        max_tokens: Maximum tokens of a batch of ours.
+    """
+    if unknown := sorted(set(encoders) - set(ENCODERS)):
+        raise ValueError(f"unknown encoder {unknown[0]!r}: choose from {'; '.join(ENCODERS)}")
     listed = list(texts)
-    device = device or str(default_device())  # the same for every side
+    device = device or str(default_device())  # the same for every encoder
     with (
-        tempfile.TemporaryDirectory() as kept,
-        _sides(model, Path(kept) / "plain", dtype, device, sides, max_tokens) as (run, tokens),
+        tempfile.TemporaryDirectory() as directory,
+        _load_encoders(model, Path(directory) / "plain", dtype, device, encoders, max_tokens) as (loaded, count_tokens),
     ):
-        vectors, seconds_to_start = {}, {}
-        for name, side in run.items():  # the first passes, which compile what is to be compiled
-            start = time.perf_counter()
-            side.encode(listed[: max(1, len(listed) // 4)])
-            seconds_to_start[name] = round(time.perf_counter() - start, 2)
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in run}
-        bar = tqdm(total=rounds * len(run), desc="encode", unit="run", disable=not show_progress_bar)
-        for _ in range(rounds):
-            for name, side in run.items():
-                start, used = time.perf_counter(), time.process_time()
-                vectors[name] = side.encode(listed)
-                times[name].append((time.perf_counter() - start, time.process_time() - used))
-                bar.update()
-        bar.close()
-        count = sum(tokens(listed))
-        rows = {name: _row(name, times, count, run[name], vectors) for name in run}
-    for name, row in rows.items():
-        row["seconds_to_start"] = seconds_to_start[name]
-    return {
-        "model": model,
-        "texts": len(listed),
-        "tokens": count,
-        "rounds": rounds,
-        "dtype": str(dtype).removeprefix("torch."),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "max_tokens": max_tokens,
-        "rows": rows,
-    }
+        few = listed[: max(1, len(listed) // 4)]
+        warmup = run_in_turn({name: lambda _, e=e: e.encode(few) for name, e in loaded.items()}, rounds=1)  # type: ignore[misc]
+        runs = run_in_turn(
+            {name: lambda _, e=e: e.encode(listed) for name, e in loaded.items()},  # type: ignore[misc]
+            rounds=rounds,
+            description="encode",
+            show_progress_bar=show_progress_bar,
+        )
+        tokens = sum(count_tokens(listed))
+        rows = [
+            {
+                **_row(name, runs, tokens, loaded[name].padding()),
+                "first_pass_seconds": round(warmup[name].seconds[0], 2),
+            }
+            for name in loaded
+        ]
+    settings = {"model": model, "texts": len(listed), "tokens": tokens, "rounds": rounds, "max_tokens": max_tokens}
+    settings |= {"dtype": str(dtype).removeprefix("torch."), "device": device}
+    return make_report(settings, rows)
 
 
 @contextmanager
-def _sides(
+def _load_encoders(
     model: str, directory: Path, dtype: torch.dtype, device: str | None, wanted: Sequence[str], max_tokens: int | None
-) -> Iterator[tuple[dict[str, Side], Callable[[list[str]], list[int]]]]:
-    """The sides to time, all on the same weights, and how many tokens they read of each text."""
+) -> Iterator[tuple[dict[str, Encoder], Callable[[list[str]], list[int]]]]:
+    """The encoders to time, all on the same weights, and what counts the tokens that they read of each text."""
     gem = GemModel.from_pretrained(model, dtype=dtype, device=device)
     gated = gem.config.tune == "gated"
     written = export(_ungated(gem), directory)
@@ -133,27 +129,26 @@ def _sides(
         raise ValueError(f"a plain export of {gem.config.k} special tokens is as many encoders: give a model of one")
     plain = GemModel.from_pretrained(directory, dtype=dtype, device=device)
     own = GemModel.from_pretrained(model, dtype=dtype, device=device) if gated and GATED in wanted else None
-    made: dict[str, Side] = {
+    made: dict[str, Encoder] = {
         OURS: _ours(plain, max_tokens=max_tokens),
         COMPILED: _ours(plain, max_tokens=max_tokens, compile=True),
     }
     if own is not None:
         made[GATED] = _ours(own, max_tokens=max_tokens)
-    if PEER in wanted:
-        made[PEER] = _theirs(str(directory / written.embedding[0]), device, dtype)
-    made["bidirectional"] = Side(
-        BidirectionalEncoder(plain.lm, plain.tokenizer, "mean", plain.config.max_length).encode
-    )
-    made["Echo"] = Side(BaselineEncoder(plain.lm, plain.tokenizer, "echo", plain.config.max_length).encode)
+    if SENTENCE_TRANSFORMERS in wanted:
+        made[SENTENCE_TRANSFORMERS] = _theirs(str(directory / written.embedding[0]), device, dtype)
+    base = plain.lm, plain.tokenizer
+    made["bidirectional"] = Encoder(BidirectionalEncoder(*base, "mean", plain.config.max_length).encode)
+    made["Echo"] = Encoder(BaselineEncoder(*base, "echo", plain.config.max_length).encode)
 
-    def tokens(texts: list[str]) -> list[int]:
+    def count_tokens(texts: list[str]) -> list[int]:
         return [len(ids) + 1 for ids in plain.text_tokenizer(texts, max_tokens=plain.config.max_text_tokens)]
 
-    yield {name: made[name] for name in SIDES if name in wanted and name in made}, tokens
+    yield {name: made[name] for name in ENCODERS if name in wanted and name in made}, count_tokens
 
 
 def _ungated(gem: GemModel) -> GemModel:
-    """The model with its trained rows alone: a gated LoRA is in no plain export."""
+    """The model with its trained embedding rows but without its gated LoRA, which no plain export holds."""
     if gem.config.tune != "gated":
         return gem
     assert gem.adapter is not None
@@ -161,95 +156,81 @@ def _ungated(gem: GemModel) -> GemModel:
     return GemModel(lm, gem.tokenizer, dataclasses.replace(gem.config, tune="tokens"), gem.adapter)
 
 
-def _ours(gem: GemModel, **options: Any) -> Side:
+def _ours(gem: GemModel, **options: Any) -> Encoder:
     def padding() -> float:
         return gem.meter.padding / max(1, gem.meter.tokens)
 
-    return Side(lambda texts: np.asarray(gem.encode(texts, **options)), padding)
+    return Encoder(lambda texts: np.asarray(gem.encode(texts, **options)), padding)
 
 
-def _theirs(directory: str, device: str | None, dtype: torch.dtype) -> Side:
-    peer = load_sentence_transformer(directory, device=device or "cpu", dtype=dtype)
-    seen = {"columns": 0, "real": 0}
+def _theirs(directory: str, device: str | None, dtype: torch.dtype) -> Encoder:
+    transformer = load_sentence_transformer(directory, device=device or "cpu", dtype=dtype)
+    seen = {"tokens": 0, "real": 0}
 
     def count(module: Any, args: tuple[Any, ...]) -> None:
-        seen["columns"] += args[0]["attention_mask"].numel()
+        seen["tokens"] += args[0]["attention_mask"].numel()
         seen["real"] += int(args[0]["attention_mask"].sum())
 
-    peer[0].register_forward_pre_hook(count)
+    transformer[0].register_forward_pre_hook(count)
 
     def encode(texts: list[str]) -> np.ndarray:
-        seen.update(columns=0, real=0)
-        return np.asarray(peer.encode(texts, show_progress_bar=False), dtype=np.float32)
+        seen.update(tokens=0, real=0)
+        return np.asarray(transformer.encode(texts, show_progress_bar=False), dtype=np.float32)
 
-    return Side(encode, lambda: 1.0 - seen["real"] / max(1, seen["columns"]))
+    return Encoder(encode, lambda: 1.0 - seen["real"] / max(1, seen["tokens"]))
 
 
-def _row(
-    name: str,
-    times: Mapping[str, Sequence[tuple[float, float]]],
-    tokens: int,
-    side: Side,
-    vectors: Mapping[str, np.ndarray],
-) -> dict[str, Any]:
-    clock, used = ([pair[at] for pair in times[name]] for at in (0, 1))
-    padding = side.padding()
+def _row(name: str, runs: Mapping[str, Runs[np.ndarray]], tokens: int, padding: float | None) -> dict[str, Any]:
+    ours, theirs = runs[name], runs.get(SENTENCE_TRANSFORMERS)
     row: dict[str, Any] = {
-        "seconds": [round(s, 3) for s in clock],
-        "processor_seconds": [round(s, 3) for s in used],
-        "tokens_per_second": round(tokens / statistics.median(clock), 1),
-        "tokens_per_processor_second": round(tokens / max(1e-9, statistics.median(used)), 1),
+        "name": name,
+        "seconds": [round(s, 3) for s in ours.seconds],
+        "cpu_seconds": [round(s, 3) for s in ours.cpu_seconds],
+        "tokens_per_second": round(tokens / statistics.median(ours.seconds), 1),
+        "tokens_per_cpu_second": round(tokens / max(1e-9, statistics.median(ours.cpu_seconds)), 1),
         "padding": None if padding is None else round(padding, 4),
-        "ratio": None,
-        "processor_ratio": None,
-        "largest_difference": None,
     }
-    if PEER in times:
-        pairs = list(zip(times[PEER], times[name], strict=True))
-        row["ratio"] = round(statistics.median(theirs[0] / own[0] for theirs, own in pairs), 3)
-        row["processor_ratio"] = round(statistics.median(theirs[1] / max(1e-9, own[1]) for theirs, own in pairs), 3)
+    if theirs is not None:
+        row["speedup"] = round(median_ratio(theirs.seconds, ours.seconds), 3)
+        row["cpu_speedup"] = round(median_ratio(theirs.cpu_seconds, ours.cpu_seconds), 3)
         if name in (OURS, COMPILED):
-            row["largest_difference"] = float(np.abs(vectors[name] - vectors[PEER]).max())
+            row["max_difference"] = float(np.abs(ours.results[-1] - theirs.results[-1]).max())
     return row
 
 
-def as_table(report: Mapping[str, Any]) -> str:
-    """The report in Markdown."""
-    lines = [
-        f"{report['texts']} texts, {report['tokens']:,} tokens, {report['dtype']}, {report['threads']} threads,"
-        f" medians of {report['rounds']} rounds",
-        "",
-        f"| | tokens/s | over {PEER} | tokens/processor s | over {PEER} | padding | largest difference | first pass (s) |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in report["rows"].items():
-        cells = [
-            f"{row['tokens_per_second']:,.0f}",
-            "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-            f"{row['tokens_per_processor_second']:,.0f}",
-            "" if row["processor_ratio"] is None else f"{row['processor_ratio']:.2f}",
-            "" if row["padding"] is None else f"{row['padding']:.1%}",
-            "" if row["largest_difference"] is None else f"{row['largest_difference']:.1e}",
-            f"{row['seconds_to_start']:.1f}",
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+COLUMNS = {
+    "name": ("encoder", ""),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "speedup": (f"over {SENTENCE_TRANSFORMERS}", ".2f"),
+    "tokens_per_cpu_second": ("tokens/CPU s", ",.0f"),
+    "cpu_speedup": (f"over {SENTENCE_TRANSFORMERS}", ".2f"),
+    "padding": ("padding", ".1%"),
+    "max_difference": ("max difference", ".1e"),
+    "first_pass_seconds": ("first pass (s)", ".1f"),
+}
 
 
-def plot(report: Mapping[str, Any]) -> Figure:
-    """Bars: tokens a second of every side; points: its rounds."""
+def to_markdown(report: Report) -> str:
+    """The report as Markdown."""
+    s = report["settings"]
+    head = f"{s['texts']} texts, {s['tokens']:,} tokens, {s['dtype']}, {report['machine']['threads']} threads,"
+    return f"{head} medians of {s['rounds']} rounds\n\n{rows_table(report['rows'], COLUMNS)}"
+
+
+def plot(report: Report) -> Figure:
+    """Bars: tokens per second of every encoder; points: its rounds."""
     from matplotlib.figure import Figure
 
-    rows = report["rows"]
+    rows, s = report["rows"], report["settings"]
     figure = Figure(figsize=(8.0, 1.2 + 0.5 * len(rows)), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    for at, row in enumerate(rows.values()):
+    for at, row in enumerate(rows):
         axes.barh(at, row["tokens_per_second"], color="#0072b2", height=0.6)
-        rounds = [report["tokens"] / seconds for seconds in row["seconds"]]
+        rounds = [s["tokens"] / seconds for seconds in row["seconds"]]
         axes.plot(rounds, [at] * len(rounds), "o", color="#000000", markersize=4)
-    axes.set_yticks(range(len(rows)), list(rows))
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
     axes.invert_yaxis()
-    axes.set_xlabel(f"tokens a second ({report['dtype']}, {report['threads']} threads; points: rounds)")
+    axes.set_xlabel(f"tokens per second ({s['dtype']}, {report['machine']['threads']} threads; points: rounds)")
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Encoding {report['texts']} texts with the same weights", fontsize=12)
+    figure.suptitle(f"Encoding {s['texts']} texts with the same weights", fontsize=12)
     return figure

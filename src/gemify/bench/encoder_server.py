@@ -1,7 +1,7 @@
-"""A server of /v1/embeddings alone, for any sentence-transformers model: the second server of a two-server stack.
+"""A server of /v1/embeddings for a sentence-transformers model: the second server of `gemify bench serve`.
 
-``python -m gemify.bench.encoder_server --encoder PATH --port N``. What waits is encoded together, as embedding servers
-do. For comparisons on this machine, nothing else: no keys, no limits.
+``python -m gemify.bench.encoder_server --encoder PATH --port N``. Waiting requests are encoded together, as embedding
+servers do. It has no keys and no limits: use it for comparisons on this machine only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import queue
 import threading
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,34 +18,39 @@ from pydantic import BaseModel
 
 from gemify.evaluation.models import EvalSettings, load_encoder
 
-_MOST = 64  # texts encoded together
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+_BATCH_SIZE = 64
 
 
-class Wish(BaseModel):
+class EmbeddingRequest(BaseModel):
     """A request: one text or several."""
 
     input: str | list[str]
 
 
-def create_app(encoder: Any) -> FastAPI:
-    """``encoder``: a SentenceTransformer."""
+def create_app(encoder: SentenceTransformer) -> FastAPI:
+    """The app that serves an encoder."""
     app = FastAPI()
-    asked: queue.Queue[tuple[list[str], Future[Any]]] = queue.Queue()
+    waiting: queue.Queue[tuple[list[str], Future[Any]]] = queue.Queue()
 
     def work() -> None:
         while True:
-            some = [asked.get()]
-            while len(some) < _MOST and not asked.empty():
-                some.append(asked.get())
-            texts = [text for listed, _ in some for text in listed]
+            batch = [waiting.get()]
+            while len(batch) < _BATCH_SIZE and not waiting.empty():
+                batch.append(waiting.get())
+            texts = [text for listed, _ in batch for text in listed]
             try:
-                vectors = encoder.encode(texts, batch_size=_MOST, normalize_embeddings=True, show_progress_bar=False)
+                vectors = encoder.encode(
+                    texts, batch_size=_BATCH_SIZE, normalize_embeddings=True, show_progress_bar=False
+                )
             except Exception as error:
-                for _, answer in some:
+                for _, answer in batch:
                     answer.set_exception(error)
                 continue
             at = 0
-            for listed, answer in some:
+            for listed, answer in batch:
                 answer.set_result(vectors[at : at + len(listed)])
                 at += len(listed)
 
@@ -56,10 +61,10 @@ def create_app(encoder: Any) -> FastAPI:
         return {"status": "ready"}
 
     @app.post("/v1/embeddings")
-    def embeddings(wish: Wish) -> dict[str, Any]:
-        texts = [wish.input] if isinstance(wish.input, str) else wish.input
+    def embeddings(request: EmbeddingRequest) -> dict[str, Any]:
+        texts = [request.input] if isinstance(request.input, str) else request.input
         answer: Future[Any] = Future()
-        asked.put((texts, answer))
+        waiting.put((texts, answer))
         data = [{"index": i, "embedding": row.tolist()} for i, row in enumerate(answer.result())]
         tokens = sum(len(ids) for ids in encoder.tokenizer(texts)["input_ids"])
         return {"object": "list", "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
@@ -68,13 +73,14 @@ def create_app(encoder: Any) -> FastAPI:
 
 
 def main() -> None:
+    """Load the encoder and serve it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--encoder", required=True)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--port", type=int, required=True)
-    given = parser.parse_args()
-    encoder = load_encoder(given.encoder, EvalSettings(given.dtype), None)
-    uvicorn.run(create_app(encoder), host="127.0.0.1", port=given.port, log_level="warning")
+    arguments = parser.parse_args()
+    encoder = load_encoder(arguments.encoder, EvalSettings(arguments.dtype), None)
+    uvicorn.run(create_app(encoder), host="127.0.0.1", port=arguments.port, log_level="warning")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""``gemify bench gpu``: how much of a device's arithmetic training and encoding use, and how memory grows with length.
+"""`gemify bench gpu`: how much of a device's FLOP/s training and encoding use, and how memory grows with row length.
 
-Models have a real one's shape and random weights: what they compute means nothing, how fast does. The operations of a
-step are those of a plain language model's step on the same columns, counted by torch on the model's shape alone
-(attention in full, not the causal half; nothing for what checkpointing computes twice). Two denominators: the device's
-peak by its maker's sheet (`PEAKS`; MFU), and what a large matrix product reaches here ("ceiling").
+Models have a real one's shape and random weights. The FLOPs of a step are those of a plain language model's step on as
+many tokens, counted by torch on the model's shape alone (attention in full, not the causal half; nothing for what
+checkpointing computes twice). Two denominators: the device's peak by its maker's sheet (`PEAKS`; MFU), and what a large
+matrix product reaches here (the ceiling).
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from gemify.bench.timing import Report, make_report, rows_table, run_in_turn, synchronize
 from gemify.model.attention import require_kernel
 from gemify.model.config import GemConfig
 from gemify.model.encode import encode_ids
@@ -81,20 +81,20 @@ SHAPES = {
 
 
 @dataclass(frozen=True)
-class Setup:
-    """On what, and how much at a time."""
+class GpuSettings:
+    """What to measure, and on what."""
 
     device: torch.device
     dtype: torch.dtype = torch.bfloat16
     attention: str = "sdpa"
     tokens: int = 16384
-    """Columns of a batch."""
+    """Tokens of a batch."""
     train_length: int = 2048
     encode_length: int = 512
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
-    """Of the one row whose memory is measured."""
+    """Tokens of the one row whose memory is measured."""
     rounds: int = 5
-    matmul: int = 8192
+    matmul_size: int = 8192
     peak_tflops: float | None = None
 
     def __post_init__(self) -> None:
@@ -117,65 +117,84 @@ def require_device(name: str | None) -> torch.device:
     return torch.device("cuda")
 
 
-def bench_gpu(shapes: Sequence[str], setup: Setup) -> dict[str, Any]:
-    """Measure each shape in turn."""
+def bench_gpu(shapes: Sequence[str], settings: GpuSettings) -> Report:
+    """Measure each shape in turn.
+
+    Args:
+        shapes: Names of `SHAPES`.
+
+    Returns:
+        A row of rates per shape and kind of work. ``memory`` holds bytes by row length, ``shapes`` what was built.
+    """
     if unknown := [name for name in shapes if name not in SHAPES]:
         raise ValueError(f"unknown shape {unknown[0]!r}: choose one of {', '.join(SHAPES)}")
-    ceiling = matmul_tflops(setup)
-    peak = setup.peak_tflops or known_peak(setup.device)
-    return {
-        "device": device_name(setup.device),
-        "torch": torch.__version__,
-        "dtype": str(setup.dtype).removeprefix("torch."),
-        "attention": setup.attention,
-        "ceiling_tflops": ceiling,
-        "peak_tflops": peak,
-        "shapes": {name: _shape_report(SHAPES[name], setup, ceiling, peak) for name in shapes},
+    ceiling = matmul_tflops(settings)
+    peak = settings.peak_tflops or known_peak(settings.device)
+    rows, memory, facts = [], [], {}
+    for name in shapes:
+        bench = Bench(SHAPES[name], settings)
+        shape_rows = _measure_rates(bench, ceiling, peak)
+        shape_memory = _measure_memory(bench)
+        rows += [{"name": f"{name}, {row['work']}", "shape": name, **row} for row in shape_rows]
+        memory += [{"shape": name, **row} for row in shape_memory]
+        facts[name] = {
+            "parameters": bench.lm.num_parameters(),
+            "optimizer": bench.shape.optimizer,
+            "checkpointing": bench.shape.checkpointing,
+            "memory_growth": {kind: memory_growth(shape_memory, f"{kind}_bytes") for kind in ("train", "encode")},
+        }
+    used = {
+        **vars(settings),
+        "device": device_name(settings.device),
+        "dtype": str(settings.dtype).removeprefix("torch."),
     }
+    used |= {"ceiling_tflops": ceiling, "peak_tflops": peak}
+    return make_report(used, rows, memory=memory, shapes=facts)
 
 
-def _shape_report(shape: Shape, setup: Setup, ceiling: float, peak: float | None) -> dict[str, Any]:
-    bench = Bench(shape, setup)
-    report: dict[str, Any] = {
-        "parameters": bench.lm.num_parameters(),
-        "optimizer": shape.optimizer,
-        "checkpointing": shape.checkpointing,
-    }
+def _measure_rates(bench: Bench, ceiling: float, peak: float | None) -> list[dict[str, Any]]:
+    """Rates of the plain and the GEM training step and of encoding; only the error of what does not fit."""
+    settings, sizes = bench.settings, bench.shape.sizes
+
+    def time_jobs(jobs: Mapping[str, Callable[[], object]], per_run: int, tokens: int) -> list[dict[str, Any]]:
+        runs = _time(jobs, settings)
+        return [{"work": work, **rates(per_run, tokens, seconds, ceiling, peak)} for work, seconds in runs.items()]
+
     try:
-        steps = paired({"plain": bench.plain_step, "gem": bench.gem_step}, setup)
-        per_step = flops(shape.sizes, bench.rows, setup.train_length, training=True)
-        training = {name: rates(per_step, bench.columns, took, ceiling, peak) for name, took in steps.items()}
-        report["training"] = training | {"gem_over_plain": _median(steps["gem"]) / _median(steps["plain"])}
+        per_step = flops(sizes, bench.rows, settings.train_length, training=True)
+        rows = time_jobs({"plain step": bench.plain_step, "GEM step": bench.gem_step}, per_step, bench.tokens)
     except torch.OutOfMemoryError:
-        report["training"] = OUT_OF_MEMORY
+        rows = [{"work": "training", "error": OUT_OF_MEMORY}]
     try:
-        rows = max(1, setup.tokens // setup.encode_length)
-        texts = bench.ids(rows, setup.encode_length - 1)
-        took = paired({"encode": lambda: bench.encode(texts)}, setup)["encode"]
-        operations = flops(shape.sizes, rows, setup.encode_length, training=False)
-        report["encoding"] = rates(operations, rows * setup.encode_length, took, ceiling, peak)
+        count = max(1, settings.tokens // settings.encode_length)
+        texts = bench.random_ids(count, settings.encode_length - 1)
+        per_pass = flops(sizes, count, settings.encode_length, training=False)
+        rows += time_jobs({"encode": lambda: bench.encode(texts)}, per_pass, count * settings.encode_length)
     except torch.OutOfMemoryError:
-        report["encoding"] = OUT_OF_MEMORY
-    report["memory"] = [
+        rows.append({"work": "encode", "error": OUT_OF_MEMORY})
+    return rows
+
+
+def _measure_memory(bench: Bench) -> list[dict[str, Any]]:
+    device = bench.settings.device
+    return [
         {
             "tokens": length,
-            "train_bytes": peak_bytes(setup.device, lambda n=length: bench.one_row_step(n)),  # type: ignore[misc]
-            "encode_bytes": peak_bytes(setup.device, lambda n=length: bench.encode(bench.ids(1, n - 1))),  # type: ignore[misc]
+            "train_bytes": peak_bytes(device, lambda n=length: bench.one_row_step(n)),  # type: ignore[misc]
+            "encode_bytes": peak_bytes(device, lambda n=length: bench.encode(bench.random_ids(1, n - 1))),  # type: ignore[misc]
         }
-        for length in sorted(setup.lengths)
+        for length in sorted(bench.settings.lengths)
     ]
-    report["bend"] = {name: bend(report["memory"], f"{name}_bytes") for name in ("train", "encode")}
-    return report
 
 
 class Bench:
     """A random model of a shape on the device, and the steps that are timed."""
 
-    def __init__(self, shape: Shape, setup: Setup) -> None:
-        self.setup = setup
+    def __init__(self, shape: Shape, settings: GpuSettings) -> None:
+        self.shape, self.settings = shape, settings
         torch.manual_seed(0)
-        with setup.device:
-            self.lm = random_model(shape.sizes, dtype=setup.dtype, attention=setup.attention)
+        with settings.device:
+            self.lm = random_model(shape.sizes, dtype=settings.dtype, attention=settings.attention)
         self.lm.train()
         if shape.checkpointing:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -188,17 +207,17 @@ class Bench:
             frozen_base=False,
             shared_position=True,
             pooling="mean",
-            group_tokens=setup.tokens,
+            group_tokens=settings.tokens,
         )
-        made = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[shape.optimizer]
-        self.optimizer = made(self.lm.parameters(), lr=1e-6, fused=True)
-        self.rows = max(1, setup.tokens // setup.train_length)
-        self.columns = self.rows * setup.train_length
-        self.texts = self.ids(self.rows, setup.train_length)
-        self.ids_BT = torch.tensor(self.texts, device=setup.device)
+        optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[shape.optimizer]
+        self.optimizer = optimizer(self.lm.parameters(), lr=1e-6, fused=True)
+        self.rows = max(1, settings.tokens // settings.train_length)
+        self.tokens = self.rows * settings.train_length
+        self.texts = self.random_ids(self.rows, settings.train_length)
+        self.ids_BT = torch.tensor(self.texts, device=settings.device)
 
-    def ids(self, rows: int, length: int) -> list[list[int]]:
-        """Random texts."""
+    def random_ids(self, rows: int, length: int) -> list[list[int]]:
+        """Random token ids of texts."""
         return torch.randint(3, self.special, (rows, length)).tolist()
 
     def plain_step(self) -> None:
@@ -206,13 +225,15 @@ class Bench:
         self._step(self.lm(input_ids=self.ids_BT, labels=self.ids_BT, use_cache=False).loss)
 
     def gem_step(self) -> None:
-        """GEM's step on as many columns: each text is cut in two halves, with the special token between."""
+        """GEM's step on as many tokens: each text is cut in two halves, with the special token between."""
         self._gem_step(self.texts)
 
     def one_row_step(self, length: int) -> None:
-        self._gem_step(self.ids(1, length))
+        """GEM's step on one row of ``length`` tokens."""
+        self._gem_step(self.random_ids(1, length))
 
     def encode(self, texts: list[list[int]]) -> None:
+        """Encode texts of token ids."""
         self.lm.eval()
         try:
             with torch.inference_mode():
@@ -232,7 +253,7 @@ class Bench:
         try:
             torch.autograd.backward(loss)
             self.optimizer.step()
-        finally:  # out of memory or not: what is measured next must not count these
+        finally:  # also out of memory: the next measurement must not count these
             self.optimizer.zero_grad(set_to_none=True)
 
 
@@ -243,7 +264,7 @@ def random_model(sizes: Mapping[str, Any], *, dtype: torch.dtype, attention: str
 
 
 def flops(sizes: Mapping[str, Any], rows: int, length: int, *, training: bool) -> int:
-    """Operations of a step forward and backward, or (``training`` False) of the decoder's forward pass without the head."""
+    """FLOPs of a step forward and backward, or (``training`` False) of the decoder's forward pass without the head."""
     with torch.device("meta"):
         lm = random_model(sizes, dtype=torch.bfloat16, attention="eager")
         seen = torch.zeros(rows, 1, length, length, dtype=torch.bfloat16)  # made here, as no value can be asked for
@@ -258,44 +279,40 @@ def flops(sizes: Mapping[str, Any], rows: int, length: int, *, training: bool) -
 
 
 def rates(
-    operations: int, columns: int, took: Sequence[float], ceiling: float, peak: float | None
+    operations: int, tokens: int, seconds: Sequence[float], ceiling: float, peak: float | None
 ) -> dict[str, float | None]:
-    """Of one step's operations and seconds."""
-    seconds = _median(took)
-    tflops = operations / seconds / 1e12
+    """Rates of one run from its FLOPs, its tokens and the seconds of several."""
+    median = statistics.median(seconds)
+    tflops = operations / median / 1e12
     return {
-        "seconds": seconds,
-        "tokens_per_second": columns / seconds,
+        "seconds": median,
+        "tokens_per_second": tokens / median,
         "tflops": tflops,
         "share_of_ceiling": tflops / ceiling,
         "mfu": tflops / peak if peak else None,
     }
 
 
-def matmul_tflops(setup: Setup) -> float:
-    """What a square matrix product reaches, the median of several."""
-    n = setup.matmul
-    a, b = (torch.randn(n, n, device=setup.device, dtype=setup.dtype) for _ in range(2))
-    took = paired({"matmul": lambda: torch.mm(a, b)}, setup)["matmul"]
-    return 2 * n**3 / _median(took) / 1e12
+def matmul_tflops(settings: GpuSettings) -> float:
+    """TFLOP/s of a square matrix product, the median of several."""
+    n = settings.matmul_size
+    a, b = (torch.randn(n, n, device=settings.device, dtype=settings.dtype) for _ in range(2))
+    seconds = _time({"matmul": lambda: torch.mm(a, b)}, settings)["matmul"]
+    return 2 * n**3 / statistics.median(seconds) / 1e12
 
 
-def paired(jobs: Mapping[str, Callable[[], Any]], setup: Setup) -> dict[str, list[float]]:
-    """Seconds of each job, in turns (A B A B), after two rounds that do not count."""
-    took: dict[str, list[float]] = {name: [] for name in jobs}
-    for number in range(setup.rounds + 2):
-        for name, job in jobs.items():
-            _wait(setup.device)
-            begin = time.perf_counter()
-            job()
-            _wait(setup.device)
-            if number >= 2:
-                took[name].append(time.perf_counter() - begin)
-    return took
+def _time(jobs: Mapping[str, Callable[[], object]], settings: GpuSettings) -> dict[str, list[float]]:
+    runs = run_in_turn(
+        {name: lambda _, job=job: job() for name, job in jobs.items()},  # type: ignore[misc]
+        rounds=settings.rounds,
+        warmup=2,
+        device=settings.device,
+    )
+    return {name: run.seconds for name, run in runs.items()}
 
 
 def peak_bytes(device: torch.device, job: Callable[[], Any]) -> int | str | None:
-    """Most memory held while the job runs: on the device, or of this process (None where nobody counts)."""
+    """Maximum memory while the job runs: on the device, or of this process (None where the system does not count)."""
     gc.collect()
     try:
         if device.type != "cuda":
@@ -303,14 +320,14 @@ def peak_bytes(device: torch.device, job: Callable[[], Any]) -> int | str | None
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         job()
-        _wait(device)
+        synchronize(device)
         return int(torch.cuda.max_memory_allocated(device))
     except torch.OutOfMemoryError:
         return OUT_OF_MEMORY
 
 
 def _resident_peak(job: Callable[[], Any]) -> int | None:
-    """By Linux, which can be told to count afresh."""
+    """The job's maximum resident memory by Linux, whose count can be reset."""
     reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     try:
         reset.write_text("5")
@@ -321,8 +338,8 @@ def _resident_peak(job: Callable[[], Any]) -> int | None:
     return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 
 
-def bend(memory: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """Bytes a token between the two longest rows, over those between the two shortest: 1 is a straight line."""
+def memory_growth(memory: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """Bytes per token between the two longest rows, divided by those between the two shortest: 1 is linear growth."""
     points = [(m["tokens"], m[name]) for m in memory if isinstance(m[name], int)]
     if len(points) < 3:
         return None
@@ -332,57 +349,50 @@ def bend(memory: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def known_peak(device: torch.device) -> float | None:
+    """TFLOP/s of a device by its name, of `PEAKS`."""
     name = device_name(device)
     return next((tflops for known, tflops in PEAKS.items() if known in name), None)
 
 
 def device_name(device: torch.device) -> str:
+    """Name of a GPU, or the type of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+COLUMNS = {
+    "shape": ("shape", ""),
+    "work": ("work", ""),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    "tflops": ("TFLOP/s", ".3g"),
+    "share_of_ceiling": ("share of the ceiling", ".0%"),
+    "mfu": ("MFU", ".0%"),
+    "error": ("error", ""),
+}
+MEMORY_COLUMNS = {
+    "shape": ("shape", ""),
+    "tokens": ("tokens of a row", ",d"),
+    "train_mb": ("training (MB)", ",.0f"),
+    "encode_mb": ("encoding (MB)", ",.0f"),
+}
 
 
-def _median(values: Sequence[float]) -> float:
-    return statistics.median(values)
-
-
-def as_table(report: Mapping[str, Any]) -> str:
-    """The report in Markdown."""
-    peak = report["peak_tflops"]
-    lines = [
-        f"{report['device']}, {report['dtype']}, {report['attention']}: a matrix product reaches"
-        f" {report['ceiling_tflops']:.3g} TFLOP/s" + (f" of {peak:g} on paper" if peak else ""),
-        "",
-        "| shape | work | tokens/s | TFLOP/s | share of the ceiling | MFU |",
-        "|---|---|---|---|---|---|",
+def to_markdown(report: Report) -> str:
+    """The report as Markdown."""
+    s = report["settings"]
+    peak = f" of {s['peak_tflops']:g} on paper" if s["peak_tflops"] else ""
+    head = f"{s['device']}, {s['dtype']}, {s['attention']}: a matrix product reaches {s['ceiling_tflops']:.3g} TFLOP/s{peak}"
+    memory = [
+        {**m, **{f"{kind}_mb": _megabytes(m[f"{kind}_bytes"]) for kind in ("train", "encode")}}
+        for m in report["memory"]
     ]
-    for name, shape in report["shapes"].items():
-        training = shape["training"]
-        works = {"training": training}
-        if training != OUT_OF_MEMORY:
-            works = {"plain step": training["plain"], "GEM step": training["gem"]}
-        for work, r in {**works, "encode": shape["encoding"]}.items():
-            if r == OUT_OF_MEMORY:
-                lines.append(f"| {name} | {work} | {OUT_OF_MEMORY} | | | |")
-                continue
-            mfu = "" if r["mfu"] is None else f"{r['mfu']:.0%}"
-            lines.append(
-                f"| {name} | {work} | {r['tokens_per_second']:,.0f} | {r['tflops']:.3g} |"
-                f" {r['share_of_ceiling']:.0%} | {mfu} |"
-            )
-    lines += ["", "| shape | tokens of a row | training, MB | encoding, MB |", "|---|---|---|---|"]
-    for name, shape in report["shapes"].items():
-        lines += [
-            f"| {name} | {m['tokens']:,} | {_megabytes(m['train_bytes'])} | {_megabytes(m['encode_bytes'])} |"
-            for m in shape["memory"]
-        ]
-        bends = ", ".join(f"{work} {b:.2f}" for work, b in shape["bend"].items() if b is not None)
-        lines.append(f"| {name} | bend (1: a straight line) | {bends} | |")
-    return "\n".join(lines)
+    growth = [
+        f"{name}: growth of memory per token (1: linear): "
+        + ", ".join(f"{kind} {value:.2f}" for kind, value in facts["memory_growth"].items() if value is not None)
+        for name, facts in report["shapes"].items()
+    ]
+    tables = rows_table(report["rows"], COLUMNS), rows_table(memory, MEMORY_COLUMNS)
+    return "\n\n".join([head, *tables, *growth])
 
 
-def _megabytes(found: int | str | None) -> str:
-    return f"{found / 2**20:,.0f}" if isinstance(found, int) else str(found or "")
+def _megabytes(found: int | str | None) -> float | str | None:
+    return found / 2**20 if isinstance(found, int) else found

@@ -1,8 +1,7 @@
-"""``gemify bench rag``: what caches save when one model retrieves and answers (after GritLM's Table 7, arXiv 2402.09906).
+"""`gemify bench rag`: what caches save when one model retrieves and answers (after GritLM's Table 7, arXiv 2402.09906).
 
-Every question goes through every row before the next question does (A B C A B C), so that a busy moment of the machine
-falls on all rows alike; ratios are medians of each question's own ratio. Documents are passages lengthened by the ones
-after them in the file, so that all have the same number of tokens.
+Every question is answered in every way before the next question is. Documents are passages lengthened by the ones after
+them in the file, so that all have the same number of tokens.
 """
 
 from __future__ import annotations
@@ -12,15 +11,15 @@ import statistics
 import string
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from gemify.bench.questions import Question
+from gemify.bench.retrieval import Question
+from gemify.bench.timing import Report, make_report, median_ratio, rows_table, run_in_turn
 from gemify.io.vectors import normalize
 from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
@@ -30,7 +29,7 @@ from gemify.rag.pipeline import Answer, GemRag, QueryEmbedder, RagSettings
 
 @dataclass(frozen=True)
 class Document:
-    """A document of the bench, as a passage that was found."""
+    """A document of the bench, as a retrieved passage."""
 
     text: str
     passage: str
@@ -43,68 +42,54 @@ class Document:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One way to answer; ``over`` names the row that it is compared with."""
+class Pipeline:
+    """One way to answer."""
 
     name: str
     settings: RagSettings
-    keeps: bool = False
-    """Whether documents' caches are kept."""
-    embeds: str = "self"
-    """self, peer (a second model), or nobody (the vector is known: generation alone)."""
-    over: str | None = None
-    same: str | None = None
-    """The row that should give the same answers; by default the one it is compared with."""
+    baseline: str | None = None
+    """The pipeline that its times are divided by."""
+    exact: str | None = None
+    """The pipeline that must give the same answers. None: the baseline."""
+    keeps_caches: bool = False
+    """Whether the documents' caches are kept."""
+    embedder: Literal["self", "second model", "none"] = "self"
+    """What embeds the question; ``none``: its vector is known, so that only generation is timed."""
 
 
-_ASK = RagSettings(passages=1, mode="vector")
-_FIRST, _LAST = replace(_ASK, order="question-first"), replace(_ASK, order="passages-first")
-ROWS = (
-    Row("no retrieval", replace(_FIRST, passages=0)),
-    Row("generation alone", _FIRST, embeds="nobody"),
-    Row("query, document", replace(_FIRST, query_cache=False), over="generation alone"),
-    Row("query cached, document", _FIRST, over="generation alone", same="query, document"),
-    Row("document, query", _LAST),
-    Row("document cached, query", _LAST, keeps=True, over="document, query"),
-    Row("both cached (concatenated)", replace(_FIRST, context="concatenated"), keeps=True, over="document, query"),
-    Row("document's special tokens", replace(_LAST, context="special"), keeps=True, over="document, query"),
-    Row("two models: document, query", _LAST, embeds="peer", over="document, query"),
+_RAG = RagSettings(passages=1, mode="vector")
+_FIRST, _LAST = replace(_RAG, order="question-first"), replace(_RAG, order="passages-first")
+_KEPT = {"baseline": "document, query", "keeps_caches": True}
+PIPELINES = (
+    Pipeline("no retrieval", replace(_FIRST, passages=0)),
+    Pipeline("generation alone", _FIRST, embedder="none"),
+    Pipeline("query, document", replace(_FIRST, query_cache=False), "generation alone"),
+    Pipeline("query cached, document", _FIRST, "generation alone", "query, document"),
+    Pipeline("document, query", _LAST),
+    Pipeline("document cached, query", _LAST, **_KEPT),  # type: ignore[arg-type]
+    Pipeline("both cached (concatenated)", replace(_FIRST, context="concatenated"), **_KEPT),  # type: ignore[arg-type]
+    Pipeline("document's special tokens", replace(_LAST, context="special"), **_KEPT),  # type: ignore[arg-type]
+    Pipeline("two models: document, query", _LAST, "document, query", embedder="second model"),
 )
 
 
-@dataclass
-class Record:
-    """What was measured of one row at one length, a value a question."""
-
-    found: list[bool] = field(default_factory=list)
-    match: list[bool] = field(default_factory=list)
-    equal: list[bool] = field(default_factory=list)
-    """Whether the answer is that of the row that should give the same."""
-    divergence: list[float] = field(default_factory=list)
-    """KL divergence, in nats, of the first answer token's distribution from the exact prompt's."""
-    first_token: list[float] = field(default_factory=list)
-    total: list[float] = field(default_factory=list)
-    computed: list[int] = field(default_factory=list)
-    stored_bytes: float = 0.0
-    """A document, beside its text."""
-
-
-class Shelf:
-    """Exact search over a few documents' vectors, so that a row's time is the model's."""
+class ExactSearch:
+    """Exact search over a few documents' vectors, so that a pipeline's time is the model's."""
 
     def __init__(self, documents: Sequence[Document], vectors: np.ndarray) -> None:
         self._documents = documents
-        self._vectors = normalize(vectors)
+        self._vectors_ND = normalize(vectors)
 
     def search(
         self, query: str, *, k: int = 10, mode: Any = "vector", vector: np.ndarray | None = None
     ) -> list[Document]:
+        """The k documents nearest to ``vector``."""
         assert vector is not None
-        best = np.argsort(-(self._vectors @ vector), kind="stable")[:k]
+        best = np.argsort(-(self._vectors_ND @ vector), kind="stable")[:k]
         return [self._documents[int(i)] for i in best]
 
 
-class _Known:
+class _KnownVectors:
     """Vectors of questions that were embedded before: an embedder that takes no time."""
 
     def __init__(self, vectors: Mapping[str, np.ndarray]) -> None:
@@ -115,13 +100,15 @@ class _Known:
 
 
 @dataclass(frozen=True)
-class Peer:
-    """The second model of the two-model stack: a name for the table, and its `encode` (texts -> [N, D])."""
+class SecondEncoder:
+    """The embedding model of a two-model stack."""
 
     name: str
     encode: Callable[[list[str]], np.ndarray]
+    """Texts to vectors [N, D]."""
 
     def encode_query(self, inputs: str) -> np.ndarray:
+        """Vector [D] of one question."""
         return np.asarray(self.encode([inputs]))[0]
 
 
@@ -131,15 +118,23 @@ def bench_rag(
     passages: Sequence[Mapping[str, Any]],
     questions: Sequence[Question],
     lengths: Sequence[int],
-    peer: Peer | None = None,
+    second_encoder: SecondEncoder | None = None,
     bits: int = 16,
     max_new_tokens: int = 24,
     only: Sequence[str] = (),
     show_progress_bar: bool = True,
-) -> dict[str, Any]:
-    """Measure rows (``only`` these and the ones they are compared with) at every document length (tokens).
+) -> Report:
+    """Answer the questions by every pipeline over documents of every length.
 
-    Gives a JSON-ready report. Raises ValueError if the model has no room for a length, or a row has no such name.
+    Args:
+        passages: Rows with ``_id`` and ``text``.
+        lengths: Tokens of a document.
+        second_encoder: Embeds in the two-model pipeline, which is left out without it.
+        bits: Of kept caches: 32, 16, 8 or 4.
+        only: Names of pipelines; those that they are compared with are added. Default: all.
+
+    Raises:
+        ValueError: The model takes fewer tokens than a length needs, or no pipeline has such a name.
     """
     limit = max_positions(gem.lm)
     for length in lengths:
@@ -147,69 +142,74 @@ def bench_rag(
             raise ValueError(f"documents of {length} tokens do not fit: this model takes {limit} tokens in all")
     if not questions:
         raise ValueError("no question given: the data has none")
-    rows = [row for row in _chosen(only) if peer is not None or row.embeds != "peer"]
-    rows = [row for row in rows if gem.config.k or row.settings.context != "special"]
-    texts = [str(p["text"]) for p in passages]
-    own = gem.encode_document(texts)
-    asked = [q.text for q in questions]
-    known = _Known(dict(zip(asked, gem.encode_query(asked), strict=True)))
-    theirs = np.asarray(peer.encode(texts)) if peer is not None else None
-    report: dict[str, Any] = {
+    pipelines = [
+        p
+        for p in _select(only)
+        if (second_encoder is not None or p.embedder != "second model")
+        and (gem.config.k or p.settings.context != "special")
+    ]
+    texts, asked = [str(p["text"]) for p in passages], [q.text for q in questions]
+    vectors = {"self": gem.encode_document(texts)}
+    vectors["none"] = vectors["self"]
+    known = _KnownVectors(dict(zip(asked, gem.encode_query(asked), strict=True)))
+    if second_encoder is not None:
+        vectors["second model"] = np.asarray(second_encoder.encode(texts))
+    embedders: dict[str, QueryEmbedder | None] = {"self": None, "none": known, "second model": second_encoder}
+    rows = []
+    for length in lengths:
+        documents = list(make_documents(gem, passages, length))
+        with tempfile.TemporaryDirectory() as directory:
+            rags = {}
+            for p in pipelines:
+                kv = KvStore(Path(directory) / p.name, fingerprint="bench", bits=bits) if p.keeps_caches else None
+                index = ExactSearch(documents, vectors[p.embedder])
+                settings = replace(p.settings, max_new_tokens=max_new_tokens)
+                rags[p.name] = GemRag(gem, index, kv=kv, embedder=embedders[p.embedder], settings=settings)
+            runs = run_in_turn(
+                {p.name: lambda n, rag=rags[p.name]: _answer(rag, questions[n]) for p in pipelines},  # type: ignore[misc]
+                rounds=len(questions),
+                description=f"{length} tokens",
+                show_progress_bar=show_progress_bar,
+            )
+            answers = {name: run.results for name, run in runs.items()}
+            for p in pipelines:
+                row = {"document_tokens": length, **_row(p, answers, questions, rags)}
+                row["stored_bytes"] = round(4 * vectors["self"].shape[1] + _bytes_per_cache(rags[p.name].kv))
+                rows.append(row)
+    used = {
         "questions": len(questions),
         "max_new_tokens": max_new_tokens,
         "kv_bits": bits,
         "dtype": str(gem.lm.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "peer": peer.name if peer is not None else None,
-        "lengths": {},
+        "second_encoder": second_encoder.name if second_encoder is not None else None,
     }
-    bar = tqdm(total=len(lengths) * len(questions) * len(rows), unit="answer", disable=not show_progress_bar)
-    for length in lengths:
-        documents = list(lengthened(gem, passages, length))
-        with tempfile.TemporaryDirectory() as kept:
-            stacks: dict[str, GemRag] = {}
-            records = {row.name: Record(stored_bytes=own.shape[1] * 4) for row in rows}
-            for row in rows:
-                kv = KvStore(Path(kept) / row.name, fingerprint="bench", bits=bits) if row.keeps else None
-                vectors = theirs if row.embeds == "peer" and theirs is not None else own
-                embedder: QueryEmbedder | None = {"self": None, "nobody": known, "peer": peer}[row.embeds]
-                settings = replace(row.settings, max_new_tokens=max_new_tokens)
-                stacks[row.name] = GemRag(gem, Shelf(documents, vectors), kv=kv, embedder=embedder, settings=settings)
-            for question in questions:
-                answers: dict[str, Answer] = {}
-                for row in rows:
-                    rag = stacks[row.name]
-                    if row.keeps:  # the cache is made at indexing time, and not timed
-                        rag.ask(question.text, max_new_tokens=1)
-                    answer = answers[row.name] = rag.ask(question.text)
-                    _note(records[row.name], row, question, answer, answers)
-                    if row.settings.context != "text":
-                        records[row.name].divergence.append(_divergence(rag, stacks[row.over or ""], question, answer))
-                    bar.update()
-            for row in rows:
-                if (kv := stacks[row.name].kv) is not None and len(kv):
-                    records[row.name].stored_bytes += kv.nbytes / len(kv)
-            report["lengths"][str(length)] = {
-                row.name: _summary(records[row.name], records.get(row.over or "")) for row in rows
-            }
-    bar.close()
-    return report
+    return make_report(used, rows)
 
 
-def _chosen(names: Sequence[str]) -> list[Row]:
-    """The rows of these names (all if none is given) and those they are compared with, in the order of `ROWS`."""
-    known = {row.name: row for row in ROWS}
+def _answer(rag: GemRag, question: Question) -> Answer:
+    if rag.kv is not None:  # the cache is made when documents are indexed, and not timed
+        rag.ask(question.text, max_new_tokens=1)
+    return rag.ask(question.text)
+
+
+def _bytes_per_cache(kv: KvStore | None) -> float:
+    return kv.nbytes / len(kv) if kv is not None and len(kv) else 0.0
+
+
+def _select(names: Sequence[str]) -> list[Pipeline]:
+    """The pipelines of these names (all if none is given) and those they are compared with, in order."""
+    known = {p.name: p for p in PIPELINES}
     if wrong := [name for name in names if name not in known]:
-        raise ValueError(f"unknown row {wrong[0]!r}: choose from {', '.join(map(repr, known))}")
-    wanted, new = set[str](), set(names or known)
+        raise ValueError(f"unknown pipeline {wrong[0]!r}: choose from {', '.join(map(repr, known))}")
+    selected, new = set[str](), set(names or known)
     while new:
-        wanted |= new
-        new = {other for name in new for other in (known[name].over, known[name].same) if other} - wanted
-    return [row for row in ROWS if row.name in wanted]
+        selected |= new
+        new = {other for name in new for other in (known[name].baseline, known[name].exact) if other} - selected
+    return [p for p in PIPELINES if p.name in selected]
 
 
-def lengthened(gem: GemModel, passages: Sequence[Mapping[str, Any]], tokens: int) -> Iterator[Document]:
-    """A document a passage: the passage and the ones after it, cut to ``tokens``."""
+def make_documents(gem: GemModel, passages: Sequence[Mapping[str, Any]], tokens: int) -> Iterator[Document]:
+    """One document per passage: the passage and the ones after it, cut to ``tokens``."""
     rows = gem.text_tokenizer.tokenize_plain([str(p["text"]) + "\n" for p in passages])
     if sum(map(len, rows)) < tokens:
         raise ValueError(f"the passages have {sum(map(len, rows))} tokens in all, documents of {tokens} are wanted")
@@ -223,81 +223,79 @@ def lengthened(gem: GemModel, passages: Sequence[Mapping[str, Any]], tokens: int
 
 
 def matches(answer: str, gold: Sequence[str]) -> bool:
-    """Whether the answer contains one of the gold answers, case, articles and punctuation apart (as GritLM counts)."""
-    said = f" {_plain(answer)} "
-    return any(f" {_plain(g)} " in said for g in gold if _plain(g))
+    """Whether the answer holds a gold answer, without regard to case, articles and punctuation (as GritLM counts)."""
+    words = f" {_normalize_words(answer)} "
+    return any(f" {g} " in words for g in map(_normalize_words, gold) if g)
 
 
-def _plain(text: str) -> str:
+def _normalize_words(text: str) -> str:
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def _note(record: Record, row: Row, question: Question, answer: Answer, answers: Mapping[str, Answer]) -> None:
-    record.found.append(any(getattr(p, "passage", None) == question.passage for p in answer.passages))
-    record.match.append(matches(answer.text, question.answers))
-    record.first_token.append(answer.timing.first_token)
-    record.total.append(answer.timing.total)
-    record.computed.append(answer.timing.computed)
-    if (same := row.same or row.over) is not None:
-        record.equal.append(answer.text == answers[same].text)
-
-
 def _divergence(rag: GemRag, exact: GemRag, question: Question, answer: Answer) -> float:
-    """Of the approximation's first token from the exact prompt's, over the same passages, in the row's own order."""
-    same = GemRag(exact.gem, None, settings=replace(rag.settings, context="text"))
-    wide = [r.conversation().prefill(question.text, answer.passages).logits_BV[0].float() for r in (same, rag)]
-    p, q = (torch.log_softmax(logits, dim=-1) for logits in wide)
+    """KL divergence, in nats, of the approximation's first token from the exact prompt's over the same passages."""
+    same_order = GemRag(exact.gem, None, settings=replace(rag.settings, context="text"))
+    logits = [r.conversation().prefill(question.text, answer.passages).logits_BV[0].float() for r in (same_order, rag)]
+    p, q = (torch.log_softmax(row, dim=-1) for row in logits)
     return float((p.exp() * (p - q)).sum())
 
 
-def _summary(record: Record, over: Record | None) -> dict[str, Any]:
-    summary: dict[str, Any] = {
-        "recall_at_1": _percent(record.found),
-        "match": _percent(record.match),
-        "first_token_ms": round(1000 * statistics.median(record.first_token), 1),
-        "total_ms": round(1000 * statistics.median(record.total), 1),
-        "computed_tokens": statistics.median(record.computed),
-        "stored_bytes": round(record.stored_bytes),
+def _row(
+    pipeline: Pipeline,
+    answers: Mapping[str, Sequence[Answer]],
+    questions: Sequence[Question],
+    rags: Mapping[str, GemRag],
+) -> dict[str, Any]:
+    ours = answers[pipeline.name]
+    asked = list(zip(questions, ours, strict=True))
+    first_token, total = _seconds(ours)
+    row: dict[str, Any] = {
+        "name": pipeline.name,
+        "baseline": pipeline.baseline,
+        "recall_at_1": _percent([any(getattr(p, "passage", None) == q.passage for p in a.passages) for q, a in asked]),
+        "match": _percent([matches(a.text, q.answers) for q, a in asked]),
+        "first_token_ms": round(1000 * statistics.median(first_token), 1),
+        "total_ms": round(1000 * statistics.median(total), 1),
+        "computed_tokens": statistics.median(a.timing.computed for a in ours),
     }
-    if over is not None:
-        summary["first_token_ratio"] = _ratio(record.first_token, over.first_token)
-        summary["total_ratio"] = _ratio(record.total, over.total)
-        summary["equal_answers"] = _percent(record.equal)
-    if record.divergence:
-        summary["divergence_nats"] = round(statistics.median(record.divergence), 3)
-    return summary
+    if pipeline.baseline is not None:
+        baseline_first_token, baseline_total = _seconds(answers[pipeline.baseline])
+        row["first_token_ratio"] = round(median_ratio(first_token, baseline_first_token), 3)
+        row["total_ratio"] = round(median_ratio(total, baseline_total), 3)
+        exact = answers[pipeline.exact or pipeline.baseline]
+        row["equal_answers"] = _percent([a.text == b.text for a, b in zip(ours, exact, strict=True)])
+    if pipeline.settings.context != "text":
+        rag, exact_rag = rags[pipeline.name], rags[pipeline.baseline or ""]
+        row["divergence_nats"] = round(statistics.median(_divergence(rag, exact_rag, q, a) for q, a in asked), 3)
+    return row
+
+
+def _seconds(answers: Sequence[Answer]) -> tuple[list[float], list[float]]:
+    return [a.timing.first_token for a in answers], [a.timing.total for a in answers]
 
 
 def _percent(values: Sequence[bool]) -> float:
     return round(100 * sum(values) / len(values), 1)
 
 
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(ours, theirs, strict=True)), 3)
+COLUMNS = {
+    "name": ("pipeline", ""),
+    "document_tokens": ("document tokens", ",d"),
+    "match": ("match %", ""),
+    "recall_at_1": ("recall@1 %", ""),
+    "first_token_ms": ("first token (ms)", ""),
+    "first_token_ratio": ("over baseline", ""),
+    "total_ms": ("total (ms)", ""),
+    "total_ratio": ("over baseline", ""),
+    "baseline": ("baseline", ""),
+    "equal_answers": ("equal answers %", ""),
+    "divergence_nats": ("first token, KL (nats)", ""),
+    "computed_tokens": ("tokens computed", ""),
+    "stored_bytes": ("bytes per document", ",d"),
+}
 
 
-def as_table(report: Mapping[str, Any]) -> str:
-    """The report in Markdown, a table a length."""
-    heads = {
-        "match": "match %",
-        "recall_at_1": "recall@1 %",
-        "first_token_ms": "first token, ms",
-        "first_token_ratio": "ratio",
-        "total_ms": "total, ms",
-        "total_ratio": "ratio",
-        "equal_answers": "equal answers %",
-        "divergence_nats": "first token, KL nats",
-        "computed_tokens": "tokens run",
-        "stored_bytes": "bytes a document",
-    }
-    lines = []
-    for length, rows in report["lengths"].items():
-        lines += [f"documents of {length} tokens", "", "| | " + " | ".join(heads.values()) + " |"]
-        lines.append("|---" * (len(heads) + 1) + "|")
-        over = {row.name: row.over for row in ROWS}
-        for name, row in rows.items():
-            label = f"{name} (over {over[name]})" if over[name] else name
-            lines.append(f"| {label} | " + " | ".join(str(row.get(head, "")) for head in heads) + " |")
-        lines.append("")
-    return "\n".join(lines)
+def to_markdown(report: Report) -> str:
+    """The report as Markdown."""
+    return rows_table(report["rows"], COLUMNS)

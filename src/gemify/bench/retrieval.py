@@ -1,14 +1,17 @@
-"""``gemify bench retrieval``: how well a store finds what is known to answer: recall and mean reciprocal rank."""
+"""`gemify bench retrieval`: recall and mean reciprocal rank of a store on questions whose passage is known."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from gemify.bench.questions import Question
+from gemify.bench.timing import Report, make_report, rows_table
+from gemify.io.rows import find_row_file, load_rows
 from gemify.model.gem import GemModel
 from gemify.rag.pipeline import GemRag
 from gemify.retrieval.index import GemIndex, Mode
@@ -16,51 +19,96 @@ from gemify.retrieval.index import GemIndex, Mode
 _DEPTH = 10
 
 
+@dataclass(frozen=True)
+class Question:
+    """A question, the answers that count as right, and the id of the passage that holds them."""
+
+    text: str
+    answers: tuple[str, ...]
+    passage: str
+
+
+def read_questions(directory: Path, limit: int | None) -> tuple[list[dict[str, Any]], list[Question]]:
+    """Passages and questions of a directory in SQuAD's form: files of rows named corpus and queries.
+
+    Args:
+        limit: Number of questions to take, evenly over the file. None takes all.
+
+    Raises:
+        ValueError: A file or row that does not fit, by name.
+    """
+    passages = load_rows(_data_file(directory, "corpus"), {"_id": (str, int), "text": str})
+    rows = load_rows(_data_file(directory, "queries"), {"text": str, "answers": list, "passage": (str, int)})
+    questions = [Question(row["text"], tuple(map(str, row["answers"])), str(row["passage"])) for row in rows]
+    known = {str(passage["_id"]) for passage in passages}
+    if missing := [question.passage for question in questions if question.passage not in known]:
+        raise ValueError(f"{directory}: the queries name a passage {missing[0]!r} that the corpus does not hold")
+    if limit is not None and limit < len(questions):
+        questions = [questions[i * len(questions) // limit] for i in range(limit)]
+    return passages, questions
+
+
+def _data_file(directory: Path, name: str) -> Path:
+    if (path := find_row_file(directory, name)) is None:
+        raise ValueError(f"{directory} has no {name}.jsonl (or .csv, .parquet, ...): give a directory in SQuAD's form")
+    return path
+
+
 def bench_retrieval(
     gem: GemModel, index: GemIndex, questions: Sequence[Question], *, show_progress_bar: bool = True
-) -> dict[str, dict[str, float]]:
+) -> Report:
     """Recall at 1, 5 and 10 and MRR (0 below rank 10), in percent, of every way to search.
 
     The store must be of a .jsonl file whose rows have the ids that the questions name. A row counts at its best chunk.
-    *In place* means the question's vector from inside the prompt that is answered, as `gemify ask` takes it.
+    *In the prompt* means the question's vector from inside the prompt that is answered, as `gemify ask` takes it.
     """
     if not questions:
         raise ValueError("no question given: the data has none")
     texts = [q.text for q in questions]
     alone_ND = np.asarray(gem.encode_query(texts))
     rag = GemRag(gem, index)
-    bar = tqdm(texts, desc="questions in place", unit="question", disable=not show_progress_bar)
-    in_place_ND = np.stack([rag.embed_question(text) for text in bar])
-    ways: dict[str, tuple[Mode, np.ndarray | None]] = {
+    bar = tqdm(texts, desc="questions in the prompt", unit="question", disable=not show_progress_bar)
+    in_prompt_ND = np.stack([rag.embed_question(text) for text in bar])
+    searches: dict[str, tuple[Mode, np.ndarray | None]] = {
         "full text (BM25)": ("fts", None),
         "vector": ("vector", alone_ND),
-        "vector, question in place": ("vector", in_place_ND),
+        "vector, question in the prompt": ("vector", in_prompt_ND),
         "hybrid": ("hybrid", alone_ND),
-        "hybrid, question in place": ("hybrid", in_place_ND),
+        "hybrid, question in the prompt": ("hybrid", in_prompt_ND),
     }
-    return {name: measure(index, questions, mode=mode, vectors_ND=vectors) for name, (mode, vectors) in ways.items()}
+    rows = [
+        {"name": name, **measure_retrieval(index, questions, mode=mode, vectors_ND=vectors_ND)}
+        for name, (mode, vectors_ND) in searches.items()
+    ]
+    return make_report({"questions": len(questions), "passages": len(index)}, rows)
 
 
-def measure(
+def measure_retrieval(
     index: GemIndex, questions: Sequence[Question], *, mode: Mode, vectors_ND: np.ndarray | None = None
 ) -> dict[str, float]:
-    """The figures of one way to search. ``vectors_ND``: the questions' own."""
+    """Recall and MRR of one way to search. ``vectors_ND``: the questions' own."""
     ranks = []
     for at, question in enumerate(questions):
         vector = None if vectors_ND is None else vectors_ND[at]
-        found = index.search(question.text, k=3 * _DEPTH, mode=mode, vector=vector)
-        places = list(dict.fromkeys(passage.location for passage in found))[:_DEPTH]
-        wanted = f"row {question.passage}"
-        ranks.append(places.index(wanted) + 1 if wanted in places else 0)
-    got = np.asarray(ranks)
-    shares = {f"recall_at_{k}": float(np.mean((got > 0) & (got <= k))) for k in (1, 5, _DEPTH)}
+        passages = index.search(question.text, k=3 * _DEPTH, mode=mode, vector=vector)
+        rows = list(dict.fromkeys(passage.location for passage in passages))[:_DEPTH]
+        row = f"row {question.passage}"
+        ranks.append(rows.index(row) + 1 if row in rows else 0)
+    rank_N = np.asarray(ranks)
+    shares = {f"recall_at_{k}": float(np.mean((rank_N > 0) & (rank_N <= k))) for k in (1, 5, _DEPTH)}
     shares["mrr"] = float(np.mean([1 / rank if rank else 0.0 for rank in ranks]))
     return {name: round(100 * share, 1) for name, share in shares.items()}
 
 
-def as_table(report: Mapping[str, Mapping[str, Any]]) -> str:
-    """The report in Markdown."""
-    heads = ("recall_at_1", "recall_at_5", "recall_at_10", "mrr")
-    lines = ["| | recall@1 | recall@5 | recall@10 | MRR |", "|---|---|---|---|---|"]
-    lines += [f"| {name} | " + " | ".join(str(row[head]) for head in heads) + " |" for name, row in report.items()]
-    return "\n".join(lines)
+COLUMNS = {
+    "name": ("search", ""),
+    "recall_at_1": ("recall@1", ""),
+    "recall_at_5": ("recall@5", ""),
+    "recall_at_10": ("recall@10", ""),
+    "mrr": ("MRR", ""),
+}
+
+
+def to_markdown(report: Report) -> str:
+    """The report as Markdown."""
+    return rows_table(report["rows"], COLUMNS)

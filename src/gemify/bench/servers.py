@@ -1,4 +1,4 @@
-"""Servers as processes of their own: started, waited for, their memory watched, stopped."""
+"""Servers as processes: start them, wait until they are ready, watch their memory, stop them."""
 
 from __future__ import annotations
 
@@ -26,19 +26,24 @@ class Server:
     process: subprocess.Popen[bytes]
     log: str
 
-    def bytes_held(self) -> int:
-        """Memory of its own, and its part of what it shares with other processes (PSS; RSS where that is unknown)."""
-        watched = psutil.Process(self.process.pid)
+    def memory_bytes(self) -> int:
+        """Memory of the process with its part of shared memory (PSS; RSS where that is unknown)."""
+        process = psutil.Process(self.process.pid)
         try:
-            memory: Any = watched.memory_full_info()
+            memory: Any = process.memory_full_info()
         except psutil.AccessDenied:
-            memory = watched.memory_info()
+            memory = process.memory_info()
         return int(getattr(memory, "pss", memory.rss))
 
 
 @contextlib.contextmanager
 def running(arguments: Sequence[str], *, threads: int | None = None, timeout: float = 300.0) -> Iterator[Server]:
-    """``python -m <arguments> --port N``, ready to answer. ``threads``: of its arithmetic."""
+    """Run ``python -m <arguments> --port N`` until the block ends.
+
+    Args:
+        threads: Of its arithmetic. Default: as many as torch takes.
+        timeout: Seconds to wait until it is ready.
+    """
     port = _free_port()
     environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with tempfile.TemporaryFile() as log:
@@ -46,7 +51,7 @@ def running(arguments: Sequence[str], *, threads: int | None = None, timeout: fl
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         server = Server(f"http://127.0.0.1:{port}", process, "")
         try:
-            _wait(server, log, command, timeout)
+            _wait_until_ready(server, log, command, timeout)
             yield server
         finally:
             process.terminate()
@@ -58,31 +63,31 @@ def running(arguments: Sequence[str], *, threads: int | None = None, timeout: fl
 
 
 class MemoryWatch:
-    """The most memory that some servers hold together, looked at twice a second."""
+    """The maximum memory of some servers together, measured twice a second."""
 
     def __init__(self, servers: Sequence[Server]) -> None:
         self.peak = 0
         self.seen: list[int] = []
-        self._servers, self._end = servers, threading.Event()
-        self._thread = threading.Thread(target=self._look)
+        self._servers, self._stop = servers, threading.Event()
+        self._thread = threading.Thread(target=self._watch)
 
     def __enter__(self) -> MemoryWatch:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end.set()
+        self._stop.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _watch(self) -> None:
         while True:
-            self.seen.append(sum(server.bytes_held() for server in self._servers))
+            self.seen.append(sum(server.memory_bytes() for server in self._servers))
             self.peak = max(self.peak, self.seen[-1])
-            if self._end.wait(0.5):
+            if self._stop.wait(0.5):
                 return
 
 
-def _wait(server: Server, log: object, command: Sequence[str], timeout: float) -> None:
+def _wait_until_ready(server: Server, log: object, command: Sequence[str], timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
@@ -92,8 +97,8 @@ def _wait(server: Server, log: object, command: Sequence[str], timeout: float) -
                 return
         time.sleep(0.2)
     log.seek(0)  # type: ignore[attr-defined]
-    said: bytes = log.read()  # type: ignore[attr-defined]
-    last = said.decode(errors="replace").strip().splitlines()[-1:] or ["nothing said"]
+    output: bytes = log.read()  # type: ignore[attr-defined]
+    last = output.decode(errors="replace").strip().splitlines()[-1:] or ["no output"]
     raise ValueError(f"the server did not start ({' '.join(command[1:])}): {last[0]}")
 
 

@@ -1,4 +1,4 @@
-"""Mixed traffic for servers: the same chats and embeddings for every set-up, sent by so many clients at a time."""
+"""Mixed traffic for servers: the same chats and embeddings for each of them, sent by concurrent clients."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from typing import Any, Literal
 import httpx
 
 Kind = Literal["chat", "embed"]
-_THINGS = (
+_SUBJECTS = (
     "a lighthouse", "rain", "bread", "a compass", "chess", "a violin", "the moon", "a bridge", "glass", "tea", "a library",
     "a volcano", "paper", "a clock", "wool", "a river", "salt", "a telescope", "honey", "an island", "ink", "a kite",
     "copper", "a garden", "ice", "a train", "clay", "a map", "silk", "an orchard", "fog", "a harbour",
 )  # fmt: skip
-_ASKED = ("In one sentence, what is {}?", "Tell me something surprising about {}.", "Write two lines of verse on {}.")
-_SAID = (
+_QUESTIONS = (
+    "In one sentence, what is {}?",
+    "Tell me something surprising about {}.",
+    "Write two lines of verse on {}.",
+)
+_TEXTS = (
     "{} was the first thing that came to her mind",
     "a short history of {} and of the people who lived with it",
     "what should one know about {} before winter",
@@ -29,7 +33,7 @@ _SAID = (
 
 @dataclass(frozen=True)
 class Request:
-    """One request. ``texts``: a question, or what is to be embedded."""
+    """One request. ``texts``: a question, or texts to embed."""
 
     kind: Kind
     texts: tuple[str, ...]
@@ -38,36 +42,42 @@ class Request:
 
 @dataclass
 class Reply:
-    """What came back, and when (seconds)."""
+    """The reply to a request, and its times in seconds."""
 
     request: Request
     first: float
-    """To the first piece of an answer; of embeddings, to all of them."""
+    """Until the first piece of an answer; of embeddings, until all of them."""
     total: float
     answer: str = ""
     vectors: list[list[float]] = field(default_factory=list)
     tokens: int = 0
-    """Written, or embedded."""
+    """Generated, or embedded."""
     error: str = ""
 
 
 def traffic(requests: int, *, chats: float = 0.5, max_tokens: int = 24, seed: int = 0) -> list[Request]:
     """Chats of one question, and embeddings of one text (searches) or of eight (documents), mixed."""
     rng = random.Random(seed)
-    made = []
+    mixed = []
     for _ in range(requests):
         if rng.random() < chats:
-            made.append(Request("chat", (rng.choice(_ASKED).format(rng.choice(_THINGS)),), max_tokens))
+            mixed.append(Request("chat", (rng.choice(_QUESTIONS).format(rng.choice(_SUBJECTS)),), max_tokens))
         else:
             count = 1 if rng.random() < 0.75 else 8
-            made.append(Request("embed", tuple(rng.choice(_SAID).format(rng.choice(_THINGS)) for _ in range(count))))
-    return made
+            mixed.append(
+                Request("embed", tuple(rng.choice(_TEXTS).format(rng.choice(_SUBJECTS)) for _ in range(count)))
+            )
+    return mixed
 
 
 async def send(
     requests: Sequence[Request], chat_url: str, embed_url: str, *, clients: int, timeout: float = 600.0
 ) -> list[Reply]:
-    """All replies, in the order of the requests. A client sends its next request when it has the reply to the last."""
+    """Send requests by ``clients`` at a time, each of which waits for a reply before its next request.
+
+    Returns:
+        All replies, in the order of the requests.
+    """
     replies: list[Reply | None] = [None] * len(requests)
     numbers = iter(range(len(requests)))
 
@@ -82,8 +92,8 @@ async def send(
                     else:
                         replies[at] = await _embed(http, embed_url, request, start)
                 except (httpx.HTTPError, ValueError, KeyError) as error:
-                    took = time.perf_counter() - start
-                    replies[at] = Reply(request, took, took, error=f"{type(error).__name__}: {error}")
+                    seconds = time.perf_counter() - start
+                    replies[at] = Reply(request, seconds, seconds, error=f"{type(error).__name__}: {error}")
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return [reply for reply in replies if reply is not None]
@@ -125,11 +135,11 @@ async def _embed(http: httpx.AsyncClient, url: str, request: Request, start: flo
     if response.status_code != 200:
         raise ValueError(f"status {response.status_code}: {response.content[:200]!r}")
     body = response.json()
-    took = time.perf_counter() - start
+    seconds = time.perf_counter() - start
     return Reply(
         request,
-        took,
-        took,
+        seconds,
+        seconds,
         vectors=[row["embedding"] for row in body["data"]],
         tokens=body["usage"]["prompt_tokens"],
     )

@@ -68,28 +68,28 @@ def rag(
     as_json: Json = False,
 ) -> None:
     """Time answers with and without retrieval, a reused question's cache and kept caches, against two models."""
-    from gemify.bench.questions import read_questions
-    from gemify.bench.rag import Peer, as_table, bench_rag
+    from gemify.bench.rag import SecondEncoder, bench_rag, to_markdown
+    from gemify.bench.retrieval import read_questions
     from gemify.evaluation.models import EvalSettings, encoder_entry, load_encoder
 
     document_lengths, settings = parse_lengths(lengths), EvalSettings(dtype)
     passages, questions = read_questions(data, num_questions)
-    peer = None
+    second_encoder = None
     if encoder is not None:
         entry, path = encoder_entry(encoder, settings)
-        peer = Peer(entry.facts["label"], load_encoder(path, settings, device).encode)
+        second_encoder = SecondEncoder(entry.facts["label"], load_encoder(path, settings, device).encode)
     report = bench_rag(
         load_gem(model, None, dtype, device),
         passages=passages,
         questions=questions,
         lengths=document_lengths,
-        peer=peer,
+        second_encoder=second_encoder,
         bits=kv_bits,
         max_new_tokens=max_new_tokens,
         only=only or (),
         show_progress_bar=not quiet,
     )
-    write_report(report, as_table(report), output, as_json)
+    write_report(report, to_markdown(report), output, as_json)
 
 
 @bench.command()
@@ -107,13 +107,12 @@ def retrieval(
     as_json: Json = False,
 ) -> None:
     """Measure recall and MRR of vector, full-text and hybrid search over a store of DATA's corpus.jsonl."""
-    from gemify.bench.questions import read_questions
-    from gemify.bench.retrieval import as_table, bench_retrieval
+    from gemify.bench.retrieval import bench_retrieval, read_questions, to_markdown
 
     _, questions = read_questions(data, num_questions)
     gem, index = _open_index(store, model, dtype, device)
     report = bench_retrieval(gem, index, questions, show_progress_bar=not quiet)
-    write_report(report, as_table(report), output, as_json)
+    write_report(report, to_markdown(report), output, as_json)
 
 
 @bench.command()
@@ -129,11 +128,11 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Time vector, full-text and hybrid search without the embedding of the query."""
-    from gemify.bench.search import as_table, bench_search
+    from gemify.bench.search import bench_search, to_markdown
 
     gem, index = _open_index(store, model, dtype, device)
     report = bench_search(gem, index, queries=num_queries, k=k, show_progress_bar=not quiet)
-    write_report(report, as_table(report), output, as_json)
+    write_report(report, to_markdown(report), output, as_json)
 
 
 @bench.command()
@@ -153,7 +152,7 @@ def vectors(
     as_json: Json = False,
 ) -> None:
     """Write, index and search synthetic vectors: seconds, recall against exact search, bytes and memory."""
-    from gemify.bench.vectors import as_table, bench_vectors
+    from gemify.bench.vectors import bench_vectors, to_markdown
 
     report = bench_vectors(
         count=num_vectors,
@@ -164,7 +163,7 @@ def vectors(
         directory=directory,
         show_progress_bar=not quiet,
     )
-    write_report(report, as_table(report), output, as_json)
+    write_report(report, to_markdown(report), output, as_json)
 
 
 @bench.command()
@@ -185,17 +184,17 @@ def serve(
     as_json: Json = False,
 ) -> None:
     """Compare one server for chat and embeddings with two servers: throughput, latency, memory."""
-    from gemify.bench.serve import Setup, as_table, bench_serve
+    from gemify.bench.serve import ServerSettings, bench_serve, to_markdown
 
     report = bench_serve(
-        Setup(model, dtype, encoder, base),
+        ServerSettings(model, dtype, encoder, base),
         requests=num_requests,
         clients=max_concurrency,
         max_tokens=max_new_tokens,
         rounds=rounds,
         show_progress_bar=not quiet,
     )
-    write_report(report, as_table(report), output, as_json)
+    write_report(report, to_markdown(report), output, as_json)
 
 
 @bench.command()
@@ -224,7 +223,7 @@ def encode(
     as_json: Json = False,
 ) -> None:
     """Time our `encode` against sentence-transformers' and other ways to embed with the same weights."""
-    from gemify.bench.encode import SIDES, as_table, bench_encode, read_texts
+    from gemify.bench.encode import ENCODERS, bench_encode, read_texts, to_markdown
     from gemify.bench.encode import plot as draw
     from gemify.model.base import parse_dtype
 
@@ -233,12 +232,12 @@ def encode(
         read_texts(data, num_texts),
         dtype=parse_dtype(dtype),
         device=device,
-        sides=only or SIDES,
+        encoders=only or ENCODERS,
         rounds=rounds,
         max_tokens=max_tokens,
         show_progress_bar=not quiet,
     )
-    write_report(report, as_table(report), output, as_json)
+    write_report(report, to_markdown(report), output, as_json)
     if plot is not None:
         draw(report).savefig(plot)
 
@@ -262,7 +261,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Time each kind of training step against a plain causal-LM step on the same tokens."""
-    from gemify.bench.train import KINDS, as_table, bench_train
+    from gemify.bench.train import KINDS, bench_train, to_markdown
     from gemify.bench.train import plot as draw
 
     report = bench_train(
@@ -277,7 +276,7 @@ def train(
         device=device,
         show_progress_bar=not quiet,
     )
-    write_report(report, as_table(report), output, as_json)
+    write_report(report, to_markdown(report), output, as_json)
     if plot is not None:
         draw(report).savefig(plot)
 
@@ -304,10 +303,10 @@ def gpu(
     as_json: Json = False,
 ) -> None:
     """Measure FLOP utilisation of training and encoding at real shapes, and memory by row length."""
-    from gemify.bench.gpu import Setup, as_table, bench_gpu, require_device
+    from gemify.bench.gpu import GpuSettings, bench_gpu, require_device, to_markdown
     from gemify.model.base import parse_dtype
 
-    setup = Setup(
+    settings = GpuSettings(
         lengths=tuple(parse_lengths(lengths)),
         device=require_device(device),
         dtype=parse_dtype(dtype),
@@ -316,11 +315,11 @@ def gpu(
         train_length=train_length,
         encode_length=encode_length,
         rounds=rounds,
-        matmul=matmul_size,
+        matmul_size=matmul_size,
         peak_tflops=peak_tflops,
     )
-    report = bench_gpu(shape or ["1b", "8b"], setup)
-    write_report(report, as_table(report), output, as_json)
+    report = bench_gpu(shape or ["1b", "8b"], settings)
+    write_report(report, to_markdown(report), output, as_json)
 
 
 def _open_index(store: str, model: str | None, dtype: str, device: str | None) -> tuple[GemModel, GemIndex]:
