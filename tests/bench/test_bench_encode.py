@@ -1,4 +1,4 @@
-"""`gemify bench encode` at tiny size: the sides, their vectors and the record. No timing is judged."""
+"""`gemify bench encode` at tiny size: the encoders, their vectors and the record. No timing is judged."""
 
 from __future__ import annotations
 
@@ -11,34 +11,36 @@ from typer.testing import CliRunner
 
 from conftest import disturb
 from gemify import GemModel
-from gemify.bench.encode import SIDES, as_table, bench_encode, read_texts
+from gemify.bench.encode import ENCODERS, bench_encode, read_texts, to_markdown
+from gemify.bench.timing import rows_by_name
 from gemify.cli.main import app
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [f"text number {i} " + "word " * (i % 5) for i in range(8)]
-QUICK = [side for side in SIDES if "compiled" not in side]
+QUICK = [name for name in ENCODERS if "compiled" not in name]
 
 
-def test_all_sides_on_a_gated_model(gem: GemModel, tmp_path: Path) -> None:
+def test_all_encoders_on_a_gated_model(gem: GemModel, tmp_path: Path) -> None:
     gem.save_pretrained(tmp_path / "gem")
-    report = bench_encode(str(tmp_path / "gem"), TEXTS, sides=QUICK, rounds=2, show_progress_bar=False)
-    assert list(report["rows"]) == QUICK
+    report = bench_encode(str(tmp_path / "gem"), TEXTS, encoders=QUICK, rounds=2, show_progress_bar=False)
+    rows = rows_by_name(report)
+    assert list(rows) == QUICK
     tokens = sum(len(ids) + 1 for ids in gem.text_tokenizer(TEXTS, max_tokens=None))
-    assert report["tokens"] == tokens
-    assert report["texts"] == 8
-    ours, theirs = report["rows"]["gemify"], report["rows"]["sentence-transformers"]
-    assert ours["largest_difference"] < 1e-4  # the export has our vectors
-    assert theirs["ratio"] == theirs["processor_ratio"] == 1.0
+    assert report["settings"]["tokens"] == tokens
+    assert report["settings"]["texts"] == 8
+    ours, theirs = rows["gemify"], rows["sentence-transformers"]
+    assert ours["max_difference"] < 1e-4  # the export has our vectors
+    assert theirs["speedup"] == theirs["cpu_speedup"] == 1.0
     longest = max(len(ids) + 1 for ids in gem.text_tokenizer(TEXTS, max_tokens=None))
     assert theirs["padding"] == pytest.approx(1 - tokens / (8 * longest), abs=1e-4)  # one batch of its 32
     assert ours["padding"] < theirs["padding"]
-    for row in report["rows"].values():
+    for row in rows.values():
         assert len(row["seconds"]) == 2
         assert row["tokens_per_second"] > 0
-    assert all(name in as_table(report) for name in QUICK)
+    assert all(name in to_markdown(report) for name in QUICK)
 
 
-def test_the_plain_side_has_the_trained_row(gem: GemModel, tmp_path: Path) -> None:
+def test_the_plain_encoder_has_the_trained_row(gem: GemModel, tmp_path: Path) -> None:
     """Of a gated model the export keeps the special token's row: another row, other vectors."""
     from gemify.bench.encode import _ungated
 
@@ -56,8 +58,8 @@ def test_several_special_tokens_are_refused(base_dir: Path, tmp_path: Path) -> N
     GemModel.from_base(str(base_dir), tune="tokens", special_tokens=2).save_pretrained(tmp_path / "two")
     with pytest.raises(ValueError, match="2 special tokens is as many encoders"):
         bench_encode(str(tmp_path / "two"), TEXTS, show_progress_bar=False)
-    with pytest.raises(ValueError, match="unknown side 'fast'"):
-        bench_encode("starter", TEXTS, sides=["fast"], show_progress_bar=False)
+    with pytest.raises(ValueError, match="unknown encoder 'fast'"):
+        bench_encode("starter", TEXTS, encoders=["fast"], show_progress_bar=False)
 
 
 def test_texts_are_taken_evenly(tmp_path: Path) -> None:
@@ -78,12 +80,12 @@ def test_the_command_writes_record_and_plot(gem: GemModel, tmp_path: Path) -> No
     (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     out, image = tmp_path / "record.json", tmp_path / "plot.png"
     command = ["bench", "encode", "--data", str(tmp_path / "texts.jsonl"), "-m", str(tmp_path / "gem"), "--rounds", "1"]
-    sides = ["--only", "gemify", "--only", "sentence-transformers"]
-    result = CliRunner().invoke(app, [*command, *sides, "-o", str(out), "--plot", str(image), "-q"])
+    only = ["--only", "gemify", "--only", "sentence-transformers"]
+    result = CliRunner().invoke(app, [*command, *only, "-o", str(out), "--plot", str(image), "-q"])
     assert result.exit_code == 0, result.output
     record = json.loads(out.read_text())
-    assert set(record["rows"]) == {"gemify", "sentence-transformers"}
-    assert record["rounds"] == 1
+    assert set(rows_by_name(record)) == {"gemify", "sentence-transformers"}
+    assert record["settings"]["rounds"] == 1
     assert image.read_bytes().startswith(b"\x89PNG")
     assert "| gemify |" in result.output
 

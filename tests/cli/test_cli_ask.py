@@ -114,9 +114,9 @@ def test_searches_are_timed(store: Path, tmp_path: Path) -> None:
     code, out, err = run("bench", "search", "-s", store, "--num-queries", 3, "-q", "-o", tmp_path / "record.json")
     assert code == 0, err
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["passages"] == record["queries"] == 2
-    assert set(record["search_ms"]) == {"vector", "fts", "hybrid"}
-    assert all(0 < q["p50"] <= q["p95"] <= q["p99"] for q in record["search_ms"].values())
+    assert record["settings"]["passages"] == record["settings"]["queries"] == 2
+    assert [row["name"] for row in record["rows"]] == ["vector", "fts", "hybrid"]
+    assert all(0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] for row in record["rows"])
     assert out.count("\n| ") == 4
 
 
