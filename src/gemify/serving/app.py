@@ -1,4 +1,4 @@
-"""The web application: routes over one engine, and OpenAI's errors for all that goes wrong."""
+"""The web application: routes over one engine, and errors in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -34,46 +34,52 @@ from gemify.serving.tokenization import RequestTokenizer
 if TYPE_CHECKING:
     from gemify.engine.engine import Engine
 
-# GET /openapi.json: what the framework derives from the routes, made true.
-
-_KEYLESS = frozenset({"/health", "/ready"})
+_OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
-def describe(app: FastAPI, *, with_keys: bool) -> Callable[[], dict[str, Any]]:
-    """The application's description: invalid bodies are 400 here, not 422, and a key is asked for where there are some."""
-    derived = app.openapi
+def correct_openapi(app: FastAPI, *, with_keys: bool) -> Callable[[], dict[str, Any]]:
+    """Return the function behind GET /openapi.json: the framework's, corrected.
 
-    def described() -> dict[str, Any]:
-        schema = derived()
+    Args:
+        app: the application.
+        with_keys: whether routes need an API key.
+
+    Returns:
+        A function that returns the schema. Invalid bodies are 400 in it, not 422.
+    """
+    build_schema = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        schema = build_schema()
         for name in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(name, None)
         for path, methods in schema["paths"].items():
-            for facts in methods.values():
-                facts["responses"].pop("422", None)
-                if with_keys and path not in _KEYLESS:
-                    facts["security"] = [{"key": []}]
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+                if with_keys and path not in _OPEN_PATHS:
+                    operation["security"] = [{"key": []}]
         if with_keys:
             schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return schema
 
-    return described
+    return openapi
 
 
 logger = logging.getLogger("gemify.serving")
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse, "description": what}
-    for status, what in {
-        400: "What was asked cannot be done.",
+    status: {"model": ErrorResponse, "description": description}
+    for status, description in {
+        400: "The request is invalid.",
         401: "No API key, or an unknown one.",
         403: "The Host header names another site.",
         404: "No such model or route.",
-        408: "The body came too slowly.",
+        408: "The body arrived too slowly.",
         413: "The body is too large.",
         415: "The body is not JSON.",
-        429: "Too much; Retry-After says when to come again.",
+        429: "Too many requests or tokens; Retry-After says when to try again.",
         503: "The server is stopping.",
-        504: "It took too long.",
+        504: "The answer took too long.",
     }.items()
 }
 
@@ -81,9 +87,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 def create_app(
     engine: Engine, settings: ServerSettings, index: SearchIndex | None = None, *, keys: KeyRing | None = None
 ) -> FastAPI:
-    """The application over an engine, which it starts, warms up and stops.
+    """Create the application over an engine, which it starts, warms up and stops.
 
-    ``keys`` are those of the settings' file, or of the environment, if not given.
+    Args:
+        engine: not started yet.
+        settings: the server's options.
+        index: what /v1/search searches.
+        keys: API keys; None: those of the settings' file, or of the environment.
     """
     tokenizer = RequestTokenizer(engine.gem)
     rag = None
@@ -110,17 +120,15 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.gemify = state
-    for part in (chat, completions, embeddings):
-        app.include_router(part.router, responses=_ERRORS)
-    for part in (search, recover):
-        app.include_router(part.router, responses=_ERRORS)
+    for route in (chat, completions, embeddings, search, recover):
+        app.include_router(route.router, responses=_ERRORS)
     app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)
     app.include_router(ui.router)
-    app.openapi = describe(app, with_keys=len(state.keys) > 0)  # type: ignore[method-assign]
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _invalid)
-    app.add_middleware(RequestMiddleware, state=state)
+    app.openapi = correct_openapi(app, with_keys=len(state.keys) > 0)  # type: ignore[method-assign]
+    app.add_exception_handler(HTTPException, _respond_to_http_error)
+    app.add_exception_handler(RequestValidationError, _respond_to_invalid_body)
+    app.add_middleware(RequestMiddleware)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -134,7 +142,7 @@ def create_app(
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Start the engine and warm it up; at the end let it finish what it accepted."""
+    """Start the engine and warm it up; at the end let it finish the requests it has accepted."""
     state: AppState = app.state.gemify
     state.engine.start()
     warming = asyncio.create_task(_warm_up(state))
@@ -151,7 +159,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 async def _warm_up(state: AppState) -> None:
-    """Embed and write something, so that the first client does not wait for what is made once; then be ready."""
+    """Embed and generate something, so that the first client does not wait for one-time work; then be ready."""
     try:
         rows = await state.tokenizer.tokenize_texts(["ready"])
         with EngineClient() as client:
@@ -161,20 +169,20 @@ async def _warm_up(state: AppState) -> None:
             async for _ in client.events():
                 pass
     except Exception as error:
-        logger.error("the model did not answer: never ready", exc_info=error)
+        logger.error("the warm-up failed: the server never becomes ready", exc_info=error)
         return
     state.ready = True
     logger.info("ready")
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
+async def _respond_to_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):
-        error = _of_framework(request, error)
+        error = _from_framework_error(request, error)
     return Response(error.body, error.status_code, dict(error.headers or {}), "application/json")
 
 
-def _of_framework(request: Request, error: HTTPException) -> ApiError:
+def _from_framework_error(request: Request, error: HTTPException) -> ApiError:
     path, method = request.url.path[:200], request.method[:16]
     if error.status_code == 404:
         return ApiError(404, f"there is no route {method} {path}: /openapi.json lists them", code="unknown_url")
@@ -185,11 +193,11 @@ def _of_framework(request: Request, error: HTTPException) -> ApiError:
     return ApiError(error.status_code, str(error.detail)[:200], headers=error.headers)
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
-    """The first thing that is wrong with a body: 400, as OpenAI says, not 422."""
+async def _respond_to_invalid_body(request: Request, error: Exception) -> Response:
+    """Respond with the first thing that is wrong with a body: 400, as OpenAI does, not 422."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     where = ".".join(str(part) for part in first.get("loc", ())[1:])[:120]
-    said = str(first.get("msg", "invalid")).removeprefix("Value error, ")[:300]
-    refused = bad_request(f"{where}: {said}" if where else said, where or None)
+    message = str(first.get("msg", "invalid")).removeprefix("Value error, ")[:300]
+    refused = bad_request(f"{where}: {message}" if where else message, where or None)
     return Response(refused.body, 400, media_type="application/json")

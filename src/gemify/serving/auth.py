@@ -1,4 +1,4 @@
-"""Who may ask, and how much: API keys, compared in constant time, and limits a minute for each."""
+"""API keys, compared in constant time, and rate limits for each key."""
 
 from __future__ import annotations
 
@@ -21,20 +21,27 @@ from gemify.serving.settings import KEYS_VARIABLE
 logger = logging.getLogger("gemify.serving")
 
 ANONYMOUS = "anonymous"
-"""The name of all askers where there are no keys."""
-_SHORTEST = 8
+"""The name of every client if there are no keys."""
+_MIN_KEY_LENGTH = 8
 _NAME = re.compile(r"[\w.@-]{1,64}")
 
 
 class KeyRing:
-    """API keys by name. Only their hashes are kept."""
+    """API keys by name. Only their hashes are kept.
+
+    Args:
+        keys: names and keys.
+
+    Raises:
+        ValueError: a key is too short or given twice.
+    """
 
     def __init__(self, keys: Iterable[tuple[str, str]] = ()) -> None:
         self._hashes: dict[str, bytes] = {}
         for name, key in keys:
-            if len(key) < _SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
+            if len(key) < _MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
                 raise ValueError(
-                    f"the API key {name!r} must be at least {_SHORTEST} printable ASCII characters without spaces, got"
+                    f"the API key {name!r} must be at least {_MIN_KEY_LENGTH} printable ASCII characters without spaces, got"
                     f" {len(key)}"
                 )
             if name in self._hashes or _hash(key) in self._hashes.values():
@@ -43,16 +50,16 @@ class KeyRing:
 
     @classmethod
     def read(cls, path: Path | None) -> KeyRing:
-        """The keys of a file, or of the environment's GEMIFY_API_KEYS (separated by commas or lines)."""
+        """Read the keys of a file, or of the variable GEMIFY_API_KEYS (separated by commas or lines) if there is no file."""
         if path is None:
-            return cls(_parsed(re.split(r"[,\n]", os.environ.get(KEYS_VARIABLE, ""))))
+            return cls(_parse(re.split(r"[,\n]", os.environ.get(KEYS_VARIABLE, ""))))
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is no text file: write `name: key` lines") from error
         if path.stat().st_mode & 0o077 and os.name == "posix":
             logger.warning("%s can be read by other users of this machine: chmod 600 it", path)
-        found = _parsed(lines)
+        found = _parse(lines)
         if not found:
             raise ValueError(f"{path} holds no API key: write `name: key` lines")
         return cls(found)
@@ -61,7 +68,7 @@ class KeyRing:
         return len(self._hashes)
 
     def find_name(self, key: str) -> str | None:
-        """Whose key it is. Takes as long for any key of none."""
+        """Return the name of a key, or None. Runs in constant time for unknown keys."""
         hashed, found = _hash(key), None
         for name, known in self._hashes.items():
             if hmac.compare_digest(hashed, known):
@@ -69,16 +76,16 @@ class KeyRing:
         return found
 
     def authenticate(self, authorization: str | None) -> str:
-        """Whose request it is, by its Authorization header; ApiError 401."""
+        """Return the name of the key in an Authorization header; ApiError 401 if there is no valid key."""
         if not self._hashes:
             return ANONYMOUS
         scheme, _, key = (authorization or "").partition(" ")
         name = self.find_name(key.strip()) if scheme.lower() == "bearer" else None
         if name is None:
-            said = "no API key was given" if not authorization else "the API key is not known here"
+            reason = "no API key was given" if not authorization else "the API key is not known here"
             raise ApiError(
                 401,
-                f"{said}: send the header Authorization: Bearer KEY",
+                f"{reason}: send the header Authorization: Bearer KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -86,7 +93,12 @@ class KeyRing:
 
 
 class RateLimiter:
-    """Requests and tokens a minute of each key."""
+    """Limits of requests and tokens a minute, for each key by itself.
+
+    Args:
+        requests_per_minute: counted over the last 60 seconds; None: no limit.
+        tokens_per_minute: counted in fixed minutes; None: no limit.
+    """
 
     def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
         storage = MemoryStorage()
@@ -95,7 +107,7 @@ class RateLimiter:
         self._tokens = RateLimitItemPerMinute(tokens_per_minute, namespace="TOKENS") if tokens_per_minute else None
 
     def count_request(self, name: str) -> None:
-        """ApiError 429 where there were too many."""
+        """Count a request of a key; ApiError 429 if there were too many."""
         if self._requests is not None and not self._moving.hit(self._requests, name):
             until = self._moving.get_window_stats(self._requests, name).reset_time
             raise too_many_requests(
@@ -103,7 +115,7 @@ class RateLimiter:
             )
 
     def check_tokens(self, name: str, tokens: int) -> None:
-        """ApiError 429 where the minute has no room for a prompt's tokens."""
+        """Raise ApiError 429 if a prompt's tokens exceed what is left of this minute's."""
         if self._tokens is None:
             return
         if not self._fixed.test(self._tokens, name, cost=min(tokens, self._tokens.amount)):
@@ -113,7 +125,7 @@ class RateLimiter:
             )
 
     def add_tokens(self, name: str, tokens: int) -> None:
-        """Count tokens: a prompt's when it was accepted, an answer's when it has been written."""
+        """Count tokens: a prompt's when it is accepted, an answer's when it has been generated."""
         if self._tokens is not None and tokens:
             self._fixed.hit(self._tokens, name, cost=tokens)
 
@@ -125,7 +137,7 @@ def _hash(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
 
-def _parsed(lines: Iterable[str]) -> list[tuple[str, str]]:
+def _parse(lines: Iterable[str]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for line in (line.strip() for line in lines):
         if not line or line.startswith("#"):

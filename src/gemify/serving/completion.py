@@ -1,10 +1,9 @@
-"""One request's answers: asked of the engine, then written whole or streamed."""
+"""Answers to chats and completions: requested from the engine, then sent whole or as a stream of chunks."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import math
 import secrets
@@ -15,7 +14,7 @@ from functools import partial
 from typing import Any, Literal
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gemify.engine.requests import Completion, EmbeddingOutput, PromptStart, TokenDelta
@@ -24,125 +23,193 @@ from gemify.io.vectors import normalize
 from gemify.serving.dispatch import ClientDisconnected, EngineClient, run_until_disconnect
 from gemify.serving.errors import ApiError, bad_request, error_body, from_engine_error
 from gemify.serving.protocol.requests import CreateChatCompletionRequest, CreateCompletionRequest
-from gemify.serving.state import AppState, add_log_fields, get_key_name, get_state
+from gemify.serving.protocol.responses import (
+    ApiModel,
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    ChoiceDelta,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionUsage,
+    CreateChatCompletionResponse,
+    CreateCompletionResponse,
+    GemifyFields,
+    PromptTokensDetails,
+    TopLogprob,
+)
+from gemify.serving.state import AppState, add_log_fields, get_key_name, get_request_state, get_state
 
-# Answers as OpenAI writes them: whole or in chunks, of chats or of completions.
+logger = logging.getLogger("gemify.serving")
 
-_LEAST = -9999.0  # JSON has no -infinity
+GenerationBody = CreateChatCompletionRequest | CreateCompletionRequest
 Kind = Literal["chat", "completion"]
+_MIN_LOGPROB = -9999.0  # JSON has no -infinity
+_DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 
 @dataclass
 class ChoiceState:
-    """One answer, as far as it has come."""
+    """One answer, as far as it has been generated."""
 
     texts: list[str] = field(default_factory=list)
     tokens: list[TokenLogprob] = field(default_factory=list)
-    pieces: int = 0
-    finished: Completion | None = None
+    num_deltas: int = 0
+    completion: Completion | None = None
 
     def add(self, event: TokenDelta | Completion) -> None:
+        """Add what the engine has emitted."""
         if isinstance(event, Completion):
-            self.finished = event
+            self.completion = event
         else:
             self.texts.append(event.text)
             self.tokens += event.tokens
-            self.pieces += 1
+            self.num_deltas += 1
 
     @property
     def text(self) -> str:
+        """The text so far."""
         return "".join(self.texts)
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens so far; of an unfinished answer, at least nearly."""
-        return self.finished.completion_tokens if self.finished else self.pieces
+        """Tokens so far; of an unfinished answer a lower bound."""
+        return self.completion.completion_tokens if self.completion else self.num_deltas
 
 
 class ResponseBuilder:
-    """How one response's answers are written."""
+    """Builds the objects of one response.
 
-    def __init__(self, kind: Kind, model: str, *, logprobs: bool) -> None:
-        self.kind, self.model, self.logprobs = kind, model, logprobs
-        self.id = f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}"
-        self.created = int(time.time())
+    Args:
+        kind: a chat's or a completion's.
+        model: the name in the response.
+        logprobs: whether the request asked for log probabilities.
+        include_usage: whether chunks have a field ``usage``, which is null in all but the last.
+    """
+
+    def __init__(self, kind: Kind, model: str, *, logprobs: bool, include_usage: bool = False) -> None:
+        self.kind, self.include_usage = kind, include_usage
+        self._logprobs = logprobs
+        self._header: dict[str, Any] = {
+            "id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": None,
+        }
         self._offsets: dict[int, int] = {}
 
-    def full(self, choices: Sequence[ChoiceState], usage: dict[str, Any]) -> dict[str, Any]:
-        """The response with everything in it."""
-        name = "chat.completion" if self.kind == "chat" else "text_completion"
-        return self._around(name, [self._choice(i, c) for i, c in enumerate(choices)]) | {"usage": usage}
-
-    def first_chunk(self, index: int) -> dict[str, Any]:
-        """A chat chunk that says who speaks."""
-        return self.chunk([self._part(index, {"role": "assistant", "content": "", "refusal": None})])
-
-    def delta_chunk(self, index: int, delta: TokenDelta) -> dict[str, Any]:
-        part = self._part(index, {"content": delta.text}) if self.kind == "chat" else self._part(index, delta.text)
-        if self.logprobs:
-            part["logprobs"] = self._logprobs(delta.tokens, self._offsets.get(index, 0))
-            self._offsets[index] = self._offsets.get(index, 0) + sum(len(t.text) for t in delta.tokens)
-        return self.chunk([part])
-
-    def final_chunk(self, index: int, finished: Completion) -> dict[str, Any]:
-        return self.chunk([self._part(index, {} if self.kind == "chat" else "", reason=finished.reason)])
-
-    def chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return self._around("chat.completion.chunk" if self.kind == "chat" else "text_completion", choices)
-
-    def _around(self, name: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": name,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": None,
-            "choices": choices,
-        }
-
-    def _part(self, index: int, said: dict[str, Any] | str, *, reason: str | None = None) -> dict[str, Any]:
-        name = "delta" if self.kind == "chat" else "text"
-        return {"index": index, name: said, "logprobs": None, "finish_reason": reason}
-
-    def _choice(self, index: int, choice: ChoiceState) -> dict[str, Any]:
-        said: dict[str, Any] = {"text": choice.text}
+    def full(self, choices: Sequence[ChoiceState], usage: CompletionUsage, **fields: Any) -> ApiModel:
+        """Build the whole response; ``fields`` are further fields of it."""
+        fields |= {"usage": usage, **self._header}
         if self.kind == "chat":
-            said = {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-        logprobs = self._logprobs(choice.tokens, 0) if self.logprobs else None
-        reason = choice.finished.reason if choice.finished else "length"
-        return {"index": index, **said, "logprobs": logprobs, "finish_reason": reason}
+            chat_choices = [
+                ChatChoice(
+                    index=index,
+                    message=AssistantMessage(role="assistant", content=choice.text, refusal=None),
+                    logprobs=self._chat_logprobs(choice.tokens),
+                    finish_reason=_finish_reason(choice),
+                )
+                for index, choice in enumerate(choices)
+            ]
+            return CreateChatCompletionResponse(object="chat.completion", choices=chat_choices, **fields)
+        completion_choices = [
+            CompletionChoice(
+                index=index,
+                text=choice.text,
+                logprobs=self._completion_logprobs(choice.tokens, 0),
+                finish_reason=_finish_reason(choice),
+            )
+            for index, choice in enumerate(choices)
+        ]
+        return CreateCompletionResponse(object="text_completion", choices=completion_choices, **fields)
 
-    def _logprobs(self, tokens: Iterable[TokenLogprob], offset: int) -> dict[str, Any]:
+    def first_chunk(self, index: int, **fields: Any) -> ApiModel:
+        """Build a chat's chunk that names the role of an answer."""
+        delta = ChoiceDelta(role="assistant", content="", refusal=None)
+        return self._chunk([ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)], fields)
+
+    def delta_chunk(self, index: int, delta: TokenDelta, **fields: Any) -> ApiModel:
+        """Build a chunk that adds to an answer."""
         if self.kind == "chat":
-            content = [_token(t) | {"top_logprobs": [_token(other) for other in t.top]} for t in tokens]
-            return {"content": content, "refusal": None}
-        listed = list(tokens)
+            logprobs = self._chat_logprobs(delta.tokens)
+            added = ChoiceDelta(content=delta.text)
+            return self._chunk(
+                [ChatChunkChoice(index=index, delta=added, logprobs=logprobs, finish_reason=None)], fields
+            )
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + sum(len(token.text) for token in delta.tokens)
+        logprobs_of_text = self._completion_logprobs(delta.tokens, offset)
+        return self._chunk(
+            [CompletionChoice(index=index, text=delta.text, logprobs=logprobs_of_text, finish_reason=None)], fields
+        )
+
+    def final_chunk(self, index: int, completion: Completion, **fields: Any) -> ApiModel:
+        """Build a chunk that ends an answer."""
+        reason = completion.reason
+        if self.kind == "chat":
+            delta = ChoiceDelta()
+            return self._chunk([ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=reason)], fields)
+        return self._chunk([CompletionChoice(index=index, text="", logprobs=None, finish_reason=reason)], fields)
+
+    def usage_chunk(self, usage: CompletionUsage) -> ApiModel:
+        """Build the last chunk, without answers."""
+        return self._chunk([], {"usage": usage})
+
+    def _chunk(self, choices: list[Any], fields: dict[str, Any]) -> ApiModel:
+        if self.include_usage:
+            fields = {"usage": None} | fields
+        if self.kind == "chat":
+            return ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self._header, **fields)
+        return CreateCompletionResponse(object="text_completion", choices=choices, **self._header, **fields)
+
+    def _chat_logprobs(self, tokens: Iterable[TokenLogprob]) -> ChatLogprobs | None:
+        if not self._logprobs:
+            return None
+        content = [
+            ChatTokenLogprob(
+                **_logprob_fields(token), top_logprobs=[TopLogprob(**_logprob_fields(t)) for t in token.top]
+            )
+            for token in tokens
+        ]
+        return ChatLogprobs(content=content, refusal=None)
+
+    def _completion_logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> CompletionLogprobs | None:
+        if not self._logprobs:
+            return None
         offsets = [offset]
-        for token in listed:
+        for token in tokens:
             offsets.append(offsets[-1] + len(token.text))
-        return {
-            "tokens": [_name(t) for t in listed],
-            "token_logprobs": [_finite(t.logprob) for t in listed],
-            "top_logprobs": [{_name(other): _finite(other.logprob) for other in t.top} for t in listed],
-            "text_offset": offsets[:-1],
-        }
+        return CompletionLogprobs(
+            tokens=[_unique_name(token) for token in tokens],
+            token_logprobs=[_to_finite(token.logprob) for token in tokens],
+            top_logprobs=[{_unique_name(t): _to_finite(t.logprob) for t in token.top} for token in tokens],
+            text_offset=offsets[:-1],
+        )
 
 
-def usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> dict[str, Any]:
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": cached_tokens},
-    }
+def build_usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> CompletionUsage:
+    """Build the usage of a request that generated text."""
+    return CompletionUsage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+    )
 
 
-def _token(token: TokenLogprob) -> dict[str, Any]:
-    return {"token": token.text, "logprob": _finite(token.logprob), "bytes": list(token.data)}
+def _finish_reason(choice: ChoiceState) -> Literal["stop", "length"]:
+    return choice.completion.reason if choice.completion else "length"
 
 
-def _name(token: TokenLogprob) -> str:
-    """A token's text; its bytes where it is a part of a character, its id where it is nothing: different ones differ."""
+def _logprob_fields(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": _to_finite(token.logprob), "bytes": list(token.data)}
+
+
+def _unique_name(token: TokenLogprob) -> str:
+    """Return a token's text; its bytes if it is a part of a character; its id if it has no text."""
     if not token.data:
         return f"token_id:{token.id}"
     if "\N{REPLACEMENT CHARACTER}" not in token.text:
@@ -150,192 +217,197 @@ def _name(token: TokenLogprob) -> str:
     return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
 
 
-def _finite(logprob: float) -> float:
-    return logprob if math.isfinite(logprob) else _LEAST
-
-
-# Server-sent events: an answer in pieces, ended with ``[DONE]``, given up when the client goes away.
-
-logger = logging.getLogger("gemify.serving")
+def _to_finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _MIN_LOGPROB
 
 
 class EventStreamResponse(Response):
-    """Sends chunks as they are made; cancels their jobs at the end, whatever the end is."""
+    """Server-sent events: chunks, then ``[DONE]``. However it ends, the engine's requests are cancelled then.
+
+    Args:
+        client: the engine's requests.
+        chunks: what is sent.
+        timeout_s: seconds that the response may take.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, client: EngineClient, chunks: AsyncGenerator[dict[str, Any], None], *, timeout: float) -> None:
+    def __init__(self, client: EngineClient, chunks: AsyncGenerator[ApiModel, None], *, timeout_s: float) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._client, self._chunks, self._timeout = client, chunks, timeout
+        self._client, self._chunks, self._timeout_s = client, chunks, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
         with self._client:
             try:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                await run_until_disconnect(receive, self._send(send), self._timeout)
+                await run_until_disconnect(receive, self._send_chunks(send), self._timeout_s)
             except ClientDisconnected:
-                scope.setdefault("gemify.notes", {})["gone"] = True
+                get_request_state(scope).log_fields["disconnected"] = True
             except Exception as error:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(1):  # a client that reads nothing is not waited for
-                        await _say(send, _told(error, scope), last=True)
+                    async with asyncio.timeout(1):  # do not wait for a client that reads nothing
+                        await _send_event(send, _to_error_body(error, scope), last=True)
             finally:
                 await self._chunks.aclose()
 
-    async def _send(self, send: Send) -> None:
+    async def _send_chunks(self, send: Send) -> None:
         async for chunk in self._chunks:
-            await _say(send, json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode("utf-8"))
-        await _say(send, b"[DONE]", last=True)
+            await _send_event(send, chunk.to_json())
+        await _send_event(send, b"[DONE]", last=True)
 
 
-async def _say(send: Send, data: bytes, *, last: bool = False) -> None:
+async def _send_event(send: Send, data: bytes, *, last: bool = False) -> None:
     await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": not last})
 
 
-def _told(error: Exception, scope: Scope) -> bytes:
-    """An error as an event: the status has been sent already."""
+def _to_error_body(error: Exception, scope: Scope) -> bytes:
+    """Return the event of an error; the response's status has been sent already."""
+    request = get_request_state(scope)
     with contextlib.suppress(Exception):
         error = from_engine_error(error)
     if not isinstance(error, ApiError):
-        logger.error("stream failed", exc_info=error, extra={"request": scope.get("gemify.id")})
+        logger.error("stream failed", exc_info=error, extra={"fields": {"request": request.id}})
         return error_body(500, "the server failed at this request: see its log", code="internal_error")
-    scope.setdefault("gemify.notes", {})["error"] = error.code or error.status_code
+    request.log_fields["error"] = error.code or error.status_code
     return error.body
-
-
-GenerationBody = CreateChatCompletionRequest | CreateCompletionRequest
 
 
 @dataclass
 class CompletionHandler:
-    """Answers to the prompts of one request, ``n`` to each."""
+    """Generates the answers to the prompts of one request, ``n`` to each, and responds."""
 
     request: Request
     body: GenerationBody
-    builder: ResponseBuilder
+    kind: Kind
     prompts: Sequence[Sequence[int]]
+    """Token ids of each prompt."""
     top_logprobs: int | None
     return_embedding: bool = False
     start: PromptStart | None = None
-    """What of the prompt, there is one then, has run."""
+    """The part of the prompt that has run, if there is one prompt."""
     charged_tokens: int = 0
-    """Prompt tokens that were charged for when they ran."""
-    facts: dict[str, Any] = field(default_factory=dict)
-    """What the response says under ``gemify``."""
+    """Prompt tokens that were charged to the key when they ran."""
+    gemify_fields: dict[str, Any] = field(default_factory=dict)
+    """The response's field ``gemify``."""
 
-    @property
-    def state(self) -> AppState:
-        return get_state(self.request)
+    def __post_init__(self) -> None:
+        options = self.body.stream_options
+        self.state = get_state(self.request)
+        self._builder = ResponseBuilder(
+            self.kind,
+            self.state.model,
+            logprobs=self.top_logprobs is not None,
+            include_usage=bool(options and options.include_usage),
+        )
+        self._n = self.body.n or 1
+        self._choices = [ChoiceState() for _ in range(len(self.prompts) * self._n)]
+        self._awaits_embedding = self.return_embedding
+        self._held: list[tuple[int, TokenDelta | Completion | None]] = []
+        """Events that no chunk has been built of; None: the start of an answer."""
 
     async def respond(self) -> Response:
-        """Ask, and give what is to be sent; the engine's refusals are ApiErrors."""
-        self._began = time.perf_counter()
-        limiter, key, tokens = (
-            self.state.rate_limiter,
-            get_key_name(self.request),
-            sum(map(len, self.prompts)) - self.charged_tokens,
-        )
-        limiter.check_tokens(key, tokens)
-        self._choices = [ChoiceState() for _ in range(len(self.prompts) * self._n)]
-        timeout = self.state.settings.timeout
+        """Submit the prompts and return the response; ApiError if the engine refuses."""
+        self._start = time.perf_counter()
+        limiter, key = self.state.rate_limiter, get_key_name(self.request)
+        num_tokens = sum(map(len, self.prompts)) - self.charged_tokens
+        limiter.check_tokens(key, num_tokens)
+        timeout_s = self.state.settings.timeout
         client = EngineClient()
         try:
-            self._ask(client)
-            limiter.add_tokens(key, tokens)
+            self._submit(client)
+            limiter.add_tokens(key, num_tokens)
             if self.body.stream:
-                return EventStreamResponse(client, self._stream(client), timeout=timeout)
+                return EventStreamResponse(client, self._stream(client), timeout_s=timeout_s)
         except BaseException:
-            client.__exit__()
+            client.cancel()
             raise
         with client:
             try:
-                await run_until_disconnect(self.request.receive, self._collect(client), timeout)
+                await run_until_disconnect(self.request.receive, self._collect(client), timeout_s)
             finally:
-                self._count(client)
-        return JSONResponse(self.builder.full(self._choices, self._usage(client)) | self._gemify())
+                self._count_tokens(client)
+        return self._builder.full(self._choices, self._usage(client), **self._take_gemify_fields()).to_response()
 
-    @property
-    def _n(self) -> int:
-        return self.body.n or 1
-
-    def _ask(self, client: EngineClient) -> None:
-        engine = self.state.engine
+    def _submit(self, client: EngineClient) -> None:
         for ids in self.prompts:
-            verb = partial(
-                engine.generate,
-                ids,
-                to_sampling_params(self.body, len(ids), self.state, self.top_logprobs),
-                n=self._n,
-                embed_prompt=self.return_embedding,
-                cache_salt=get_key_name(self.request),
-                start=self.start,
+            client.submit(
+                partial(
+                    self.state.engine.generate,
+                    ids,
+                    to_sampling_params(self.body, len(ids), self.state, self.top_logprobs),
+                    n=self._n,
+                    embed_prompt=self.return_embedding,
+                    cache_salt=get_key_name(self.request),
+                    start=self.start,
+                )
             )
-            client.submit(verb)
 
     async def _collect(self, client: EngineClient) -> None:
         async for number, event in client.events():
             self.on_event(number, event)
 
-    def on_event(self, number: int, event: TokenDelta | Completion | EmbeddingOutput) -> int:
-        """Keep what came; the choice it belongs to."""
+    def on_event(self, number: int, event: TokenDelta | Completion | EmbeddingOutput) -> None:
+        """Keep what the engine has emitted for prompt ``number``, for the response and for the next `flush`."""
         if isinstance(event, EmbeddingOutput):
-            self.facts["embedding"] = normalize(event.vectors_ND)[0].tolist()
-            return 0
-        if not any(choice.pieces for choice in self._choices):
-            self.state.metrics.first_token.observe(time.perf_counter() - self._began)
+            self.gemify_fields["embedding"] = normalize(event.vectors_ND)[0].tolist()
+            self._awaits_embedding = False
+            return
+        if not any(choice.num_deltas for choice in self._choices):
+            self.state.metrics.time_to_first_token.observe(time.perf_counter() - self._start)
         index = number * self._n + event.index
         self._choices[index].add(event)
-        return index
+        self._held.append((index, event))
 
-    async def _stream(self, client: EngineClient) -> AsyncGenerator[dict[str, Any], None]:
-        """Chunks. With an embedding to come, none before it: the first one carries it."""
-        with_usage = bool(self.body.stream_options and self.body.stream_options.include_usage)
-        extra: dict[str, Any] = {"usage": None} if with_usage else {}
-        held: list[dict[str, Any]] = []
-        if self.builder.kind == "chat":
-            held = [self.builder.first_chunk(i) for i in range(len(self._choices))]
-        waiting = self.return_embedding
+    async def _stream(self, client: EngineClient) -> AsyncGenerator[ApiModel, None]:
+        """Yield chunks; none before the prompt's embedding, which the first one carries."""
+        if self.kind == "chat":
+            self._held = [(index, None) for index in range(len(self._choices))]
         try:
-            for chunk in self.flush(held, waiting, extra):
+            for chunk in self.flush():
                 yield chunk
             async for number, event in client.events():
-                index = self.on_event(number, event)
-                if isinstance(event, EmbeddingOutput):
-                    waiting = False
-                elif isinstance(event, Completion):
-                    held.append(self.builder.final_chunk(index, event))
-                else:
-                    held.append(self.builder.delta_chunk(index, event))
-                for chunk in self.flush(held, waiting, extra):
+                self.on_event(number, event)
+                for chunk in self.flush():
                     yield chunk
-            if with_usage:
-                yield self.builder.chunk([]) | {"usage": self._usage(client)}
+            if self._builder.include_usage:
+                yield self._builder.usage_chunk(self._usage(client))
         finally:
-            self._count(client)
+            self._count_tokens(client)
 
-    def flush(self, held: list[dict[str, Any]], waiting: bool, extra: dict[str, Any]) -> list[dict[str, Any]]:
-        """The chunks that may go now, and `facts` with the first of them."""
-        if waiting or not held:
+    def flush(self) -> list[ApiModel]:
+        """Build the chunks that may be sent now. The first one of all carries the field ``gemify``."""
+        if self._awaits_embedding:
             return []
-        ready = [chunk | extra for chunk in held]
-        ready[0] |= self._gemify()
-        self.facts = {}
-        held.clear()
-        return ready
+        chunks: list[ApiModel] = []
+        for index, event in self._held:
+            fields = self._take_gemify_fields()
+            if event is None:
+                chunks.append(self._builder.first_chunk(index, **fields))
+            elif isinstance(event, Completion):
+                chunks.append(self._builder.final_chunk(index, event, **fields))
+            else:
+                chunks.append(self._builder.delta_chunk(index, event, **fields))
+        self._held.clear()
+        return chunks
 
-    def _gemify(self) -> dict[str, Any]:
-        return {"gemify": {"object": "gemify", **self.facts}} if self.facts else {}
+    def _take_gemify_fields(self) -> dict[str, GemifyFields]:
+        """Return the field ``gemify`` if there is anything in it, once."""
+        if not self.gemify_fields:
+            return {}
+        fields, self.gemify_fields = GemifyFields(object="gemify", **self.gemify_fields), {}
+        return {"gemify": fields}
 
-    def _usage(self, client: EngineClient) -> dict[str, Any]:
-        return usage(client.prompt_tokens, client.cached_tokens, self._completion_tokens)
+    def _usage(self, client: EngineClient) -> CompletionUsage:
+        return build_usage(client.prompt_tokens, client.cached_tokens, self._completion_tokens)
 
     @property
     def _completion_tokens(self) -> int:
         return sum(choice.completion_tokens for choice in self._choices)
 
-    def _count(self, client: EngineClient) -> None:
-        """To the key's account and the log, however it ended."""
+    def _count_tokens(self, client: EngineClient) -> None:
+        """Charge the answers' tokens to the key and log them, however the request ended."""
         self.state.rate_limiter.add_tokens(get_key_name(self.request), self._completion_tokens)
         add_log_fields(
             self.request,
@@ -348,15 +420,17 @@ class CompletionHandler:
 def to_sampling_params(
     body: GenerationBody, prompt_tokens: int, state: AppState, top_logprobs: int | None
 ) -> SamplingParams:
-    """The engine's words for a request's wishes."""
-    longest = (body.max_completion_tokens if isinstance(body, CreateChatCompletionRequest) else None) or body.max_tokens
-    if longest is None:
-        longest = 16 if isinstance(body, CreateCompletionRequest) else state.settings.default_max_tokens
+    """Return a request's sampling parameters, with this server's defaults."""
+    max_tokens, default = body.max_tokens, _DEFAULT_COMPLETION_TOKENS
+    if isinstance(body, CreateChatCompletionRequest):
+        max_tokens, default = body.max_completion_tokens or max_tokens, state.settings.default_max_tokens
+    if max_tokens is None:
+        max_tokens = default
         if state.engine.max_model_len is not None:
-            longest = max(1, min(longest, state.engine.max_model_len - prompt_tokens))
+            max_tokens = max(1, min(max_tokens, state.engine.max_model_len - prompt_tokens))
     try:
         return SamplingParams(
-            max_tokens=longest,
+            max_tokens=max_tokens,
             temperature=1.0 if body.temperature is None else body.temperature,
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=body.seed,

@@ -1,11 +1,11 @@
-"""A job's events, brought from the engine's thread into the event loop, and cancelled when nobody waits any more."""
+"""Dispatch to the engine: events come from its thread into the event loop; requests that nobody waits for are cancelled."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from starlette.types import Receive
 
@@ -19,57 +19,63 @@ from gemify.engine.requests import (
     PrefillOutput,
     TokenDelta,
 )
-from gemify.serving.errors import ApiError, from_engine_error
+from gemify.serving.errors import from_engine_error, timeout_error
 
 T = TypeVar("T")
 
 
 class ClientDisconnected(Exception):
-    """Nobody reads the answer."""
+    """The client has closed the connection."""
 
 
 class SubmitFn(Protocol):
-    """One of the engine's verbs, its arguments but the listener given."""
+    """One of the engine's methods, all arguments but the listener given."""
 
-    def __call__(self, listener: Callable[[Event], None]) -> EngineRequest: ...
+    def __call__(self, listener: Callable[[Event], None]) -> EngineRequest:
+        """Submit the request."""
+        ...
 
 
 class EngineClient:
-    """One request's jobs. Leave it (``with``), and what is unfinished is cancelled."""
+    """The engine requests of one HTTP request. Leaving it (``with``) cancels those that are not done."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self.requests: list[EngineRequest] = []
-        self._open = 0
+        self._num_open = 0
 
-    def __enter__(self) -> EngineClient:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Cancel all requests that are not done."""
         for request in self.requests:
             request.cancel()
 
     def submit(self, submit: SubmitFn) -> None:
-        """Ask the engine; ApiError where it refuses."""
+        """Submit a request to the engine; ApiError if it refuses."""
         number = len(self.requests)
 
         def listener(event: Event) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has gone
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
                 self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
 
         try:
             self.requests.append(submit(listener))
         except Exception as error:
             raise from_engine_error(error) from error
-        self._open += 1
+        self._num_open += 1
 
     async def events(self) -> AsyncIterator[tuple[int, TokenDelta | Completion | EmbeddingOutput]]:
-        """What the jobs say, and the number of the job that says it, until all are closed."""
-        while self._open:
+        """Yield the number of a request and its event, until all requests are done; ApiError if one fails."""
+        while self._num_open:
             number, event = await self._events.get()
             if isinstance(event, Done):
-                self._open -= 1
+                self._num_open -= 1
             elif isinstance(event, Failed):
                 raise from_engine_error(event.error)
             elif not isinstance(event, PrefillOutput):
@@ -77,34 +83,42 @@ class EngineClient:
 
     @property
     def prompt_tokens(self) -> int:
+        """Prompt tokens of all requests."""
         return sum(request.prompt_tokens for request in self.requests)
 
     @property
     def cached_tokens(self) -> int:
+        """Prompt tokens that came from the prefix cache."""
         return sum(request.cached_tokens for request in self.requests)
 
 
-async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], timeout: float) -> T:
-    """Do the work unless the client goes away (`ClientDisconnected`) or it takes too long (ApiError 504)."""
-    watching = asyncio.ensure_future(_gone(receive))
+async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
+    """Await ``work``, but give it up if the client disconnects or the time is over.
+
+    Args:
+        receive: the request's channel.
+        work: what is awaited.
+        timeout_s: seconds it may take.
+
+    Raises:
+        ClientDisconnected: the client has closed the connection.
+        ApiError: 504, the time is over.
+    """
+    watching = asyncio.ensure_future(_wait_for_disconnect(receive))
     working = asyncio.ensure_future(work)
     try:
-        done, _ = await asyncio.wait({watching, working}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait({watching, working}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
         if working in done:
             return working.result()
         if watching in done:
             raise ClientDisconnected
-        raise timeout_error(timeout)
+        raise timeout_error(timeout_s)
     finally:
         for task in (watching, working):
             task.cancel()
         await asyncio.gather(watching, working, return_exceptions=True)
 
 
-def timeout_error(timeout: float) -> ApiError:
-    return ApiError(504, f"the answer took longer than {timeout:g} s: ask for less at a time", code="timeout")
-
-
-async def _gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

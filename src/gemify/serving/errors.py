@@ -1,4 +1,4 @@
-"""What goes wrong, in OpenAI's words: a status and ``{"error": {message, type, param, code}}``."""
+"""Errors in OpenAI's form: a status and ``{"error": {message, type, param, code}}``."""
 
 from __future__ import annotations
 
@@ -21,10 +21,27 @@ _TYPES = {
     503: "service_unavailable",
     504: "timeout_error",
 }
+_JSON_NAMES: dict[type, str] = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
 
 
 class ApiError(HTTPException):
-    """An answer that is an error. (Of the framework's class, so that what reads bodies lets it through.)"""
+    """An error response. It is an HTTPException so that the framework's body reading does not swallow it.
+
+    Args:
+        status: HTTP status.
+        message: one line: what was got, what is allowed, what to do.
+        param: the request's field that is wrong.
+        code: a name of the error, for programs.
+        headers: further headers of the response.
+    """
 
     def __init__(
         self,
@@ -40,32 +57,39 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> bytes:
+        """The response's body."""
         return error_body(self.status_code, str(self.detail), param=self.param, code=self.code)
 
 
 def bad_request(message: str, param: str | None = None, *, code: str | None = "invalid_value") -> ApiError:
-    """The asker's fault: 400."""
+    """Make an error 400: the request is wrong."""
     return ApiError(400, message, param=param, code=code)
 
 
 def unsupported_parameter(param: str, message: str) -> ApiError:
-    """A parameter that OpenAI has and this server cannot honour."""
+    """Make an error 400: OpenAI has this parameter and this server does not."""
     return ApiError(400, f"{param} is not supported here: {message}", param=param, code="unsupported_parameter")
 
 
-def too_many_requests(message: str, retry_after: float, *, code: str = "rate_limit_exceeded") -> ApiError:
-    """Too much at the moment: 429, and when to come again."""
-    return ApiError(429, message, code=code, headers={"Retry-After": str(max(1, math.ceil(retry_after)))})
+def too_many_requests(message: str, retry_after_s: float, *, code: str = "rate_limit_exceeded") -> ApiError:
+    """Make an error 429: the client may try again after ``retry_after_s`` seconds."""
+    return ApiError(429, message, code=code, headers={"Retry-After": str(max(1, math.ceil(retry_after_s)))})
 
 
 def service_stopping() -> ApiError:
+    """Make an error 503: the server accepts no more requests."""
     return ApiError(
         503, "the server is stopping: ask again when it is back", code="stopping", headers={"Retry-After": "5"}
     )
 
 
+def timeout_error(timeout_s: float) -> ApiError:
+    """Make an error 504: the answer took longer than ``timeout_s`` seconds."""
+    return ApiError(504, f"the answer took longer than {timeout_s:g} s: ask for less at a time", code="timeout")
+
+
 def from_engine_error(error: Exception) -> ApiError:
-    """What the engine refused or failed at."""
+    """Return the response to an error of the engine; an error that is the server's own is raised again."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFull):
@@ -78,10 +102,16 @@ def from_engine_error(error: Exception) -> ApiError:
 
 
 def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> bytes:
-    facts: dict[str, Any] = {
+    """Return the body of an error response, in ASCII: the message may quote anything that a client has sent."""
+    error = {
         "message": message,
         "type": _TYPES.get(status, "invalid_request_error"),
         "param": param,
         "code": code,
     }
-    return json.dumps({"error": facts}, ensure_ascii=True).encode("ascii")
+    return json.dumps({"error": error}, ensure_ascii=True).encode("ascii")
+
+
+def json_name(value: Any) -> str:
+    """Return JSON's name of a value's type, with its article."""
+    return _JSON_NAMES.get(type(value), type(value).__name__)

@@ -1,4 +1,4 @@
-"""Around every request: its id, its key, its place in the log and the counts, and an answer whatever happens."""
+"""Middleware around every request: id, authorization, log line, metrics, and an error response whatever happens."""
 
 from __future__ import annotations
 
@@ -9,106 +9,110 @@ import secrets
 import time
 
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemify.serving.dispatch import ClientDisconnected
 from gemify.serving.errors import ApiError, error_body, too_many_requests
-from gemify.serving.state import AppState
+from gemify.serving.state import RequestState, get_state, set_request_state
 
 logger = logging.getLogger("gemify.serving")
 
-_OPEN = frozenset({"/", "/health", "/ready"})
-_OPEN_BELOW = "/page/"
+_OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+_OPEN_PREFIX = "/page/"
 _HOST = re.compile(r"(?:\[([^\[\]]*)\]|([^:\[\]]*))(?::\d*)?")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_LOGGED_BODY = 4096
+_MAX_LOGGED_BYTES = 4096
+_STATUS_DISCONNECTED = 499
 
 
 class RequestMiddleware:
-    """ASGI middleware: lets in who may, and keeps the books."""
+    """ASGI middleware that handles each HTTP request in a `_RequestCycle`."""
 
-    def __init__(self, app: ASGIApp, state: AppState) -> None:
-        self._app, self._state = app, state
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        await _RequestCycle(self._app, self._state, scope, receive, send).run()
+        await _RequestCycle(self._app, scope, receive, send).run()
 
 
 def is_local_host(host: str) -> bool:
-    """Whether no web page can have chosen this Host: none, an address, or a name that is not in the public DNS.
+    """Whether a Host header is empty, an address, or a name outside the public DNS.
 
-    A page's own name may be made to mean this machine (DNS rebinding), and then its scripts may read what we say.
+    A public name may be made to mean this machine (DNS rebinding), and then a web page's scripts read what we answer.
     """
-    read = _HOST.fullmatch(host)
-    if read is None:
+    parts = _HOST.fullmatch(host)
+    if parts is None:
         return False
-    name = (read[1] or read[2] or "").rstrip(".").lower()
+    name = (parts[1] or parts[2] or "").rstrip(".").lower()
     try:
         ipaddress.ip_address(name)
     except ValueError:
-        return read[1] is None and ("." not in name or name.endswith(".localhost"))
+        return parts[1] is None and ("." not in name or name.endswith(".localhost"))
     return True
 
 
 class _RequestCycle:
-    """One request."""
+    """One request, from its arrival to its log line."""
 
-    def __init__(self, app: ASGIApp, state: AppState, scope: Scope, receive: Receive, send: Send) -> None:
-        self._app, self._state, self._scope = app, state, scope
-        self._own_receive, self._own_send = receive, send
-        given = Headers(scope=scope).get("x-request-id", "")
-        self._id = given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
-        scope["gemify.id"] = self._id
+    def __init__(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        self._app, self._scope = app, scope
+        self._wrapped_receive, self._wrapped_send = receive, send
+        self._state = get_state(HTTPConnection(scope))
+        self._headers = Headers(scope=scope)
+        given = self._headers.get("x-request-id", "")
+        self._request = RequestState(given if _ID.fullmatch(given) else f"req-{secrets.token_hex(12)}")
+        set_request_state(scope, self._request)
         self._status = 0
         self._body = bytearray()
 
     async def run(self) -> None:
-        began = time.perf_counter()
+        """Handle the request."""
+        start = time.perf_counter()
         self._state.metrics.start_request()
         try:
             self._authorize()
             await self._app(self._scope, self._receive, self._send)
         except ApiError as error:
-            await self._refuse(error.status_code, error.body, dict(error.headers or {}))
+            await self._respond(error.status_code, error.body, dict(error.headers or {}))
         except ClientDisconnected:
-            self._scope.setdefault("gemify.notes", {})["gone"] = True
-            await self._refuse(499, b"")
+            self._request.log_fields["disconnected"] = True
+            await self._respond(_STATUS_DISCONNECTED, b"")
         except Exception as error:
-            logger.error("request failed", exc_info=error, extra={"request": self._id})
+            logger.error("request failed", exc_info=error, extra={"fields": {"request": self._request.id}})
             body = error_body(500, "the server failed at this request: see its log", code="internal_error")
-            await self._refuse(500, body)
+            await self._respond(500, body)
         finally:
-            self._log_request(time.perf_counter() - began)
+            self._log_request(time.perf_counter() - start)
 
     def _authorize(self) -> None:
-        """ApiError for who may not."""
+        """Raise ApiError unless the request may be answered: Host, API key, load and rate limit."""
         path, method = str(self._scope["path"]), self._scope["method"]
-        if path in _OPEN or path.startswith(_OPEN_BELOW):
+        if path in _OPEN_PATHS or path.startswith(_OPEN_PREFIX):
             return
         state = self._state
-        if state.requires_local_host and not is_local_host(Headers(scope=self._scope).get("host", "")):
+        if state.requires_local_host and not is_local_host(self._headers.get("host", "")):
             raise ApiError(
                 403,
                 "the Host header names another site: without API keys this server answers to addresses and local names"
                 " only (give it keys, or --allow-no-key)",
                 code="unknown_host",
             )
-        key = state.keys.authenticate(Headers(scope=self._scope).get("authorization"))
-        self._scope["gemify.key"] = key
+        self._request.key_name = state.keys.authenticate(self._headers.get("authorization"))
         if method == "POST":
-            if state.metrics.in_flight_now > state.settings.max_requests:
-                raise too_many_requests(
-                    f"more than {state.settings.max_requests} requests at a time: wait", 1, code="queue_full"
-                )
-            state.rate_limiter.count_request(key)
+            limit = state.settings.max_requests
+            if state.metrics.in_flight_now > limit:
+                raise too_many_requests(f"more than {limit} requests at a time: wait", 1, code="queue_full")
+            state.rate_limiter.count_request(self._request.key_name)
 
     async def _receive(self) -> Message:
-        message = await self._own_receive()
-        if self._state.settings.log_prompts and len(self._body) < _LOGGED_BODY:
-            self._body += message.get("body", b"")[:_LOGGED_BODY]
+        message = await self._wrapped_receive()
+        if self._state.settings.log_prompts and len(self._body) < _MAX_LOGGED_BYTES:
+            self._body += message.get("body", b"")[:_MAX_LOGGED_BYTES]
         return message
 
     async def _send(self, message: Message) -> None:
@@ -116,33 +120,34 @@ class _RequestCycle:
             self._status = message["status"]
             message["headers"] = [
                 *message.get("headers", []),
-                (b"x-request-id", self._id.encode("ascii")),
+                (b"x-request-id", self._request.id.encode("ascii")),
                 (b"x-content-type-options", b"nosniff"),
             ]
-        await self._own_send(message)
+        await self._wrapped_send(message)
 
-    async def _refuse(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        if self._status:  # too late to say
+    async def _respond(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        """Send an error response, unless a response has begun."""
+        if self._status:
             return
         sent = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
         listed = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in sent.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": listed})
-        await self._own_send({"type": "http.response.body", "body": body})
+        await self._wrapped_send({"type": "http.response.body", "body": body})
 
     def _log_request(self, seconds: float) -> None:
-        scope = self._scope
-        self._state.body_bytes -= scope.get("gemify.bytes", 0)
-        route = str(getattr(scope.get("route"), "path", "none"))
-        self._state.metrics.finish_request(route, scope["method"], self._status, seconds)
-        facts = {
-            "request": self._id,
-            "key": scope.get("gemify.key"),
-            "method": scope["method"][:16],
+        """Release the body's memory, count the request and write its log line."""
+        self._state.body_bytes -= self._request.body_bytes
+        route = str(getattr(self._scope.get("route"), "path", "none"))
+        self._state.metrics.finish_request(route, self._scope["method"], self._status, seconds)
+        fields = {
+            "request": self._request.id,
+            "key": self._request.key_name,
+            "method": self._scope["method"][:16],
             "route": route,
             "status": self._status,
             "ms": round(seconds * 1000, 1),
-            "notes": scope.get("gemify.notes"),
+            **self._request.log_fields,
             "body": self._body.decode("utf-8", "replace") if self._body else None,
         }
         quiet = route in ("/health", "/ready", "/metrics", "/v1/stats") and self._status == 200
-        logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra=facts)
+        logger.log(logging.DEBUG if quiet else logging.INFO, "request", extra={"fields": fields})

@@ -1,4 +1,4 @@
-"""What the routes of one server share."""
+"""The application's state, shared by all routes, and the state of one request."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from starlette.requests import Request
+from starlette.requests import HTTPConnection, Request
 
 from gemify.rag.pipeline import SearchIndex
-from gemify.serving.auth import ANONYMOUS, KeyRing, RateLimiter
+from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.errors import ApiError, too_many_requests
 from gemify.serving.metrics import Metrics
 from gemify.serving.rag import RagService
@@ -17,12 +17,14 @@ from gemify.serving.settings import ServerSettings
 from gemify.serving.tokenization import RequestTokenizer
 
 if TYPE_CHECKING:
+    from starlette.types import Scope
+
     from gemify.engine.engine import Engine
 
 
 @dataclass
 class AppState:
-    """The engine, the index, and what is known about those who ask."""
+    """The engine, the index, the settings, and what is known of the clients. `get_state` finds it."""
 
     engine: Engine
     settings: ServerSettings
@@ -34,22 +36,25 @@ class AppState:
     rag: RagService | None
     """None: no index, or no chat template."""
     ready: bool = False
-    """The model has answered."""
+    """The model has answered once."""
     stopping: bool = False
     body_bytes: int = 0
-    """Of all requests being answered."""
+    """Bytes of the bodies of all requests that are being answered."""
     started: int = field(default_factory=lambda: int(time.time()))
+    """Seconds since 1970."""
 
     @property
     def model(self) -> str:
+        """What clients call the model."""
         return self.settings.model_name
 
     @property
     def requires_local_host(self) -> bool:
-        """Anybody on this machine may ask: then a web page that its user looks at must not pass for this machine's own."""
+        """Whether the Host header must be a local name: without keys, a web page must not pass for a local program."""
         return self.settings.is_local and not len(self.keys) and not self.settings.allow_no_key
 
     def require_model(self, name: str | None) -> None:
+        """Raise ApiError 404 unless the request names this server's model, or none."""
         if name is not None and name != self.model:
             raise ApiError(
                 404,
@@ -59,6 +64,7 @@ class AppState:
             )
 
     def require_index(self) -> SearchIndex:
+        """Return the index; ApiError 404 if there is none."""
         if self.index is None:
             raise ApiError(
                 404,
@@ -68,27 +74,53 @@ class AppState:
         return self.index
 
 
-def get_state(request: Request) -> AppState:
-    """The state of the application that got a request."""
-    state: AppState = request.app.state.gemify
+@dataclass
+class RequestState:
+    """What the server knows of one request. `get_request_state` finds it."""
+
+    id: str
+    key_name: str | None = None
+    """The name of its API key, once it is authorized."""
+    body_bytes: int = 0
+    log_fields: dict[str, Any] = field(default_factory=dict)
+    """What the log says of it, beside the usual."""
+
+
+_SCOPE_KEY = "gemify"
+
+
+def get_state(connection: HTTPConnection) -> AppState:
+    """Return the state of the application that serves a request."""
+    state: AppState = connection.app.state.gemify
+    return state
+
+
+def set_request_state(scope: Scope, state: RequestState) -> None:
+    """Keep a request's state in its scope."""
+    scope[_SCOPE_KEY] = state
+
+
+def get_request_state(scope: Scope) -> RequestState:
+    """Return the state of a request."""
+    state: RequestState = scope[_SCOPE_KEY]
     return state
 
 
 def get_key_name(request: Request) -> str:
-    """The name of the key a request came with."""
-    return str(request.scope.get("gemify.key", ANONYMOUS))
+    """Return the name of the key that an authorized request came with."""
+    return str(get_request_state(request.scope).key_name)
+
+
+def add_log_fields(request: Request, **fields: Any) -> None:
+    """Add to what the log says of a request."""
+    get_request_state(request.scope).log_fields.update(fields)
 
 
 def reserve_body_bytes(request: Request, size: int) -> None:
-    """Count bytes of a body that this request holds until it has been answered; ApiError 429 where there is no room."""
+    """Count bytes of a body that is held until the request is answered; ApiError 429 if all bodies are too large."""
     state = get_state(request)
-    most = state.settings.max_bodies_bytes
-    if state.body_bytes + size > most:
-        raise too_many_requests(f"the bodies of all requests hold {most:,} bytes already: wait", 1, code="queue_full")
+    limit = state.settings.max_bodies_bytes
+    if state.body_bytes + size > limit:
+        raise too_many_requests(f"the bodies of all requests hold {limit:,} bytes already: wait", 1, code="queue_full")
     state.body_bytes += size
-    request.scope["gemify.bytes"] = request.scope.get("gemify.bytes", 0) + size
-
-
-def add_log_fields(request: Request, **facts: Any) -> None:
-    """Add to what the log says of this request."""
-    request.scope.setdefault("gemify.notes", {}).update(facts)
+    get_request_state(request.scope).body_bytes += size

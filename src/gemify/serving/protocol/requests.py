@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from gemify.serving.errors import unsupported_parameter
-from gemify.serving.request_body import json_name
+from gemify.serving.errors import json_name, unsupported_parameter
 
 _MAX_N = 16
 _MOST_STOPS = 16

@@ -1,64 +1,155 @@
-"""What clients get, for the OpenAPI description; the routes write the same as plain JSON."""
+"""What clients get: OpenAI's responses, and our own.
+
+Each object sets the fields that it has, and only fields that were set are written: an optional field that is set to None
+is ``null``, one that was left out is absent.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
+from starlette.responses import Response
+
+FinishReason = Literal["stop", "length"]
 
 
-class ErrorFacts(BaseModel):
+class ApiModel(BaseModel):
+    """An object of a response."""
+
+    model_config = ConfigDict(frozen=True)
+
+    def to_json(self) -> bytes:
+        """Return the object's JSON, without the fields that were left out."""
+        return self.__pydantic_serializer__.to_json(self, exclude_unset=True)  # model_dump_json costs twice as much
+
+    def to_response(self, status: int = 200) -> Response:
+        """Return an HTTP response of this object."""
+        return Response(self.to_json(), status, media_type="application/json")
+
+
+class ErrorDetails(ApiModel):
+    """What is wrong."""
+
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorResponse(BaseModel):
-    """What every error looks like."""
+class ErrorResponse(ApiModel):
+    """Every error's form."""
 
-    error: ErrorFacts
+    error: ErrorDetails
 
 
-class PromptTokensDetails(BaseModel):
+class PromptTokensDetails(ApiModel):
+    """Where a prompt's tokens came from."""
+
     cached_tokens: int
-    """Had run before, for a request with the same beginning."""
+    """From the prefix cache: they had run before, for a request with the same beginning."""
 
 
-class CompletionUsage(BaseModel):
+class CompletionUsage(ApiModel):
+    """Tokens of a request."""
+
     prompt_tokens: int
-    total_tokens: int
     completion_tokens: int | None = None
+    total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
 
 
-class Embedding(BaseModel):
+class Embedding(ApiModel):
+    """One text's vector, as numbers or as base64 of little-endian float32."""
+
     object: Literal["embedding"]
     index: int
     embedding: list[float] | str
 
 
-class CreateEmbeddingResponse(BaseModel):
+class CreateEmbeddingResponse(ApiModel):
+    """Vectors, in the order of the texts."""
+
     object: Literal["list"]
     data: list[Embedding]
     model: str
     usage: CompletionUsage
 
 
-class AssistantMessage(BaseModel):
+class TopLogprob(ApiModel):
+    """A token that was possible, and its log probability."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(TopLogprob):
+    """A token of the answer, and the most likely ones in its place."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(ApiModel):
+    """Log probabilities of a chat's answer."""
+
+    content: list[ChatTokenLogprob]
+    refusal: None
+
+
+class CompletionLogprobs(ApiModel):
+    """Log probabilities of a completion."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class AssistantMessage(ApiModel):
+    """The answer of a chat."""
+
     role: Literal["assistant"]
     content: str
+    refusal: None
+
+
+class ChoiceDelta(ApiModel):
+    """What a chunk adds to the answer of a chat."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
     refusal: None = None
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(ApiModel):
+    """One answer of a chat."""
+
     index: int
     message: AssistantMessage
-    logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length"]
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
 
 
-class Passage(BaseModel):
+class ChatChunkChoice(ApiModel):
+    """More of one answer of a chat."""
+
+    index: int
+    delta: ChoiceDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class CompletionChoice(ApiModel):
+    """One completion, or in a chunk more of it."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Passage(ApiModel):
     """A passage of the index."""
 
     id: str
@@ -70,60 +161,78 @@ class Passage(BaseModel):
     heading: str
 
 
-class GemifyFacts(BaseModel):
+class GemifyFields(ApiModel):
     """What `gemify` in the request asked for."""
 
     object: Literal["gemify"]
-    embedding: list[float] | None = None
     sources: list[Passage] | None = None
+    embedding: list[float] | None = None
 
 
-class CreateChatCompletionResponse(BaseModel):
+class CreateChatCompletionResponse(ApiModel):
+    """Answers to a conversation."""
+
     id: str
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: None
     choices: list[ChatChoice]
     usage: CompletionUsage
-    gemify: GemifyFacts | None = None
+    gemify: GemifyFields | None = None
 
 
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: dict[str, Any] | None
-    finish_reason: Literal["stop", "length"]
+class ChatCompletionChunk(ApiModel):
+    """An event of a streamed answer to a conversation."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    system_fingerprint: None
+    choices: list[ChatChunkChoice]
+    usage: CompletionUsage | None = None
+    gemify: GemifyFields | None = None
 
 
-class CreateCompletionResponse(BaseModel):
+class CreateCompletionResponse(ApiModel):
+    """Completions of prompts, or an event of streamed ones."""
+
     id: str
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: None
     choices: list[CompletionChoice]
-    usage: CompletionUsage
+    usage: CompletionUsage | None = None
 
 
-class Model(BaseModel):
+class Model(ApiModel):
+    """The model of this server."""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
 
 
-class ListModelsResponse(BaseModel):
+class ListModelsResponse(ApiModel):
+    """The models of this server: one."""
+
     object: Literal["list"]
     data: list[Model]
 
 
-class SearchResponse(BaseModel):
+class SearchResponse(ApiModel):
+    """Passages, best first."""
+
     object: Literal["list"]
     data: list[Passage]
     model: str
     usage: CompletionUsage
 
 
-class RecoverResponse(BaseModel):
+class RecoverResponse(ApiModel):
     """A text, and what its special tokens remember of it."""
 
     object: Literal["recovery"]
@@ -133,9 +242,11 @@ class RecoverResponse(BaseModel):
     input_tokens: int
     output_tokens: int
     matching_tokens: int
-    """So many tokens of the input come in the output too, in the same order."""
+    """Tokens of the input that are also in the output, in the same order."""
     usage: CompletionUsage
 
 
-class HealthResponse(BaseModel):
+class HealthResponse(ApiModel):
+    """The server's condition."""
+
     status: Literal["ok", "ready", "starting", "stopping", "failed"]

@@ -8,10 +8,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gemify.serving.completion import CompletionHandler, ResponseBuilder
+from gemify.serving.completion import CompletionHandler
 from gemify.serving.dispatch import run_until_disconnect
 from gemify.serving.errors import bad_request, from_engine_error
-from gemify.serving.protocol.requests import ChatSearch, CreateChatCompletionRequest
+from gemify.serving.protocol.requests import ChatSearch, CreateChatCompletionRequest, GemifyOptions
 from gemify.serving.protocol.responses import CreateChatCompletionResponse
 from gemify.serving.rag import RagPrompt
 from gemify.serving.request_body import JsonRoute
@@ -28,35 +28,37 @@ router = APIRouter(route_class=JsonRoute)
     tags=["OpenAI"],
 )
 async def create_chat_completion(body: CreateChatCompletionRequest, request: Request) -> Response:
-    """Answer a conversation; with ``stream`` in server-sent events. ``gemify`` asks for the prompt's embedding from the
-    same run, or for passages of the index to answer from."""
+    """Answer a conversation; with ``stream`` in server-sent events.
+
+    ``gemify`` asks for the prompt's embedding from the same run, or for passages of the index to answer from.
+    """
     state = get_state(request)
     state.require_model(body.model)
-    own = body.gemify
-    facts: dict[str, Any] = {}
+    options = body.gemify or GemifyOptions()
+    gemify_fields: dict[str, Any] = {}
     start, charged_tokens = None, 0
-    if own is not None and own.search is not None:
-        prompt = await _prepare(body, own.search, request)
+    if options.search is not None:
+        prompt = await _prepare(body, options.search, request)
         ids, start, charged_tokens = prompt.ids, prompt.start, prompt.charged_tokens
-        facts["sources"] = [p.to_json() for p in prompt.passages]
+        gemify_fields["sources"] = [p.to_json() for p in prompt.passages]
     else:
         ids = await state.tokenizer.tokenize_chat(body.messages)
     handler = CompletionHandler(
         request,
         body,
-        ResponseBuilder("chat", state.model, logprobs=bool(body.logprobs)),
+        "chat",
         [ids],
         top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-        return_embedding=own is not None and own.return_embedding,
+        return_embedding=options.return_embedding,
         start=start,
         charged_tokens=charged_tokens,
-        facts=facts,
+        gemify_fields=gemify_fields,
     )
     return await handler.respond()
 
 
 async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, request: Request) -> RagPrompt:
-    """The prompt of a question to the index, with the passages that were found."""
+    """Prepare the prompt of a question to the index, with the passages that are found."""
     state, key, loop = get_state(request), get_key_name(request), asyncio.get_running_loop()
     state.require_index()
     if body.messages[-1].role != "user" or not body.messages[-1].content.strip():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gemify.serving.completion import CompletionHandler, ResponseBuilder
+from gemify.serving.completion import CompletionHandler
 from gemify.serving.errors import bad_request
 from gemify.serving.protocol.requests import CreateCompletionRequest
 from gemify.serving.protocol.responses import CreateCompletionResponse
@@ -25,11 +25,10 @@ async def create_completion(body: CreateCompletionRequest, request: Request) -> 
     """Continue prompts as they are, several at a time if asked; with ``stream`` in server-sent events."""
     state = get_state(request)
     state.require_model(body.model)
-    most = state.settings.max_prompts
-    if len(body.prompt) > most:
+    limit = state.settings.max_prompts
+    if len(body.prompt) > limit:
         raise bad_request(
-            f"prompt must hold at most {most} prompts, got {len(body.prompt)}: send several requests", "prompt"
+            f"prompt must hold at most {limit} prompts, got {len(body.prompt)}: send several requests", "prompt"
         )
     rows = await state.tokenizer.tokenize_prompts(body.prompt)
-    builder = ResponseBuilder("completion", state.model, logprobs=body.logprobs is not None)
-    return await CompletionHandler(request, body, builder, rows, top_logprobs=body.logprobs).respond()
+    return await CompletionHandler(request, body, "completion", rows, top_logprobs=body.logprobs).respond()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from functools import partial
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from gemify.engine.requests import EmbeddingOutput
 from gemify.model.recovery import common_subsequence_length
-from gemify.serving.completion import ChoiceState, usage
+from gemify.serving.completion import ChoiceState, build_usage
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.protocol.requests import RecoverRequest
 from gemify.serving.protocol.responses import RecoverResponse
@@ -21,7 +21,7 @@ router = APIRouter(route_class=JsonRoute)
 
 @router.post("/v1/recover", response_model=None, responses={200: {"model": RecoverResponse}}, tags=["gemify"])
 async def recover(body: RecoverRequest, request: Request) -> Response:
-    """Write a text back from its special tokens alone."""
+    """Generate a text from its special tokens alone."""
     state = get_state(request)
     state.require_model(body.model)
     ids = (await state.tokenizer.tokenize_texts([body.input]))[0]
@@ -41,16 +41,15 @@ async def recover(body: RecoverRequest, request: Request) -> Response:
         finally:
             state.rate_limiter.add_tokens(get_key_name(request), choice.completion_tokens)
             add_log_fields(request, prompt_tokens=len(ids), completion_tokens=choice.completion_tokens)
-    said, back = await state.tokenizer.tokenize_plain(body.input), await state.tokenizer.tokenize_plain(choice.text)
-    return JSONResponse(
-        {
-            "object": "recovery",
-            "model": state.model,
-            "input": body.input,
-            "output": choice.text,
-            "input_tokens": len(said),
-            "output_tokens": len(back),
-            "matching_tokens": await state.tokenizer.run_in_thread(common_subsequence_length, said, back),
-            "usage": usage(len(ids), 0, choice.completion_tokens),
-        }
-    )
+    input_ids = await state.tokenizer.tokenize_plain(body.input)
+    output_ids = await state.tokenizer.tokenize_plain(choice.text)
+    return RecoverResponse(
+        object="recovery",
+        model=state.model,
+        input=body.input,
+        output=choice.text,
+        input_tokens=len(input_ids),
+        output_tokens=len(output_ids),
+        matching_tokens=await state.tokenizer.run_in_thread(common_subsequence_length, input_ids, output_ids),
+        usage=build_usage(len(ids), 0, choice.completion_tokens),
+    ).to_response()

@@ -6,12 +6,12 @@ import asyncio
 from functools import partial
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from gemify.io.errors import first_line
 from gemify.serving.errors import bad_request
 from gemify.serving.protocol.requests import SearchRequest
-from gemify.serving.protocol.responses import SearchResponse
+from gemify.serving.protocol.responses import CompletionUsage, Passage, SearchResponse
 from gemify.serving.request_body import JsonRoute
 from gemify.serving.routes.embeddings import embed
 from gemify.serving.state import get_state
@@ -21,7 +21,7 @@ router = APIRouter(route_class=JsonRoute)
 
 @router.post("/v1/search", response_model=None, responses={200: {"model": SearchResponse}}, tags=["gemify"])
 async def search(body: SearchRequest, request: Request) -> Response:
-    """The passages that fit a question best, best first."""
+    """Find the passages that fit a question best, best first."""
     state = get_state(request)
     state.require_model(body.model)
     index = state.require_index()
@@ -35,6 +35,9 @@ async def search(body: SearchRequest, request: Request) -> Response:
         found = await asyncio.to_thread(partial(index.search, body.query, k=body.k, mode=body.mode, vector=vector))
     except ValueError as error:
         raise bad_request(first_line(error), "query") from error
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    data = [passage.to_json() for passage in found]
-    return JSONResponse({"object": "list", "data": data, "model": state.model, "usage": usage})
+    return SearchResponse(
+        object="list",
+        data=[Passage(**passage.to_json()) for passage in found],
+        model=state.model,
+        usage=CompletionUsage(prompt_tokens=tokens, total_tokens=tokens),
+    ).to_response()
