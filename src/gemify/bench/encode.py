@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from gemify.bench.timing import Report, Runs, make_report, median_ratio, rows_table, run_in_turn
+from gemify.bench.timing import Report, Runs, make_report, median_ratio, plot_rows, rows_table, run_in_turn
 from gemify.evaluation.baselines import BaselineEncoder, BidirectionalEncoder, load_sentence_transformer
 from gemify.io.rows import find_row_file, load_rows
 from gemify.model.base import default_device
@@ -80,14 +80,7 @@ def bench_encode(
     max_tokens: int | None = None,
     show_progress_bar: bool = True,
 ) -> Report:
-    """Time every encoder over the texts.
-
-    Args:
-        model: A GEM with one special token.
-        texts: What to embed.
-        encoders: Names of those to time, of `ENCODERS`.
-        max_tokens: Maximum tokens of a batch of ours.
-    """
+    """Time encoders (names of `ENCODERS`) over the texts. ``max_tokens``: of a batch of ours."""
     if unknown := sorted(set(encoders) - set(ENCODERS)):
         raise ValueError(f"unknown encoder {unknown[0]!r}: choose from {'; '.join(ENCODERS)}")
     listed = list(texts)
@@ -218,19 +211,7 @@ def to_markdown(report: Report) -> str:
 
 
 def plot(report: Report) -> Figure:
-    """Bars: tokens per second of every encoder; points: its rounds."""
-    from matplotlib.figure import Figure
-
-    rows, s = report["rows"], report["settings"]
-    figure = Figure(figsize=(8.0, 1.2 + 0.5 * len(rows)), layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    for at, row in enumerate(rows):
-        axes.barh(at, row["tokens_per_second"], color="#0072b2", height=0.6)
-        rounds = [s["tokens"] / seconds for seconds in row["seconds"]]
-        axes.plot(rounds, [at] * len(rounds), "o", color="#000000", markersize=4)
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel(f"tokens per second ({s['dtype']}, {report['machine']['threads']} threads; points: rounds)")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Encoding {s['texts']} texts with the same weights", fontsize=12)
-    return figure
+    """Tokens per second of every encoder; points: its rounds."""
+    s = report["settings"]
+    label = f"tokens per second ({s['dtype']}, {report['machine']['threads']} threads; points: rounds)"
+    return plot_rows(report, "tokens_per_second", label, points=lambda row: [s["tokens"] / x for x in row["seconds"]])

@@ -41,42 +41,23 @@ class Shape:
     checkpointing: bool = False
 
 
+def _llama(width: int, inner: int, layers: int, heads: tuple[int, int], vocabulary: int, tied: bool) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+    }
+
+
 SHAPES = {
-    "tiny": Shape(
-        {
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "vocab_size": 128,
-            "tie_word_embeddings": True,
-        }
-    ),
-    "1b": Shape(
-        {
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "tie_word_embeddings": True,
-        }
-    ),
-    "8b": Shape(  # AdamW's two copies of it leave no room on 80 GB
-        {
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 128256,
-            "tie_word_embeddings": False,
-        },
-        optimizer="sgd",
-        checkpointing=True,
-    ),
+    "tiny": Shape(_llama(64, 96, 2, (4, 2), 128, True)),
+    "1b": Shape(_llama(2048, 8192, 16, (32, 8), 128256, True)),
+    # AdamW's two copies of the weights do not fit on 80 GB.
+    "8b": Shape(_llama(4096, 14336, 32, (32, 8), 128256, False), optimizer="sgd", checkpointing=True),
 }
 
 
@@ -118,14 +99,7 @@ def require_device(name: str | None) -> torch.device:
 
 
 def bench_gpu(shapes: Sequence[str], settings: GpuSettings) -> Report:
-    """Measure each shape in turn.
-
-    Args:
-        shapes: Names of `SHAPES`.
-
-    Returns:
-        A row of rates per shape and kind of work. ``memory`` holds bytes by row length, ``shapes`` what was built.
-    """
+    """Measure shapes (names of `SHAPES`): rates by kind of work, and memory by row length."""
     if unknown := [name for name in shapes if name not in SHAPES]:
         raise ValueError(f"unknown shape {unknown[0]!r}: choose one of {', '.join(SHAPES)}")
     ceiling = matmul_tflops(settings)

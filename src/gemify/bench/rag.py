@@ -124,17 +124,10 @@ def bench_rag(
     only: Sequence[str] = (),
     show_progress_bar: bool = True,
 ) -> Report:
-    """Answer the questions by every pipeline over documents of every length.
+    """Answer the questions by every pipeline over documents of every length (in tokens).
 
-    Args:
-        passages: Rows with ``_id`` and ``text``.
-        lengths: Tokens of a document.
-        second_encoder: Embeds in the two-model pipeline, which is left out without it.
-        bits: Of kept caches: 32, 16, 8 or 4.
-        only: Names of pipelines; those that they are compared with are added. Default: all.
-
-    Raises:
-        ValueError: The model takes fewer tokens than a length needs, or no pipeline has such a name.
+    ``only`` names pipelines; those that they are compared with are added. The two-model pipeline needs a
+    ``second_encoder``. Raises ValueError for a length that the model does not take, and for an unknown pipeline.
     """
     limit = max_positions(gem.lm)
     for length in lengths:

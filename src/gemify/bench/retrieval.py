@@ -31,11 +31,7 @@ class Question:
 def read_questions(directory: Path, limit: int | None) -> tuple[list[dict[str, Any]], list[Question]]:
     """Passages and questions of a directory in SQuAD's form: files of rows named corpus and queries.
 
-    Args:
-        limit: Number of questions to take, evenly over the file. None takes all.
-
-    Raises:
-        ValueError: A file or row that does not fit, by name.
+    ``limit`` questions are taken evenly over the file; None takes all. ValueError names a file or row that does not fit.
     """
     passages = load_rows(_data_file(directory, "corpus"), {"_id": (str, int), "text": str})
     rows = load_rows(_data_file(directory, "queries"), {"text": str, "answers": list, "passage": (str, int)})

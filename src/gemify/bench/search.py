@@ -18,15 +18,7 @@ _WARMUP = 5
 def bench_search(
     gem: GemModel, index: GemIndex, *, queries: int = 200, k: int = 10, show_progress_bar: bool = True
 ) -> Report:
-    """Search in every mode with the beginnings of stored passages.
-
-    Args:
-        queries: Maximum number of searches per mode.
-        k: Number of passages to retrieve.
-
-    Raises:
-        ValueError: The store is empty.
-    """
+    """Search in every mode with the beginnings of stored passages. ValueError for an empty store."""
     step = max(1, len(index) // queries)
     texts = [p.text for p in itertools.islice(index.passages(), 0, None, step)][:queries]
     if not texts:

@@ -55,16 +55,7 @@ def bench_serve(
     rounds: int = 2,
     show_progress_bar: bool = True,
 ) -> Report:
-    """Send the same traffic to each arrangement of servers.
-
-    Args:
-        requests: Number of requests, about half chats and half embeddings.
-        clients: Number of requests at a time.
-        max_tokens: Maximum tokens of an answer.
-
-    Returns:
-        A row of figures for each arrangement, and the ratios between them.
-    """
+    """Send the same traffic, ``clients`` requests at a time, to each arrangement of servers."""
     mixed = traffic(requests, max_tokens=max_tokens)
     chats, embeddings = ([r for r in mixed if r.kind == kind] for kind in ("chat", "embed"))
     if not chats or not embeddings:

@@ -38,12 +38,7 @@ class Server:
 
 @contextlib.contextmanager
 def running(arguments: Sequence[str], *, threads: int | None = None, timeout: float = 300.0) -> Iterator[Server]:
-    """Run ``python -m <arguments> --port N`` until the block ends.
-
-    Args:
-        threads: Of its arithmetic. Default: as many as torch takes.
-        timeout: Seconds to wait until it is ready.
-    """
+    """Run ``python -m <arguments> --port N`` with ``threads`` of arithmetic until the block ends; waits for /ready."""
     port = _free_port()
     environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with tempfile.TemporaryFile() as log:

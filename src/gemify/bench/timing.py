@@ -17,13 +17,16 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from gemify.io.tables import format_number, markdown_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 T = TypeVar("T")
 Report = dict[str, Any]
@@ -48,13 +51,9 @@ def run_in_turn(
     description: str = "rounds",
     show_progress_bar: bool = False,
 ) -> dict[str, Runs[T]]:
-    """Run every job once per round, in order, and time it.
+    """Run every job once per round, in order, and time it. A GPU (``device``) is waited for.
 
-    Args:
-        jobs: What to run by name. A job gets the number of its round, from 0, warm-up rounds included.
-        rounds: Number of timed rounds.
-        warmup: Number of rounds before them, which are not kept.
-        device: A GPU to wait for before and after each job.
+    A job gets the number of its round, from 0, warm-up rounds included. Those are not kept.
     """
     runs: dict[str, Runs[T]] = {name: Runs() for name in jobs}
     bar = tqdm(total=(warmup + rounds) * len(jobs), desc=description, unit="run", disable=not show_progress_bar)
@@ -113,11 +112,28 @@ def rows_by_name(report: Report) -> dict[str, dict[str, Any]]:
 
 
 def rows_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]]) -> str:
-    """Rows as a Markdown table.
-
-    Args:
-        rows: Figures by key; what a row lacks is shown as missing.
-        columns: Header and format spec of each key to show, in order.
-    """
+    """Rows as a Markdown table. ``columns``: header and format spec of each key to show, in order."""
     cells = ([format_number(row.get(key), spec) for key, (_, spec) in columns.items()] for row in rows)
     return markdown_table([header for header, _ in columns.values()], cells, numeric=True)
+
+
+def plot_rows(
+    report: Report, key: str, label: str, *, points: Callable[[dict[str, Any]], Sequence[float]], marker: str = "o"
+) -> Figure:
+    """A bar per row for the figure ``key``, and over it the points of the row."""
+    from matplotlib.figure import Figure
+
+    rows = report["rows"]
+    figure = Figure(figsize=(8.0, 1.2 + 0.5 * len(rows)), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    for at, row in enumerate(rows):
+        bar = axes.barh(at, row[key], color="#0072b2", height=0.6)
+        axes.bar_label(bar, fmt="{:,.3g}", padding=3)
+        values = points(row)
+        axes.plot(values, [at] * len(values), marker, color="#000000", markersize=4)
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

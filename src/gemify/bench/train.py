@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gemify.bench.timing import Report, Runs, make_report, median_ratio, peak_memory_mb, rows_table, run_in_turn
+from gemify.bench.timing import (
+    Report,
+    Runs,
+    make_report,
+    median_ratio,
+    peak_memory_mb,
+    plot_rows,
+    rows_table,
+    run_in_turn,
+)
 from gemify.model.base import load_base
 from gemify.model.forward import right_pad
 from gemify.paper.tokens import IGNORED
@@ -59,15 +68,7 @@ def bench_train(
     device: str | None = None,
     show_progress_bar: bool = True,
 ) -> Report:
-    """Time steps of each kind against the plain one.
-
-    Args:
-        data: Texts, as of `gemify train`.
-        kinds: Of `KINDS`.
-        steps: Timed steps of each kind, after a warm-up step.
-        rows: Rows of a next-token batch.
-        pairs: Rows of a contrastive batch.
-    """
+    """Time ``steps`` steps of each kind of `KINDS`, after a warm-up step, against the plain one."""
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ValueError(f"unknown kind of step {unknown[0]!r}: choose from {', '.join(KINDS)}")
     shape = {"max_length": max_length, "precision": precision, "group_tokens": group_tokens}
@@ -184,18 +185,6 @@ def to_markdown(report: Report) -> str:
 
 
 def plot(report: Report) -> Figure:
-    """Bars: our step's seconds divided by the plain one's, for each kind, with its goal."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 1.2 + 0.6 * len(report["rows"])), layout="constrained")
-    axes = figure.subplots()
-    rows = report["rows"]
-    axes.barh([row["name"] for row in rows], [row["ratio"] for row in rows], color="#0072b2", height=0.5)
-    for at, row in enumerate(rows):
-        axes.plot([row["goal"]] * 2, [at - 0.35, at + 0.35], color="#d55e00", linewidth=2)
-        axes.annotate(f"{row['ratio']:.2f}", (row["ratio"], at), (3, 0), textcoords="offset points", va="center")
-    axes.axvline(1.0, color="#6e6e6e", linewidth=1)
-    axes.set_xlabel("seconds of a step / seconds of a plain causal-LM step on the same tokens (line: goal)")
-    axes.invert_yaxis()
-    axes.margins(x=0.15)
-    return figure
+    """Our step's seconds divided by the plain one's, for each kind, with its goal."""
+    label = "seconds of a step / seconds of a plain causal-LM step on the same tokens (mark: goal)"
+    return plot_rows(report, "ratio", label, points=lambda row: [row["goal"]], marker="|")

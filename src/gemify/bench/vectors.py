@@ -98,16 +98,9 @@ def bench_vectors(
     directory: Path | None = None,
     show_progress_bar: bool = True,
 ) -> Report:
-    """Measure every kind of search over the same vectors.
+    """Measure kinds of search (of `KINDS`, default: all) over the same vectors.
 
-    Args:
-        count: Number of vectors.
-        dim: Dimensions of a vector, a multiple of 8.
-        kinds: Of `KINDS`. Default: all.
-        directory: Where to write the corpora, which are deleted again.
-
-    Returns:
-        A row of figures per kind, and under ``write`` what writing took for each precision.
+    The corpora are written in ``directory`` and deleted again. What writing took stands under ``write``.
     """
     if dim % 8:
         raise ValueError(f"dim must be a multiple of 8 (a bit a number), got {dim}")

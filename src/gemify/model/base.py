@@ -196,7 +196,7 @@ def default_device() -> torch.device:
 
 @contextlib.contextmanager
 def hide_progress_bars() -> Iterator[None]:
-    """transformers' own loading bars say nothing that our users need (the GGUF one has no switch)."""
+    """Hide transformers' own loading bars, which say nothing that our users need (the GGUF one has no switch)."""
     enabled, bar = transformers_logging.is_progress_bar_enabled(), modeling_gguf_pytorch_utils.tqdm
     transformers_logging.disable_progress_bar()
     modeling_gguf_pytorch_utils.tqdm = functools.partial(bar, disable=True)
