@@ -65,7 +65,7 @@ def serving(
     engine = Engine(gem, **(engine or {}))
     app = create_app(engine, settings, index, keys=KeyRing((keys or {}).items()))
     with listen(settings) as listener:
-        server = Server(app, settings)
+        server = Server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")
         address = listener.getsockname()[:2]
         thread.start()

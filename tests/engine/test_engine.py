@@ -17,7 +17,15 @@ import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.engine.engine import Engine
-from gemify.engine.requests import Done, EngineStopping, Failed, PrefillOutput, PromptStart, QueueFull, TokenDelta
+from gemify.engine.requests import (
+    Done,
+    EngineStoppingError,
+    Failed,
+    PrefillOutput,
+    PromptStart,
+    QueueFullError,
+    TokenDelta,
+)
 from gemify.engine.sampling import SamplingParams
 from gemify.model.encode import encode_ids
 from gemify.model.prefill import run_prefill
@@ -328,9 +336,9 @@ def test_a_full_queue_says_so(shared_gem: GemModel) -> None:
     with running(shared_gem, max_queue_size=4) as asker:
         with asker.engine.paused():
             large = asker.embed([some_ids(i, 4) for i in range(9)])  # more than fits, but nothing else waits
-            with pytest.raises(QueueFull, match="waiting"):
+            with pytest.raises(QueueFullError, match="waiting"):
                 asker.embed([some_ids(1, 4)])
-            with pytest.raises(QueueFull):
+            with pytest.raises(QueueFullError):
                 asker.write(some_ids(1, 4))
         assert large.vectors().shape == (9, 32)
 
@@ -343,7 +351,7 @@ def test_stopping_finishes_what_was_accepted(shared_gem: GemModel) -> None:
         engine.generate(some_ids(at, 9), GREEDY, listener)
     assert engine.stop()
     assert [h.text() for h in heard] == [greedy(shared_gem, some_ids(at, 9), 12) for at in range(6)]
-    with pytest.raises(EngineStopping):
+    with pytest.raises(EngineStoppingError):
         engine.embed([[10]], Heard())
     assert not engine.stats().alive
 
@@ -455,6 +463,6 @@ def test_bad_requests_are_refused(shared_gem: GemModel, ask: Any, message: str) 
         {"logit_bias": {1: 101.0}},
     ],
 )
-def test_bad_wishes_are_refused(params: dict[str, Any]) -> None:
+def test_bad_sampling_params_are_refused(params: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must"):
         SamplingParams(**params)

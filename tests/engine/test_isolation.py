@@ -13,7 +13,7 @@ import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.engine import sequence
-from gemify.engine.requests import Failed, QueueFull
+from gemify.engine.requests import Failed, QueueFullError
 from gemify.engine.sampling import Sampler, SamplingParams
 from gemify.model.kv_cache import RunningCache
 
@@ -60,7 +60,7 @@ def test_what_a_step_has_taken_in_still_waits(gem: GemModel) -> None:
         while asker.engine._embedding._new:
             pass  # its thread takes it in, and waits for its turn
         assert asker.engine.stats().num_waiting_texts == 9
-        with pytest.raises(QueueFull):
+        with pytest.raises(QueueFullError):
             asker.embed([some_ids(1, 4)])
 
 
@@ -99,9 +99,9 @@ def test_what_a_row_left_behind_is_not_what_another_is_padded_with(gem: GemModel
 
 def test_rows_after_a_trim_go_on_as_before(gem: GemModel) -> None:
     with running(gem, max_num_seqs=3) as asker:
-        wishes = [(some_ids(1, 400), 2), (some_ids(2, 20), 40), (some_ids(3, 9), 60), (some_ids(4, 90), 30)]
-        heard = [asker.write(ids, SamplingParams(max_tokens=new, temperature=0.0)) for ids, new in wishes]
-        assert [h.text() for h in heard] == [greedy(gem, ids, new) for ids, new in wishes]
+        prompts = [(some_ids(1, 400), 2), (some_ids(2, 20), 40), (some_ids(3, 9), 60), (some_ids(4, 90), 30)]
+        heard = [asker.write(ids, SamplingParams(max_tokens=new, temperature=0.0)) for ids, new in prompts]
+        assert [h.text() for h in heard] == [greedy(gem, ids, new) for ids, new in prompts]
 
 
 def test_answers_that_could_never_fit_are_refused(gem: GemModel) -> None:

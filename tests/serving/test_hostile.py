@@ -39,11 +39,11 @@ HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/js
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Served]:
-    patience, http_protocol._PATIENCE = http_protocol._PATIENCE, 1.0
+    patience, http_protocol._TIMEOUT_S = http_protocol._TIMEOUT_S, 1.0
     gem = tiny_gem(tmp_path_factory.mktemp("model"))
     with serving(gem, max_body_bytes=1_000_000, body_timeout=1.0, default_max_tokens=8) as running:
         yield running
-    http_protocol._PATIENCE = patience
+    http_protocol._TIMEOUT_S = patience
 
 
 @pytest.fixture(autouse=True)
@@ -233,9 +233,9 @@ def reset(peer: socket.socket) -> None:
 
 @pytest.mark.parametrize("close", [socket.socket.close, reset], ids=["close", "reset"])
 def test_clients_that_go_at_any_moment(served: Served, close: Callable[[socket.socket], None]) -> None:
-    wish = {"prompt": "a", "max_tokens": 200, "stream": True, "logit_bias": {"40": 100}}
+    params = {"prompt": "a", "max_tokens": 200, "stream": True, "logit_bias": {"40": 100}}
     for stream in (True, False):
-        body = json.dumps(wish | {"stream": stream}).encode()
+        body = json.dumps(params | {"stream": stream}).encode()
         whole = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         whole += b"Content-Length: %d\r\n\r\n" % len(body) + body
         for until in (10, 100, len(whole) - 5, len(whole)):

@@ -121,16 +121,16 @@ def test_greedy_chat_is_the_librarys(client: OpenAI, gem: GemModel) -> None:
 
 
 def test_content_in_parts_and_other_words(client: OpenAI) -> None:
-    wish: Any = {"model": "tiny", "temperature": 0, "max_tokens": 6}
+    params: Any = {"model": "tiny", "temperature": 0, "max_tokens": 6}
     parts = [{"type": "text", "text": "hello "}, {"type": "text", "text": "there"}]
-    plain = client.chat.completions.create(messages=CHAT, **wish)
+    plain = client.chat.completions.create(messages=CHAT, **params)
     said = client.chat.completions.create(
         messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts, "name": "ann"}],  # type: ignore[list-item,misc]
         user="ann",
-        **wish,
+        **params,
     )
     assert said.choices[0].message.content == plain.choices[0].message.content
-    newer = client.chat.completions.create(messages=CHAT, **wish | {"max_completion_tokens": 3})
+    newer = client.chat.completions.create(messages=CHAT, **params | {"max_completion_tokens": 3})
     assert newer.usage is not None
     assert newer.usage.completion_tokens == 3
 
@@ -146,12 +146,12 @@ def test_content_in_parts_and_other_words(client: OpenAI) -> None:
     ],
 )
 def test_a_stream_is_the_whole_in_pieces(client: OpenAI, options: dict[str, Any]) -> None:
-    wish: Any = {"model": "tiny", "messages": CHAT, "max_tokens": 10, **options}
-    whole = client.chat.completions.create(**wish)
+    params: Any = {"model": "tiny", "messages": CHAT, "max_tokens": 10, **options}
+    whole = client.chat.completions.create(**params)
     texts: dict[int, str] = {}
     reasons: dict[int, str] = {}
     logprobs: list[Any] = []
-    for chunk in client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **wish):
+    for chunk in client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **params):
         for choice in chunk.choices:
             texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
             if choice.finish_reason:
@@ -186,11 +186,11 @@ def test_stop_strings_end_an_answer(client: OpenAI, gem: GemModel) -> None:
     middle = whole[len(whole) // 2 : len(whole) // 2 + 2]
     assert middle.strip()
     for stop in (middle, ["never to be seen", middle]):
-        wish: Any = {"model": "tiny", "messages": CHAT, "max_tokens": 24, "temperature": 0, "stop": stop}
-        got = client.chat.completions.create(**wish).choices[0]
+        params: Any = {"model": "tiny", "messages": CHAT, "max_tokens": 24, "temperature": 0, "stop": stop}
+        got = client.chat.completions.create(**params).choices[0]
         assert (got.message.content, got.finish_reason) == (whole[: whole.index(middle)], "stop")
         streamed = "".join(
-            c.choices[0].delta.content or "" for c in client.chat.completions.create(stream=True, **wish)
+            c.choices[0].delta.content or "" for c in client.chat.completions.create(stream=True, **params)
         )
         assert streamed == got.message.content
 
@@ -240,12 +240,12 @@ def test_logit_bias_forces_a_token(client: OpenAI, gem: GemModel) -> None:
 
 def test_the_prompts_embedding_comes_with_the_answer(client: OpenAI, gem: GemModel) -> None:
     expected = normalize(gem.embed(gem.prefill_chat(CHAT)).numpy())
-    wish: Any = {"model": "tiny", "messages": CHAT, "max_tokens": 6, "temperature": 0}
+    params: Any = {"model": "tiny", "messages": CHAT, "max_tokens": 6, "temperature": 0}
     extra = {"gemify": {"return_embedding": True}}
-    got: Any = client.chat.completions.create(extra_body=extra, **wish)
+    got: Any = client.chat.completions.create(extra_body=extra, **params)
     np.testing.assert_allclose(got.gemify["embedding"], expected, atol=1e-5)
     assert got.choices[0].message.content == written(gem, CHAT, 6)
-    chunks: list[Any] = list(client.chat.completions.create(stream=True, extra_body=extra, **wish))
+    chunks: list[Any] = list(client.chat.completions.create(stream=True, extra_body=extra, **params))
     np.testing.assert_allclose(chunks[0].gemify["embedding"], expected, atol=1e-5)
     assert not any(hasattr(chunk, "gemify") for chunk in chunks[1:])
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == written(gem, CHAT, 6)
@@ -269,11 +269,11 @@ def test_completions_are_the_librarys(client: OpenAI, gem: GemModel) -> None:
 
 
 def test_completions_streamed_with_logprobs(client: OpenAI) -> None:
-    wish: Any = {"model": "tiny", "prompt": ["one", "two"], "n": 2, "max_tokens": 6, "seed": 1, "logprobs": 2}
-    whole = client.completions.create(**wish)
+    params: Any = {"model": "tiny", "prompt": ["one", "two"], "n": 2, "max_tokens": 6, "seed": 1, "logprobs": 2}
+    whole = client.completions.create(**params)
     assert [c.index for c in whole.choices] == [0, 1, 2, 3]
     texts, tokens, offsets = [""] * 4, [[] for _ in range(4)], [[] for _ in range(4)]  # type: ignore[var-annotated]
-    for chunk in client.completions.create(stream=True, **wish):
+    for chunk in client.completions.create(stream=True, **params):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
             if choice.logprobs:

@@ -174,8 +174,8 @@ def test_a_killed_server_starts_again_at_the_same_port(model: Path) -> None:
     """In the middle of answers: nothing is left that would need a repair."""
     with child(model) as first:
         port = first.url.rpartition(":")[2]
-        wish = {"prompt": "a", "max_tokens": 400, "logit_bias": {"40": 100}, "stream": True}
-        with httpx.stream("POST", f"{first.url}/v1/completions", json=wish, timeout=60) as answer:
+        params = {"prompt": "a", "max_tokens": 400, "logit_bias": {"40": 100}, "stream": True}
+        with httpx.stream("POST", f"{first.url}/v1/completions", json=params, timeout=60) as answer:
             pieces = answer.iter_raw()
             next(pieces)
             first.process.send_signal(signal.SIGKILL)

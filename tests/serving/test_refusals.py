@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from gemify.engine.requests import Done, EngineRequest, Failed, QueueFull, TokenDelta
+from gemify.engine.requests import Done, EngineRequest, Failed, QueueFullError, TokenDelta
 from running_server import Served, serving, tiny_gem
 
 ASK: list[Any] = [{"role": "user", "content": "hello"}]
@@ -272,7 +272,7 @@ def test_no_more_room(gem: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(gem) as served:
 
         def full(*_: Any, **__: Any) -> None:
-            raise QueueFull(2048, retry_after=7.0)
+            raise QueueFullError(2048, retry_after=7.0)
 
         monkeypatch.setattr(served.engine, "embed", full)
         refused = served.post(EMBED, {"input": "a"})

@@ -50,7 +50,7 @@ def test_a_chat_answers_from_the_index_as_the_library_does(served: Served, index
     question = "when do owls hunt?"
     library = GemRag(served.gem, index, settings=RagSettings(passages=2, mode="fts", max_new_tokens=10))
     expected = library.ask(question)
-    wish: dict[str, Any] = {
+    params: dict[str, Any] = {
         "model": "tiny",
         "messages": [{"role": "user", "content": question}],
         "max_tokens": 10,
@@ -58,11 +58,11 @@ def test_a_chat_answers_from_the_index_as_the_library_does(served: Served, index
         "extra_body": {"gemify": {"search": {"k": 2, "mode": "fts"}, "return_embedding": True}},
     }
     client = served.client("secret-of-ann")
-    got: Any = client.chat.completions.create(**wish)
+    got: Any = client.chat.completions.create(**params)
     assert got.choices[0].message.content == expected.text
     assert [s["id"] for s in got.gemify["sources"]] == [p.id for p in expected.passages]  # type: ignore[attr-defined]
     assert np.linalg.norm(got.gemify["embedding"]) == pytest.approx(1.0, abs=1e-5)
-    chunks: list[Any] = list(client.chat.completions.create(stream=True, **wish))
+    chunks: list[Any] = list(client.chat.completions.create(stream=True, **params))
     assert chunks[0].gemify["sources"] == got.gemify["sources"]
     np.testing.assert_allclose(chunks[0].gemify["embedding"], got.gemify["embedding"], atol=1e-5)
     assert not any(hasattr(chunk, "gemify") for chunk in chunks[1:])

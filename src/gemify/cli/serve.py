@@ -32,23 +32,23 @@ def serve(
         Path | None, typer.Option(help="File of `name: key` lines. [default: the environment's GEMIFY_API_KEYS]")
     ] = None,
     allow_no_key: Annotated[
-        bool | None, typer.Option("--allow-no-key", help="Let other machines in without keys.")
+        bool | None, typer.Option("--allow-no-key", help="Serve other machines without keys.")
     ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key. [default: no limit]")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key. [default: no limit]")] = None,
     max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="Most answers written at a time. [default: 16]")
+        int | None, typer.Option(min=1, help="Most answers generated at a time. [default: 16]")
     ] = None,
     max_queue_size: Annotated[
-        int | None, typer.Option(min=1, help="Most texts and answers that wait. [default: 2048]")
+        int | None, typer.Option(min=1, help="Most texts and answers in the queue. [default: 2048]")
     ] = None,
     cors_origin: Annotated[
-        list[str] | None, typer.Option("--cors-origin", help="A web page's origin that may ask; may be repeated.")
+        list[str] | None, typer.Option("--cors-origin", help="A web page's origin that may call; may be repeated.")
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a request may take. [default: 600]")] = None,
     drain_seconds: Annotated[
         float | None,
-        typer.Option(min=0, help="From SIGTERM, when /ready says no, to the last connection. [default: 0]"),
+        typer.Option(min=0, help="Seconds to serve on after SIGTERM, while /ready answers 503. [default: 0]"),
     ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. [default: the directory's name]")
@@ -61,7 +61,7 @@ def serve(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32]")] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... [default: the accelerator if any]")] = None,
 ) -> None:
-    """Serve chat and embeddings at once from one model, in OpenAI's API, with a page at / to look at."""
+    """Serve chat and embeddings at once from one model, in OpenAI's API, with a web page at /."""
     flags: dict[str, Any] = {name: value for name, value in locals().items() if value is not None and name != "config"}
     if "cors_origin" in flags:
         flags["cors_origins"] = tuple(flags.pop("cors_origin"))

@@ -44,7 +44,7 @@ class EmbeddingScheduler:
             self._embed([scheduled[i] for i in group])
 
     def abort_all(self, error: Exception) -> None:
-        """Drop all requests; each is told the error."""
+        """Drop all requests; each emits the error."""
         for request in list(self.waiting):
             self._fail(request, error)
 

@@ -1,11 +1,12 @@
 """The engine: one copy of the weights generates and embeds at once, in two threads that share the cores.
 
-    requests      prompts --> `GenerationScheduler`: prefill, then one token a step for every sequence --> TokenDelta, Completion
-                  texts ----> `EmbeddingScheduler`: small batches, a text of each request in turn -------> EmbeddingOutput
+    prompts --> `GenerationScheduler`: prefill, then one token a step for every sequence --> TokenDelta, Completion
+    texts ----> `EmbeddingScheduler`: small batches, a text of each request in turn -------> EmbeddingOutput
 
 Neither kind of work waits for the other: long chats do not hold up embeddings, nor bulk embeddings chats. Two passes on
 half of the cores each also get more done than one after the other on all of them, because a single token for some rows
-leaves little to divide. A kind that is alone has all cores. Steps are short: a cancelled request is gone by the next one.
+leaves little to divide. A kind that is alone has all cores. Steps are short: a cancelled
+request is gone by the next one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import torch
 
 from gemify.engine.embedding import EmbeddingScheduler
-from gemify.engine.requests import EmbeddingRequest, GenerationRequest, Listener, PromptStart, QueueFull
+from gemify.engine.requests import EmbeddingRequest, GenerationRequest, Listener, PromptStart, QueueFullError
 from gemify.engine.sampling import SamplingParams
 from gemify.engine.scheduler import GenerationScheduler
 from gemify.engine.worker import RequestT, Worker, release_threads
@@ -57,8 +58,8 @@ class Engine:
     Args:
         gem: the model.
         max_num_seqs: most sequences that are generated at a time.
-        max_queue_size: most texts and sequences that wait; beyond it `QueueFull`. A request to an empty queue may be
-            larger.
+        max_queue_size: most texts and sequences that wait; beyond it `QueueFullError`. A request to an empty queue may
+            be larger.
         prefix_cache_bytes: memory for the KV of prompts and answers that have run (`PrefixCache`).
         kv_cache_bytes: memory for the KV of running sequences; a prompt waits until it fits. A single sequence runs
             whatever it takes.
@@ -170,8 +171,8 @@ class Engine:
 
         Raises:
             ValueError: no tokens, ids outside the vocabulary, or more than the model's positions.
-            QueueFull: too much is waiting.
-            EngineStopping: no more requests are accepted.
+            QueueFullError: too much is waiting.
+            EngineStoppingError: no more requests are accepted.
         """
         if not 1 <= n <= self._max_num_seqs:
             raise ValueError(f"n must lie in 1..{self._max_num_seqs}, got {n}: ask again for more answers")
@@ -219,8 +220,8 @@ class Engine:
 
         Raises:
             ValueError: no tokens, ids outside the vocabulary, or more than the model's positions.
-            QueueFull: too much is waiting.
-            EngineStopping: no more requests are accepted.
+            QueueFullError: too much is waiting.
+            EngineStoppingError: no more requests are accepted.
         """
         sampling = SamplingParams(max_tokens=1)
         self._require_prompt(ids, sampling.max_tokens, embedded=embed_from is not None)
@@ -325,7 +326,7 @@ class Engine:
         with self._accepting:
             waiting = self._generation.num_waiting + self._embedding.num_waiting
             if waiting and waiting + request.num_items > self._max_queue_size:
-                raise QueueFull(waiting, retry_after=self._estimate_seconds(waiting))
+                raise QueueFullError(waiting, retry_after=self._estimate_seconds(waiting))
             worker.add_request(request)
 
     def _estimate_seconds(self, num_items: int) -> float:

@@ -15,7 +15,7 @@ from gemify.model.forward import CachedText
 
 @dataclass(frozen=True)
 class TokenDelta:
-    """New text of one sequence. ``tokens`` is filled only if log probabilities were asked for; ``text`` may be empty."""
+    """New text of one sequence, maybe empty. ``tokens`` is filled only if log probabilities were asked for."""
 
     index: int
     text: str
@@ -79,7 +79,7 @@ Event = TokenDelta | Completion | EmbeddingOutput | PrefillOutput | Failed | Don
 Listener = Callable[[Event], None]
 
 
-class QueueFull(Exception):
+class QueueFullError(Exception):
     """Too many texts and sequences are waiting already.
 
     Args:
@@ -92,7 +92,7 @@ class QueueFull(Exception):
         self.retry_after = retry_after
 
 
-class EngineStopping(Exception):
+class EngineStoppingError(Exception):
     """The engine finishes the requests it has and accepts no more."""
 
     def __init__(self) -> None:
@@ -148,8 +148,8 @@ class GenerationRequest(EngineRequest):
         sampling: how tokens are chosen.
         listener: called with each event.
         n: how many sequences. 0: the prompt's prefill is all that is wanted.
-        embed_from: also compute the prompt's embedding, from the same prefill; its special tokens see the positions from
-            this one on. None: no embedding.
+        embed_from: also compute the prompt's embedding, from the same prefill; its special tokens see the positions
+            from this one on. None: no embedding.
         is_recovery: ``ids`` is a text; generate from the KV of its special tokens alone.
         cache_salt: only requests with equal salts share prefixes.
         start: what of the prompt has run. None: what the prefix cache knows.

@@ -141,7 +141,7 @@ class Sampler:
         return token
 
     def _draw(self, logits_V: Tensor) -> int:
-        # Subtract the largest logit first: divided by a tiny temperature it stays 0, where any other number would overflow.
+        # Subtract the largest logit first: it stays 0 when divided by a tiny temperature; any other number overflows.
         p_V = F.softmax((logits_V - logits_V.max()) / max(self.sampling.temperature, _MIN_TEMPERATURE), dim=-1)
         if self.sampling.top_p >= 1.0:
             return int(torch.multinomial(p_V, 1, generator=self._random))

@@ -108,7 +108,7 @@ class GenerationScheduler:
                 self.running, self._batch = [], RunningBatch(self._gem.lm)
 
     def abort_all(self, error: Exception) -> None:
-        """Drop all requests; each is told the error."""
+        """Drop all requests; each emits the error."""
         for request in self.requests():
             self._fail(request, error)
         self.running, self._batch = [], RunningBatch(self._gem.lm)

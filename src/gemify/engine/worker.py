@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from gemify.engine.requests import EngineRequest, EngineStopping
+from gemify.engine.requests import EngineRequest, EngineStoppingError
 
 # Threads that OpenMP keeps for a thread that no longer needs them.
 #
@@ -64,7 +64,7 @@ class Scheduler(Protocol[RequestT]):
         ...
 
     def abort_all(self, error: Exception) -> None:
-        """Drop all requests; each is told the error."""
+        """Drop all requests; each emits the error."""
         ...
 
     def counts(self) -> dict[str, int]:
@@ -121,11 +121,11 @@ class Worker(Generic[RequestT]):
         """Queue a request.
 
         Raises:
-            EngineStopping: no more are accepted.
+            EngineStoppingError: no more are accepted.
         """
         with self._changed:
             if self._stopping or not self.alive:
-                raise EngineStopping
+                raise EngineStoppingError
             self._new.append(request)
             self.busy = True
             self._changed.notify()
@@ -177,7 +177,7 @@ class Worker(Generic[RequestT]):
             self._new.clear()
             self._num_waiting = _count_items(self.scheduler.waiting)
         if self._aborting:
-            self.scheduler.abort_all(EngineStopping())
+            self.scheduler.abort_all(EngineStoppingError())
             self._publish(0.0)
         self.busy = self.scheduler.busy
         return self.busy or not self._stopping

@@ -41,8 +41,8 @@ class KeyRing:
         for name, key in keys:
             if len(key) < _MIN_KEY_LENGTH or not key.isascii() or not key.isprintable() or " " in key:
                 raise ValueError(
-                    f"the API key {name!r} must be at least {_MIN_KEY_LENGTH} printable ASCII characters without spaces, got"
-                    f" {len(key)}"
+                    f"the API key {name!r} must be at least {_MIN_KEY_LENGTH} printable ASCII characters without"
+                    f" spaces, got {len(key)}"
                 )
             if name in self._hashes or _hash(key) in self._hashes.values():
                 raise ValueError(f"the API key {name!r} is given twice: leave one out")
@@ -50,7 +50,7 @@ class KeyRing:
 
     @classmethod
     def read(cls, path: Path | None) -> KeyRing:
-        """Read the keys of a file, or of the variable GEMIFY_API_KEYS (separated by commas or lines) if there is no file."""
+        """Read the keys of a file; without one, of GEMIFY_API_KEYS, separated by commas or lines."""
         if path is None:
             return cls(_parse(re.split(r"[,\n]", os.environ.get(KEYS_VARIABLE, ""))))
         try:

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from gemify.engine.requests import Completion, EmbeddingOutput, PromptStart, TokenDelta
 from gemify.engine.sampling import SamplingParams, TokenLogprob
 from gemify.io.vectors import normalize
-from gemify.serving.dispatch import ClientDisconnected, EngineClient, run_until_disconnect
+from gemify.serving.dispatch import ClientDisconnectedError, EngineClient, run_until_disconnect
 from gemify.serving.errors import ApiError, bad_request, error_body, from_engine_error
 from gemify.serving.protocol.requests import CreateChatCompletionRequest, CreateCompletionRequest
 from gemify.serving.protocol.responses import (
@@ -243,7 +243,7 @@ class EventStreamResponse(Response):
             try:
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 await run_until_disconnect(receive, self._send_chunks(send), self._timeout_s)
-            except ClientDisconnected:
+            except ClientDisconnectedError:
                 get_request_state(scope).log_fields["disconnected"] = True
             except Exception as error:
                 with contextlib.suppress(TimeoutError):

@@ -1,4 +1,4 @@
-"""Dispatch to the engine: events come from its thread into the event loop; requests that nobody waits for are cancelled."""
+"""Dispatch to the engine: its events come into the event loop; requests that nobody waits for are cancelled."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from gemify.serving.errors import from_engine_error, timeout_error
 T = TypeVar("T")
 
 
-class ClientDisconnected(Exception):
+class ClientDisconnectedError(Exception):
     """The client has closed the connection."""
 
 
@@ -101,7 +101,7 @@ async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], t
         timeout_s: seconds it may take.
 
     Raises:
-        ClientDisconnected: the client has closed the connection.
+        ClientDisconnectedError: the client has closed the connection.
         ApiError: 504, the time is over.
     """
     watching = asyncio.ensure_future(_wait_for_disconnect(receive))
@@ -111,7 +111,7 @@ async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], t
         if working in done:
             return working.result()
         if watching in done:
-            raise ClientDisconnected
+            raise ClientDisconnectedError
         raise timeout_error(timeout_s)
     finally:
         for task in (watching, working):

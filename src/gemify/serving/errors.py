@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from gemify.engine.requests import EngineStopping, QueueFull
+from gemify.engine.requests import EngineStoppingError, QueueFullError
 
 _TYPES = {
     401: "authentication_error",
@@ -92,9 +92,9 @@ def from_engine_error(error: Exception) -> ApiError:
     """Return the response to an error of the engine; an error that is the server's own is raised again."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, QueueFull):
+    if isinstance(error, QueueFullError):
         return too_many_requests(str(error), error.retry_after, code="queue_full")
-    if isinstance(error, EngineStopping):
+    if isinstance(error, EngineStoppingError):
         return service_stopping()
     if isinstance(error, ValueError):
         return bad_request(str(error))

@@ -1,4 +1,7 @@
-"""HTTP connections: uvicorn's, with an end to patience, OpenAI's error body for what is no HTTP, and a soft shutdown."""
+"""HTTP connections: uvicorn's, with timeouts for slow clients, OpenAI's error body, and a graceful shutdown.
+
+It builds on private members of uvicorn, so pyproject.toml allows tested versions only.
+"""
 
 from __future__ import annotations
 
@@ -10,61 +13,66 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemify.serving.errors import error_body
 
-_PATIENCE = 30.0
-"""Seconds in which a request's head must have arrived, or a reader must have read something of what waits for it."""
-_LAST_CALL = 1.0
-"""Seconds that an idle connection has for one more request after a shutdown has begun."""
+_TIMEOUT_S = 30.0
+"""Seconds in which a client must have sent a request's head, or must have read some of what waits for it."""
+_SHUTDOWN_GRACE_S = 1.0
+"""Seconds in which an idle connection may send one more request after the shutdown has begun."""
 
 
 class HttpProtocol(H11Protocol):
     """One client's connection."""
 
-    _patience: asyncio.TimerHandle | None = None
-    _reading: asyncio.TimerHandle | None = None
-    _ending = False
+    _head_timer: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
+    _shutting_down = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start waiting for the first request."""
         super().connection_made(transport)
-        self._be_patient()
+        self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
+        """Read a part of a request."""
         super().data_received(data)
-        if self._ending and self._is_answering:
+        if self._shutting_down and self._is_answering:
             self.cycle.keep_alive = False
         if self._is_answering:
-            self._stop_waiting()
-        elif self._patience is None:
-            self._be_patient()
+            self._stop_head_timer()
+        elif self._head_timer is None:
+            self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_waiting()
-        self._stop_watching()
+        """Stop both timers."""
+        self._stop_head_timer()
+        self._stop_read_timer()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
+        """Start watching whether the client reads what waits for it."""
         super().pause_writing()
-        self._watch_reader()
+        self._start_read_timer()
 
     def resume_writing(self) -> None:
-        self._stop_watching()
+        """Stop watching: the client has read enough."""
+        self._stop_read_timer()
         super().resume_writing()
 
     def shutdown(self) -> None:
-        """End when the answer under way has been sent; one that is idle may still ask, as its request may be on the way."""
+        """Close after the response under way. An idle connection gets a moment: its request may be on the way."""
         if self._is_answering or self.transport.is_closing():
             super().shutdown()
             return
-        self._ending = True
+        self._shutting_down = True
         self._unset_keepalive_if_required()
-        self._stop_waiting()
-        self._patience = self.loop.call_later(_LAST_CALL, self._give_up)
+        self._stop_head_timer()
+        self._head_timer = self.loop.call_later(_SHUTDOWN_GRACE_S, self._close_idle)
 
     def send_400_response(self, msg: str) -> None:
-        """For bytes that are no HTTP. If an answer is under way, its client gets no second one."""
+        """Respond to bytes that are not HTTP, unless a response is under way."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE) or self.transport.is_closing():
             self.transport.close()
             return
-        body = error_body(400, "this is no HTTP request that can be read", code="invalid_http")
+        body = error_body(400, "this is not a valid HTTP request", code="invalid_http")
         headers: Any = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode("ascii")),
@@ -79,7 +87,7 @@ class HttpProtocol(H11Protocol):
             h11.EndOfMessage(),
         ):
             self.transport.write(self.conn.send(event) or b"")
-        if self._is_answering:  # its body broke off
+        if self._is_answering:  # its body has ended early
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
@@ -89,31 +97,31 @@ class HttpProtocol(H11Protocol):
         cycle: Any = self.cycle
         return cycle is not None and not cycle.response_complete
 
-    def _be_patient(self) -> None:
-        self._patience = self.loop.call_later(_PATIENCE, self._give_up)
+    def _start_head_timer(self) -> None:
+        self._head_timer = self.loop.call_later(_TIMEOUT_S, self._close_idle)
 
-    def _stop_waiting(self) -> None:
-        if self._patience is not None:
-            self._patience.cancel()
-            self._patience = None
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-    def _watch_reader(self) -> None:
-        self._stop_watching()
-        self._reading = self.loop.call_later(_PATIENCE, self._require_reading, self.transport.get_write_buffer_size())
+    def _start_read_timer(self) -> None:
+        self._stop_read_timer()
+        self._read_timer = self.loop.call_later(_TIMEOUT_S, self._check_read, self.transport.get_write_buffer_size())
 
-    def _stop_watching(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
-            self._reading = None
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
 
-    def _require_reading(self, before: int) -> None:
-        """Closing would wait for a reader that reads nothing, with all that it was sent, and the server's end with it."""
+    def _check_read(self, before: int) -> None:
+        """Abort the connection if nothing was read. Closing would wait for the client, and the shutdown with it."""
         if self.transport.get_write_buffer_size() >= before:
             self.transport.abort()
         else:
-            self._watch_reader()
+            self._start_read_timer()
 
-    def _give_up(self) -> None:
-        self._patience = None
+    def _close_idle(self) -> None:
+        self._head_timer = None
         if not self._is_answering:
             self.transport.close()

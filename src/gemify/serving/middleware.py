@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gemify.serving.dispatch import ClientDisconnected
+from gemify.serving.dispatch import ClientDisconnectedError
 from gemify.serving.errors import ApiError, error_body, too_many_requests
 from gemify.serving.state import RequestState, get_state, set_request_state
 
@@ -79,7 +79,7 @@ class _RequestCycle:
             await self._app(self._scope, self._receive, self._send)
         except ApiError as error:
             await self._respond(error.status_code, error.body, dict(error.headers or {}))
-        except ClientDisconnected:
+        except ClientDisconnectedError:
             self._request.log_fields["disconnected"] = True
             await self._respond(_STATUS_DISCONNECTED, b"")
         except Exception as error:

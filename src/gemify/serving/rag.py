@@ -2,10 +2,10 @@
 
     question     prefill in the engine's batches; its special token embeds it there        (`EngineRunner`)
     search       the index, with that vector
-    answer       the passages and the rest of the prompt go on from the question's KV      (`Engine.generate`, ``start``)
+    answer       the passages and the rest of the prompt go on from the question's KV  (`Engine.generate`, ``start``)
 
-The pipeline blocks, as it does for `gemify ask`. So each request has a thread until its answer starts; the threads wait for
-the engine most of the time.
+The pipeline blocks, as it does for `gemify ask`. So each request has a thread until its answer starts; the
+threads wait for the engine most of the time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The process: a socket, a model, uvicorn, and an orderly end.
+"""The process: a socket, a model, uvicorn, and a graceful shutdown.
 
-SIGTERM or SIGINT: /ready says no; after ``drain_seconds`` no more connections are accepted; what was accepted is
-answered; exit code 0. A second signal ends at once.
+SIGTERM or SIGINT: /ready answers 503; after ``drain_seconds`` no more connections are accepted; accepted requests are
+answered; the exit code is 0. A second signal ends the process at once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from gemify.serving.http_protocol import HttpProtocol
 from gemify.serving.log_format import set_up_logs
 from gemify.serving.rag import kv_store_of
 from gemify.serving.settings import KEYS_VARIABLE, ServerSettings
+from gemify.serving.state import AppState
 
 if TYPE_CHECKING:
     from gemify.model.gem import GemModel
@@ -40,7 +41,12 @@ _BACKLOG = 2048
 
 
 def serve(settings: ServerSettings) -> None:
-    """Load the model and serve until a signal. ValueError or OSError, one line, for what cannot be."""
+    """Load the model and serve until a signal.
+
+    Raises:
+        ValueError: an option, the model or the index is wrong, in one line.
+        OSError: a file cannot be read.
+    """
     keys = KeyRing.read(settings.api_keys)
     require_keys(settings, keys)
     kv_store_of(settings)
@@ -59,11 +65,11 @@ def serve(settings: ServerSettings) -> None:
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         logger.info(f"serving {settings.model_name} at http://{shown}:{port}")
-        Server(app, settings).run(sockets=[listener])
+        Server(app).run(sockets=[listener])
 
 
 def require_keys(settings: ServerSettings, keys: KeyRing) -> None:
-    """Refuse to serve other machines to everybody."""
+    """Raise ValueError if other machines could use the server without a key."""
     if not settings.is_local and not len(keys) and not settings.allow_no_key:
         raise ValueError(
             f"--host {settings.host} lets other machines in and there are no API keys: give --api-keys FILE or"
@@ -72,7 +78,7 @@ def require_keys(settings: ServerSettings, keys: KeyRing) -> None:
 
 
 def listen(settings: ServerSettings) -> socket.socket:
-    """The socket, before the model is loaded: a port that is taken is said at once."""
+    """Open the socket. It is done before the model is loaded, so that a port in use is an error at once."""
     try:
         found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (socket.gaierror, UnicodeError) as error:
@@ -94,9 +100,13 @@ def listen(settings: ServerSettings) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with our signals."""
+    """Uvicorn's server, with our handling of signals.
 
-    def __init__(self, app: FastAPI, settings: ServerSettings) -> None:
+    Args:
+        app: made by `create_app`.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
         config = uvicorn.Config(
             app,
             http=HttpProtocol,
@@ -109,16 +119,17 @@ class Server(uvicorn.Server):
             timeout_keep_alive=30,
         )
         super().__init__(config)
-        self._state, self._settings = app.state.gemify, settings
+        self._state: AppState = app.state.gemify
         self._stop_at: float | None = None
 
     async def on_tick(self, counter: int) -> bool:
+        """Begin the shutdown when ``drain_seconds`` are over."""
         if self._stop_at is not None and time.monotonic() >= self._stop_at:
             self.should_exit = True
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the door, but let in who has knocked: a connection that waits to be accepted would be reset."""
+        """Stop accepting, but serve the connections in the backlog, which would be reset otherwise."""
         waiting: list[socket.socket] = []
         for listener in sockets or []:
             listener.listen(0)
@@ -133,28 +144,29 @@ class Server(uvicorn.Server):
             with contextlib.suppress(OSError):  # gone again
                 await loop.connect_accepted_socket(self._connect, peer)
         await asyncio.sleep(0.05)  # those that were accepted a moment ago become connections
-        ending = asyncio.create_task(self._end_in_time())
+        ending = asyncio.create_task(self._abort_in_time())
         await super().shutdown(sockets)
         ending.cancel()
 
-    async def _end_in_time(self) -> None:
-        """uvicorn waits for every answer: what the engine has not finished in time, it drops."""
-        if self._settings.stop_timeout is not None:
-            await asyncio.sleep(self._settings.stop_timeout)
+    async def _abort_in_time(self) -> None:
+        """Abort what the engine has not finished after ``stop_timeout``. Uvicorn itself waits for every response."""
+        if self._state.settings.stop_timeout is not None:
+            await asyncio.sleep(self._state.settings.stop_timeout)
             await asyncio.to_thread(self._state.engine.stop, timeout_s=0)
 
     def _connect(self) -> HttpProtocol:
         return HttpProtocol(self.config, self.server_state, self.lifespan.state)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain at the first signal, end the process at the second."""
         if self._state.stopping:
             os._exit(128 + sig)
         self._state.stopping = True
-        self._stop_at = time.monotonic() + self._settings.drain_seconds
+        self._stop_at = time.monotonic() + self._state.settings.drain_seconds
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Ours from start to end, and not raised again afterwards: an orderly end has exit code 0."""
+        """Install our handlers, and raise no signal again afterwards: a graceful shutdown has exit code 0."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

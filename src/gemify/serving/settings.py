@@ -1,4 +1,4 @@
-"""The options of `gemify serve`. Flags win over the environment, the environment over a YAML file, a file over defaults."""
+"""The options of `gemify serve`: flags win over the environment, it over a YAML file, the file over defaults."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Texts and conversations as token ids: in threads of their own, with tokenizers of their own.
+"""Tokenization of requests, in threads of its own, with tokenizers of its own.
 
-The model's own tokenizer is the engine's, which spells answers with it. So requests are read with copies, one for each
+The engine turns tokens into text with the model's own tokenizer. Requests are tokenized with copies, one for each
 thread, and never wait for a step of the model.
 """
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _THREADS = 2
-_AT_A_TIME = 1 << 16  # characters, after which another request has its turn
+_MAX_CHARACTERS = 1 << 16  # that a thread tokenizes at a time, so that other requests come in between
 
 
 @dataclass(frozen=True)
-class _Tools:
-    """What one thread reads with."""
+class _ThreadTokenizer:
+    """The copies of one thread."""
 
     tokenizer: Any
     texts: TextTokenizer
@@ -40,101 +40,102 @@ class _Tools:
 
 
 class RequestTokenizer:
-    """Reads what requests say. Give it back with `close`."""
+    """Tokenizes texts, prompts and conversations. End it with `close`."""
 
     def __init__(self, gem: GemModel) -> None:
-        self._copies: SimpleQueue[_Tools] = SimpleQueue()
+        self._copies: SimpleQueue[_ThreadTokenizer] = SimpleQueue()
         for _ in range(_THREADS):
             tokenizer = copy.deepcopy(gem.tokenizer)
             chat = ChatTemplate(tokenizer) if tokenizer.chat_template else None
-            self._copies.put(_Tools(tokenizer, replace(gem.text_tokenizer, tokenizer=tokenizer), chat))
-        self._table = int(gem.lm.get_input_embeddings().weight.shape[0])
-        self._room, self._columns = gem.max_seq_length, gem.config.max_text_tokens
-        self._limit: int | None = max_positions(gem.lm)
-        self._longest = max(map(len, gem.tokenizer.get_vocab()))  # characters of a token
-        self._tools = threading.local()
+            self._copies.put(_ThreadTokenizer(tokenizer, replace(gem.text_tokenizer, tokenizer=tokenizer), chat))
+        self._vocab_size = int(gem.lm.get_input_embeddings().weight.shape[0])
+        self._max_seq_length, self._max_text_tokens = gem.max_seq_length, gem.config.max_text_tokens
+        self._max_model_len: int | None = max_positions(gem.lm)
+        self._max_token_length = max(map(len, gem.tokenizer.get_vocab()))  # characters of a token
+        self._local = threading.local()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="gemify-prompts")
         self.has_chat = bool(gem.tokenizer.chat_template)
         prompts = gem.config.prompts
-        self._before = prompts.get(gem.config.default_prompt_name or "", "")
-        self._before_query = prompts.get("query", self._before)
+        self._default_prompt = prompts.get(gem.config.default_prompt_name or "", "")
+        self._query_prompt = prompts.get("query", self._default_prompt)
 
     def close(self) -> None:
+        """End the threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def run_in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        """Run something short in a reading thread."""
+        """Run something short in a tokenizing thread."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
     async def tokenize_texts(self, given: Input) -> list[list[int]]:
-        """Ids of texts to embed: in them, every control token's name that is a special token's is text."""
+        """Tokenize texts to embed; token ids stay as they are. Control tokens that a text spells are text."""
         rows: list[list[int]] = []
-        some: list[str] = []
+        batch: list[str] = []
         size = 0
         for item in given:
             if isinstance(item, list):
                 rows.append(item)
                 continue
-            self._require_room(item, self._room)
-            some.append(self._before + item)
+            self._require_fit(item, self._max_seq_length)
+            batch.append(self._default_prompt + item)
             size += len(item)
-            if size > _AT_A_TIME:
-                rows += await self.run_in_thread(self._texts, some)
-                some, size = [], 0
-        return rows + (await self.run_in_thread(self._texts, some) if some else [])
+            if size > _MAX_CHARACTERS:
+                rows += await self.run_in_thread(self._texts, batch)
+                batch, size = [], 0
+        return rows + (await self.run_in_thread(self._texts, batch) if batch else [])
 
     async def tokenize_query(self, text: str) -> list[int]:
-        """Ids of a question to an index, cut at the end as the library does."""
-        cut = text[: self._room * self._longest]
-        return (await self.run_in_thread(self._texts, [self._before_query + cut], self._columns))[0]
+        """Tokenize a question to an index, cut at the end as the library does."""
+        cut = text[: self._max_seq_length * self._max_token_length]
+        return (await self.run_in_thread(self._texts, [self._query_prompt + cut], self._max_text_tokens))[0]
 
     async def tokenize_prompts(self, given: Input) -> list[list[int]]:
-        """Ids of prompts to continue, as the base's own tokenizer reads them."""
+        """Tokenize prompts to continue, as the base model's own tokenizer does."""
         for item in given:
             if isinstance(item, str):
-                self._require_room(item, self._limit)
+                self._require_fit(item, self._max_model_len)
         return [item if isinstance(item, list) else await self.run_in_thread(self._prompt, item) for item in given]
 
     async def tokenize_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        """Ids of a conversation, up to where the answer starts."""
+        """Tokenize a conversation, up to where the answer starts."""
         self.require_chat(messages)
         return await self.run_in_thread(self._chat, messages)
 
     def require_chat(self, messages: Sequence[ChatMessage]) -> None:
-        """Refuse a conversation where there is no chat template, or with a message that is too long."""
+        """Raise ApiError 400 if there is no chat template, or a message is too long."""
         if not self.has_chat:
             raise bad_request("this model has no chat template: use /v1/completions", code="no_chat_template")
         for message in messages:
-            self._require_room(message.content, self._limit)
+            self._require_fit(message.content, self._max_model_len)
 
     async def tokenize_plain(self, text: str) -> list[int]:
-        """Ids of a text, nothing before it."""
-        return await self.run_in_thread(lambda: list(self._own().texts.tokenize_plain([text])[0]))
+        """Tokenize a text alone, nothing before it."""
+        return await self.run_in_thread(lambda: list(self._tokenizer().texts.tokenize_plain([text])[0]))
 
-    def _require_room(self, text: str, tokens: int | None) -> None:
-        """Refuse at once what cannot fit, instead of reading megabytes to find out."""
-        if tokens is not None and len(text) > tokens * self._longest:
+    def _require_fit(self, text: str, tokens: int | None) -> None:
+        """Raise ApiError 400 for a text that cannot fit, without tokenizing megabytes to find out."""
+        if tokens is not None and len(text) > tokens * self._max_token_length:
             raise bad_request(
                 f"a text has {len(text):,} characters, more than the {tokens:,} tokens that this model takes can hold:"
                 " cut it up"
             )
 
-    # In a reading thread
+    # In a tokenizing thread
 
-    def _own(self) -> _Tools:
-        tools: _Tools | None = getattr(self._tools, "own", None)
-        if tools is None:
-            tools = self._tools.own = self._copies.get_nowait()
-        return tools
+    def _tokenizer(self) -> _ThreadTokenizer:
+        tokenizer: _ThreadTokenizer | None = getattr(self._local, "own", None)
+        if tokenizer is None:
+            tokenizer = self._local.own = self._copies.get_nowait()
+        return tokenizer
 
     def _texts(self, texts: list[str], max_tokens: int | None = None) -> list[list[int]]:
-        return self._own().texts(texts, max_tokens=max_tokens)
+        return self._tokenizer().texts(texts, max_tokens=max_tokens)
 
     def _prompt(self, text: str) -> list[int]:
-        return self._own().texts.tokenize_prompts([text], add_special_tokens=True, vocab_size=self._table)[0]
+        return self._tokenizer().texts.tokenize_prompts([text], add_special_tokens=True, vocab_size=self._vocab_size)[0]
 
     def _chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
-        chat = self._own().chat
+        chat = self._tokenizer().chat
         assert chat is not None
         try:
             return chat.apply([chat.message(chat_role(m), m.content) for m in messages]).ids
@@ -143,5 +144,5 @@ class RequestTokenizer:
 
 
 def chat_role(message: ChatMessage) -> str:
-    """The role as chat templates name it: OpenAI's ``developer`` is ``system``."""
+    """Return the role as chat templates name it: OpenAI's ``developer`` is ``system``."""
     return "system" if message.role == "developer" else message.role

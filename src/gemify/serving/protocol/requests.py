@@ -1,4 +1,4 @@
-"""What clients may send: OpenAI's requests, and our own. What cannot be honoured is refused by name, not ignored."""
+"""What clients send: OpenAI's requests, and our own. Unsupported parameters are refused by name, not ignored."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSche
 from gemify.serving.errors import json_name, unsupported_parameter
 
 _MAX_N = 16
-_MOST_STOPS = 16
-_LONGEST_STOP = 1000  # each token's text is compared with all of their beginnings
-_MOST_BIASES = 1024
-_LARGEST = 2**63 - 1
+_MAX_STOPS = 16
+_MAX_STOP_LENGTH = 1000  # each token's text is compared with all of their beginnings
+_MAX_BIASES = 1024
+_MAX_INT = 2**63 - 1
 _STRING: dict[str, Any] = {"type": "string"}
 _IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 _TEXTS: dict[str, Any] = {"type": "array", "minItems": 1, "items": _STRING}
 _ROWS: dict[str, Any] = {"type": "array", "minItems": 1, "items": _IDS}
-_STOP: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": _LONGEST_STOP}
+_STOP: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": _MAX_STOP_LENGTH}
 _TEXT_PART: dict[str, Any] = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": _STRING},
@@ -30,7 +30,7 @@ Input = list[str] | list[list[int]]
 
 
 def texts_or_ids(value: Any) -> Input:
-    """A string, some, token ids or some lists of them, as a list. One look at each item, and one error at most."""
+    """Return a string, strings, token ids or lists of them as a list. Looks once at each item; reports one error."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
@@ -59,21 +59,22 @@ def _require_all(values: list[Any], fits: Callable[[Any], bool], what: str) -> N
 
 
 def _is_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _LARGEST
+    return type(value) is int and 0 <= value <= _MAX_INT
 
 
 def _listed(value: Any) -> Any:
-    """Stop strings: one or some."""
+    """Return one or several stop strings as a tuple."""
     if value is None:
         return ()
     listed = [value] if isinstance(value, str) else value
     if (
         not isinstance(listed, list)
-        or len(listed) > _MOST_STOPS
-        or not all(isinstance(s, str) and 1 <= len(s) <= _LONGEST_STOP for s in listed)
+        or len(listed) > _MAX_STOPS
+        or not all(isinstance(s, str) and 1 <= len(s) <= _MAX_STOP_LENGTH for s in listed)
     ):
         raise ValueError(
-            f"must be a string or up to {_MOST_STOPS} strings of at least one character and at most {_LONGEST_STOP} each"
+            f"must be a string or up to {_MAX_STOPS} strings of at least one character and at most"
+            f" {_MAX_STOP_LENGTH} each"
         )
     return tuple(listed)
 
@@ -81,8 +82,8 @@ def _listed(value: Any) -> Any:
 def _biases(value: Any) -> Any:
     if value is None:
         return {}
-    if not isinstance(value, dict) or len(value) > _MOST_BIASES:
-        raise ValueError(f"must be an object of at most {_MOST_BIASES} token ids and their biases")
+    if not isinstance(value, dict) or len(value) > _MAX_BIASES:
+        raise ValueError(f"must be an object of at most {_MAX_BIASES} token ids and their biases")
     found: dict[int, float] = {}
     for name, bias in value.items():
         if not (name.isascii() and name.isdigit() and len(name) <= 18):
@@ -94,7 +95,7 @@ def _biases(value: Any) -> Any:
 
 
 def _content(value: Any) -> str:
-    """A message's text: a string, or text parts, which are joined."""
+    """Return a message's text: a string, or text parts, which are joined."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -118,7 +119,7 @@ Stops = Annotated[
         {
             "anyOf": [
                 _STOP,
-                {"type": "array", "items": _STOP, "maxItems": _MOST_STOPS},
+                {"type": "array", "items": _STOP, "maxItems": _MAX_STOPS},
                 {"type": "null"},
             ]
         }
@@ -132,7 +133,7 @@ Biases = Annotated[
             "anyOf": [
                 {
                     "type": "object",
-                    "maxProperties": _MOST_BIASES,
+                    "maxProperties": _MAX_BIASES,
                     "propertyNames": {"pattern": "^[0-9]{1,18}$"},
                     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
                 },
@@ -150,7 +151,7 @@ SearchMode = Literal["vector", "fts", "hybrid"]
 
 
 class _Request(BaseModel):
-    """Types as they are written (``"1"`` is no number); fields that nobody knows are ignored, as OpenAI's servers do."""
+    """What all requests have. Types are strict (``"1"`` is not a number); unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
 
@@ -166,25 +167,27 @@ class CreateEmbeddingRequest(_Request):
         default=None, description="base64: little-endian float32."
     )
     dimensions: int | None = Field(
-        default=None, ge=1, le=_LARGEST, description="Keep so many numbers of each vector, and scale it to length 1."
+        default=None, ge=1, le=_MAX_INT, description="Keep so many numbers of each vector, and scale it to length 1."
     )
 
 
 class StreamOptions(BaseModel):
+    """What a stream has beside the answer."""
+
     model_config = ConfigDict(strict=True, extra="ignore")
 
     include_usage: bool | None = Field(default=None, description="A last chunk says how many tokens it was.")
 
 
 class _GenerationRequest(_Request):
-    """What chat and completions have in common."""
+    """What chats and completions have in common."""
 
-    max_tokens: int | None = Field(default=None, ge=1, le=_LARGEST, description="Longest answer.")
+    max_tokens: int | None = Field(default=None, ge=1, le=_MAX_INT, description="Longest answer.")
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
         default=None, description="0: greedy. Default 1."
     )
     top_p: Unit | None = Field(default=None, description="Nucleus sampling. Default 1.")
-    seed: int | None = Field(default=None, ge=-_LARGEST - 1, le=_LARGEST, description="Same seed, same answer.")
+    seed: int | None = Field(default=None, ge=-_MAX_INT - 1, le=_MAX_INT, description="Same seed, same answer.")
     stop: Stops = Field(default=(), description="The answer ends before the first of these.")
     n: int | None = Field(default=None, ge=1, le=_MAX_N, description="How many answers.")
     presence_penalty: Penalty | None = None
@@ -201,7 +204,12 @@ class _GenerationRequest(_Request):
 
 
 def refuse(given: Any, *names: tuple[str, tuple[Any, ...], str]) -> Any:
-    """Refuse parameters (their name, the values that ask for nothing, what to say) that cannot be honoured."""
+    """Refuse unsupported parameters.
+
+    Args:
+        given: the request's body.
+        names: for each parameter its name, the values that ask for nothing, and what the error says.
+    """
     if isinstance(given, dict):
         for name, harmless, message in names:
             if name in given and given[name] is not None and given[name] not in harmless:
@@ -210,7 +218,7 @@ def refuse(given: Any, *names: tuple[str, tuple[Any, ...], str]) -> Any:
 
 
 class CreateCompletionRequest(_GenerationRequest):
-    """Prompts to continue as they are, without a chat's words around them."""
+    """Prompts to continue as they are, without a chat template."""
 
     prompt: Inputs = Field(description="A prompt, prompts, token ids or lists of token ids.")
     logprobs: int | None = Field(
@@ -235,7 +243,7 @@ class CreateCompletionRequest(_GenerationRequest):
 
 
 class ChatMessage(BaseModel):
-    """One turn of a conversation."""
+    """One message of a conversation."""
 
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 
@@ -262,7 +270,7 @@ class ChatSearch(BaseModel):
 
 
 class GemifyOptions(BaseModel):
-    """What only this server does."""
+    """What OpenAI's API does not have."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -275,7 +283,7 @@ class CreateChatCompletionRequest(_GenerationRequest):
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(
-        default=None, ge=1, le=_LARGEST, description="Longest answer; beats max_tokens."
+        default=None, ge=1, le=_MAX_INT, description="Longest answer; beats max_tokens."
     )
     logprobs: bool | None = Field(default=None, description="Log probabilities of the tokens.")
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Of so many others at each place.")

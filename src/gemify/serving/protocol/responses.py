@@ -1,7 +1,7 @@
 """What clients get: OpenAI's responses, and our own.
 
-Each object sets the fields that it has, and only fields that were set are written: an optional field that is set to None
-is ``null``, one that was left out is absent.
+Only fields that were set are written. An optional field that was set to None is ``null``; one that was left out is
+absent.
 """
 
 from __future__ import annotations
