@@ -52,7 +52,7 @@ def index(model: str, store: str, corpus: str, tell: Connection) -> None:
         setattr(Store, name, taken)
 
     torch.set_num_threads(1)
-    for name in ("append", "record", "forget", "finish"):
+    for name in ("append", "commit", "remove", "optimize"):
         told(name)
     gem = GemModel.from_pretrained(model)
     GemIndex.open(store, gem, tokens=48, overlap=8).add(corpus, commit_tokens=300)

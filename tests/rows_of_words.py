@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,29 @@ def write_parquet(path: Path, rows: list[Any], *, group: int = 17) -> Path:
     import pyarrow.parquet as pq
 
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=group)
+    return path
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Rows in the format that a file's name tells."""
+    import pyarrow as pa
+
+    kind = path.name.split(".")[1]
+    if kind in ("csv", "tsv"):
+        out = io.StringIO()
+        writer = csv.DictWriter(out, rows[0], delimiter="\t" if kind == "tsv" else ",", quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(rows)
+        content = out.getvalue().encode()
+    elif kind == "json":
+        content = json.dumps(rows, indent=1).encode()
+    else:
+        content = "".join(json.dumps(one) + "\n" for one in rows).encode()
+    if path.suffix == ".gz":
+        content = gzip.compress(content)
+    elif path.suffix == ".zst":
+        content = pa.compress(content, codec="zstd", asbytes=True)
+    path.write_bytes(content)
     return path
 
 

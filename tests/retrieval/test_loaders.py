@@ -16,6 +16,7 @@ from fpdf import FPDF
 from children import read_as_nobody
 from gemify.retrieval.loaders import Columns, content_hash, find_files, read_file
 from gemify.retrieval.section import Section, Skipped
+from rows_of_words import write_parquet, write_rows
 
 
 def sections(path: Path, columns: Columns | None = None) -> list[Section]:
@@ -145,6 +146,26 @@ def test_rows_have_ids_titles_and_their_own_columns(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"body": "x", "name": "N"}\n')
     (section,) = sections(tmp_path / "b.jsonl", Columns("body", "name"))
     assert (section.text, section.title) == ("x", "N")
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.tsv", "a.json", "a.jsonl.zst"])
+def test_tables_and_arrays_with_the_text_column_are_rows(tmp_path: Path, name: str) -> None:
+    rows = [{"_id": "q1", "body": "a", "title": "T"}, {"_id": "q2", "body": 'b "c"', "title": ""}]
+    path = write_rows(tmp_path / name, rows)
+    got = sections(path, Columns("body"))
+    assert [(s.text, s.title, s.location(0, 1)) for s in got] == [("a", "T", "row q1"), ('b "c"', "", "row q2")]
+    if ".jsonl" not in name:
+        (whole,) = sections(path)  # without the text column it is a text
+        assert whole.unit == "line"
+        assert '"body' in whole.text or "body" in whole.text.splitlines()[0]
+    assert content_hash(path, Columns()) != content_hash(path, Columns("body"))
+
+
+def test_parquet_files_are_rows(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", [{"_id": n, "text": f"text {n}"} for n in range(40)])
+    got = sections(tmp_path / "a.parquet")
+    assert [(s.text, s.name) for s in got] == [(f"text {n}", str(n)) for n in range(40)]
+    assert find_files([tmp_path]).files == (tmp_path / "a.parquet",)
 
 
 def test_broken_rows_are_named_and_the_rest_is_read(tmp_path: Path) -> None:

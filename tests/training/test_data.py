@@ -25,7 +25,10 @@ def test_every_format_gives_the_same_texts(tmp_path: Path) -> None:
         file.write("\n".join(texts))
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t, "x": 1}) + "\n" for t in texts))
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
-    for name in ("a.txt", "a.txt.gz", "a.jsonl", "a.parquet"):
+    (tmp_path / "a.csv").write_text("n,text\n" + "".join(f'{n},"{t}"\r\n' for n, t in enumerate(texts)))
+    (tmp_path / "a.json").write_text(json.dumps([{"text": t} for t in texts]))
+    (tmp_path / "a.tsv.zst").write_bytes(pa.compress("\n".join(["text", *texts]).encode(), "zstd", asbytes=True))
+    for name in ("a.txt", "a.txt.gz", "a.jsonl", "a.parquet", "a.csv", "a.json", "a.tsv.zst"):
         source = Source(str(tmp_path / name))
         assert [e.text for e in source] == texts
         assert [e.text for e in source] == texts  # again

@@ -227,7 +227,7 @@ def embed_corpus(
         model_name=name,
         base=base,
         device=device,
-        engine=executor,  # type: ignore[arg-type]
+        executor=executor,  # type: ignore[arg-type]
         workers=workers,
         batch_size=batch_size,
         limit=limit,

@@ -1,4 +1,4 @@
-"""A directory on a disk or in an object store, for the small files of a run: each is there whole or not at all."""
+"""A directory on a disk or in an object store, for the small files of a run. A file is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Directory:
             self.files, self.path = FileSystem.from_uri(self.uri)
         except ValueError as error:
             raise ValueError(
-                f"{self.uri} cannot be written to ({reason(error)}): give a directory, or a URI such as s3://bucket/path"
+                f"{self.uri} cannot be written to ({error_reason(error)}): give a directory, or a URI such as s3://bucket/path"
             ) from error
 
     def read(self, name: str) -> bytes | None:
-        """A file's bytes, or None if there is none."""
+        """Return a file's bytes, or None if there is none."""
         try:
             with self.files.open_input_file(f"{self.path}/{name}") as file:
                 return bytes(file.read())
@@ -44,13 +44,20 @@ class Directory:
             file.write(content)
 
     def write_if_absent(self, name: str, content: bytes) -> bool:
-        """Write a file in one step, unless there is one; whether it was written.
+        """Write a file in one step, unless there is one.
 
-        A disk without hard links does it under a lock, which is as good as the disk's locks are between machines. In an
-        object store there is none: two that write in the same instant may both be told so; the last one's content is there.
+        A disk without hard links does it under a lock, which is as good as the disk's locks are between machines. An
+        object store has no lock: two writers in the same instant may both get True, and the last one's content stays.
+
+        Args:
+            name: The file's name.
+            content: Its bytes.
+
+        Returns:
+            Whether this call wrote the file.
         """
         if not self.local:
-            return self._checked(name, content)
+            return self._write_after_check(name, content)
         try:
             self._link(Path(self.path, name), content)
             return True
@@ -60,26 +67,26 @@ class Directory:
             from filelock import FileLock
 
             with FileLock(Path(self.path, ".first.lock")):
-                return self._checked(name, content)
+                return self._write_after_check(name, content)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[str]:
-        """A path to write to, which becomes the file when the block ends well. (Object stores do so by themselves.)"""
-        if not self.local:
+        """Yield a path to write to, which becomes the file when the block ends well."""
+        if not self.local:  # object stores show a file when it is whole
             yield f"{self.path}/{name}"
             return
         with atomic_file(Path(self.path, name)) as stage:
             yield str(stage)
 
     def list_names(self, directory: str) -> list[str]:
-        """Sorted names of the files in a directory; hidden ones are not finished, and left out."""
+        """Return the sorted names of the files in a directory, without hidden ones, which are unfinished."""
         from pyarrow.fs import FileSelector
 
         wanted = FileSelector(f"{self.path}/{directory}".rstrip("/"), allow_not_found=True)
         found: list[Any] = [f for f in self.files.get_file_info(wanted) if f.is_file]
         return sorted(f.base_name for f in found if not f.base_name.startswith("."))
 
-    def _checked(self, name: str, content: bytes) -> bool:
+    def _write_after_check(self, name: str, content: bytes) -> bool:
         if self.read(name) is not None:
             return False
         self.write(name, content)
@@ -97,24 +104,25 @@ class Directory:
 
 
 def is_remote(uri: str) -> bool:
+    """Return whether a URI names an object store."""
     return "://" in uri
 
 
 def resolve_uri(uri: str | Path) -> str:
-    """A URI as it is; a path, or a file:// URI of one, as an absolute path."""
+    """Return a URI as it is, and a path or a file:// URI as an absolute path."""
     if str(uri).startswith("file://"):
         return url2pathname(urlsplit(str(uri)).path)
     return str(uri) if is_remote(str(uri)) else os.path.abspath(uri)
 
 
-def reason(error: BaseException) -> str:
-    """What went wrong, in one line, without places in Lance's sources. (Object stores answer in XML.)"""
-    if told := re.search("<Message>(.+?)</Message>", str(error)):
-        return told[1]
+def error_reason(error: BaseException) -> str:
+    """Return an error's reason in one line, without positions in Lance's sources."""
+    if message := re.search("<Message>(.+?)</Message>", str(error)):  # an object store's XML
+        return message[1]
     first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return first.removeprefix("lance error: ").removeprefix("LanceError(IO): ").split(", /")[0][:200]
 
 
-def is_full(error: BaseException) -> bool:
-    """Whether it is a full disk that stands behind an error. (Lance's have no number.)"""
+def is_disk_full(error: BaseException) -> bool:
+    """Return whether a full disk caused an error. Lance's errors have no number, so the text decides."""
     return os.strerror(errno.ENOSPC) in str(error)

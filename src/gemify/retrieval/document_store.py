@@ -1,14 +1,14 @@
-"""Where chunks and their vectors are kept: two LanceDB tables.
+"""The store of chunks and their vectors: two LanceDB tables.
 
-`chunks` has a row a chunk, stamped with the version of its file (a hash of path, content and way of reading). `files`
-has a row a file, which names the version that counts. A chunk counts if its file's row names its version:
+`chunks` has a row a chunk, with the version of its file (a hash of path, content and way of reading). `files` has a row
+a file, which names the committed version. A chunk is live if its file's row names its version:
 
     add or change a file:  append its new chunks (any number of commits)  ->  write its row  ->  delete the old chunks
     remove a file:                                                            delete its row ->  delete its chunks
 
-LanceDB makes each commit whole or not at all, so the row's commit is the moment at which a file changes, however many
-chunks it has and whenever the process dies. Chunks that do not count are hidden from every search; the next run takes
-up those of the version that it is about to write, in their order, and `finish` deletes the rest.
+LanceDB applies a commit whole or not at all. So a file changes in the moment its row is committed, however many chunks
+it has and whenever the process dies. Chunks of other versions are pending and hidden from every search. The next run
+keeps those of the version it is about to write, in their order, and `optimize` deletes the rest.
 """
 
 from __future__ import annotations
@@ -43,27 +43,28 @@ Precision = Literal["float32", "float16", "int8", "binary"]
 FORMAT_VERSION = 1
 _META = b"gemify"
 _CHUNKS, _FILES = "chunks", "files"
+# Columns on the disk, and the fields of `Chunk` they hold.
 _CHUNK_COLUMNS = {"text": "text", "title": "title", "heading": "heading", "place": "location", "words": "embed_text"}
 _HIT_COLUMNS = ("version", "ordinal", "file", "text", "title", "heading", "place")
-_IVF_FROM = 20_000  # rows: up to here an exact scan takes under 30 ms of two cores
+_INDEX_MIN_ROWS = 20_000  # up to here an exact scan takes under 30 ms of two cores
 _PROBES = 24  # partitions of the vector index that a search looks into
-_QUANTISE_FROM = 256
+_QUANTIZE_MIN_ROWS = 256
 _RESCORED = {"int8": 100, "binary": 1000}  # candidates of a search, rescored with their full vectors
-_STALE = 0.2  # share of rows outside the vector index from which it is trained anew
-_FRAGMENTS = 8  # small ones, from which they are made one
-_KEEP = timedelta(minutes=10)  # how long files that a reader may still have open stay on the disk
+_MAX_UNINDEXED_SHARE = 0.2  # of the rows; with more outside, the vector index is trained anew
+_MAX_SMALL_FRAGMENTS = 8  # with more, they are compacted
+_KEPT_FOR = timedelta(minutes=10)  # old files stay on the disk, as a reader may have them open
 
 
 @dataclass(frozen=True)
 class StoreMeta:
-    """What a store says of itself."""
+    """Model and settings of a store. Raises ValueError for an unknown precision."""
 
     model: str
-    """By what name the model was loaded."""
+    """The name that loads the model."""
     fingerprint: str
     dimension: int
     precision: Precision = "float32"
-    """int8 and binary search quantised vectors and rescore the best with full ones."""
+    """int8 and binary search quantized vectors and rescore the best with full ones."""
     chunk: ChunkSettings = field(default_factory=ChunkSettings)
     format_version: int = FORMAT_VERSION
 
@@ -107,19 +108,26 @@ class Hit:
 
 
 class Store:
-    """An open store. Every method raises ValueError, in one line, where the store is damaged."""
+    """An open store. Every method raises ValueError, in one line, if the store is damaged."""
 
     def __init__(self, uri: str, database: Any, meta: StoreMeta) -> None:
         self.uri, self.meta = uri, meta
         self._chunks, self._files = open_table(database, _CHUNKS, uri), open_table(database, _FILES, uri)
-        self._seen: tuple[int, int] | None = None
-        self._hidden: dict[str, int] = {}
+        self._pending_at: tuple[int, int] | None = None
+        self._pending: dict[str, int] = {}
 
     # Opening
 
     @classmethod
     def open(cls, uri: str | Path) -> Store:
-        """An existing store. Raises ValueError where there is none."""
+        """Open a store.
+
+        Args:
+            uri: A directory, or a URI that LanceDB takes (``s3://bucket/path``).
+
+        Raises:
+            ValueError: There is no store, or it is damaged.
+        """
         uri = resolve_uri(uri)
         if not is_remote(uri) and not Path(uri).is_dir():
             raise ValueError(f"no store at {uri}: make one with `gemify index`")
@@ -130,7 +138,7 @@ class Store:
 
     @classmethod
     def exists(cls, uri: str | Path) -> bool:
-        """Whether a store was made there, be it damaged. A creation that was killed made none."""
+        """Return whether there is a store at a URI, even a damaged one. A killed `create` made none."""
         uri = resolve_uri(uri)
         if not is_remote(uri) and not Path(uri).is_dir():
             return False
@@ -149,7 +157,15 @@ class Store:
 
     @classmethod
     def create(cls, uri: str | Path, meta: StoreMeta) -> Store:
-        """A new, empty store. ``files``, with what the store says of itself, is written last and makes it one."""
+        """Make an empty store. The table of files, with ``meta`` in its schema, is written last and makes it one.
+
+        Args:
+            uri: A directory, or a URI that LanceDB takes.
+            meta: Model and settings.
+
+        Raises:
+            ValueError: The URI is a file, or cannot be written to.
+        """
         uri = resolve_uri(uri)
         if not is_remote(uri) and Path(uri).exists() and not Path(uri).is_dir():
             raise ValueError(f"cannot make a store at {uri}: it is a file, give a directory")
@@ -169,13 +185,18 @@ class Store:
         return cls(uri, database, meta)
 
     def write_lock(self) -> contextlib.AbstractContextManager[None]:
-        """Keep other writers out (local stores; of a remote one the user must keep a single writer)."""
+        """Lock a local store against other writers. The user must give a remote one a single writer."""
         return only_writer(self.uri)
 
     # Writing
 
     def append(self, rows: Sequence[ChunkRow], vectors_ND: np.ndarray) -> None:
-        """Add chunks in one commit. They do not count until `record`; those of a version come in their order."""
+        """Add chunks in one commit. They stay pending until `commit` names their version.
+
+        Args:
+            rows: Chunks; those of a version in their order.
+            vectors_ND: Their vectors, [N, D].
+        """
         import pyarrow as pa
 
         if vectors_ND.shape != (len(rows), self.meta.dimension):
@@ -194,7 +215,7 @@ class Store:
             self._chunks.add(pa.table(columns).select(self._chunks.schema.names).cast(self._chunks.schema))
 
     def commit(self, records: Sequence[FileRecord]) -> None:
-        """Make these versions the ones that count, in one commit."""
+        """Make versions of files the committed ones, in one commit."""
         import pyarrow as pa
 
         if records:
@@ -204,35 +225,35 @@ class Store:
                 merge.execute(pa.table(columns).select(self._files.schema.names))
 
     def remove(self, paths: Iterable[str]) -> None:
-        """Let files not count any more."""
+        """Remove files. Their chunks become pending."""
         with readable(self.uri):
             for listed in sql_lists(paths):
                 self._files.delete(f"path IN ({listed})")
 
     def optimize(self) -> None:
-        """Delete what does not count, bring the indexes up to date, compact. Does nothing where nothing is to do."""
+        """Delete pending chunks, bring the indexes up to date and compact the tables, where there is need."""
         with readable(self.uri):
             for listed in sql_lists(self.pending_versions()):
                 self._chunks.delete(f"version IN ({listed})")
-            train = self._wants_training()
+            train = self._needs_vector_index()
             unindexed = any(i.num_unindexed_rows for i in self._chunks.list_indices())
-            if unindexed or self._chunks.stats()["fragment_stats"]["num_small_fragments"] > _FRAGMENTS:
-                self._chunks.optimize(cleanup_older_than=_KEEP)
-                self._files.optimize(cleanup_older_than=_KEEP)
+            if unindexed or self._chunks.stats()["fragment_stats"]["num_small_fragments"] > _MAX_SMALL_FRAGMENTS:
+                self._chunks.optimize(cleanup_older_than=_KEPT_FOR)
+                self._files.optimize(cleanup_older_than=_KEPT_FOR)
             if train:
-                self._index_vectors()
+                self._build_vector_index()
 
-    def _wants_training(self) -> bool:
-        """Whether there are rows enough for a vector index, and none that fits most of them."""
+    def _needs_vector_index(self) -> bool:
+        """Whether there are enough rows for a vector index, and too many of them are in none."""
         rows = self._chunks.count_rows()
-        if rows < (_QUANTISE_FROM if self.meta.precision in _RESCORED else _IVF_FROM):
+        if rows < (_QUANTIZE_MIN_ROWS if self.meta.precision in _RESCORED else _INDEX_MIN_ROWS):
             return False
         known = [i for i in self._chunks.list_indices() if i.columns == ["vector"]]
-        return not known or known[0].num_unindexed_rows > _STALE * rows
+        return not known or known[0].num_unindexed_rows > _MAX_UNINDEXED_SHARE * rows
 
-    def _index_vectors(self) -> None:
+    def _build_vector_index(self) -> None:
         rows, precision = self._chunks.count_rows(), self.meta.precision
-        parts = 1 if rows < _IVF_FROM else round(rows**0.5 / 3)
+        parts = 1 if rows < _INDEX_MIN_ROWS else round(rows**0.5 / 3)
         if precision == "int8":
             kind: IndexKind = "sq"
         elif precision == "binary" and self.meta.dimension % 8 == 0:
@@ -244,29 +265,41 @@ class Store:
     # Reading
 
     def __len__(self) -> int:
+        """Return the number of live chunks."""
         return sum(r.chunks for r in self.files().values())
 
     def files(self) -> dict[str, FileRecord]:
-        """The files that count, by path."""
+        """Return the committed files by path."""
         with readable(self.uri):
             return {row["path"]: FileRecord(**row) for row in self._files.to_arrow().to_pylist()}
 
     def pending_versions(self) -> dict[str, int]:
-        """Versions whose chunks do not count (yet, or any more), and how many chunks of each there are."""
+        """Return versions that are not committed (yet, or any more), with their numbers of chunks."""
         with readable(self.uri):
             now = (self._chunks.version, self._files.version)
-            if now != self._seen:
-                counted = {r.version for r in self.files().values()}
+            if now != self._pending_at:
+                committed = {r.version for r in self.files().values()}
                 found: dict[str, int] = {}
                 for batch in self._chunks.search().select(["version"]).to_batches(65_536):
                     for pair in batch.column("version").value_counts().to_pylist():
                         found[pair["values"]] = found.get(pair["values"], 0) + pair["counts"]
-                self._hidden = {v: n for v, n in found.items() if v not in counted}
-                self._seen = now
-            return self._hidden
+                self._pending = {v: n for v, n in found.items() if v not in committed}
+                self._pending_at = now
+            return self._pending
 
     def vector_search(self, vector_D: np.ndarray, k: int) -> list[Hit]:
-        """The chunks nearest to a vector; the score is the cosine."""
+        """Find the chunks nearest to a vector.
+
+        Args:
+            vector_D: The query's embedding, [D].
+            k: How many chunks to find.
+
+        Returns:
+            Hits, best first. The score is the cosine.
+
+        Raises:
+            ValueError: The vector has another dimension.
+        """
         if vector_D.shape != (self.meta.dimension,):
             raise ValueError(f"expected a vector of {self.meta.dimension} numbers, got {list(vector_D.shape)}")
         with readable(self.uri):
@@ -275,26 +308,34 @@ class Store:
                 query = query.refine_factor(max(candidates // 100, candidates // k))
             return self._hits(query.nprobes(_PROBES), k, "_distance")
 
-    def text_search(self, words: str, k: int) -> list[Hit]:
-        """The chunks that match words best; the score is BM25."""
+    def text_search(self, query: str, k: int) -> list[Hit]:
+        """Find the chunks whose words match a query best.
+
+        Args:
+            query: The words to find.
+            k: How many chunks to find.
+
+        Returns:
+            Hits, best first. The score is BM25.
+        """
         with readable(self.uri):
-            return self._hits(self._chunks.search(text_query(words, ["words"]), query_type="fts"), k, "_score")
+            return self._hits(self._chunks.search(text_query(query, ["words"]), query_type="fts"), k, "_score")
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every chunk that counts, with its vector, in no order."""
-        hidden = self.pending_versions()
+        """Yield every live chunk as a row of the table, with its vector, in no order."""
+        pending = self.pending_versions()
         with readable(self.uri):
             for batch in self._chunks.search().to_batches(4096):
-                yield from (row for row in batch.to_pylist() if row["version"] not in hidden)
+                yield from (row for row in batch.to_pylist() if row["version"] not in pending)
 
     def hits(self) -> Iterator[Hit]:
-        """The same, as a search finds them, with score 0."""
+        """Yield every live chunk as a search finds it, with score 0, in no order."""
         for row in self.rows():
             yield _hit(row, 0.0)
 
     def _hits(self, query: Any, k: int, score: str) -> list[Hit]:
-        if hidden := [f"version NOT IN ({listed})" for listed in sql_lists(self.pending_versions())]:
-            query = query.where(" AND ".join(hidden), prefilter=True)
+        if excluded := [f"version NOT IN ({listed})" for listed in sql_lists(self.pending_versions())]:
+            query = query.where(" AND ".join(excluded), prefilter=True)
         found = query.limit(k).select([*_HIT_COLUMNS, score]).to_arrow().to_pylist()
         hits = [_hit(row, 1 - row[score] if score == "_distance" else row[score]) for row in found]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # equal scores in one order

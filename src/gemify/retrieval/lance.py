@@ -10,16 +10,16 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from gemify.io.directory import is_full, is_remote, reason
+from gemify.io.directory import error_reason, is_disk_full, is_remote
 
 IndexKind = Literal["flat", "sq", "pq", "rq"]
-"""Vectors as they are, in 8 bits a number, as codes of their parts, in 1 bit a number; all behind partitions."""
+"""Vectors behind partitions: as they are, in 8 bits a number, as codes of their parts, in 1 bit a number."""
 
 _PART = 500  # values of one SQL list
 
 
 def connect(uri: str) -> Any:
-    """The database there; every read sees the last commit."""
+    """Return the database at a URI. Every read sees the last commit."""
     os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are for its developers
     import lancedb
 
@@ -27,16 +27,18 @@ def connect(uri: str) -> Any:
         return lancedb.connect(uri, read_consistency_interval=timedelta(0))
     except (RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{uri} cannot be opened ({reason(error)}): give a directory, or a URI that can be reached, such as s3://bucket/path"
+            f"{uri} cannot be opened ({error_reason(error)}): give a directory, or a URI that can be reached, such as s3://bucket/path"
         ) from error
 
 
 def table_names(database: Any, uri: str) -> list[str]:
+    """Return the names of a database's tables."""
     with readable(uri):
         return list(database.list_tables().tables)
 
 
 def open_table(database: Any, name: str, uri: str) -> Any:
+    """Open a table. Raises ValueError if it is lost or damaged."""
     try:
         with readable(uri):
             return database.open_table(name)
@@ -47,7 +49,7 @@ def open_table(database: Any, name: str, uri: str) -> Any:
 
 
 def vector_index(kind: IndexKind, *, partitions: int, distance: str = "dot") -> Any:
-    """How to build an index of a column of vectors."""
+    """Return the configuration of an index of vectors."""
     from lancedb.index import IvfFlat, IvfPq, IvfRq, IvfSq
 
     made = {"flat": IvfFlat, "sq": IvfSq, "pq": IvfPq, "rq": IvfRq}[kind]
@@ -55,21 +57,21 @@ def vector_index(kind: IndexKind, *, partitions: int, distance: str = "dot") -> 
 
 
 def text_index() -> Any:
-    """How to build a full-text index of a column."""
+    """Return the configuration of a full-text index."""
     from lancedb.index import FTS
 
     return FTS()
 
 
-def text_query(words: str, columns: Sequence[str]) -> Any:
-    """A search for words in columns that have a full-text index; the score is BM25."""
+def text_query(query: str, columns: Sequence[str]) -> Any:
+    """Return a search for words in columns that have a full-text index. The score is BM25."""
     from lancedb.query import MatchQuery, MultiMatchQuery
 
-    return MatchQuery(words, columns[0]) if len(columns) == 1 else MultiMatchQuery(words, list(columns))
+    return MatchQuery(query, columns[0]) if len(columns) == 1 else MultiMatchQuery(query, list(columns))
 
 
 def sql_lists(values: Iterable[str]) -> Iterator[str]:
-    """Texts as SQL lists of some hundred values each."""
+    """Yield texts as SQL lists of some hundred values each."""
     listed = ["'" + v.replace("'", "''") + "'" for v in values]
     for at in range(0, len(listed), _PART):
         yield ", ".join(listed[at : at + _PART])
@@ -77,20 +79,20 @@ def sql_lists(values: Iterable[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def readable(uri: str) -> Iterator[None]:
-    """Say in one line what LanceDB says in many. A full disk is no damage: OSError."""
+    """Turn LanceDB's errors into a ValueError of one line, and a full disk into OSError."""
     try:
         yield
     except RuntimeError as error:
-        if is_full(error):
+        if is_disk_full(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), uri) from error
         raise ValueError(
-            f"the store {uri} cannot be used ({reason(error)}): restore it, or delete it and index again"
+            f"the store {uri} cannot be used ({error_reason(error)}): restore it, or delete it and index again"
         ) from error
 
 
 @contextlib.contextmanager
 def only_writer(uri: str) -> Iterator[None]:
-    """Keep other writers out (of a local directory; of a remote one the user must keep a single writer)."""
+    """Lock a local directory against other writers. The user must give a remote one a single writer."""
     if is_remote(uri):
         yield
         return

@@ -1,4 +1,4 @@
-"""What reading yields: a section of text that knows where in its file each character stands."""
+"""A section of a file's text, which knows the line, page or row of each character."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ class Section:
 
     text: str
     title: str = ""
-    """Of the whole document, where it has one."""
+    """The document's title, if it has one."""
     headings: tuple[str, ...] = ()
-    """From the outermost to the one right above."""
+    """The headings above the text, the outermost first."""
     unit: Literal["", "line", "page", "row"] = ""
-    """What a place in this file is called; a .docx file has none."""
+    """The unit of locations in this file. A .docx file has none."""
     first: int = 1
-    """The line or page that the text begins on."""
+    """The line or page on which the text begins."""
     starts: tuple[int, ...] = ()
-    """For pages: the offset at which each begins. Lines are counted."""
+    """For pages: the offset at which each begins."""
     name: str = ""
-    """For rows: the row's own id, or its number."""
+    """For rows: the row's id, or its number."""
 
     def location(self, start: int, end: int) -> str:
-        """Where the characters from ``start`` to ``end`` stand, in words: ``lines 3-9``, ``page 2``, ``row q17``."""
+        """Return where a run of characters stands, such as ``lines 3-9``, ``page 2`` or ``row q17``.
+
+        Args:
+            start: Offset of the first character.
+            end: Offset behind the last one.
+        """
         if self.unit == "row":
             return f"row {self.name}"
         if not self.unit:
@@ -42,7 +47,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that was not read, and why."""
+    """A file, directory or row that was not read, and why."""
 
     path: str
     reason: str

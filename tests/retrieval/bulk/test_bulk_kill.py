@@ -108,7 +108,7 @@ def test_a_killed_ray_worker_changes_nothing(tmp_path: Path, model: Path, monkey
     killer = threading.Thread(target=kill_one, daemon=True)
     killer.start()
     try:
-        report = again(model, output, inputs, engine="ray", workers=2)
+        report = again(model, output, inputs, executor="ray", workers=2)
     except RuntimeError as error:
         if "Ray did not start" in str(error):
             pytest.skip(f"this machine is too busy: {error}")

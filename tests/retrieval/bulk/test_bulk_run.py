@@ -20,7 +20,7 @@ from gemify.retrieval.corpus_format import CorpusMeta
 from gemify.retrieval.document_store import Store
 from gemify.retrieval.index import GemIndex
 from gemify.retrieval.vector_table import Corpus
-from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl, write_parquet
+from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl, write_parquet, write_rows
 
 
 def embed(inputs: list[Path], output: Path, model: Words | None = None, **options: Any) -> EmbedReport:
@@ -81,7 +81,7 @@ def test_other_settings_models_and_inputs_are_refused(tmp_path: Path) -> None:
     refused("no such file", given=[tmp_path / "none.jsonl"])
     refused("not of a known kind", given=[tmp_path / "in" / "a.jsonl", Path(__file__)])
     refused("given twice", given=[inputs[0], inputs[0]])
-    refused("unknown engine 'spark'", engine="spark")
+    refused("unknown executor 'spark'", executor="spark")
     refused("unknown index 'hnsw'", index="hnsw")
     refused("--workers are Ray's", workers=2)
     refused("limit must be at least 1", limit=0)
@@ -357,3 +357,30 @@ def test_a_large_file_is_read_in_flat_memory(kind: str, tmp_path: Path) -> None:
     assert count == 20_000
     assert peak < 6e6, f"{peak:,} bytes of Python's"
     assert most < 6e6, f"{most:,} bytes of Arrow's"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv.zst", "a.json", "a.json.gz", "a.jsonl.zst", "a.csv.gz"])
+def test_every_format_of_rows_is_a_corpus(name: str, tmp_path: Path) -> None:
+    """Whatever shards are read first, by one reader or by many, and after a stop."""
+    rows = [row(n) | {"title": f'a "title",\t\r\nof {n}'} for n in range(70)]
+    path = write_rows(tmp_path / name, rows)
+    assert embed([path], tmp_path / "out", limit=25).rows == 40
+    assert embed([path], tmp_path / "out").embedded == 30
+    table = read_back(tmp_path / "out")
+    for column, key in (("id", "_id"), ("title", "title"), ("text", "text")):
+        assert table[column].to_pylist() == [r[key] for r in rows]
+    reader = ShardReader(CorpusMeta("m", "f", 8))
+    shards = list(plan([path], shard_rows=20, columns=reader.columns))
+    backwards = [p.id for shard in shards[::-1] for p in reader.passages(shard, [])]
+    assert sorted(backwards) == sorted(r["_id"] for r in rows)
+    write_rows(path, [{**r, "text": r["text"].replace("owls", "bees")} for r in rows])
+    with pytest.raises(ValueError, match="changed while it was read"):
+        [ShardReader(reader.meta).passages(shard, []) for shard in shards]
+    with pytest.raises(ValueError, match=r"are not those that .* was begun with"):
+        embed([path], tmp_path / "out")
+
+
+def test_text_is_a_corpus_of_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfowls\r\n\r\nbees\r\n")
+    embed([tmp_path / "a.txt"], tmp_path / "out", text_column="body")
+    assert read_back(tmp_path / "out")["text"].to_pylist() == ["owls", "", "bees"]

@@ -22,12 +22,12 @@ from gemify.retrieval.bulk.rows import ShardReader
 from gemify.retrieval.bulk.shard import DocumentEncoder, DoneMarker, embed_shard
 from gemify.retrieval.corpus_format import CorpusMeta
 
-_BLOCKS = 4096  # groups of shards that Ray knows by name
+_MAX_BLOCKS = 4096  # groups of shards that Ray tracks
 
 
 @dataclass(frozen=True)
 class EmbedJob:
-    """All that a worker needs to know."""
+    """The settings that a worker needs."""
 
     uri: str
     meta: CorpusMeta
@@ -36,15 +36,15 @@ class EmbedJob:
     batch_size: int = 32
     skip_bad: bool = False
 
-    def load(self) -> DocumentEncoder:
-        """The model that the corpus is made by."""
+    def load_model(self) -> DocumentEncoder:
+        """Load the model of the corpus."""
         from gemify.model.gem import GemModel
 
         loading: Any = {"device": self.device, "dtype": self.meta.dtype}
         return GemModel.from_pretrained(self.meta.model, base=self.base, **loading)
 
     def embedder(self, model: DocumentEncoder) -> Callable[[Shard], DoneMarker]:
-        """`embed_shard` with this job's settings; shards are best given in their order."""
+        """Return `embed_shard` with this job's settings. It reads shards fastest in their order."""
         reader, directory = ShardReader(self.meta, skip_bad=self.skip_bad), Directory(self.uri)
         return lambda shard: embed_shard(
             shard, model=model, reader=reader, directory=directory, batch_size=self.batch_size
@@ -52,7 +52,7 @@ class EmbedJob:
 
 
 def run_locally(shards: Sequence[Shard], job: EmbedJob, model: DocumentEncoder) -> Generator[DoneMarker, None, None]:
-    """One shard after the other, in this process."""
+    """Embed one shard after the other, in this process."""
     embed = job.embedder(model)
     for shard in shards:
         yield embed(shard)
@@ -61,16 +61,25 @@ def run_locally(shards: Sequence[Shard], job: EmbedJob, model: DocumentEncoder) 
 def run_on_ray(
     shards: Sequence[Shard], job: EmbedJob, *, workers: int | None = None
 ) -> Generator[DoneMarker, None, None]:
-    """Shards in the order in which they are done, by workers on a Ray cluster (``RAY_ADDRESS``) or a local one.
+    """Embed shards by workers on a Ray cluster (``RAY_ADDRESS``) or a local one.
 
-    ``workers``: by default one a GPU of the cluster; without GPUs, one a machine. Raises ValueError and OSError as a
-    worker met them, RuntimeError for what Ray could not mend.
+    Args:
+        shards: The shards to embed.
+        job: The settings of the run.
+        workers: Number of workers. By default one a GPU of the cluster; without GPUs, one a machine.
+
+    Yields:
+        Done markers, in the order in which the shards are done.
+
+    Raises:
+        ValueError: A worker's error, or Ray is not installed.
+        RuntimeError: Ray failed.
     """
     try:
         import ray.data
         from ray.exceptions import RayError
     except ModuleNotFoundError as error:
-        raise ValueError(f"the engine ray needs Ray ({error.name} is missing): pip install 'gemify[ray]'") from None
+        raise ValueError(f"the executor ray needs Ray ({error.name} is missing): pip install 'gemify[ray]'") from None
     if not shards:
         return
     with _cluster(ray, workers):
@@ -92,22 +101,23 @@ def run_on_ray(
 
 
 class ShardWorker:
-    """One model on one device; Ray calls it with a shard at a time."""
+    """One model on one device. Ray calls it with one shard at a time."""
 
     def __init__(self, job: EmbedJob) -> None:
         self._embed: Callable[[Shard], DoneMarker] | None = None
         try:
-            model = job.load()
+            model = job.load_model()
             if model.fingerprint != job.meta.fingerprint:
                 raise ValueError(
                     f"{job.meta.model} is another model on a worker (fingerprint {model.fingerprint}) than where the run"
                     f" began ({job.meta.fingerprint}): put the same one on every machine"
                 )
             self._embed = job.embedder(model)
-        except (ValueError, OSError) as error:  # told with the first shard: Ray would start the worker anew
+        except (ValueError, OSError) as error:  # reported with the first shard: Ray would start the worker anew
             self._error = f"a worker cannot load the model: {first_line(error)}"
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        """Embed the shard of a batch; its done marker, or an error."""
         if self._embed is None:
             return {"done": [""], "error": [self._error]}
         try:
@@ -117,21 +127,21 @@ class ShardWorker:
 
 
 def _blocks(shards: int) -> int:
-    return max(1, min(shards, _BLOCKS))
+    return max(1, min(shards, _MAX_BLOCKS))
 
 
 def _devices(ray: Any, job: EmbedJob, workers: int | None) -> dict[str, Any]:
-    """How many workers, and what each of them takes of a machine."""
-    there = ray.cluster_resources()
-    gpus = int(there.get("GPU", 0)) if job.device is None or job.device.startswith("cuda") else 0
+    """How many workers, and the share of a machine that each takes."""
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0)) if job.device is None or job.device.startswith("cuda") else 0
     size = workers or gpus or len(ray.nodes())
-    share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(there.get("CPU", 1)) // size)}
+    share = {"num_gpus": 1} if gpus else {"num_cpus": max(1, int(resources.get("CPU", 1)) // size)}
     return {"compute": ray.data.ActorPoolStrategy(size=size), **share}
 
 
 @contextlib.contextmanager
 def _cluster(ray: Any, workers: int | None) -> Iterator[None]:
-    """Ray as it runs already, or one for the time being."""
+    """Ray as it runs already, or started for the block."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # its plan and its bars; ours say what is done
     ray.data.DataContext.get_current().enable_progress_bars = False
     if ray.is_initialized():

@@ -1,7 +1,7 @@
-"""Inputs -> shards: runs of rows that can be read, embedded and written one by one, each known by what it holds.
+"""Inputs divided into shards: runs of rows that are read, embedded and written one by one.
 
-Inputs are read through once, in pieces, before anything is embedded: that counts their rows, finds where shards begin,
-and makes of every shard's bytes a digest, by which a later run knows that the input is still the same.
+A plan reads the inputs through once, in pieces, before anything is embedded. It counts rows, finds where shards begin,
+and makes a digest of each shard's bytes, by which a later run knows that the input is still the same.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Shard:
     number: int
     path: str
     first: int
-    """Of the input's rows (of a JSONL file: lines), counted from 0."""
+    """Its first row in the input, counted from 0. In JSON lines and text, blank lines count."""
     rows: int
     offset: int
     """Byte where its first line begins, uncompressed. For a Parquet file: the row group that holds its first row."""
@@ -49,26 +49,27 @@ class Shard:
 
     @property
     def name(self) -> str:
+        """The shard's number in the names of its files."""
         return f"{self.number:07d}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Fields under their names in done markers."""
+        """Return the fields under their names in done markers."""
         return {_JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Shard:
-        """A shard from what `to_dict` gave."""
+        """Read what `to_dict` gave."""
         return cls(
             **{name: values[key] for name in cls.__dataclass_fields__ if (key := _JSON_KEYS.get(name, name)) in values}
         )
 
     def to_json(self) -> str:
-        """The shard as one JSON object."""
+        """Return the shard as one JSON object."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Shard:
-        """A shard from what `to_json` gave."""
+        """Read what `to_json` gave."""
         return cls.from_dict(json.loads(text))
 
 
@@ -235,5 +236,5 @@ def _group_digest(path: Path, group: Any, columns: Sequence[str]) -> bytes:
 
 
 def new_digest() -> Any:
-    """What a shard's bytes are known by."""
+    """Return the hash that a shard's digest is made with."""
     return hashlib.blake2b(digest_size=16)

@@ -1,4 +1,4 @@
-"""A shard's rows, read from its file alone: what comes before is not read again while shards are taken in their order."""
+"""A shard's rows, read from its file alone. Shards taken in their order are read without going back."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class Passage:
 
     @property
     def embed_text(self) -> str:
-        """What is embedded."""
+        """The text to embed: with the title before it, if there is one."""
         return f"{self.title}\n{self.text}" if self.title else self.text
 
 
 class ShardReader:
-    """Reads shards of the inputs of one corpus; it keeps the last file open."""
+    """Reads shards of the inputs of one corpus. It keeps the last file open."""
 
     def __init__(self, meta: CorpusMeta, *, skip_bad: bool = False) -> None:
         self.meta, self.skip_bad = meta, skip_bad
@@ -79,14 +79,14 @@ class ShardReader:
         return self._file.rows(shard)
 
     def close(self) -> None:
-        """Let go of the file; the next shard opens it anew."""
+        """Close the file. The next shard opens it anew."""
         if self._file is not None:
             self._file.close()
         self._file = None
 
     @property
     def columns(self) -> list[str]:
-        """Those that are read, that of the text first."""
+        """The columns to read, that of the text first."""
         return list(dict.fromkeys((self.meta.text_column, self.meta.title_column, *self._id_columns)))
 
     @property
@@ -115,9 +115,11 @@ class _Lines:
     def __init__(self, path: str, text_column: str) -> None:
         self.path = path
         self._text_column, self._format = text_column, row_format(path)
-        self._raw = Path(path).open("rb")  # noqa: SIM115 it stays open until close
-        self._file = decompress(self._raw, path)
-        self._position = 0
+        self._open()
+
+    def _open(self) -> None:
+        self._raw = Path(self.path).open("rb")  # noqa: SIM115 it stays open until close
+        self._file, self._position = decompress(self._raw, self.path), 0
 
     def rows(self, shard: Shard) -> Iterator[Row]:
         digest = new_digest()
@@ -138,8 +140,8 @@ class _Lines:
         if self._file is self._raw:
             self._file.seek(offset)
         elif offset < self._position:
-            self._raw.seek(0)
-            self._file, self._position = decompress(self._raw, self.path), 0
+            self.close()
+            self._open()
         while self._file is not self._raw and self._position < offset:
             skipped = self._file.read(min(offset - self._position, _SKIPPED_BYTES))
             if not skipped:

@@ -1,9 +1,9 @@
-"""`embed_corpus`: inputs in, one searchable table of vectors out. Killed at any point, the same call goes on.
+"""`embed_corpus`: inputs in, one searchable table of vectors out. After a kill at any point, the same call continues.
 
-plan      read the inputs through: shards, and whether they are those that an earlier run met
+plan      read the inputs through: shards, and whether they are those of an earlier run
 embed     every shard that has no done marker, here or on Ray
-commit    the parts of all markers become the table, in the order of the input
-index     once all is done
+commit    the parts of all markers become the table, in the order of the inputs
+index     once all shards are done
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
 
-from gemify.io.directory import Directory, is_full, is_remote, reason, resolve_uri
+from gemify.io.directory import Directory, error_reason, is_disk_full, is_remote, resolve_uri
 from gemify.io.signals import signal_handlers
 from gemify.retrieval.bulk.executors import EmbedJob, run_locally, run_on_ray
 from gemify.retrieval.bulk.lance_writer import commit, committed, vacuum
@@ -33,38 +33,41 @@ from gemify.retrieval.document_store import Store
 from gemify.retrieval.lance import IndexKind, only_writer
 from gemify.retrieval.vector_table import Corpus, require_index
 
-Engine = Literal["local", "ray"]
+Executor = Literal["local", "ray"]
 _ELSEWHERE = "leave the setting out, or give another --output"
 
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What a run did, and what there is after it."""
+    """What a run did, and what the corpus holds after it."""
 
     rows: int
-    """In the corpus."""
+    """Rows in the corpus."""
     left: int
-    """Rows of the inputs that are still to do."""
+    """Rows of the inputs still to embed."""
     embedded: int
-    """In this run."""
+    """Rows embedded in this run."""
     skipped: int
-    """Bad rows, of all runs."""
+    """Malformed rows left out, in all runs."""
     bad: tuple[str, ...]
-    """The first of them."""
+    """The first malformed rows, with reasons."""
     tokens: int
+    """Tokens embedded in this run."""
     seconds: float
-    """Of embedding, from the first shard to the last."""
+    """Time from the first shard to the last."""
     indexes: tuple[str, ...]
-    """Built in this run."""
+    """Indexes built in this run."""
     stopped: bool
-    """By Ctrl-C or SIGTERM."""
+    """Whether Ctrl-C or SIGTERM ended the run."""
 
     @property
     def rows_per_second(self) -> float:
+        """Rows embedded a second; 0 if there were none."""
         return self.embedded / self.seconds if self.seconds else 0.0
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens embedded a second; 0 if there were none."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -76,7 +79,7 @@ def embed_corpus(
     model_name: str,
     base: str | None = None,
     device: str | None = None,
-    engine: Engine = "local",
+    executor: Executor = "local",
     workers: int | None = None,
     batch_size: int = 32,
     limit: int | None = None,
@@ -88,25 +91,32 @@ def embed_corpus(
     """Embed the rows of files into a corpus that `gemify search` opens.
 
     Args:
-        inputs: .parquet and .jsonl(.gz) files, or directories of them.
-        output: a directory, or a URI that Lance and pyarrow take (``s3://bucket/path``).
-        model: with Ray it only says which one it is; the workers load theirs by ``model_name``, ``base``, ``device``.
-        limit: most rows to embed now, in whole shards.
-        skip_bad: leave rows out that cannot be read, and count them.
-        index: of the vectors. auto: one that fits, from 20,000 rows on. none: none of the words either.
-        settings: fields of `CorpusMeta`, for a new corpus; of one that was begun they must be the same, or None.
+        inputs: Files of rows (`gemify.io.rows`), or directories of them.
+        output: A directory, or a URI that Lance and pyarrow take (``s3://bucket/path``).
+        model: The model. With Ray it only names the model; workers load theirs.
+        model_name: The name that loads the model, which the corpus keeps.
+        base: Where to look for the base model instead.
+        device: The device of workers on Ray.
+        executor: ``local``, or ``ray`` for a cluster (``RAY_ADDRESS``) or this machine.
+        workers: Number of Ray's workers. By default one a GPU; without GPUs, one a machine.
+        batch_size: Maximum passages that the model embeds at a time.
+        limit: Maximum rows to embed now, in whole shards.
+        skip_bad: Whether to leave malformed rows out, and count them.
+        index: The kind of vector index. ``auto``: one that fits, from 20,000 rows on. ``none``: no index of texts
+            either.
+        show_progress_bar: Whether to show progress bars on stderr.
+        settings: Fields of `CorpusMeta` for a new corpus. Those of an existing one must be the same, or None.
+
+    Returns:
+        What was embedded, and what the corpus holds.
 
     Raises:
-        ValueError: bad input, or a corpus begun with another model, other settings or other inputs.
-        OSError: a disk that is full or fails. What is done stays, and the same call goes on.
+        ValueError: An input is malformed, or the corpus was begun with another model, settings or inputs.
+        OSError: A disk is full or fails. What is done stays, and the same call continues.
     """
-    _check_options(engine, workers, batch_size, limit, index)
+    _check_options(executor, workers, batch_size, limit, index)
     found = find_inputs(inputs)
-    uri = resolve_uri(output)
-    if not is_remote(uri) and Path(uri).exists() and not Path(uri).is_dir():
-        raise ValueError(f"cannot write a corpus to {uri}: it is a file, give a directory")
-    if Store.exists(uri):
-        raise ValueError(f"{uri} is a store that gemify index wrote: give another --output")
+    uri = _require_corpus_uri(output)
     directory = Directory(uri)
     meta = _resolve_meta(directory, model, model_name, settings)
     _require_index(meta, index)
@@ -120,7 +130,7 @@ def embed_corpus(
         done = _read_markers(directory, shards, uri)
         directory.write(MANIFEST, meta.to_json().encode())
         todo = _take_rows([s for s in shards if s.number not in done], limit)
-        run = run_locally(todo, job, model) if engine == "local" else run_on_ray(todo, job, workers=workers)
+        run = run_locally(todo, job, model) if executor == "local" else run_on_ray(todo, job, workers=workers)
         before = len(done)
         begin = time.perf_counter()
         stopped = _run_shards(run, done, shards, show_progress_bar)
@@ -143,24 +153,34 @@ def embed_corpus(
     )
 
 
+def _require_corpus_uri(output: str | Path) -> str:
+    """The URI to write to. Raises ValueError if it is a file, or a store."""
+    uri = resolve_uri(output)
+    if not is_remote(uri) and Path(uri).exists() and not Path(uri).is_dir():
+        raise ValueError(f"cannot write a corpus to {uri}: it is a file, give a directory")
+    if Store.exists(uri):
+        raise ValueError(f"{uri} is a store that gemify index wrote: give another --output")
+    return uri
+
+
 @contextlib.contextmanager
 def _explain_disk_errors(uri: str) -> Iterator[None]:
     """Say in one line that a disk failed, and that nothing is lost."""
     try:
         yield
     except OSError as error:
-        mend = "make room" if is_full(error) else "mend that"
+        mend = "make room" if is_disk_full(error) else "mend that"
         raise OSError(
-            f"{uri} is not finished ({reason(error)}): what is done stays, {mend} and run the same command again"
+            f"{uri} is not finished ({error_reason(error)}): what is done stays, {mend} and run the same command again"
         ) from error
 
 
-def _check_options(engine: str, workers: int | None, batch_size: int, limit: int | None, index: str) -> None:
-    if engine not in get_args(Engine):
-        raise ValueError(f"unknown engine {engine!r}: choose one of {', '.join(get_args(Engine))}")
+def _check_options(executor: str, workers: int | None, batch_size: int, limit: int | None, index: str) -> None:
+    if executor not in get_args(Executor):
+        raise ValueError(f"unknown executor {executor!r}: choose one of {', '.join(get_args(Executor))}")
     if index not in (allowed := ("auto", "none", *get_args(IndexKind))):
         raise ValueError(f"unknown index {index!r}: choose one of {', '.join(allowed)}")
-    if workers is not None and engine != "ray":
+    if workers is not None and executor != "ray":
         raise ValueError("--workers are Ray's: give --executor ray")
     for name, value in (("workers", workers), ("batch size", batch_size), ("limit", limit)):
         if value is not None and value < 1:
@@ -168,7 +188,7 @@ def _check_options(engine: str, workers: int | None, batch_size: int, limit: int
 
 
 def _resolve_meta(directory: Directory, model: DocumentEncoder, name: str, settings: dict[str, Any]) -> CorpusMeta:
-    """What the corpus is, or was begun as. A run that ended before any shard was done settled nothing."""
+    """The settings of the corpus. Those of a run that ended before any shard was done do not bind."""
     given = {key: value for key, value in settings.items() if value is not None}
     uri, old = directory.uri, read_manifest(directory.uri)
     kept = {} if old is None else dataclasses.asdict(old)
@@ -191,7 +211,7 @@ def _resolve_meta(directory: Directory, model: DocumentEncoder, name: str, setti
 
 
 def _require_index(meta: CorpusMeta, index: str) -> None:
-    """Refuse what would only fail, or do nothing, once all is embedded."""
+    """Raise ValueError before anything is embedded if the index cannot be built."""
     if index not in ("auto", "none"):
         if meta.format == "parquet" or meta.precision == "int8":
             kind = "Parquet files" if meta.format == "parquet" else "int8 vectors"
@@ -252,7 +272,7 @@ def _take_rows(shards: Sequence[Shard], limit: int | None) -> list[Shard]:
 def _run_shards(
     run: Generator[DoneMarker, None, None], done: dict[int, DoneMarker], shards: Sequence[Shard], show: bool
 ) -> bool:
-    """Run to the end or to a signal; whether it was a signal."""
+    """Run to the end or to a signal. Returns whether a signal ended it."""
     total, begin = sum(s.rows for s in shards), sum(d.shard.rows for d in done.values())
     tokens, start = 0, time.perf_counter()
     with tqdm(total=total, initial=begin, desc="embed", unit=" rows", disable=not show) as bar:
@@ -274,7 +294,7 @@ def _run_shards(
 def _commit_shards(
     directory: Directory, meta: CorpusMeta, done: list[DoneMarker], index: str, whole: bool
 ) -> list[str]:
-    """Commit what is done; once that is all, index and sweep. What was indexed is named."""
+    """Commit the shards that are done. Once all are, build indexes and vacuum. Returns the indexes built."""
     done.sort(key=lambda d: d.shard.number)
     parts = [part for d in done for part in d.parts]
     if meta.format == "parquet" or not parts:

@@ -1,7 +1,7 @@
 """One shard: read, embed, write, and only then mark as done.
 
-`embed_shard` may be run any number of times, killed at any point, and run in two processes at once: a shard's first done
-marker counts, and names the one part that does. What others wrote lies unused until the run's end sweeps it away.
+`embed_shard` may run any number of times, be killed at any point, and run in two processes at once. The first done
+marker of a shard names its part. Other parts lie unused until the run's end deletes them.
 """
 
 from __future__ import annotations
@@ -21,18 +21,23 @@ from gemify.retrieval.bulk.rows import ShardReader
 from gemify.retrieval.corpus_format import CorpusMeta, marker_name
 
 _ATTEMPTS = 3  # for a disk or a network that fails and comes back
-_NAMED = 20  # bad rows of a shard
+_MAX_NAMED_ROWS = 20  # of a shard
 
 
 class DocumentEncoder(Protocol):
-    """What a corpus asks of a model; `GemModel` is one."""
+    """The methods of a model that a corpus needs. `GemModel` has them."""
 
     meter: ThroughputMeter
 
     @property
-    def fingerprint(self) -> str: ...
-    def get_embedding_dim(self) -> int: ...
-    def encode_document(self, inputs: Any, **options: Any) -> Any: ...
+    def fingerprint(self) -> str:
+        """A name of the model's weights and settings: equal for equal vectors."""
+
+    def get_embedding_dim(self) -> int:
+        """Return D, the width of a vector."""
+
+    def encode_document(self, inputs: Any, **options: Any) -> Any:
+        """Embed a list of texts, [N, D]."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,22 @@ class DoneMarker:
 
     shard: Shard
     rows: int
-    """Embedded: the shard's, less blank and bad ones."""
+    """Number of rows embedded: those of the shard but for blank and malformed ones."""
     skipped: int
     bad: list[str] = field(default_factory=list)
-    """The first of the skipped rows, and why."""
+    """The first skipped rows, with reasons."""
     parts: list[str] = field(default_factory=list)
+    """References to the part, as `write_part` gives them."""
     tokens: int = 0
     seconds: float = 0.0
 
     def to_json(self) -> str:
+        """Return the marker's text."""
         return json.dumps({**asdict(self), "shard": self.shard.to_dict()})
 
     @classmethod
     def from_json(cls, text: str | bytes) -> DoneMarker:
+        """Read a marker that `to_json` wrote."""
         values = json.loads(text)
         return cls(**{**values, "shard": Shard.from_dict(values["shard"])})
 
@@ -67,7 +75,23 @@ def embed_shard(
     batch_size: int = 32,
     wait: float = 1.0,
 ) -> DoneMarker:
-    """Bring a shard's passages into the corpus, if they are not there. ``wait``: seconds before a second attempt."""
+    """Embed a shard's passages into the corpus, unless they are there.
+
+    Args:
+        shard: The shard.
+        model: The model of the corpus.
+        reader: The reader of its inputs.
+        directory: The corpus.
+        batch_size: Maximum passages that the model embeds at a time.
+        wait: Seconds before a second attempt, when a disk or a network failed.
+
+    Returns:
+        The shard's done marker: this call's, or the earlier one.
+
+    Raises:
+        ValueError: A malformed row, an input that changed, or a vector that is not finite.
+        OSError: The disk or the network failed three times.
+    """
     for attempt in range(1, _ATTEMPTS + 1):
         try:
             return _embed(shard, model, reader, directory, batch_size)
@@ -99,7 +123,7 @@ def _embed(
         )
     parts = write_part(directory, meta, shard, table(meta, passages, vectors_ND))
     seconds = time.perf_counter() - begin
-    done = DoneMarker(shard, len(passages), len(skipped), skipped[:_NAMED], parts, tokens, seconds)
+    done = DoneMarker(shard, len(passages), len(skipped), skipped[:_MAX_NAMED_ROWS], parts, tokens, seconds)
     if directory.write_if_absent(marker_name(shard.name), done.to_json().encode()):
         return done
     return DoneMarker.from_json(directory.read(marker_name(shard.name)) or b"")
