@@ -62,7 +62,7 @@ test-lowest test-newest: test-%: .venv-%/.ready  ## the fast tests with the lowe
 .venv-newest/.ready: RESOLUTION = highest
 .venv-%/.ready: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "gemify needs Python 3.11 or newer: install it, or name one with PYTHON=..."; exit 1; }
-	$(PYTHON) -m venv --clear .venv-$*
+	test -x .venv-$*/bin/pip || $(PYTHON) -m venv .venv-$*
 	$(call INSTALL_TORCH,.venv-$*)
 	.venv-$*/bin/pip install --quiet uv
 	.venv-$*/bin/uv pip compile --quiet --python .venv-$*/bin/python --resolution $(RESOLUTION) --all-extras --no-header --no-annotate \
