@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 VOCABULARY = 320
 
-_COMMON: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -24,24 +24,24 @@ _COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-_HEADED = _COMMON | {"head_dim": 8}
-_WINDOW = {"sliding_window": 6}
+HEADED = COMMON | {"head_dim": 8}
+WINDOW = {"sliding_window": 6}
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("llama", _COMMON),
-    "mistral-window": ("mistral", _HEADED | _WINDOW),
-    "qwen2": ("qwen2", _COMMON),
+    "llama": ("llama", COMMON),
+    "mistral-window": ("mistral", HEADED | WINDOW),
+    "qwen2": ("qwen2", COMMON),
     "qwen2-window": (
         "qwen2",
-        _COMMON | _WINDOW | {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
+        COMMON | WINDOW | {"use_sliding_window": True, "layer_types": ["sliding_attention", "full_attention"]},
     ),
-    "qwen3": ("qwen3", _HEADED),
-    "gemma2": ("gemma2", _HEADED | _WINDOW | {"query_pre_attn_scalar": 8}),
+    "qwen3": ("qwen3", HEADED),
+    "gemma2": ("gemma2", HEADED | WINDOW | {"query_pre_attn_scalar": 8}),
     "gemma3": (
         "gemma3_text",
-        _HEADED | _WINDOW | {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
+        HEADED | WINDOW | {"query_pre_attn_scalar": 8, "layer_types": ["sliding_attention", "full_attention"]},
     ),
-    "phi3-window": ("phi3", _COMMON | _WINDOW),
+    "phi3-window": ("phi3", COMMON | WINDOW),
     "gpt2": (
         "gpt2",
         {
@@ -54,11 +54,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "eos_token_id": 2,
         },
     ),
-    "gpt_neox": ("gpt_neox", {k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
-    "olmo2": ("olmo2", _COMMON),
-    "olmo3-window": ("olmo3", _COMMON | _WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
-    "smollm3": ("smollm3", _COMMON | {"no_rope_layers": [1, 0]}),
-    "cohere2": ("cohere2", _COMMON | _WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "gpt_neox": ("gpt_neox", {k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
+    "olmo2": ("olmo2", COMMON),
+    "olmo3-window": ("olmo3", COMMON | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
+    "smollm3": ("smollm3", COMMON | {"no_rope_layers": [1, 0]}),
+    "cohere2": ("cohere2", COMMON | WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}),
     "falcon": (
         "falcon",
         {
@@ -89,13 +89,13 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": (
         "gpt_oss",
-        _HEADED
-        | _WINDOW
+        HEADED
+        | WINDOW
         | {"num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "deepseek_v3": (
         "deepseek_v3",
-        _COMMON
+        COMMON
         | {
             "num_key_value_heads": 4,
             "moe_intermediate_size": 16,
@@ -114,11 +114,11 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 HYBRIDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lfm2": ("lfm2", _COMMON | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48}),
+    "lfm2": ("lfm2", COMMON | {"layer_types": ["conv", "full_attention"], "block_ff_dim": 48}),
     "mamba": ("mamba", {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
     "qwen3_5": (
         "qwen3_5_text",
-        _HEADED
+        HEADED
         | {
             "layer_types": ["linear_attention", "full_attention"],
             "linear_key_head_dim": 8,

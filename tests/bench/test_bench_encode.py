@@ -42,10 +42,10 @@ def test_all_encoders_on_a_gated_model(gem: GemModel, tmp_path: Path) -> None:
 
 def test_the_plain_encoder_has_the_trained_row(gem: GemModel, tmp_path: Path) -> None:
     """Of a gated model the export keeps the special token's row: another row, other vectors."""
-    from gemify.bench.encode import _ungated
+    from gemify.bench.encode import without_gate
 
     expected = gem.adapter.rows.rows_KD.clone() if gem.adapter else None
-    plain = _ungated(gem)
+    plain = without_gate(gem)
     assert plain.config.tune == "tokens"
     assert plain.adapter is not None
     assert (plain.adapter.rows.rows_KD == expected).all()

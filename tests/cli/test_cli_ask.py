@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import tiny_models
 from conftest import disturb
 from gemify import GemModel
-from gemify.cli.ask import _clean
+from gemify.cli.ask import clean_text
 from gemify.cli.main import app
 from gemify.rag.kv_store import parse_bytes
 
@@ -147,7 +147,7 @@ def test_wrong_use_is_one_line(store: Path, arguments: list[str], words: str) ->
 def test_a_question_of_odd_bytes_is_a_question(store: Path) -> None:
     code, _, err = run("ask", "owls\udcff?", "-s", store, "--max-new-tokens", 2, "-k", 1)
     assert code == 0, err
-    assert _clean(" owls\udcff?\n") == "owls??"
+    assert clean_text(" owls\udcff?\n") == "owls??"
     code, out, err = run("search", "owls\udcff?", "-s", store, "-k", 1)
     assert (code, out[:3]) == (0, "[1]"), err
 

@@ -23,15 +23,15 @@ class Heard:
     def __init__(self, on_event: Callable[[Event], None] | None = None) -> None:
         self.events: list[Event] = []
         self.closed = threading.Event()
-        self._on_event = on_event
+        self.on_event = on_event
 
     def __call__(self, event: Event) -> None:
         assert not self.closed.is_set(), "nothing comes after Done"
         self.events.append(event)
         if isinstance(event, Done):
             self.closed.set()
-        if self._on_event:
-            self._on_event(event)
+        if self.on_event:
+            self.on_event(event)
 
     def wait(self) -> Heard:
         assert self.closed.wait(60)

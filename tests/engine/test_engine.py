@@ -182,7 +182,7 @@ def test_prefixes_stay_within_their_budget(shared_gem: GemModel) -> None:
         for seed in range(12):
             asker.write(some_ids(seed, 50)).wait()
             assert asker.engine.stats().prefix_cache_bytes <= 3 * one
-        assert asker.engine._generation.scheduler.prefix_cache.nbytes > one
+        assert asker.engine.generation_worker.scheduler.prefix_cache.nbytes > one
     with running(shared_gem, prefix_cache_bytes=0) as asker:
         for _ in range(2):
             asker.write(some_ids(1, 50)).wait()
@@ -306,7 +306,7 @@ def test_a_cancelled_answer_is_gone_by_the_next_step(shared_gem: GemModel) -> No
     with running(shared_gem, max_num_seqs=1) as asker:
         held = Heard()
         begun, at_cancel = threading.Event(), []
-        held._on_event = lambda event: begun.set()
+        held.on_event = lambda event: begun.set()
         job = asker.engine.generate(some_ids(1, 5), endless, held)
         waiting = asker.write(some_ids(2, 5))
         assert begun.wait(60)
@@ -375,7 +375,7 @@ def test_nobody_waits_for_a_bulk_request(shared_gem: GemModel) -> None:
             later = [asker.embed([some_ids(999, 7)]), asker.write(some_ids(1, 5), SamplingParams(max_tokens=5))]
             bulk_done: list[bool] = []
             for heard in later:
-                heard._on_event = lambda event: bulk_done.append(bulk.closed.is_set())
+                heard.on_event = lambda event: bulk_done.append(bulk.closed.is_set())
         for heard in [*later, bulk]:
             heard.wait()
     assert bulk_done
@@ -385,15 +385,15 @@ def test_nobody_waits_for_a_bulk_request(shared_gem: GemModel) -> None:
 def test_a_model_whose_positions_adapt_takes_one_pass_at_a_time(shared_gem: GemModel, tmp_path: Path) -> None:
     assert not has_dynamic_rope(shared_gem.lm)
     config = AutoConfig.for_model(
-        "llama", **tiny_models._COMMON, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+        "llama", **tiny_models.COMMON, rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny_models.tokenizer().save_pretrained(tmp_path)
     gem = GemModel.from_base(str(tmp_path))
     assert has_dynamic_rope(gem.lm)
     engine = Engine(gem)
-    assert engine._generation.lock is engine._embedding.lock
-    assert Engine(shared_gem)._generation.lock is not Engine(shared_gem)._embedding.lock
+    assert engine.generation_worker.lock is engine.embedding_worker.lock
+    assert Engine(shared_gem).generation_worker.lock is not Engine(shared_gem).embedding_worker.lock
 
 
 def test_a_listener_that_raises_harms_nobody_else(shared_gem: GemModel) -> None:

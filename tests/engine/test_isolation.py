@@ -57,7 +57,7 @@ def test_an_answer_that_fails_ends_alone(gem: GemModel, monkeypatch: pytest.Monk
 def test_what_a_step_has_taken_in_still_waits(gem: GemModel) -> None:
     with running(gem, max_queue_size=4) as asker, asker.engine.paused():
         asker.embed([some_ids(i, 4) for i in range(9)])
-        while asker.engine._embedding._new:
+        while asker.engine.embedding_worker._new:
             pass  # its thread takes it in, and waits for its turn
         assert asker.engine.stats().num_waiting_texts == 9
         with pytest.raises(QueueFullError):

@@ -68,7 +68,7 @@ EXTRA = {  # distances of their own: attention biased by the column (MPT) or the
     "mpt": {"vocab_size": tiny_models.VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 256},
     "bloom": {"vocab_size": tiny_models.VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
     "llama4_text": {
-        **tiny_models._HEADED,
+        **tiny_models.HEADED,
         "attention_chunk_size": 16,
         "num_local_experts": 2,
         "intermediate_size_mlp": 48,

@@ -296,9 +296,9 @@ def lm_evals_own(harness: Any, names: list[str], *, weight_by_size: bool) -> tup
     from lm_eval.config.group import GroupConfig
     from lm_eval.evaluator import evaluate
 
-    from gemify.evaluation.lm_eval_tasks import _task_manager
+    from gemify.evaluation.lm_eval_tasks import task_manager
 
-    manager = _task_manager(stock=True)
+    manager = task_manager(stock=True)
     metric = {"metric": "acc", "aggregation": "mean", "weight_by_size": weight_by_size}
     group = Group.from_config(GroupConfig(group="all", task=names, aggregate_metric_list=[metric]))  # type: ignore[list-item]
     for task in manager.load(names)["tasks"].values():
@@ -350,7 +350,7 @@ def test_mmlu_macro_and_micro_are_lm_evals(tmp_path: Path, hub: dict[Any, dict[s
 def test_a_models_figures_are_lm_evals(name: str, tmp_path: Path, hub: dict[Any, dict[str, Rows]]) -> None:
     from lm_eval.evaluator import evaluate
 
-    from gemify.evaluation.lm_eval_tasks import _task_manager
+    from gemify.evaluation.lm_eval_tasks import task_manager
 
     path, split, pairs = STOCK[name]
     hub[path] = {"train": [s for _, s in pairs], split: [s for _, s in pairs]}
@@ -358,7 +358,7 @@ def test_a_models_figures_are_lm_evals(name: str, tmp_path: Path, hub: dict[Any,
     (task,) = make_language_tasks(name, write(tmp_path, name, [row for row, _ in pairs]))
     ours = run_language_task(share_prefixes(make_harness(lm, tokenizer)), task)
     stock_name = "lambada_openai" if name == "lambada" else name
-    loaded = _task_manager(stock=True).load([stock_name])
+    loaded = task_manager(stock=True).load([stock_name])
     loaded["tasks"][stock_name].set_fewshot_seed(seed=1234)
     theirs = evaluate(lm=make_harness(lm, tokenizer), task_dict=loaded, bootstrap_iters=0)
     assert theirs is not None

@@ -73,13 +73,13 @@ def test_many_texts_have_little_padding(lengths: list[int]) -> None:
 def test_pools_keep_the_order(gem: GemModel, texts: list[str], pool: int) -> None:
     expected = np.stack([gem.encode(text) for text in texts])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encode, "_POOL", pool)
+        patch.setattr(encode, "POOL_SIZE", pool)
         np.testing.assert_allclose(gem.encode(texts), expected, rtol=1e-4, atol=5e-5)
 
 
 def test_the_next_pool_is_tokenised_while_one_is_computed(gem: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first batch does not go on before the second pool has been tokenised, in another thread."""
-    monkeypatch.setattr(encode, "_POOL", 2)
+    monkeypatch.setattr(encode, "POOL_SIZE", 2)
     tokenised: dict[str, threading.Event] = {"a": threading.Event(), "c": threading.Event(), "e": threading.Event()}
     plain = TextTokenizer.__call__
 
@@ -101,7 +101,7 @@ def test_the_next_pool_is_tokenised_while_one_is_computed(gem: GemModel, monkeyp
 
 
 def test_a_failure_to_tokenise_reaches_the_caller(gem: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "_POOL", 1)
+    monkeypatch.setattr(encode, "POOL_SIZE", 1)
     plain = TextTokenizer.__call__
 
     def call(self: TextTokenizer, texts: Sequence[str], *, max_tokens: int | None) -> list[list[int]]:

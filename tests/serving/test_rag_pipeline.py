@@ -141,7 +141,7 @@ def test_answers_are_the_librarys(
         for _ in range(2):
             got = chat(server, question=question, k=k, mode=mode, history=history)
             assert text_of(got) == expected.text
-            assert [s["id"] for s in got["gemify"]["sources"]] == [p.id for p in expected.passages]  # type: ignore[attr-defined]
+            assert [s["id"] for s in got["gemify"]["sources"]] == [p.id for p in expected.passages]
         streamed = served.client("secret-of-ann") if not kept else keeping.client()
         asked = body(question, k=k, mode=mode, history=history)
         chunks = streamed.chat.completions.create(
@@ -232,7 +232,7 @@ class Slow:
 def held(engine: Engine) -> int:
     """Texts with KV that are alive, but for those of the prefix cache."""
     gc.collect()
-    cached = {id(text) for _, text in engine._generation.scheduler.prefix_cache._entries.values()}  # type: ignore[attr-defined]
+    cached = {id(text) for _, text in engine.generation_worker.scheduler.prefix_cache._entries.values()}
     return sum(isinstance(thing, CachedText) and id(thing) not in cached for thing in gc.get_objects())
 
 

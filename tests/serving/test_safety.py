@@ -97,7 +97,7 @@ def test_what_is_not_finished_in_time_is_told_at_a_stop(gem: Any, stream: bool) 
 def test_a_reader_that_reads_nothing_does_not_keep_the_server_from_its_end(
     gem: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_protocol, "_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(http_protocol, "CLIENT_TIMEOUT_S", 0.3)
     with serving(gem) as served:
         body = json.dumps({"input": [str(i) for i in range(2048)]}).encode()
         head = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"

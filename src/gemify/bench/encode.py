@@ -117,7 +117,7 @@ def _load_encoders(
     """The encoders to time, all on the same weights, and what counts the tokens that they read of each text."""
     gem = GemModel.from_pretrained(model, dtype=dtype, device=device)
     gated = gem.config.tune == "gated"
-    written = export(_ungated(gem), directory)
+    written = export(without_gate(gem), directory)
     if len(written.embedding) != 1:
         raise ValueError(f"a plain export of {gem.config.k} special tokens is as many encoders: give a model of one")
     plain = GemModel.from_pretrained(directory, dtype=dtype, device=device)
@@ -140,7 +140,7 @@ def _load_encoders(
     yield {name: made[name] for name in ENCODERS if name in wanted and name in made}, count_tokens
 
 
-def _ungated(gem: GemModel) -> GemModel:
+def without_gate(gem: GemModel) -> GemModel:
     """The model with its trained embedding rows but without its gated LoRA, which no plain export holds."""
     if gem.config.tune != "gated":
         return gem

@@ -89,7 +89,7 @@ def ask(
     loading = _Loading(store, model, base, dtype, device)
     rag = _open_rag(settings, loading, _Kept(keep_kv, kv_bits, kv_budget, kv_store))
     options = _generate_options(temperature, top_p, seed, stop)
-    answer = rag.ask(_clean(asked), on_text=None if as_json else _write, **options)
+    answer = rag.ask(clean_text(asked), on_text=None if as_json else _write, **options)
     _finish(answer, as_json=as_json)
 
 
@@ -218,10 +218,11 @@ def _questions() -> Iterator[str]:
         if not line or line.strip() in ("/quit", "/exit"):
             return
         if line.strip():
-            yield _clean(line)
+            yield clean_text(line)
 
 
-def _clean(text: str) -> str:
+def clean_text(text: str) -> str:
+    """Strip a text, and put `?` for bytes that are no UTF-8."""
     from gemify.io.rows import replace_surrogates
 
     return replace_surrogates(text.strip())

@@ -99,25 +99,25 @@ class Engine:
             prefix_cache_bytes=prefix_cache_bytes,
             max_num_batched_tokens=max_num_batched_tokens,
         )
-        self._generation = Worker(
+        self.generation_worker = Worker(
             self._scheduler,
             "generation",
             lock=lock,
-            num_threads=lambda: max(1, cores // 2) if self._embedding.busy else cores,
+            num_threads=lambda: max(1, cores // 2) if self.embedding_worker.busy else cores,
         )
-        self._embedding = Worker(
+        self.embedding_worker = Worker(
             EmbeddingScheduler(gem, max_num_batched_tokens=max_num_batched_tokens),
             "embedding",
             lock=embedding_lock,
-            num_threads=lambda: max(1, cores - cores // 2) if self._generation.busy else cores,
+            num_threads=lambda: max(1, cores - cores // 2) if self.generation_worker.busy else cores,
         )
         self._accepting = threading.Lock()
 
     def start(self) -> None:
         """Start both threads."""
         release_threads()  # those that loading the model has left
-        self._generation.start()
-        self._embedding.start()
+        self.generation_worker.start()
+        self.embedding_worker.start()
 
     def stop(self, *, timeout_s: float | None = None) -> bool:
         """Accept no more requests and finish the accepted ones.
@@ -129,7 +129,7 @@ class Engine:
             Whether all were finished.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        workers = (self._generation, self._embedding)
+        workers = (self.generation_worker, self.embedding_worker)
         for worker in workers:
             worker.stop_accepting()
         done = True
@@ -141,7 +141,7 @@ class Engine:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Run no step inside this context: the model is the caller's."""
-        with self._generation.lock, self._embedding.lock:
+        with self.generation_worker.lock, self.embedding_worker.lock:
             yield
 
     def generate(
@@ -194,7 +194,7 @@ class Engine:
             cache_salt=cache_salt,
             start=start,
         )
-        self._add_request(self._generation, request)
+        self._add_request(self.generation_worker, request)
         return request
 
     def prefill(
@@ -228,7 +228,7 @@ class Engine:
         request = GenerationRequest(
             ids, sampling, listener, n=0, embed_from=embed_from, cache_salt=cache_salt, start=start
         )
-        self._add_request(self._generation, request)
+        self._add_request(self.generation_worker, request)
         return request
 
     def embed(self, rows: Sequence[Sequence[int]], listener: Listener) -> EmbeddingRequest:
@@ -246,7 +246,7 @@ class Engine:
         for at, ids in enumerate(rows):
             self._require_text(f"text {at}", ids)
         request = EmbeddingRequest(rows, listener)
-        self._add_request(self._embedding, request)
+        self._add_request(self.embedding_worker, request)
         return request
 
     def recover(self, ids: Sequence[int], listener: Listener, *, max_tokens: int = 64) -> GenerationRequest:
@@ -270,19 +270,19 @@ class Engine:
             )
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0)
         request = GenerationRequest(ids, sampling, listener, n=1, is_recovery=True)
-        self._add_request(self._generation, request)
+        self._add_request(self.generation_worker, request)
         return request
 
     def stats(self) -> EngineStats:
         """Counters as of the last steps; the queue's size includes requests accepted since."""
-        generation, generation_seconds = self._generation.counts()
-        embedding, embedding_seconds = self._embedding.counts()
+        generation, generation_seconds = self.generation_worker.counts()
+        embedding, embedding_seconds = self.embedding_worker.counts()
         cancelled = generation.pop("cancelled") + embedding["cancelled"]
         failed = generation.pop("failed") + embedding["failed"]
         return EngineStats(
-            alive=self._generation.alive and self._embedding.alive,
-            num_waiting_seqs=self._generation.num_waiting,
-            num_waiting_texts=self._embedding.num_waiting,
+            alive=self.generation_worker.alive and self.embedding_worker.alive,
+            num_waiting_seqs=self.generation_worker.num_waiting,
+            num_waiting_texts=self.embedding_worker.num_waiting,
             embedded_texts=embedding["texts"],
             embedded_tokens=embedding["tokens"],
             cancelled_requests=cancelled,
@@ -324,7 +324,7 @@ class Engine:
 
     def _add_request(self, worker: Worker[RequestT], request: RequestT) -> None:
         with self._accepting:
-            waiting = self._generation.num_waiting + self._embedding.num_waiting
+            waiting = self.generation_worker.num_waiting + self.embedding_worker.num_waiting
             if waiting and waiting + request.num_items > self._max_queue_size:
                 raise QueueFullError(waiting, retry_after=self._estimate_seconds(waiting))
             worker.add_request(request)

@@ -197,7 +197,7 @@ def _common(name: str, splits: Callable[[], dict[str, list[dict[str, Any]]]], me
 
 
 def _stock(name: str) -> list[LanguageTask]:
-    known = _task_manager(stock=True)
+    known = task_manager(stock=True)
     if name == "mmlu":
         subjects = sorted(t for t in known.all_subtasks if t.startswith("mmlu_") and t.count("_") >= 1)
         groups = set(known.all_groups) | set(known.all_tags)
@@ -212,7 +212,7 @@ def _stock(name: str) -> list[LanguageTask]:
 
 
 @functools.cache
-def _task_manager(*, stock: bool) -> Any:
+def task_manager(*, stock: bool) -> Any:
     """lm-eval's index of tasks; its own thousands of files are read only where one of them is wanted."""
     from lm_eval.tasks import TaskManager
 
@@ -261,13 +261,13 @@ def _load(task: LanguageTask) -> Any:
     """The task as lm-eval loads it; one of its stock tasks fetches its data here."""
     if isinstance(task.config, str):
         try:
-            loaded = _task_manager(stock=True).load([task.config])
+            loaded = task_manager(stock=True).load([task.config])
         except OSError as error:
             raise ValueError(
                 f"cannot load {task.name} from the hub ({first_line(error)}): connect, or give --data DIR"
             ) from error
     else:
-        loaded = _task_manager(stock=False).load([task.config])
+        loaded = task_manager(stock=False).load([task.config])
     (made,) = loaded["tasks"].values()
     if task.main not in made.aggregation():
         raise ValueError(

@@ -21,7 +21,7 @@ from gemify.model.throughput import ThroughputMeter
 from gemify.model.tokenization import TextTokenizer as TextTokenizer
 from gemify.paper.tokens import Row, build_inputs
 
-_POOL = 4096  # texts tokenised and sorted at a time
+POOL_SIZE = 4096  # texts tokenised and sorted at a time
 
 
 def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -64,7 +64,7 @@ def encode_texts(
     columns = max_tokens or step_tokens(lm.device)
     out: Tensor | None = None
     bar = tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress_bar)
-    pools = [list(texts[start : start + _POOL]) for start in range(0, len(texts), _POOL)]
+    pools = [list(texts[start : start + POOL_SIZE]) for start in range(0, len(texts), POOL_SIZE)]
     with contextlib.closing(_tokenised(tokenize, config, pools)) as tokenised:
         for number, (pool, rows) in enumerate(zip(pools, tokenised, strict=True)):
             place = {text: i for i, text in enumerate(rows)}
@@ -72,7 +72,7 @@ def encode_texts(
             bar.update(len(pool) - len(rows))
             if out is None:
                 out = torch.empty(len(texts), vectors.shape[1])
-            out[number * _POOL : number * _POOL + len(pool)] = vectors[[place[t] for t in pool]]
+            out[number * POOL_SIZE : number * POOL_SIZE + len(pool)] = vectors[[place[t] for t in pool]]
     bar.close()
     assert out is not None
     return out

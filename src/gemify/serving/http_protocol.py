@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemify.serving.errors import error_body
 
-_TIMEOUT_S = 30.0
+CLIENT_TIMEOUT_S = 30.0
 """Seconds in which a client must have sent a request's head, or must have read some of what waits for it."""
 _SHUTDOWN_GRACE_S = 1.0
 """Seconds in which an idle connection may send one more request after the shutdown has begun."""
@@ -98,7 +98,7 @@ class HttpProtocol(H11Protocol):
         return cycle is not None and not cycle.response_complete
 
     def _start_head_timer(self) -> None:
-        self._head_timer = self.loop.call_later(_TIMEOUT_S, self._close_idle)
+        self._head_timer = self.loop.call_later(CLIENT_TIMEOUT_S, self._close_idle)
 
     def _stop_head_timer(self) -> None:
         if self._head_timer is not None:
@@ -107,7 +107,9 @@ class HttpProtocol(H11Protocol):
 
     def _start_read_timer(self) -> None:
         self._stop_read_timer()
-        self._read_timer = self.loop.call_later(_TIMEOUT_S, self._check_read, self.transport.get_write_buffer_size())
+        self._read_timer = self.loop.call_later(
+            CLIENT_TIMEOUT_S, self._check_read, self.transport.get_write_buffer_size()
+        )
 
     def _stop_read_timer(self) -> None:
         if self._read_timer is not None:
