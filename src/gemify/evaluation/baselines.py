@@ -123,7 +123,7 @@ class BaselineEncoder:
 
 
 class BidirectionalEncoder(BaselineEncoder):
-    """The base without its causal mask, mean over the text: what LLM2Vec (arXiv 2404.05961) runs, without its training."""
+    """The base without its causal mask, mean over the text: LLM2Vec (arXiv 2404.05961) without its training."""
 
     def _pool(self, rows: Sequence[tuple[list[int], int]]) -> Tensor:
         ids_BT, mask_BT = (t.to(self.lm.device) for t in right_pad([ids for ids, _ in rows]))

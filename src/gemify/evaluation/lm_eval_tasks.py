@@ -1,13 +1,14 @@
 """Language benchmarks through lm-eval: its stock tasks from the hub, or its prompts over local files.
 
-The prompts are lm-eval's; the rows are the file's. Rows are checked, and errors name the line, before lm-eval sees them.
+The prompts are lm-eval's, the rows the file's. Rows are checked, with the line in errors, before lm-eval gets them.
 
 Local files (``--data``), relative to the data directory::
 
     lm/mmlu/mmlu.jsonl.gz                 subject, split (dev or test), question, choices[4], answer (A-D)
     lm/hellaswag/val.jsonl.gz             ctx, endings[4], gold
     lm/lambada/test.jsonl.gz              text (its last word is the target)
-    lm/lm_eval/{arc_easy.test,arc_challenge.test,boolq.val,copa.val,openbookqa.test,piqa.val}.jsonl.gz   query choices gold
+    lm/lm_eval/{arc_easy.test,arc_challenge.test,boolq.val,copa.val,openbookqa.test,piqa.val}.jsonl.gz
+                                          query, choices, gold
     lm/lm_eval/{winogrande.val,winograd_wsc.val}.jsonl.gz                context_options, continuation, gold
 
 MMLU is five-shot, scored on the likelihood of the choice's letter; its macro average over subjects is the
@@ -173,7 +174,8 @@ def _mmlu_subject(subject: str, splits: dict[str, list[dict[str, Any]]]) -> Lang
         "description": f"The following are multiple choice questions (with answers) about {topic}.\n\n",
         "fewshot_split": "dev",
         "fewshot_config": {"sampler": "first_n"},
-        "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}\nD. {{choices[3]}}\nAnswer:",
+        "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}"
+        "\nD. {{choices[3]}}\nAnswer:",
         "doc_to_choice": ["A", "B", "C", "D"],
         "doc_to_target": "{{['A', 'B', 'C', 'D'].index(answer)}}",
         **_common(f"mmlu_{subject}", lambda: splits, ["acc"]),
@@ -206,7 +208,8 @@ def _stock(name: str) -> list[LanguageTask]:
     stock_name = _LOCAL[name].stock if name in _LOCAL else name
     if stock_name not in known.all_subtasks:
         raise ValueError(
-            f"unknown language task {name!r}: choose from {', '.join(LANGUAGE_TASKS)} or a task (not a group) of lm-eval's"
+            f"unknown language task {name!r}: choose from {', '.join(LANGUAGE_TASKS)} or a task (not a group) of"
+            " lm-eval's"
         )
     return [LanguageTask(name, name, _LOCAL[name].main if name in _LOCAL else "acc", stock_name)]
 

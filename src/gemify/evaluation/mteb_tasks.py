@@ -14,8 +14,8 @@ Local files (``--data``), relative to the data directory::
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,35 +155,36 @@ def _sts(paths: list[Path]) -> Any:
     return {"test": Dataset.from_dict({**columns, "score": [float(r["score"]) for r in rows]})}
 
 
-def _classification(paths: list[Path]) -> Any:
-    from datasets import Dataset, DatasetDict
+def _labelled(path: Path) -> list[tuple[str, str]]:
+    return [(row["text"], str(row["label"])) for row in load_rows(path, {"text": str, "label": (str, int)})]
 
-    kinds: dict[str, Any] = {"text": str, "label": (str, int)}
-    splits = {name: load_rows(path, kinds) for name, path in zip(("train", "test"), paths, strict=True)}
-    number = {label: at for at, label in enumerate(sorted({str(r["label"]) for r in splits["train"]}))}
-    made = {}
-    for name, rows in splits.items():
-        if strange := {str(r["label"]) for r in rows} - set(number):
-            raise ValueError(f"{paths[1]}: label {sorted(strange)[0]!r} does not occur in {paths[0]}")
-        made[name] = Dataset.from_dict(
-            {"text": [r["text"] for r in rows], "label": [number[str(r["label"])] for r in rows]}
-        )
-    return DatasetDict(made)
+
+def _classification(paths: list[Path]) -> Any:
+    return _label_splits(_labelled(paths[0]), _labelled(paths[1]), paths)
 
 
 def _held_out_classification(paths: list[Path]) -> Any:
     """A split of the training set, to choose settings on: every fourth row of each label is held out."""
+    seen: Counter[str] = Counter()
+    train: list[tuple[str, str]] = []
+    test: list[tuple[str, str]] = []
+    for text, label in _labelled(paths[0]):
+        seen[label] += 1
+        (test if seen[label] % 4 == 0 else train).append((text, label))
+    return _label_splits(train, test, paths)
+
+
+def _label_splits(train: list[tuple[str, str]], test: list[tuple[str, str]], paths: list[Path]) -> Any:
     from datasets import Dataset, DatasetDict
 
-    rows = load_rows(paths[0], {"text": str, "label": (str, int)})
-    number = {label: at for at, label in enumerate(sorted({str(r["label"]) for r in rows}))}
-    seen: defaultdict[str, int] = defaultdict(int)
-    parts: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
-    for row in rows:
-        label = str(row["label"])
-        seen[label] += 1
-        parts["test" if seen[label] % 4 == 0 else "train"].append({"text": row["text"], "label": number[label]})
-    return DatasetDict({name: Dataset.from_list(part) for name, part in parts.items()})
+    number = {label: at for at, label in enumerate(sorted({label for _, label in train}))}
+    if unknown := {label for _, label in test} - set(number):
+        raise ValueError(f"{paths[1]}: label {sorted(unknown)[0]!r} does not occur in {paths[0]}")
+    made = {}
+    for name, rows in (("train", train), ("test", test)):
+        columns = {"text": [text for text, _ in rows], "label": [number[label] for _, label in rows]}
+        made[name] = Dataset.from_dict(columns)
+    return DatasetDict(made)
 
 
 def _pairs(paths: list[Path]) -> Any:
@@ -197,9 +198,9 @@ def _pairs(paths: list[Path]) -> Any:
 def _clustering(paths: list[Path]) -> Any:
     from datasets import Dataset
 
-    rows = load_rows(paths[0], {"text": str, "label": (str, int)})
+    rows = _labelled(paths[0])
     return {
-        "test": Dataset.from_dict({"sentences": [r["text"] for r in rows], "labels": [str(r["label"]) for r in rows]})
+        "test": Dataset.from_dict({"sentences": [text for text, _ in rows], "labels": [label for _, label in rows]})
     }
 
 
@@ -299,24 +300,24 @@ def _subset_retrieval(part: Any, limit: int) -> Any:
     return {"queries": queries, "corpus": part["corpus"].select(keep), "relevant_docs": relevant, "top_ranked": ranked}
 
 
-def _some_of_each(data: Any, label: str, count: int) -> Any:
-    seen: defaultdict[Any, int] = defaultdict(int)
-    keep = []
-    for at, value in enumerate(data[label]):
+def _ranks(values: Iterable[Any]) -> list[int]:
+    """How many equal values stand before each."""
+    seen: Counter[Any] = Counter()
+    ranks = []
+    for value in values:
+        ranks.append(seen[value])
         seen[value] += 1
-        if seen[value] <= count:
-            keep.append(at)
-    return data.select(keep)
+    return ranks
+
+
+def _some_of_each(data: Any, label: str, count: int) -> Any:
+    return data.select([at for at, rank in enumerate(_ranks(data[label])) if rank < count])
 
 
 def _many_labels(data: Any, label: str, count: int) -> Any:
     """Rows of as many labels as possible, three at least: mteb takes two labels for a binary task."""
-    seen: defaultdict[Any, int] = defaultdict(int)
-    rank = []
-    for value in data[label]:
-        rank.append(seen[value])
-        seen[value] += 1
-    return data.select(sorted(range(len(rank)), key=rank.__getitem__)[: max(3, count)])
+    ranks = _ranks(data[label])
+    return data.select(sorted(range(len(ranks)), key=ranks.__getitem__)[: max(3, count)])
 
 
 _BANKING = ("mteb/banking77/train.jsonl.gz", "mteb/banking77/test.jsonl.gz")

@@ -1,7 +1,7 @@
 """How much of a text can be decoded from its special tokens (GEM, Appendix B): a quality, and a leak.
 
-From the special tokens' KV a text is decoded greedily; who holds a stored KV can do the same. A *vector* alone cannot be
-decoded, so the attack on it is another, weaker one: a linear map, fitted on other texts, guesses which tokens occur.
+From the special tokens' KV a text is decoded greedily; who holds a stored KV can do the same. A *vector* alone cannot
+be decoded, so the attack on it is another, weaker one: a linear map, fitted on other texts, guesses which tokens occur.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BATCH = 32
 
 
 def select_texts_by_length(gem: GemModel, texts: Sequence[str], count: int) -> list[str]:
-    """Cut about ``count`` texts, evenly over `LENGTHS`, from the beginnings of the given ones; short ones are joined."""
+    """Cut about ``count`` texts, evenly over `LENGTHS`, from the given ones; short ones are joined."""
     each = max(1, count // len(LENGTHS))
     tokenize = gem.text_tokenizer
     chosen: list[str] = []
@@ -92,8 +92,8 @@ def rouge_l(wanted: str, got: str) -> float:
 def attack_vectors(gem: GemModel, known: Sequence[str], texts: Sequence[str], *, ridge: float = 1.0) -> dict[str, Any]:
     """Guess the tokens of texts from their vectors alone: ridge regression fitted on ``known`` texts.
 
-    The attack knows how many different tokens each text has (which favours it) and guesses that many. Chance guesses the
-    tokens that are most frequent in the known texts.
+    The attack knows how many different tokens each text has (which favours it) and guesses that many. Chance guesses
+    the tokens that are most frequent in the known texts.
     """
     tokenize = gem.text_tokenizer
     known_ids = [set(ids) for ids in tokenize.tokenize_plain(known, max_tokens=gem.config.max_length)]

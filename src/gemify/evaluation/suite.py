@@ -10,7 +10,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -158,7 +158,7 @@ def evaluate(
     models = None
     if model is not None or base is not None or baselines or not encoders:
         models = EvalModels(model, base=base, settings=settings, device=device)
-    planner = _Planner(plan, store, data, settings, batch_size=batch_size, device=device)
+    planner = _Planner(plan, store, data, settings, batch_size, device)
     if models is not None:
         planner.add_models(models, baselines)  # type: ignore[arg-type]
     for spec in encoders:
@@ -173,27 +173,24 @@ def evaluate(
     return planner.entries
 
 
+@dataclass
 class _Planner:
     """Lists the cells of an evaluation, and measures them."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        store: ResultStore,
-        data: Path | None,
-        settings: EvalSettings,
-        *,
-        batch_size: int,
-        device: str | None,
-    ) -> None:
-        self.plan, self.store, self.data, self.settings = plan, store, data, settings
-        self.batch_size, self.device = batch_size, device
-        self.cells: list[_Cell] = []
-        self.entries: list[ModelEntry] = []
-        self.reads_texts = False
-        """Whether a cell reads held-out text."""
-        self._tasks = [(n, t) for n in plan.language if n != HELD_OUT for t in make_language_tasks(n, data)]
-        self._texts: list[str] | None = None
+    plan: Plan
+    store: ResultStore
+    data: Path | None
+    settings: EvalSettings
+    batch_size: int
+    device: str | None
+    cells: list[_Cell] = field(default_factory=list)
+    entries: list[ModelEntry] = field(default_factory=list)
+    reads_texts: bool = False
+    """Whether a cell reads held-out text."""
+
+    def __post_init__(self) -> None:
+        names = [name for name in self.plan.language if name != HELD_OUT]
+        self._tasks = [(name, task) for name in names for task in make_language_tasks(name, self.data)]
 
     def add_models(self, models: EvalModels, baselines: Sequence[Baseline]) -> None:
         """Add the cells of a GEM and its base as a language model, and of baselines on that base."""
@@ -332,17 +329,14 @@ class _Planner:
             raise ValueError(f"held-out text is read from {self.data / 'text'}/*.txt.gz, which has none")
         return files[0]
 
-    @property
+    @functools.cached_property
     def texts(self) -> list[str]:
         """Sentences no training should have seen: the end of the local text file, or of STSBenchmark from the hub."""
-        if self._texts is None:
-            if self.data is not None:
-                self._texts = [line for _, line in load_lines(self.text_file())[-5000:]]
-            else:
-                task = make_task("STSBenchmark", None)
-                task.load_data()
-                self._texts = list(task.dataset["test"]["sentence1"])
-        return self._texts
+        if self.data is not None:
+            return [text for _, text in load_lines(self.text_file())][-5000:]
+        task = make_task("STSBenchmark", None)
+        task.load_data()
+        return list(task.dataset["test"]["sentence1"])
 
 
 def _run(

@@ -70,7 +70,7 @@ NINE = (
     "SICK-R",
     "STSBenchmark",
 )
-"""Nine small tasks of GEM16 for which means of many peers are published (`gemify.evaluation.report.published.NINE_MEANS`)."""
+"""Nine small tasks of GEM16 for which means of many peers are published, see `report.published.NINE_MEANS`."""
 
 SUITES: dict[str, tuple[str, ...]] = {"GEM16": GEM16, "LLM2VEC15": LLM2VEC15, "NINE": NINE}
 """Named suites. Their means are of all their tasks or are not given."""

@@ -70,8 +70,8 @@ def write_markdown(
 def cell_scores(cell: TableCell, finished: Finished, scale: Scale, store: ResultStore) -> dict[str, float]:
     """A cell's scores in percent, by the paper's column names and by task, and the held-out loss in nats a token.
 
-    A mean is given only if every score it covers is there: "MTEB subset" covers the scale's tasks, a type's mean those of
-    the type, MMLU its 57 subjects.
+    A mean is given only if every score it covers is there: "MTEB subset" covers the scale's tasks, a type's mean
+    those of the type, MMLU its 57 subjects.
     """
     found: dict[str, float] = {}
     for entry in finished.of_kind("gem", "baseline"):

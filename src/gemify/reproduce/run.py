@@ -52,8 +52,8 @@ def reproduce(
 ) -> Path:
     """Run what is not finished of a table.
 
-    An interruption (`gemify.io.signals.StopRequestedError`, KeyboardInterrupt) or an error keeps what is finished, and the
-    table with it. The same call goes on from there.
+    An interruption (`gemify.io.signals.StopRequestedError`, KeyboardInterrupt) or an error keeps what is finished, and
+    the table with it. The same call goes on from there.
 
     Args:
         table: ``table1`` to ``table6``.

@@ -38,7 +38,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Scale:
-    """One size for all tables. ``steps`` and ``ntp_steps`` count optimizer steps; ``limit`` cuts every language task."""
+    """One size for all tables. ``steps`` and ``ntp_steps`` are optimizer steps; ``limit`` cuts each language task."""
 
     name: str
     bases: tuple[Base, ...]
@@ -142,7 +142,9 @@ SCALES: dict[str, Scale] = {
 
 
 def scale_of(name: str, *, base: str | None = None, steps: int | None = None, limit: int | None = None) -> Scale:
-    """A named scale, with another base for all tables, other steps (the share of next-token steps stays), another limit.
+    """Get a named scale, with another base for all tables, other steps or another limit.
+
+    The share of next-token steps stays.
 
     A base that the paper does not have is compared with its smallest, Llama-3.2-1B.
     """

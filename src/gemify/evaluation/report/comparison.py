@@ -1,7 +1,7 @@
 """Evaluated models, read from one or several result directories, and their figures compared.
 
-Numbers only: `sections` writes them as tables, `plots` draws them. A figure that was not measured is None. A mean is over
-all its tasks, or None.
+Numbers only: `sections` writes them as tables, `plots` draws them. A figure that was not measured is None. A mean is
+over all its tasks, or None.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ class DiffWord:
 def load_models(directories: Sequence[Path]) -> list[EvaluatedModel]:
     """The models in result directories, in order of name.
 
-    A model in several directories has the cells of all of them; where two have the same cell, the first directory's counts.
+    A model in several directories has the cells of all of them; of two equal cells the first directory's counts.
 
     Raises:
         ValueError: No directory is given, or one holds no models.
@@ -237,7 +237,8 @@ def language_rows(model: EvaluatedModel) -> list[LanguageRow]:
     rows = []
     for group, tasks in sorted(groups.items()):
         if len(tasks) == 1 and not group.startswith("mmlu"):
-            rows.append(_single_row(group, cells[tasks[0]], base.get(tasks[0])))
+            row, _ = _group_rows(group, [(cells[tasks[0]], base.get(tasks[0]))])
+            rows.append(replace(row, task="held-out loss" if group == "held_out" else group))
         else:
             both = [task for task in tasks if task in base]
             pairs = [(cells[task], base.get(task)) for task in both or tasks]
@@ -252,19 +253,6 @@ def macro_mean(cells: Sequence[CellResult], metric: str) -> float:
 
 def _micro_mean(cells: Sequence[CellResult], metric: str) -> float:
     return sum(_value(cell, metric) * cell["n"] for cell in cells) / sum(cell["n"] for cell in cells)
-
-
-def _single_row(task: str, cell: CellResult, base: CellResult | None) -> LanguageRow:
-    return LanguageRow(
-        "held-out loss" if task == "held_out" else task,
-        str(cell["main"]),
-        int(cell["n"]),
-        None if base is None else _value(base, str(cell["main"])),
-        _value(cell),
-        _standard_error(_paired_differences(cell, base)),
-        _are_identical(cell, base),
-        _are_comparable(cell, base),
-    )
 
 
 def _group_rows(group: str, pairs: Sequence[tuple[CellResult, CellResult | None]]) -> list[LanguageRow]:
@@ -295,8 +283,7 @@ def _scale(metric: str) -> float:
     return 1.0 if metric in RAW_METRICS else 100.0
 
 
-def _value(cell: CellResult, metric: str | None = None) -> float:
-    metric = metric or str(cell["main"])
+def _value(cell: CellResult, metric: str) -> float:
     return _scale(metric) * float(cell["metrics"][metric])
 
 
@@ -307,7 +294,10 @@ def _are_comparable(cell: CellResult, base: CellResult | None) -> bool:
 def _are_identical(cell: CellResult, base: CellResult | None) -> bool:
     if base is None or not _are_comparable(cell, base) or not cell.get("per_sample"):
         return False
-    return bool(cell["per_sample"] == base.get("per_sample")) and _value(cell) == _value(base)
+    return (
+        bool(cell["per_sample"] == base.get("per_sample"))
+        and cell["metrics"][cell["main"]] == base["metrics"][cell["main"]]
+    )
 
 
 def _paired_differences(cell: CellResult, base: CellResult | None) -> np.ndarray | None:

@@ -98,7 +98,8 @@ def _description(name: str, config: GemConfig) -> str:
     base = STARTER_REPO if config.base == STARTER else config.base
     hub_name = base if base.count("/") == 1 and not Path(base).exists() else None
     weights = (
-        "The base model's weights are untouched: without a special token in the input, logits are the base's to the bit."
+        "The base model's weights are untouched: without a special token in the input, logits are the base's to the"
+        " bit."
         if config.frozen_base
         else "The base model's weights were trained, so its language model has changed: see the differences below."
     )
@@ -113,7 +114,8 @@ tags:
 
 # {name}
 
-One language model that writes and embeds: {Path(base).name}, tuned `{config.tune}` with {config.k} special token(s) by gemify (GEM, arXiv 2506.04344). {weights}
+One language model that writes and embeds: {Path(base).name}, tuned `{config.tune}` with {config.k} special token(s)
+by gemify (GEM, arXiv 2506.04344). {weights}
 
 ```python
 from gemify import GemModel

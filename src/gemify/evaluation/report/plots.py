@@ -30,7 +30,7 @@ MARKERS = "osD^vPX"
 
 
 def scores_by_type(models: Sequence[EvaluatedModel]) -> Figure | None:
-    """Bars: mean embedding score by task type, measured models beside published ones (hatched)."""
+    """Bars: mean embedding score by task type, measured models and published ones (hatched)."""
     models = [model for model in models if model.scores]
     sets = {name: tasks for name, found in tasks_by_type(models).items() if (tasks := without_development(found))}
     sets = {name: t for name, t in sets.items() if any(mean_score(m.scores, t) is not None for m in models)}
@@ -68,7 +68,7 @@ def scores_by_type(models: Sequence[EvaluatedModel]) -> Figure | None:
 
 
 def trade_off(models: Sequence[EvaluatedModel]) -> Figure | None:
-    """Points: mean embedding score over the tasks that all GEMs share, against the language lost beside the base."""
+    """Points: mean embedding score over the tasks that all GEMs share, by the language lost against the base."""
     gems = [model for model in models if model.fact("kind") == "gem" and model.scores]
     loss = {model.label: worse for model in gems if (worse := _loss_added(model)) is not None}
     accuracy = {model.label: worse for model in gems if (worse := _accuracy_lost(model)) is not None}
@@ -84,16 +84,16 @@ def trade_off(models: Sequence[EvaluatedModel]) -> Figure | None:
     axes.axvline(0.0, color="#888888", linewidth=1, linestyle="--")
     for at, model in enumerate(gems):
         x, y = lost[model.label], sum(model.scores[task] for task in shared) / len(shared)
-        axes.plot([x], [y], MARKERS[at % len(MARKERS)], color=_colour(at), markersize=9, label=_label(model))
+        axes.plot(
+            [x], [y], MARKERS[at % len(MARKERS)], color=_colour(at), markersize=9, label=f"{at + 1}: {_label(model)}"
+        )
         axes.annotate(f"{at + 1}", (x, y), (7, 5), textcoords="offset points", fontsize=9)
-    axes.set_xlabel(f"{what} (beside the base; right is worse)")
+    axes.set_xlabel(f"{what} (against the base; right is worse)")
     tasks = shared[0] if len(shared) == 1 else f"mean of {len(shared)} tasks"
     axes.set_ylabel(f"embedding score, % ({tasks})")
     axes.margins(0.25)
     axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
-    numbered = [f"{at + 1}: {label}" for at, label in enumerate(labels)]
-    figure.legend(handles, numbered, loc="outside lower center", fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8)
     return figure
 
 

@@ -76,8 +76,8 @@ def _header(models: Sequence[EvaluatedModel]) -> list[str]:
             f"> **{SUBSET}: {sum(m.is_subset for m in models)} of {count} measured on at most"
             f" {', '.join(map(str, limits))} samples of each task. Not comparable with figures of whole tasks.**"
         )
-    note = f"{count}, written by gemify {__version__}. {MISSING}: not measured. Undated: the same results give the same report."
-    return [*blocks, note]
+    note = f"{count}, written by gemify {__version__}. {MISSING}: not measured."
+    return [*blocks, f"{note} Undated: the same results give the same report."]
 
 
 def _png(figure: Figure) -> bytes:

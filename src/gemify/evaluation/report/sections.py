@@ -35,7 +35,7 @@ PUBLISHED = "published, not measured here"
 def write_sections(
     models: Sequence[EvaluatedModel], *, published: bool = True, examples: bool = True
 ) -> dict[str, str]:
-    """The sections that hold a figure, by heading, in order.
+    """Write the sections that hold a figure.
 
     Args:
         models: What to report.
@@ -43,7 +43,7 @@ def write_sections(
         examples: Show texts of the data.
 
     Returns:
-        Markdown below each heading.
+        The Markdown below each heading, in order.
     """
     blocks = {
         "Models": _models(models),
@@ -63,30 +63,14 @@ def mark_subset(title: str, is_subset: bool) -> str:
 
 
 def _table(
-    caption: str,
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    models: Sequence[EvaluatedModel],
-    *,
-    prose: bool = False,
+    caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, prose: bool = False, escaped: bool = False
 ) -> list[str]:
-    """Caption and table; nothing without rows. ``models``: those whose figures it shows."""
-    escaped = [[escape_markdown(cell) for cell in row] for row in rows]
-    return _captioned(caption, header, escaped, models, prose=prose)
-
-
-def _captioned(
-    caption: str,
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    models: Sequence[EvaluatedModel],
-    *,
-    prose: bool,
-) -> list[str]:
+    """Caption and table; nothing without rows. ``escaped``: the cells are Markdown already."""
     if not rows:
         return []
-    title = mark_subset(caption, any(model.is_subset for model in models))
-    table = markdown_table([escape_markdown(name) for name in header], rows, numeric=not prose)
+    title = mark_subset(caption, any(SUBSET in cell for row in rows for cell in row))  # a label says so, see `_labels`
+    cells = rows if escaped else [[escape_markdown(cell) for cell in row] for row in rows]
+    table = markdown_table([escape_markdown(name) for name in header], cells, numeric=not prose)
     return [f"**{escape_markdown(title)}**", table]
 
 
@@ -101,7 +85,7 @@ def _models(models: Sequence[EvaluatedModel]) -> list[str]:
         )
         for model in models
     ]
-    return _table("What was measured", header, rows, models, prose=True)
+    return _table("What was measured", header, rows, prose=True)
 
 
 # Embedding
@@ -124,7 +108,7 @@ def _embedding(models: Sequence[EvaluatedModel], published: bool) -> list[str]:
         )
     means = [(m.label, *(format_number(mean_score(m.scores, tasks)) for tasks in sets.values())) for m in models]
     header = ["model", *(f"{name} ({len(tasks)})" for name, tasks in sets.items())]
-    blocks = [*map(escape_markdown, notes), *_table("Means (number of tasks)", header, means if sets else [], models)]
+    blocks = [*map(escape_markdown, notes), *_table("Means (number of tasks)", header, means if sets else [])]
     if published:
         for kind, tasks in by_type.items():
             blocks += _task_scores(kind, tasks, models)
@@ -136,7 +120,7 @@ def _embedding(models: Sequence[EvaluatedModel], published: bool) -> list[str]:
             for task in tasks
             if task in model.scores
         ]
-        blocks += _table(model.label, ("task", "type", "score"), rows, [model])
+        blocks += _table(model.label, ("task", "type", "score"), rows)
     return blocks
 
 
@@ -160,22 +144,22 @@ def _task_scores(kind: str, tasks: Sequence[str], models: Sequence[EvaluatedMode
     found |= {f"{p} ({PUBLISHED})": scores for p, scores in PEERS.items() if any(task in scores for task in tasks)}
     rows = [(label, *(format_number(scores.get(task)) for task in tasks)) for label, scores in found.items()]
     names = [f"{task} (development)" if task in DEVELOPMENT_TASKS else task for task in tasks]
-    return _table(kind, ("model", *names), rows, models)
+    return _table(kind, ("model", *names), rows)
 
 
 def _nine_means(models: Sequence[EvaluatedModel]) -> list[str]:
     """Models with all tasks of `NINE` among peers; nothing without such a model."""
-    found = [(model, mean) for model in models if (mean := mean_score(model.scores, NINE)) is not None]
-    rows = [(model.label, format_number(mean)) for model, mean in found]
-    rows += [(f"{peer} ({PUBLISHED})", format_number(mean)) for peer, mean in NINE_MEANS.items() if found]
-    return _table(f"Mean of nine tasks: {', '.join(NINE)}", ("model", "mean"), rows, [model for model, _ in found])
+    found = {m.label: mean for m in models if (mean := mean_score(m.scores, NINE)) is not None}
+    found |= {f"{peer} ({PUBLISHED})": mean for peer, mean in NINE_MEANS.items() if found}
+    rows = [(label, format_number(mean)) for label, mean in found.items()]
+    return _table(f"Mean of nine tasks: {', '.join(NINE)}", ("model", "mean"), rows)
 
 
 def _paper_means() -> list[str]:
     table = TABLES["table1"]
     rows = [(f"{r} ({PUBLISHED})", *(format_number(table.value(r, name)) for name in TYPES)) for r in PAPER_ROWS]
     caption = "From the paper, table 1: means over MTEB's 56 English tasks, not over the tasks above"
-    return _table(caption, ("model", *TYPES), rows, ())
+    return _table(caption, ("model", *TYPES), rows)
 
 
 # Language
@@ -191,8 +175,7 @@ def _language(models: Sequence[EvaluatedModel]) -> list[str]:
         rows = language_rows(model)
         caption = f"{model.label}, against {model.base.label}" if model.base else model.label
         header = ("task", "metric", "n", "base", "this model", "difference", "standard error")
-        both = [model, *([model.base] if model.base else [])]
-        blocks += _table(caption, header, [_language_cells(row) for row in rows], both)
+        blocks += _table(caption, header, [_language_cells(row) for row in rows])
         comparable &= all(row.comparable or row.base is None for row in rows)
     if not blocks:
         return []
@@ -227,7 +210,7 @@ def _gate(models: Sequence[EvaluatedModel]) -> list[str]:
         rows.append((model.label, *numbers, "equal bit for bit" if equal else "not equal"))
     header = ("model", "prompts", "with identical logits", "largest difference", "verdict")
     note = "Logits of ordinary prompts, without special tokens, compared with the base model's."
-    return [note, *_table("Logits", header, rows, [model for model, _ in found])]
+    return [note, *_table("Logits", header, rows)]
 
 
 # Recovery
@@ -243,13 +226,13 @@ def _recovery(models: Sequence[EvaluatedModel], examples: bool) -> list[str]:
         from_kv = [cell for task, cell in model.cells["recovery"].items() if task.startswith("special_tokens")]
         for cell in sorted(from_kv, key=lambda found: found["k"]):
             tokens = "1 special token" if cell["k"] == 1 else f"{cell['k']} special tokens"
-            blocks += _recovered(f"{model.label}: from the KV of {tokens}", cell["rows"], model)
+            blocks += _recovered(f"{model.label}: from the KV of {tokens}", cell["rows"])
             if examples:
-                blocks += _examples(f"{model.label}: examples, from {tokens}", cell["rows"], "recovered", model)
+                blocks += _examples(f"{model.label}: examples, from {tokens}", cell["rows"], "recovered")
         if guessed := model.cell("recovery", "vector"):
-            blocks += _recovered(f"{model.label}: guessed from the vector alone", guessed["rows"], model)
+            blocks += _recovered(f"{model.label}: guessed from the vector alone", guessed["rows"])
             if examples:
-                blocks += _examples(f"{model.label}: guesses from the vector", guessed["rows"], "guess", model)
+                blocks += _examples(f"{model.label}: guesses from the vector", guessed["rows"], "guess")
             chance = guessed.get("chance_token_f1")
             facts = [] if chance is None else [f"token F1 by chance {format_number(chance, '.3f')}."]
             facts += [str(guessed["note"])] if guessed.get("note") else []
@@ -257,16 +240,16 @@ def _recovery(models: Sequence[EvaluatedModel], examples: bool) -> list[str]:
     return [*map(escape_markdown, notes), *blocks] if blocks else []
 
 
-def _recovered(caption: str, rows: Sequence[CellResult], model: EvaluatedModel) -> list[str]:
+def _recovered(caption: str, rows: Sequence[CellResult]) -> list[str]:
     lines = []
     for bucket in recovery_buckets(rows):
         exact = format_number(None if bucket.exact is None else 100.0 * bucket.exact, ".1f")
         others = (format_number(share, ".3f") for share in (bucket.token_f1, bucket.rouge_l))
         lines.append((bucket.label, str(bucket.n), exact, *others))
-    return _table(caption, ("tokens", "n", "exact match, %", "token F1", "ROUGE-L"), lines, [model])
+    return _table(caption, ("tokens", "n", "exact match, %", "token F1", "ROUGE-L"), lines)
 
 
-def _examples(caption: str, rows: Sequence[CellResult], field: str, model: EvaluatedModel) -> list[str]:
+def _examples(caption: str, rows: Sequence[CellResult], field: str) -> list[str]:
     """A few texts next to what was decoded; words that only one of the two has are in bold."""
 
     def bold(words: Sequence[DiffWord]) -> str:
@@ -277,7 +260,7 @@ def _examples(caption: str, rows: Sequence[CellResult], field: str, model: Evalu
     for row in sample_by_length(rows):
         text, back = diff_words(str(row["text"]), str(row[field]))
         lines.append((str(row["tokens"]), bold(text), bold(back), format_number(row.get("token_f1"), ".3f")))
-    return _captioned(caption, ("tokens", "text", field, "token F1"), lines, [model], prose=True)
+    return _table(caption, ("tokens", "text", field, "token F1"), lines, prose=True, escaped=True)
 
 
 # Cost and training
@@ -321,4 +304,4 @@ def _figures(
     caption: str, columns: Mapping[str, tuple[str, str]], found: Sequence[tuple[EvaluatedModel, Mapping[str, Any]]]
 ) -> list[str]:
     rows = [(m.label, *(format_number(facts.get(n), spec) for n, (_, spec) in columns.items())) for m, facts in found]
-    return _table(caption, ("model", *(title for title, _ in columns.values())), rows, [model for model, _ in found])
+    return _table(caption, ("model", *(title for title, _ in columns.values())), rows)
