@@ -171,28 +171,10 @@ def test_a_retired_word_is_found() -> None:
     assert code_checks.retired_phrases(text) == ["2: house", "3: Quick  look", "3: --max-rows"]
 
 
-EXTRAS = [
-    "datasets",
-    "pyarrow",
-    "tensorboard",
-    "sentence_transformers",
-    "mteb",
-    "lm_eval",
-    "matplotlib",
-    "langchain_core",
-    "llama_index",
-    "lancedb",
-    "lance",
-    "ray",
-    "pypdf",
-    "docx",
-    "bs4",
-    "fastapi",
-    "starlette",
-    "uvicorn",
-    "limits",
-    "prometheus_client",
-]
+EXTRAS = """
+    datasets pyarrow tensorboard sentence_transformers mteb lm_eval matplotlib langchain_core llama_index
+    lancedb lance ray pypdf docx bs4 fastapi starlette uvicorn limits prometheus_client
+""".split()  # noqa: SIM905
 IMPORT_ALL = """
 import importlib, pkgutil, gemify
 for module in pkgutil.walk_packages(gemify.__path__, "gemify."):

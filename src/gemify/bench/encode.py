@@ -1,6 +1,6 @@
 """`gemify bench encode`: our `encode` against other ways to embed with the same weights.
 
-    gemify                     the plain weights (the model's special token, nothing gated), as `gemify export` writes them
+    gemify                     the plain weights (with the special token, not gated), as `gemify export` writes them
     gemify, compiled           the same with ``compile=True``
     gemify, gated              the model itself, if it is a gated one
     sentence-transformers      its `encode` on the export, with its defaults

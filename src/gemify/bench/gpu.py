@@ -354,7 +354,8 @@ def to_markdown(report: Report) -> str:
     """The report as Markdown."""
     s = report["settings"]
     peak = f" of {s['peak_tflops']:g} on paper" if s["peak_tflops"] else ""
-    head = f"{s['device']}, {s['dtype']}, {s['attention']}: a matrix product reaches {s['ceiling_tflops']:.3g} TFLOP/s{peak}"
+    head = f"{s['device']}, {s['dtype']}, {s['attention']}: a matrix product reaches {s['ceiling_tflops']:.3g} TFLOP/s"
+    head += peak
     memory = [
         {**m, **{f"{kind}_mb": _megabytes(m[f"{kind}_bytes"]) for kind in ("train", "encode")}}
         for m in report["memory"]

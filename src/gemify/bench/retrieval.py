@@ -31,7 +31,8 @@ class Question:
 def read_questions(directory: Path, limit: int | None) -> tuple[list[dict[str, Any]], list[Question]]:
     """Passages and questions of a directory in SQuAD's form: files of rows named corpus and queries.
 
-    ``limit`` questions are taken evenly over the file; None takes all. ValueError names a file or row that does not fit.
+    ``limit`` questions are taken evenly over the file; None takes all. ValueError names a file or row that does not
+    fit.
     """
     passages = load_rows(_data_file(directory, "corpus"), {"_id": (str, int), "text": str})
     rows = load_rows(_data_file(directory, "queries"), {"text": str, "answers": list, "passage": (str, int)})

@@ -1,8 +1,8 @@
 """Timing in pairs, and the one form of every bench's report.
 
-What is compared runs in turn (A B A B), after a warm-up, so that a busy moment of the machine falls on all alike. A ratio
-is the median of each round's own ratio. Beside the clock stand the processor's seconds (of all threads), which other work
-on the machine moves less.
+What is compared runs in turn (A B A B), after a warm-up, so that a busy moment of the machine falls on all alike. A
+ratio is the median of each round's own ratio. Beside the clock stand the processor's seconds (of all threads), which
+other work on the machine moves less.
 
 A report is ``{"machine": {...}, "settings": {...}, "rows": [{"name": ..., figure: ...}, ...]}``, ready for JSON.
 """

@@ -14,9 +14,9 @@ import httpx
 
 Kind = Literal["chat", "embed"]
 _SUBJECTS = (
-    "a lighthouse", "rain", "bread", "a compass", "chess", "a violin", "the moon", "a bridge", "glass", "tea", "a library",
-    "a volcano", "paper", "a clock", "wool", "a river", "salt", "a telescope", "honey", "an island", "ink", "a kite",
-    "copper", "a garden", "ice", "a train", "clay", "a map", "silk", "an orchard", "fog", "a harbour",
+    "a lighthouse", "rain", "bread", "a compass", "chess", "a violin", "the moon", "a bridge", "glass", "tea",
+    "a library", "a volcano", "paper", "a clock", "wool", "a river", "salt", "a telescope", "honey", "an island", "ink",
+    "a kite", "copper", "a garden", "ice", "a train", "clay", "a map", "silk", "an orchard", "fog", "a harbour",
 )  # fmt: skip
 _QUESTIONS = (
     "In one sentence, what is {}?",

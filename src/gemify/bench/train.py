@@ -6,8 +6,8 @@
     gated        next-token step, special tokens and their LoRA trained: no gradient flows through the text
     contrastive  gated contrastive step over pairs of views
 
-Batches are those of training. The plain model gets what ours gets, as plain rows: the texts whole, or both views of each
-pair. A ratio is therefore one of seconds on the same tokens.
+Batches are those of training. The plain model gets what ours gets, as plain rows: the texts whole, or both views of
+each pair. A ratio is therefore one of seconds on the same tokens.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _row(kind: str, plain: Runs[Tokens], ours: Runs[Tokens]) -> dict[str, Any]:
 
 
 def _pair(recipe: Recipe, device: str | None) -> tuple[Step, Step]:
-    """The plain step and ours. Where both train every weight they take turns on the same ones, and one optimizer's state."""
+    """The plain step and ours. Where both train every weight they share the weights and the optimizer's state."""
     gem, objective = build_objective(recipe, device)
     source = Source(recipe.data, recipe.text_column, recipe.split)
     batches = Batches(recipe, source, gem.text_tokenizer, end_id=gem.tokenizer.eos_token_id)

@@ -5,8 +5,8 @@
     binary              only the signs, behind an IVF index
 
 Vectors are written and searched as `gemify embed-corpus` and `search` do it, with partitions probed and candidates
-rescored. The true neighbours are those among the float32 vectors that were written; they are found while writing, and not
-timed. Every step runs in a process of its own, whose peak memory is taken.
+rescored. The true neighbours are those among the float32 vectors that were written; they are found while writing, and
+not timed. Every step runs in a process of its own, whose peak memory is taken.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _RADII = (1.0, 0.8, 0.6, 0.5)
 class Mixture:
     """Synthetic vectors whose neighbours mean something: groups of groups of groups, the same for a seed.
 
-    A vector is the sum of a random direction for its group, a smaller one for its subgroup, one for its family and one of
-    its own, scaled to length 1: the nearest are of its family, then of its subgroup, then of its group. The vectors of a
-    part depend on the seed and the part's number alone.
+    A vector is the sum of a random direction for its group, a smaller one for its subgroup, one for its family and one
+    of its own, scaled to length 1: the nearest are of its family, then of its subgroup, then of its group. The vectors
+    of a part depend on the seed and the part's number alone.
     """
 
     dim: int

@@ -47,8 +47,8 @@ OrderOption = Annotated[
 ContextOption = Annotated[
     str,
     typer.Option(
-        help="What the answer sees: text (exact), or the approximations concatenated (caches that ran apart) and special (the"
-        " passages' special tokens alone)."
+        help="What the answer sees: text (exact), or the approximations concatenated (caches that ran apart) and"
+        " special (the passages' special tokens alone)."
     ),
 ]
 Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this string; may be repeated.")]

@@ -1,4 +1,4 @@
-"""The verbs that compare: `gemify bench rag`, `retrieval`, `search`, `vectors`, `serve`, `encode`, `train` and `gpu`."""
+"""The verbs that compare, under `gemify bench`: rag, retrieval, search, vectors, serve, encode, train and gpu."""
 
 from __future__ import annotations
 

@@ -97,7 +97,8 @@ def train(
     from gemify.model.throughput import format_summary
 
     echo_err(
-        f"trained {summary['trainable_parameters']:,} parameters for {summary['steps']} steps: {format_summary(summary)}"
+        f"trained {summary['trainable_parameters']:,} parameters for {summary['steps']} steps:"
+        f" {format_summary(summary)}"
     )
     if "sts_spearman" in summary:
         echo_err(f"STS Spearman {summary['sts_spearman']:.2f}")

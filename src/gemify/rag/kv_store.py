@@ -43,8 +43,8 @@ class KvStore:
 
     Args:
         directory: where they are; it need not exist.
-        fingerprint: of the model's weights and precision (`gemify.model.fingerprint.cache_fingerprint`); caches of others
-            are never found.
+        fingerprint: of the model's weights and precision (`gemify.model.fingerprint.cache_fingerprint`); caches of
+            others are never found.
         bits: of the kept values: 32, 16, 8 or 4. 16 is exact for models that run in 16 bits, 32 for those that run in
             float32.
         budget_bytes: most bytes of all files together. None: no limit.

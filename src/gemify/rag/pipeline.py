@@ -7,12 +7,12 @@
 ``context`` says what the answer sees of the passages:
 
 - ``text``: the passages themselves, one after the other. Exact. A kept cache serves the first passage.
-- ``concatenated``: caches of passages that ran apart, moved to their positions (`gemify.model.rope_shift`). Any number of
-  kept caches serve; the passages have not seen each other. An approximation.
+- ``concatenated``: caches of passages that ran apart, moved to their positions (`gemify.model.rope_shift`). Any number
+  of kept caches serve; the passages have not seen each other. An approximation.
 - ``special``: the passages' special tokens alone, k tokens each (GEM, Section 3.1). An approximation, and a strong one.
 
-The same pipeline runs in this thread (`ask`, the command line) and in a server's engine (`gemify.serving.rag`): only the
-runner differs (`gemify.rag.runner`).
+The same pipeline runs in this thread (`ask`, the command line) and in a server's engine (`gemify.serving.rag`): only
+the runner differs (`gemify.rag.runner`).
 """
 
 from __future__ import annotations
@@ -167,8 +167,8 @@ class GemRag:
         self.chat_template = chat_template or ChatTemplate(gem.tokenizer)
         if kv is not None and self.settings.order == "question-first" and self.settings.context == "text":
             raise ValueError(
-                "kept caches need order 'passages-first' (exact) or context 'concatenated' or 'special' (approximations):"
-                " behind a question, a passage's cache is another one"
+                "kept caches need order 'passages-first' (exact) or context 'concatenated' or 'special'"
+                " (approximations): behind a question, a passage's cache is another one"
             )
         if self.settings.context == "special" and not config.k:
             raise ValueError("this model has no special tokens: choose context text or concatenated")
@@ -197,7 +197,7 @@ class GemRag:
         return self.conversation().embed_question(question)
 
     def keep(self, passages: Iterable[RetrievedPassage]) -> int:
-        """Compute and keep the caches of passages ahead of the questions, as far as the budget goes. Return how many."""
+        """Compute and keep the caches of passages ahead of the questions, within the budget. Return how many."""
         if self.kv is None:
             raise ValueError("there is nowhere to keep caches: make GemRag with kv=KvStore(...)")
         self.runner.cache_prefix(self.passage_cache.prefix_ids)
@@ -213,8 +213,8 @@ class GemRag:
         """Start a conversation, whose cache is carried from question to question.
 
         Args:
-            history: messages before the first question, with the keys ``role`` and ``content``. They are never forgotten.
-                A system message among them takes the place of the settings'.
+            history: messages before the first question, with the keys ``role`` and ``content``. They are never
+                forgotten. A system message among them takes the place of the settings'.
         """
         return Conversation(self, [self.chat_template.message(m["role"], m["content"]) for m in history])
 

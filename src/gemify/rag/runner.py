@@ -1,4 +1,4 @@
-"""Who runs a prompt's tokens: this thread with a `GemModel` (`ModelRunner`), or a server's engine (`gemify.serving.rag`)."""
+"""Who runs a prompt's tokens: this thread with a `GemModel` (`ModelRunner`), or an engine (`gemify.serving.rag`)."""
 
 from __future__ import annotations
 

@@ -236,8 +236,8 @@ def _require_settings(store: Store, given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value != stored[name]:
             raise ValueError(
-                f"the store {store.uri} was made with {name} {stored[name]}, not {value}: leave the setting out, or index"
-                " into another directory"
+                f"the store {store.uri} was made with {name} {stored[name]}, not {value}: leave the setting out, or"
+                " index into another directory"
             )
 
 

@@ -30,8 +30,8 @@ READING_VERSION = 1
 """Counted up when a reader changes what it yields: files read by an older one are then read again."""
 
 _SOURCE = (
-    ".py .pyi .js .jsx .mjs .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .go .rs .rb .php .pl .lua .r .jl .swift .m"
-    " .sh .bash .ps1 .sql .yaml .yml .toml .json .ini .cfg .conf .xml .css .scss .tex .proto .csv .tsv"
+    ".py .pyi .js .jsx .mjs .ts .tsx .java .kt .scala .c .h .cc .cpp .hpp .cs .go .rs .rb .php .pl .lua .r .jl .swift"
+    " .m .sh .bash .ps1 .sql .yaml .yml .toml .json .ini .cfg .conf .xml .css .scss .tex .proto .csv .tsv"
 )
 _PLAIN = frozenset([".txt", ".text", ".log", ".rst", ".org", *_SOURCE.split()])
 _NAMES = frozenset(["README", "LICENSE", "NOTICE", "AUTHORS", "CHANGELOG", "CONTRIBUTING", "Makefile", "Dockerfile"])
@@ -45,9 +45,8 @@ _WHOLE: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {
 }
 _ROWS = frozenset([".jsonl", ".ndjson", ".parquet"])
 _MAYBE_ROWS = frozenset([".csv", ".tsv", ".json"])
-_PIECE = (
-    1 << 20
-)  # bytes of a plain text after which a section ends, at the next line if it is near: a file of any size is read in flat memory
+_PIECE = 1 << 20
+"""Bytes of a plain text after which a section ends, at the next line if it is near: memory stays flat."""
 _BROKEN_ROWS = 10  # of a file that are named one by one
 
 

@@ -122,8 +122,8 @@ class Corpus:
             raise ValueError(f"expected a vector of {self.meta.dimension} numbers, got {list(vector_D.shape)}")
         if self.meta.precision == "int8":
             raise ValueError(
-                f"the corpus {self.uri} holds int8 vectors, which LanceDB does not search: embed with --precision float16"
-                " (--index sq searches them in 8 bits)"
+                f"the corpus {self.uri} holds int8 vectors, which LanceDB does not search: embed with --precision"
+                " float16 (--index sq searches them in 8 bits)"
             )
         query_D = normalize(vector_D[None])[0]
         with readable(self.uri):

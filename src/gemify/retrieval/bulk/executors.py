@@ -109,8 +109,8 @@ class ShardWorker:
             model = job.load_model()
             if model.fingerprint != job.meta.fingerprint:
                 raise ValueError(
-                    f"{job.meta.model} is another model on a worker (fingerprint {model.fingerprint}) than where the run"
-                    f" began ({job.meta.fingerprint}): put the same one on every machine"
+                    f"{job.meta.model} is another model on a worker (fingerprint {model.fingerprint}) than where the"
+                    f" run began ({job.meta.fingerprint}): put the same one on every machine"
                 )
             self._embed = job.embedder(model)
         except (ValueError, OSError) as error:  # reported with the first shard: Ray would start the worker anew

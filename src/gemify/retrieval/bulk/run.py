@@ -246,8 +246,8 @@ def _read_markers(directory: Directory, shards: Sequence[Shard], uri: str) -> di
         was = done.shard
         if number >= len(shards):
             raise ValueError(
-                f"{uri} was begun with more input ({Path(was.path).name} from row {was.first + 1}): give all of it again,"
-                " or another --output"
+                f"{uri} was begun with more input ({Path(was.path).name} from row {was.first + 1}): give all of it"
+                " again, or another --output"
             )
         now = shards[number]
         if (Path(now.path).name, now.first, now.digest) != (Path(was.path).name, was.first, was.digest):
