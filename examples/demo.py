@@ -82,7 +82,8 @@ def show_recovery(gem: GemModel) -> None:
     """Decode a text from the KV cache of its special token alone."""
     text = "Return the number of items in a container."
     print("\nDecoded from the special token alone, without the text:")
-    print(f"  {text} -> {gem.recover(text, max_new_tokens=24).strip()}")
+    recovered = gem.recover(text, max_new_tokens=24).split()
+    print(f"  {text} -> {' '.join(recovered)}")
 
 
 def train_gem(sentences: list[str]) -> GemModel:
