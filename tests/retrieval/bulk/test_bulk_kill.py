@@ -77,7 +77,7 @@ def test_killed_anywhere_a_corpus_is_the_same(tmp_path: Path, model: Path, serve
 @pytest.mark.usefixtures("one_thread")
 def test_a_killed_ray_worker_changes_nothing(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two workers of a real Ray; one is killed as soon as a few shards are done."""
-    ray = pytest.importorskip("ray", reason="the engine ray needs Ray: pip install 'gemify[ray]'")
+    ray = pytest.importorskip("ray", reason="the executor ray needs Ray: pip install 'gemify[ray]'")
     from gemify.retrieval.bulk.executors import ShardWorker
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
