@@ -147,15 +147,7 @@ def gradients(base: str, batch: Any, options: Any) -> dict[str, Any]:
 
     gem = GemModel.from_base(base, adapter={"lora_dropout": options.pop("dropout", 0.0)})
     disturb(gem)
-    made = Objective(
-        gem.lm,
-        gem.adapter,
-        special_ids=gem.special_ids,
-        frozen_base=True,
-        shared_position=True,
-        pooling="mean",
-        **options,
-    )
+    made = Objective(gem.lm, gem.adapter, gem.config, **options)
     torch.manual_seed(3)
     made.train()(batch).total.backward()
     return {

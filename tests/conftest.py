@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -74,16 +75,8 @@ def gem(base_dir: Path) -> GemModel:
 
 def objective(gem: GemModel, *, frozen: bool, **options: Any) -> Objective:
     """A GEM's training objective, as it is when nothing is trained."""
-    return Objective(
-        gem.lm,
-        gem.adapter,
-        special_ids=gem.special_ids,
-        frozen_base=frozen,
-        shared_position=gem.config.shared_position,
-        pooling=gem.config.pooling,
-        layer=gem.config.layer,
-        **options,
-    ).eval()
+    tune = gem.config.tune if frozen == gem.config.frozen_base else "gated" if frozen else "lora"
+    return Objective(gem.lm, gem.adapter, replace(gem.config, tune=tune), **options).eval()
 
 
 def disturb(gem: GemModel, seed: int = 1) -> None:

@@ -27,10 +27,10 @@ from gemify.model.config import CONFIG_FILE, GemConfig
 from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.export import export
 from gemify.paper.tokens import Row, build_inputs
-from gemify.paper.views import View, whole
+from gemify.paper.views import View, full_view
 from gemify.rag.prompt_cache import PromptCache
 from gemify.rag.runner import ModelRunner
-from gemify.training.objective import Computed, MicroBatch
+from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
 
@@ -124,11 +124,11 @@ def test_vectors_are_those_of_the_layer_however_they_are_made(name: str, setting
     with counted(gem) as counts:
         torch.testing.assert_close(gem.embed(handle), want, atol=2e-5, rtol=1e-4)
         assert counts == [1, 1, 0, 0]
-    views = [whole(gem.tokenizer(text)["input_ids"]) for text in TEXTS]
+    views = [full_view(gem.tokenizer(text)["input_ids"]) for text in TEXTS]
     for frozen in (True, False):
         own = objective(gem, frozen=frozen)
         with counted(gem) as counts:
-            got = (own._embed_frozen if frozen else own._embed_masked)(views, Computed())
+            got = own.embed(views)
             assert counts[2:] == [0, 0]
         torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
 
@@ -212,7 +212,10 @@ def test_an_error_inside_leaves_all_layers(base: str) -> None:
 def test_the_contrast_trains_what_is_below_and_next_tokens_all(base: str) -> None:
     gem = made(base, tune="full", layer=2)
     own = objective(gem, frozen=False)
-    views: list[tuple[View, View]] = [(whole([20, 21, 22]), whole([20, 22])), (whole([30, 31]), whole([31, 30]))]
+    views: list[tuple[View, View]] = [
+        (full_view([20, 21, 22]), full_view([20, 22])),
+        (full_view([30, 31]), full_view([31, 30])),
+    ]
     layers = next(m for m in gem.lm.get_decoder().modules() if isinstance(m, nn.ModuleList))
 
     def moved(batch: MicroBatch) -> list[bool]:

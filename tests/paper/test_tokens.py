@@ -24,7 +24,7 @@ def test_the_five_kinds_of_rows() -> None:
     assert build_inputs(raw_row(text), SPECIALS).ids == text
     assert build_inputs(split_row(text, 1), SPECIALS).ids == [1, *SPECIALS, 2, 3, 4]
     assert build_inputs(reconstruction_row(text), SPECIALS).ids == [*text, *SPECIALS, *text]
-    assert build_inputs(reconstruction_row([2, 3], head=[1], end=[4]), [9]).ids == [1, 2, 3, 9, 2, 3, 4]
+    assert build_inputs(reconstruction_row([2, 3], bos_ids=[1], end_ids=[4]), [9]).ids == [1, 2, 3, 9, 2, 3, 4]
     assert build_inputs(summary_row([1, 2], [3]), SPECIALS).ids == [1, 2, *SPECIALS, 3]
     assert build_inputs(soft_prompt_row([1], [2]), [9]).ids == [1, 9, 2]
 

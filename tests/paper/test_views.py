@@ -13,7 +13,7 @@ texts = st.lists(st.integers(0, 50), min_size=1, max_size=40)
 def test_a_view_is_never_empty_and_keeps_the_order(
     text: list[int], kind: str, rate: float, both: bool, seed: int
 ) -> None:
-    first, second = Views(kind, rate, both).pair(text, Random(seed))  # type: ignore[arg-type]
+    first, second = Views(kind, rate, both).of_text(text, Random(seed))  # type: ignore[arg-type]
     for view in (first, second):
         assert len(view.ids) == len(view.seen)
         assert any(view.seen)
@@ -26,17 +26,17 @@ def test_a_view_is_never_empty_and_keeps_the_order(
 
 def test_delete_drops_at_the_rate_and_mask_keeps_the_ids() -> None:
     text = list(range(10_000))
-    _, deleted = Views("delete", 0.3).pair(text, Random(0))
+    _, deleted = Views("delete", 0.3).of_text(text, Random(0))
     assert len(deleted.ids) == pytest.approx(7000, abs=150)
     assert all(deleted.seen)
-    _, masked = Views("mask", 0.3).pair(text, Random(0))
+    _, masked = Views("mask", 0.3).of_text(text, Random(0))
     assert masked.ids == tuple(text)
     assert sum(masked.seen) == pytest.approx(7000, abs=150)
 
 
 def test_halves_share_nothing_and_cover_the_text() -> None:
     for seed in range(20):
-        first, second = Views("halves").pair(list(range(9)), Random(seed))
+        first, second = Views("halves").of_text(list(range(9)), Random(seed))
         assert (*first.ids, *second.ids) == tuple(range(9))
         assert len(first.ids) >= 3
         assert len(second.ids) >= 3
@@ -44,14 +44,14 @@ def test_halves_share_nothing_and_cover_the_text() -> None:
 
 def test_span_is_a_run() -> None:
     for seed in range(20):
-        _, view = Views("span", 0.5).pair(list(range(10)), Random(seed))
+        _, view = Views("span", 0.5).of_text(list(range(10)), Random(seed))
         assert len(view.ids) == 5
         assert view.ids == tuple(range(view.ids[0], view.ids[0] + 5))
 
 
 def test_the_same_seed_gives_the_same_views() -> None:
     views = Views("delete", 0.5, both=True)
-    assert views.pair(list(range(30)), Random(4)) == views.pair(list(range(30)), Random(4))
+    assert views.of_text(list(range(30)), Random(4)) == views.of_text(list(range(30)), Random(4))
 
 
 @given(texts, texts, st.sampled_from(VIEW_KINDS), st.booleans(), st.integers())
@@ -84,4 +84,4 @@ def test_an_unknown_way_and_an_empty_text_are_refused() -> None:
     with pytest.raises(ValueError, match="delete, mask, span, halves"):
         Views("shuffle")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="at least one token"):
-        Views().pair([], Random(0))
+        Views().of_text([], Random(0))

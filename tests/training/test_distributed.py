@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 import children
 import tiny_models
 from gemify.paper.tokens import reconstruction_row, split_row
-from gemify.paper.views import View, whole
+from gemify.paper.views import View, full_view
 from gemify.training.batches import Batches
 from gemify.training.data import Source
 from gemify.training.distributed import RankShard
@@ -240,15 +240,15 @@ def until(holds: Callable[[], bool], running: subprocess.Popen[bytes] | None = N
 
 
 VIEWS = [
-    (whole([20, 21, 22, 23, 24]), whole([20, 22, 24])),
-    (whole([30, 31]), View((30, 31), (False, True))),
+    (full_view([20, 21, 22, 23, 24]), full_view([20, 22, 24])),
+    (full_view([30, 31]), View((30, 31), (False, True))),
     (View((50, 51, 52, 53), (True, False, True, True)), View((50, 51, 52, 53), (False, True, True, True))),
-    (whole([20, 21, 22, 23, 24]), whole([60, 61])),
-    (whole([70, 71, 72]), whole([73, 72])),
+    (full_view([20, 21, 22, 23, 24]), full_view([60, 61])),
+    (full_view([70, 71, 72]), full_view([73, 72])),
 ]
 ROWS = [
     split_row(list(range(20, 32)), 5),
-    reconstruction_row(list(range(40, 47)), end=[2]),
+    reconstruction_row(list(range(40, 47)), end_ids=[2]),
     split_row(list(range(60, 63)), 2),
 ]
 

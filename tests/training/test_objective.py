@@ -17,21 +17,21 @@ from gemify.model.encode import TextTokenizer
 from gemify.model.forward import MaskedBatch, masked_pass
 from gemify.paper.objectives import info_nce, next_token_loss
 from gemify.paper.tokens import build_inputs, raw_row, reconstruction_row, split_row
-from gemify.paper.views import View, whole
+from gemify.paper.views import View, full_view
 from gemify.training.batches import Batches
 from gemify.training.data import Source
-from gemify.training.objective import Computed, MicroBatch, has_plain_head, target_count
+from gemify.training.objective import MicroBatch, has_plain_head, target_count
 from gemify.training.recipe import Recipe
 
 ROWS = [
     split_row(list(range(20, 32)), 5),
-    reconstruction_row(list(range(40, 47)), end=[2]),
+    reconstruction_row(list(range(40, 47)), end_ids=[2]),
     split_row(list(range(60, 63)), 2),
     split_row(list(range(70, 90)), 19),
 ]
 VIEWS = [
-    (whole([20, 21, 22, 23, 24]), whole([20, 22, 24])),
-    (whole([30, 31]), View((30, 31), (False, True))),
+    (full_view([20, 21, 22, 23, 24]), full_view([20, 22, 24])),
+    (full_view([30, 31]), View((30, 31), (False, True))),
     (View((50, 51, 52, 53), (True, False, True, True)), View((50, 51, 52, 53), (False, True, True, True))),
 ]
 
@@ -40,7 +40,7 @@ def templated(gem: GemModel, template: str) -> list[tuple[View, View]]:
     """`VIEWS` as `Batches` lays them out."""
     tokenize = TextTokenizer(gem.tokenizer, frozenset(gem.special_ids), template)
     batches = Batches(Recipe.from_dict({"template": template}), Source("a-data-set"), tokenize, end_id=None)
-    return [(batches._whole(first), batches._whole(second)) for first, second in VIEWS]
+    return [(batches.add_template(first), batches.add_template(second)) for first, second in VIEWS]
 
 
 def batch(alpha: float, **options: Any) -> MicroBatch:
@@ -94,16 +94,16 @@ def test_what_is_trained_is_what_encode_gives(base_dir: Path, k: int) -> None:
     texts = ["a cat sat", "the dog"]
     recipe = Recipe.from_dict({"template": words, "special_tokens": k})
     batches = Batches(recipe, Source("a-data-set"), gem.text_tokenizer, end_id=None)
-    views = [batches._whole(whole(gem.tokenizer(t)["input_ids"])) for t in texts]
-    for embed in (objective(gem, frozen=True)._embed_frozen, objective(gem, frozen=False)._embed_masked):
-        torch.testing.assert_close(embed(views, Computed()), torch.tensor(gem.encode(texts)), atol=1e-5, rtol=1e-5)
+    views = [batches.add_template(full_view(gem.tokenizer(t)["input_ids"])) for t in texts]
+    for embed in (objective(gem, frozen=True).embed, objective(gem, frozen=False).embed):
+        torch.testing.assert_close(embed(views), torch.tensor(gem.encode(texts)), atol=1e-5, rtol=1e-5)
 
 
 def test_grouping_changes_nothing(gem: GemModel) -> None:
     one = objective(gem, frozen=True, group_tokens=10_000, pass_overhead_tokens=10_000)(batch(0.5))
     many = objective(gem, frozen=True, group_tokens=12, pass_overhead_tokens=0)(batch(0.5))
     torch.testing.assert_close(one.total, many.total, atol=1e-5, rtol=1e-5)
-    assert many.computed.padding < one.computed.padding
+    assert many.counts.padding < one.counts.padding
 
 
 def test_eight_micro_batches_of_one_row_are_one_batch_of_eight(gem: GemModel) -> None:
@@ -139,8 +139,8 @@ def test_contrast_is_over_the_other_rows(gem: GemModel) -> None:
     vectors = gem.encode([gem.tokenizer.decode(list(VIEWS[0][0].ids))])
     assert vectors.shape == (1, 32)
     assert losses.ntp is None
-    embed = objective(gem, frozen=True)._embed_frozen
-    both = embed([v for pair in VIEWS for v in pair], Computed())
+    embed = objective(gem, frozen=True).embed
+    both = embed([v for pair in VIEWS for v in pair])
     torch.testing.assert_close(losses.total, info_nce(both[0::2], both[1::2], 20.0), atol=1e-5, rtol=1e-5)
 
 
@@ -168,7 +168,7 @@ def test_a_frozen_base_stays_in_evaluation_mode(base_dir: Path) -> None:
 @pytest.mark.parametrize("tune", ["gated", "lora"])
 def test_chunks_change_no_gradient_and_hold_less(base_dir: Path, tune: Any) -> None:
     """GradCache: the same gradients as the whole batch, dropout included; a chunk's activations at a time."""
-    views = [(whole(range(20 + i, 27 + i)), whole(range(60 + i, 67 + i))) for i in range(12)]
+    views = [(full_view(range(20 + i, 27 + i)), full_view(range(60 + i, 67 + i))) for i in range(12)]
     found: dict[int | None, tuple[list[torch.Tensor], int]] = {}
     for chunk in (None, 4):
         torch.manual_seed(5)
@@ -208,13 +208,13 @@ def test_chunks_of_any_size_are_the_same_batch(gem: GemModel) -> None:
 
 def test_an_anchor_of_several_pairs_runs_once(gem: GemModel) -> None:
     anchor = tuple(range(20, 30))
-    views = [(whole(anchor), whole([40 + i, 41 + i, 42 + i])) for i in range(3)]
+    views = [(full_view(anchor), full_view([40 + i, 41 + i, 42 + i])) for i in range(3)]
     made = objective(gem, frozen=True)
     losses = made(MicroBatch(1.0, views=views))
-    assert losses.computed.tokens - losses.computed.padding == 10 + 3 * 3
-    vectors = made._embed_frozen([v for pair in views for v in pair], Computed())
+    assert losses.counts.tokens - losses.counts.padding == 10 + 3 * 3
+    vectors = made.embed([v for pair in views for v in pair])
     torch.testing.assert_close(vectors[0], vectors[2], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(vectors[1], made._embed_frozen([views[0][1]], Computed())[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vectors[1], made.embed([views[0][1]])[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "cohere2", "gemma2"])

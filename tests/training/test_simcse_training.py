@@ -13,10 +13,10 @@ import torch
 from gemify import GemModel
 from gemify.model.encode import encode_ids
 from gemify.paper.tokens import raw_row
-from gemify.paper.views import whole
+from gemify.paper.views import full_view
 from gemify.training.batches import Batches
 from gemify.training.data import Source
-from gemify.training.objective import Computed, MicroBatch, Objective, target_count
+from gemify.training.objective import MicroBatch, Objective, target_count
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
 
@@ -41,7 +41,7 @@ def recipe(base_dir: Path, texts_file: Path, **options: Any) -> Recipe:
 
 
 def objective(gem: GemModel) -> Objective:
-    return Objective(gem.lm, gem.adapter, special_ids=[], frozen_base=False, shared_position=True, pooling="mean")
+    return Objective(gem.lm, gem.adapter, gem.config)
 
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
@@ -76,13 +76,13 @@ def test_next_token_rows_are_raw(base_dir: Path, texts_file: Path, tmp_path: Pat
 def test_views_are_embedded_as_texts_are(base_dir: Path) -> None:
     gem = GemModel.from_base(str(base_dir), tune="lora", special_tokens=0)
     with torch.no_grad():
-        got = objective(gem).eval()._embed_masked([whole(ids) for ids in IDS], Computed())
+        got = objective(gem).eval().embed([full_view(ids) for ids in IDS])
         torch.testing.assert_close(got, encode_ids(gem.lm, gem.config, IDS), atol=1e-6, rtol=1e-6)
 
 
 def test_dropout_tells_equal_views_apart(base_dir: Path) -> None:
     """SimCSE's own views: in training mode with LoRA dropout. Without dropout they are equal, and teach nothing."""
-    views = [(whole(ids), whole(ids)) for ids in IDS]
+    views = [(full_view(ids), full_view(ids)) for ids in IDS]
     flat = [v for pair in views for v in pair]
     for dropout in (0.1, 0.0):
         gem = GemModel.from_base(str(base_dir), tune="lora", special_tokens=0, adapter={"lora_dropout": dropout})
@@ -91,7 +91,7 @@ def test_dropout_tells_equal_views_apart(base_dir: Path) -> None:
             for p in gem.adapter.lora_parameters():
                 p.fill_(0.1)
             for training in (True, False):
-                vectors = objective(gem).train(training)._embed_masked(flat, Computed())
+                vectors = objective(gem).train(training).embed(flat)
                 apart = not torch.allclose(vectors[0::2], vectors[1::2], atol=1e-6)
                 assert apart == (training and dropout > 0.0)
 

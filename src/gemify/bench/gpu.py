@@ -174,15 +174,7 @@ class Bench:
             self.lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.special = self.lm.config.vocab_size - 1
         self.config = GemConfig("full", special_tokens=("<special>",), special_ids=(self.special,))
-        self.objective = Objective(
-            self.lm,
-            None,
-            special_ids=[self.special],
-            frozen_base=False,
-            shared_position=True,
-            pooling="mean",
-            group_tokens=settings.tokens,
-        )
+        self.objective = Objective(self.lm, None, self.config, group_tokens=settings.tokens)
         optimizer = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[shape.optimizer]
         self.optimizer = optimizer(self.lm.parameters(), lr=1e-6, fused=True)
         self.rows = max(1, settings.tokens // settings.train_length)

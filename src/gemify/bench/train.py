@@ -134,8 +134,8 @@ def _pair(recipe: Recipe, device: str | None) -> tuple[Step, Step]:
 
     def ours(number: int) -> Tokens:
         batch: MicroBatch = micro_batches[number]
-        computed = take_ours(lambda: objective(batch)).computed
-        return computed.tokens, computed.padding
+        counts = take_ours(lambda: objective(batch)).counts
+        return counts.tokens, counts.padding
 
     def plain(number: int) -> Tokens:
         batch: MicroBatch = micro_batches[number]

@@ -43,13 +43,13 @@ def info_nce(
     scale: Tensor | float,
     negatives_ND: Tensor | None = None,
     *,
-    place_B: Tensor | None = None,
+    own_index_B: Tensor | None = None,
 ) -> Tensor:
     """Mean InfoNCE over B pairs: row i's positive is ``positive_BD[i]``, the other rows' positives are its negatives.
 
     ``-log( exp(lam s(q, d+)) / sum_d exp(lam s(q, d)) )`` with cosine s. Further negatives may be appended.
-    For zero embeddings the value is log of the number of candidates. With ``place_B`` the positives are more than the
-    queries (those of other processes too), and row i's own stands at ``place_B[i]``; no query at all gives 0.
+    For zero embeddings the value is log of the number of candidates. With ``own_index_B`` the positives are more than the
+    queries (those of other processes too), and row i's own stands at ``own_index_B[i]``; no query at all gives 0.
     """
     # Autocast would round the logits to bfloat16: steps of 0.1 to 0.5 at these scales.
     with torch.autocast(query_BD.device.type, enabled=False):
@@ -57,7 +57,7 @@ def info_nce(
         d_ND = F.normalize(positive_BD.float(), dim=-1)
         if negatives_ND is not None:
             d_ND = torch.cat([d_ND, F.normalize(negatives_ND.float(), dim=-1)])
-        target_B = torch.arange(q_BD.shape[0], device=q_BD.device) if place_B is None else place_B
+        target_B = torch.arange(q_BD.shape[0], device=q_BD.device) if own_index_B is None else own_index_B
         logits_BN = scale * (q_BD @ d_ND.T)
         return F.cross_entropy(logits_BN, target_B) if len(target_B) else logits_BN.sum()
 

@@ -47,22 +47,22 @@ class Views:
         if not 0.0 <= self.rate < 1.0:
             raise ValueError(f"the drop rate must lie in [0, 1), got {self.rate}")
 
-    def pair(self, text: Sequence[int], rng: Random) -> tuple[View, View]:
-        """Two views of one non-empty text."""
+    def of_text(self, text: Sequence[int], rng: Random) -> tuple[View, View]:
+        """Make two views of one non-empty text."""
         if not text:
             raise ValueError("a view needs at least one token, got an empty text")
         if self.kind == "halves":
             return self._halves(text, rng)
-        first = self._drop(text, rng) if self.both else whole(text)
+        first = self._drop(text, rng) if self.both else full_view(text)
         return first, self._drop(text, rng)
 
     def of_pair(self, anchor: Sequence[int], positive: Sequence[int], rng: Random) -> tuple[View, View]:
-        """Two views that are two non-empty texts, less what is dropped; ``halves`` drops nothing."""
+        """Make two views of a pair of non-empty texts: the texts, less dropped tokens. ``halves`` drops nothing."""
         if not anchor or not positive:
             raise ValueError("a view needs at least one token, got an empty text")
         if self.kind == "halves":
-            return whole(anchor), whole(positive)
-        first = self._drop(anchor, rng) if self.both else whole(anchor)
+            return full_view(anchor), full_view(positive)
+        first = self._drop(anchor, rng) if self.both else full_view(anchor)
         return first, self._drop(positive, rng)
 
     def _drop(self, text: Sequence[int], rng: Random) -> View:
@@ -70,24 +70,24 @@ class Views:
         if self.kind == "span":
             length = max(1, round(n * (1.0 - self.rate)))
             start = rng.randrange(n - length + 1)
-            return whole(text[start : start + length])
+            return full_view(text[start : start + length])
         kept = [rng.random() >= self.rate for _ in range(n)]
         if not any(kept):
             kept[rng.randrange(n)] = True
         if self.kind == "mask":
             return View(tuple(text), tuple(kept))
-        return whole([t for t, keep in zip(text, kept, strict=True) if keep])
+        return full_view([t for t, keep in zip(text, kept, strict=True) if keep])
 
     @staticmethod
     def _halves(text: Sequence[int], rng: Random) -> tuple[View, View]:
         n = len(text)
         if n == 1:
-            return whole(text), whole(text)
+            return full_view(text), full_view(text)
         low, high = max(1, n // 3), max(1, n - n // 3)
         cut = min(n - 1, rng.randint(low, high))
-        return whole(text[:cut]), whole(text[cut:])
+        return full_view(text[:cut]), full_view(text[cut:])
 
 
-def whole(text: Sequence[int]) -> View:
-    """The text as it is, all of it seen."""
+def full_view(text: Sequence[int]) -> View:
+    """Return the view that is the text itself, all of it seen."""
     return View(tuple(text), (True,) * len(text))

@@ -8,7 +8,7 @@ from random import Random
 
 from torch.utils.data import IterableDataset
 
-from gemify.model.encode import TextTokenizer
+from gemify.model.tokenization import TextTokenizer
 from gemify.paper.tokens import Row, random_split, raw_row, reconstruction_row, soft_prompt_row, split_row, summary_row
 from gemify.paper.views import View
 from gemify.training.data import Example, Source
@@ -18,7 +18,7 @@ from gemify.training.recipe import Recipe
 
 
 def shard_batch(whole: MicroBatch, rank: int, world: int) -> MicroBatch:
-    """The share of a micro-batch that one process works on."""
+    """Return the part of a micro-batch that one process works on."""
     rows, views = RankShard.of(whole.rows, rank, world), RankShard.of(whole.views, rank, world)
     return replace(
         whole,
@@ -32,8 +32,8 @@ def shard_batch(whole: MicroBatch, rank: int, world: int) -> MicroBatch:
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """One tokenised example; ``second`` for the pairs (summary, soft prompt, positive)."""
+class TokenizedExample:
+    """Token ids of an example, and of its second text if it is a pair."""
 
     ids: tuple[int, ...]
     second: tuple[int, ...] = ()
@@ -41,15 +41,27 @@ class Tokens:
 
     @property
     def length(self) -> int:
+        """Tokens of both texts."""
         return len(self.ids) + len(self.second)
 
 
 class Batches(IterableDataset):  # type: ignore[type-arg]
-    """The micro-batches of a run from ``start_step`` on: of each the share of one of ``world`` processes.
+    """The micro-batches of a run, of each the shard of one process.
 
-    Examples are read through a buffer; each bufferful is sorted by length, cut into blocks of a batch's size, and the
-    blocks are shuffled: rows of one batch are of like length, so little padding is computed. At the end of the data
-    the stream starts again in another order.
+    Examples are read through a buffer. Each buffer is sorted by length and cut into blocks of a batch's size, and the
+    blocks are shuffled: rows of one batch have similar lengths, so little padding is computed. At the end of the data the
+    stream starts again in another order.
+
+    Args:
+        recipe: The run's choices.
+        source: The examples.
+        tokenize: The GEM's text tokenizer.
+        end_id: The end-of-text token, which ends rows if the recipe says so.
+        rank: Number of this process.
+        world: Number of processes.
+
+    Attributes:
+        start_step: The first step to give; batches of earlier steps are drawn and dropped.
     """
 
     def __init__(
@@ -63,8 +75,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         world: int = 1,
     ) -> None:
         self.recipe, self.source, self.tokenize = recipe, source, tokenize
-        self.end = (end_id,) if recipe.append_end and end_id is not None else ()
-        self.head = tuple(tokenize.bos_ids)
+        self.end_ids = (end_id,) if recipe.append_end and end_id is not None else ()
+        self.bos_ids = tuple(tokenize.bos_ids)
         self.rank, self.world = rank, world
         self.start_step = 0
         contrastive = recipe.contrastive_batch_size
@@ -78,8 +90,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
     def __iter__(self) -> Iterator[dict[str, MicroBatch]]:
         stream = self._examples()
         for step in range(self.recipe.max_steps):
-            need = self._rows_needed(step)
-            micro = [[next(stream) for _ in range(need)] for _ in range(self.recipe.gradient_accumulation_steps)]
+            size = self._rows_needed(step)
+            micro = [[next(stream) for _ in range(size)] for _ in range(self.recipe.gradient_accumulation_steps)]
             if step >= self.start_step:
                 yield from self._step(step, micro)
 
@@ -90,14 +102,14 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             return self.recipe.batch_size
         return contrastive if alpha == 1.0 else max(contrastive, self.recipe.batch_size)
 
-    def _step(self, step: int, micro: list[list[Tokens]]) -> Iterator[dict[str, MicroBatch]]:
+    def _step(self, step: int, micro: list[list[TokenizedExample]]) -> Iterator[dict[str, MicroBatch]]:
         alpha = self.recipe.schedule.alpha(step)
         with_rows = alpha < 1.0 or self.recipe.contrastive_batch_size is None
         made = []
         for index, examples in enumerate(micro):
             rng = Random(f"{self.recipe.seed} {step} {index}")
             rows = [self._row(e, rng) for e in examples[: self.recipe.batch_size]] if with_rows else []
-            chosen = self._contrasted(examples, rows) if alpha > 0.0 else []
+            chosen = self._select_contrastive(examples, rows) if alpha > 0.0 else []
             views = [self._views(e, rng) for e in chosen]
             made.append((rows if alpha < 1.0 else [], views))
         targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, _ in made for r in rows)
@@ -105,39 +117,39 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             whole = MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made))
             yield {"batch": shard_batch(whole, self.rank, self.world)}
 
-    def _views(self, example: Tokens, rng: Random) -> tuple[View, View]:
-        """Two views of a text, or of the two of a pair; template and what the tokenizer puts first (a BOS) are in both."""
-        text = example.ids[len(self.head) :]
+    def _views(self, example: TokenizedExample, rng: Random) -> tuple[View, View]:
+        """Two views of a text or of a pair, each with BOS and template."""
+        text = example.ids[len(self.bos_ids) :]
         if example.kind == "positive":
             first, second = self.recipe.views.of_pair(text, example.second, rng)
         else:
-            first, second = self.recipe.views.pair(text, rng)
-        return self._whole(first), self._whole(second)
+            first, second = self.recipe.views.of_text(text, rng)
+        return self.add_template(first), self.add_template(second)
 
-    def _whole(self, view: View) -> View:
-        """A view as it runs: nothing is dropped or hidden of what stands around the text."""
-        before, after = self.head + tuple(self.tokenize.prefix_ids), tuple(self.tokenize.suffix_ids)
-        return View(before + view.ids + after, (True,) * len(before) + view.seen + (True,) * len(after))
+    def add_template(self, view: View) -> View:
+        """Return a view as it runs, with BOS and template. Of these nothing is dropped or hidden."""
+        prefix, suffix = self.bos_ids + tuple(self.tokenize.prefix_ids), tuple(self.tokenize.suffix_ids)
+        return View(prefix + view.ids + suffix, (True,) * len(prefix) + view.seen + (True,) * len(suffix))
 
-    def _contrasted(self, examples: list[Tokens], rows: list[Row]) -> list[Tokens]:
-        """The examples to contrast: a batch of their own, or as in the paper the special rows of the same batch."""
+    def _select_contrastive(self, examples: list[TokenizedExample], rows: list[Row]) -> list[TokenizedExample]:
+        """The examples to contrast: a batch of their own, or, as in the paper, the rows with special tokens of the batch."""
         if self.recipe.contrastive_batch_size is not None:
             return examples[: self.recipe.contrastive_batch_size]
-        special = [e for e, row in zip(examples, rows, strict=True) if row.special]
+        special = [e for e, row in zip(examples, rows, strict=True) if row.has_special_tokens]
         return special if len(special) >= 2 else examples[:2]  # a lone row has no negatives, and nothing to learn
 
-    def _row(self, example: Tokens, rng: Random) -> Row:
+    def _row(self, example: TokenizedExample, rng: Random) -> Row:
         if rng.random() < self.recipe.p:
             return raw_row(example.ids if example.kind == "positive" else (*example.ids, *example.second))
         if example.kind == "summary":
-            return summary_row(example.ids, (*example.second, *self.end))
+            return summary_row(example.ids, (*example.second, *self.end_ids))
         if example.kind == "soft_prompt":
-            return soft_prompt_row(example.ids, (*example.second, *self.end))
+            return soft_prompt_row(example.ids, (*example.second, *self.end_ids))
         if rng.random() < self.recipe.reconstruction:
-            return reconstruction_row(example.ids[len(self.head) :], head=self.head, end=self.end)
-        return split_row(example.ids, len(self.head) + random_split(len(example.ids) - len(self.head), rng))
+            return reconstruction_row(example.ids[len(self.bos_ids) :], bos_ids=self.bos_ids, end_ids=self.end_ids)
+        return split_row(example.ids, len(self.bos_ids) + random_split(len(example.ids) - len(self.bos_ids), rng))
 
-    def _examples(self) -> Iterator[Tokens]:
+    def _examples(self) -> Iterator[TokenizedExample]:
         block = self.recipe.batch_size
         epoch = 0
         while True:
@@ -158,8 +170,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
                 )
             epoch += 1
 
-    def _pools(self) -> Iterator[list[Tokens]]:
-        pool: list[Tokens] = []
+    def _pools(self) -> Iterator[list[TokenizedExample]]:
+        pool: list[TokenizedExample] = []
         waiting: list[Example] = []
         for example in self.source:
             waiting.append(example)
@@ -173,12 +185,12 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         if pool:
             yield pool
 
-    def _tokens(self, examples: list[Example]) -> list[Tokens]:
-        most = self.recipe.max_length
-        first = self.tokenize.tokenize_plain([e.text for e in examples], max_tokens=most - len(self.head))
-        second = self.tokenize.tokenize_plain([e.second or "" for e in examples], max_tokens=most)
+    def _tokens(self, examples: list[Example]) -> list[TokenizedExample]:
+        limit = self.recipe.max_length
+        first = self.tokenize.tokenize_plain([e.text for e in examples], max_tokens=limit - len(self.bos_ids))
+        second = self.tokenize.tokenize_plain([e.second or "" for e in examples], max_tokens=limit)
         made = []
         for example, ids, more in zip(examples, first, second, strict=True):
             if len(ids) >= self.recipe.min_length and (example.second is None or more):
-                made.append(Tokens((*self.head, *ids), tuple(more), example.kind))
+                made.append(TokenizedExample((*self.bos_ids, *ids), tuple(more), example.kind))
         return made

@@ -1,25 +1,24 @@
-"""What happens beside the steps of a run: the progress bar, the metrics, stopping on a signal."""
+"""Callbacks of a run: progress bar, metrics, stopping on a signal."""
 
 from __future__ import annotations
 
 import json
 import math
-import signal
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gemify.io.atomic import atomic_file
+from gemify.io.signals import StopFlag
 from gemify.training.distributed import all_reduce_max
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class Progress(TrainerCallback):
-    """One tqdm bar with the loss parts; one JSON line a step; TensorBoard if it is there."""
+    """A progress bar with the losses, one JSON line per step, and TensorBoard if it is installed. First process only."""
 
     def __init__(self, directory: Path, *, show: bool) -> None:
         self.path = directory / METRICS_FILE
@@ -28,20 +27,23 @@ class Progress(TrainerCallback):
         self.board: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the outputs. After a resume ``metrics.jsonl`` keeps only the steps before the checkpoint."""
         if not state.is_world_process_zero:
             return
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=not self.show)
         self.board = _tensorboard(self.path.parent / "tensorboard")
-        with atomic_file(self.path) as stage:  # after a resume: only the steps before the checkpoint
+        with atomic_file(self.path) as stage:
             stage.write_text("".join(_line(entry) for entry in state.log_history))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Advance the bar."""
         if self.bar is not None:
             self.bar.update(1)
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
+        """Write the step's metrics."""
         if self.bar is None or not logs or "train_runtime" in logs:
             return
         with self.path.open("a") as file:
@@ -54,6 +56,7 @@ class Progress(TrainerCallback):
                     self.board.add_scalar(f"train/{name}", value, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the outputs."""
         if self.bar is not None:
             self.bar.close()
         if self.board is not None:
@@ -61,38 +64,25 @@ class Progress(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGINT and SIGTERM, in any of the run's processes, end the run after the current step, with a checkpoint."""
+    """A signal in any of the run's processes ends the run after the current step, with a checkpoint.
 
-    def __init__(self) -> None:
-        self.asked = self.agreed = False
-        self._before: dict[int, Any] = {}
+    Attributes:
+        stopped: Whether the processes have agreed to stop.
+    """
 
-    def __enter__(self) -> StopOnSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                self._before[number] = signal.signal(number, self._ask)
-            except ValueError:  # not the main thread: signals stay as they are
-                break
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
+    def __init__(self, flag: StopFlag) -> None:
+        self.flag, self.stopped = flag, False
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> TrainerControl:
-        self.agreed = bool(all_reduce_max(int(self.asked), args.device))
-        if self.agreed and state.global_step < state.max_steps:
+        """Agree with the other processes whether to stop here."""
+        self.stopped = bool(all_reduce_max(int(self.flag.is_set), args.device))
+        if self.stopped and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
         return control
 
 
 def _line(entry: dict[str, Any]) -> str:
-    entry = {k: v for k, v in entry.items() if k != "epoch"}  # the Trainer's, of no meaning for a stream
+    entry = {k: v for k, v in entry.items() if k != "epoch"}  # the Trainer's, meaningless for a stream
     return (
         json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}) + "\n"
     )

@@ -1,7 +1,7 @@
-"""Weights cut up over the processes: FSDP2, for bases whose weights and optimizer state outgrow one device.
+"""Weights sharded over the processes: FSDP2, for bases whose weights and optimizer state outgrow one device.
 
-Accelerate prepares the model (every decoder layer a part, embeddings and output head another that stays whole during a
-step), PyTorch gathers what is saved. What is saved is what one process saves, so that any number of processes goes on.
+Accelerate prepares the model: every decoder layer is a unit; embeddings and output head are another, which stays whole
+during a step. PyTorch gathers what is saved. Checkpoints equal those of one process, so any number of processes resumes.
 """
 
 from __future__ import annotations
@@ -30,24 +30,28 @@ from gemify.training.recipe import Recipe
 
 _DDP = "launch with recipes/accelerate/ddp.yaml"
 _REFUSED = {
-    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "gathering weights from CPUs beside GPUs is not proven"),
+    "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "gathering weights from CPUs beside GPUs is not tested"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("fsdp_activation_checkpointing", "give gemify --gradient-checkpointing instead"),
     "FSDP_CPU_RAM_EFFICIENT_LOADING": ("fsdp_cpu_ram_efficient_loading", "it would untie tied embeddings"),
 }
 
 
 def is_sharded(recipe: Recipe, device: str | None) -> bool:
-    """Whether the launcher asks for weights cut up. Raises ValueError where that cannot train or is not proven."""
+    """Return whether the launcher asks for sharded weights.
+
+    Raises:
+        ValueError: It asks for a set-up that cannot train or is not tested.
+    """
     if _set("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
-            "cannot train under DeepSpeed, whose checkpoints are not proven here: launch with"
-            " recipes/accelerate/fsdp2.yaml, which cuts the same things up, or ddp.yaml"
+            "cannot train under DeepSpeed, whose checkpoints are not tested here: launch with"
+            " recipes/accelerate/fsdp2.yaml, which shards the same things, or ddp.yaml"
         )
     if not _set("ACCELERATE_USE_FSDP"):
         return False
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise ValueError(
-            "cannot cut weights up over 1 process: launch with --num_processes 2 or more, or without Accelerate"
+            "cannot shard weights over 1 process: launch with --num_processes 2 or more, or without Accelerate"
         )
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
         raise ValueError(
@@ -62,12 +66,12 @@ def is_sharded(recipe: Recipe, device: str | None) -> bool:
         if _set(variable):
             raise ValueError(f"cannot train with {name}: true, set it to false: {why}")
     if device == "cpu" and torch.cuda.is_available():
-        raise ValueError("cannot cut weights up over CPUs beside a GPU: hide it with CUDA_VISIBLE_DEVICES='' first")
+        raise ValueError("cannot shard weights over CPUs beside a GPU: hide it with CUDA_VISIBLE_DEVICES='' first")
     return True
 
 
-class Sharded(Trainer):
-    """What a trainer of an `Objective` does otherwise when weights are cut up."""
+class ShardedTrainer(Trainer):
+    """What a trainer of an `Objective` does differently when weights are sharded."""
 
     lr_scheduler: Any
 
@@ -76,7 +80,7 @@ class Sharded(Trainer):
         assert isinstance(self.model, Objective)
         self.objective = self.model
         state = self.accelerator.state
-        if self.accelerator.device.type == "cpu":  # Accelerate looks at the launcher's wish on GPUs only
+        if self.accelerator.device.type == "cpu":  # Accelerate follows the launcher on GPUs only
             state.fsdp_plugin = FullyShardedDataParallelPlugin()
             state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
@@ -90,9 +94,10 @@ class Sharded(Trainer):
         self.objective.temperature.t = nn.Parameter(t.detach().reshape(1))  # FSDP2 takes no scalars
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """With the temperature cut up by itself: rounded to bfloat16, as all else may be, it would hardly move.
+        """Create the optimizer, then shard the temperature by itself: rounded to bfloat16 it would hardly move.
 
-        Not before: the Trainer would give it a group of its own, and one process could not read the optimizer's state.
+        Sharded earlier, the Trainer would give it a parameter group of its own, and a run in one process could not read
+        the optimizer's state.
         """
         temperature = self.objective.temperature
         before = temperature.t
@@ -103,6 +108,7 @@ class Sharded(Trainer):
         return optimizer
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Clamp the sharded temperature, then step."""
         # The temperature clamps itself, but what a step sees is a gathered copy.
         t: Any = self.objective.temperature.t
         with torch.no_grad():
@@ -110,6 +116,7 @@ class Sharded(Trainer):
         return super().training_step(*args, **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save whole weights from the first process."""
         whole = gather_weights(self.objective)
         if self.args.should_save:
             self._save(output_dir, whole)
@@ -139,7 +146,7 @@ def _layers(lm: nn.Module) -> list[str]:
 
 @contextmanager
 def unshard_root(objective: Objective) -> Iterator[None]:
-    """Passes of the language model that do not begin at the objective find embeddings and final norm whole."""
+    """Unshard embeddings and final norm, for passes of the language model that do not start at the objective."""
     if not objective.sharded:
         yield
         return
@@ -152,14 +159,14 @@ def unshard_root(objective: Objective) -> Iterator[None]:
 
 
 def gather_weights(objective: Objective) -> dict[str, Tensor]:
-    """All weights on the CPU, in the first process; the others get nothing, but must take part."""
+    """Gather all weights on the CPU of the first process. The others get nothing, but must call this too."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     found: dict[str, Any] = get_model_state_dict(objective, options=options)
     return found
 
 
-def lm_weights(gem: GemModel, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The language model's part of an objective's weights, tied ones once."""
+def select_lm_weights(gem: GemModel, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the language model's part of an objective's weights, tied weights once."""
     twice = {name for name, _ in gem.lm.named_parameters(remove_duplicate=False)}
     twice -= {name for name, _ in gem.lm.named_parameters()}
     found = {name.removeprefix("lm."): weight for name, weight in whole.items() if name.startswith("lm.")}
@@ -167,7 +174,7 @@ def lm_weights(gem: GemModel, whole: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(objective: Objective, lm_weights: dict[str, Tensor], t: Tensor) -> None:
-    """Every process takes its part of whole weights."""
+    """Load whole weights: every process takes its shard."""
     weights: dict[str, Any] = {f"lm.{name}": weight for name, weight in lm_weights.items()}
     weights["temperature.t"] = t.reshape(1)
     set_model_state_dict(objective, weights, options=StateDictOptions(full_state_dict=True))
@@ -175,7 +182,7 @@ def load_weights(objective: Objective, lm_weights: dict[str, Tensor], t: Tensor)
 
 @torch.no_grad()
 def _whole_state(optimizer: Any, *, scalar: Tensor) -> dict[str, Any]:
-    """The optimizer's state as one process has it: gathered, on the CPU, one parameter's as scalars."""
+    """The optimizer's state as in a run of one process: gathered, on the CPU, the temperature's as scalars."""
     saved: dict[str, Any] = optimizer.state_dict()
     parameters = _parameters(optimizer)
 
@@ -191,7 +198,7 @@ def _whole_state(optimizer: Any, *, scalar: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def _load_state(optimizer: Any, saved: dict[str, Any]) -> None:
-    """Every process takes its part of the state that `_whole_state`, or one process alone, has saved."""
+    """Load a state that `_whole_state` or a run in one process saved: every process takes its shard."""
     parameters = _parameters(optimizer)
 
     def part(number: int, name: str, value: Any) -> Any:

@@ -1,13 +1,18 @@
-"""The loss of one micro-batch: which passes it takes for each tuning scope.
+"""The loss of one micro-batch (GEM, Section 3.3): which passes it takes for each tuning scope.
 
-Frozen base (``gated``, ``tokens``): cache surgery. The text runs without gradients, the special tokens on its KV with
-gradients, the suffix on the special tokens' KV; nothing goes backward through the text, and only the suffix is a
-target (the text's own loss is a constant). Trained base (``lora``, ``full``): one masked pass, every token a target.
+Frozen base (``gated``, ``tokens``): cache surgery. The text runs without gradients, the special tokens run on its KV cache
+with gradients, the suffix runs on theirs. Nothing goes backward through the text, and only the suffix is a target (the
+text's own loss is a constant). Trained base (``lora``, ``full``): one masked pass, every token is a target.
+
+The next-token loss is computed from hidden states at the targets only. A vocabulary is large: the logits of a batch take
+more memory than the rest of a small model's step. PyTorch's `linear_cross_entropy` runs output head and loss together, a
+part of the targets at a time. Models that do more to their logits than one matrix (soft caps, scales), and older PyTorch,
+take the ordinary way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +24,7 @@ from transformers import PreTrainedModel
 
 from gemify.model.adapter import Adapter
 from gemify.model.batching import PASS_OVERHEAD_TOKENS, length_groups
+from gemify.model.config import GemConfig
 from gemify.model.early_exit import early_exit
 from gemify.model.forward import (
     MaskedBatch,
@@ -32,171 +38,155 @@ from gemify.model.forward import (
     suffix_pass,
     text_pass,
 )
-from gemify.model.pooling import Pooling, pool, pool_hidden_states
+from gemify.model.pooling import pool, pool_hidden_states
 from gemify.paper.objectives import Temperature, info_nce, next_token_loss, total_loss
 from gemify.paper.tokens import IGNORED, Row, RowInputs, Segment, build_inputs
 from gemify.paper.views import View
 from gemify.training.distributed import all_reduce_max, gather, rank, world_size
 
-# Next-token loss from hidden states: the output head runs at the targets only, and no more of its logits are held than needed.
-#
-# A vocabulary is large: the logits of a batch take more memory than all else of a small model's step. PyTorch's own
-# `linear_cross_entropy` runs head and loss together, a part of the targets at a time. Models that do more to their logits
-# than one matrix (soft caps, scales), and older PyTorch, take the ordinary way.
-
-_CPU_CHUNK = 256  # targets at a time; what PyTorch chooses itself is far slower on CPUs
-
-
-@torch.no_grad()
-def has_plain_head(lm: PreTrainedModel) -> bool:
-    """Whether the model's logits are its output head's, and nothing else is done to them. Runs two tokens."""
-    head = lm.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return False
-    ids_BT = torch.tensor([[1, 0]], device=lm.device)
-    logits_BTV = lm(input_ids=ids_BT, use_cache=False).logits
-    return torch.equal(logits_BTV, head(lm.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state))
-
-
-def target_loss(lm: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """Summed cross-entropy of the plain head's logits at ``hidden_ND``; every target counts."""
-    head = lm.get_output_embeddings()
-    on_cpu = hidden_ND.device.type == "cpu"
-    autocast = torch.is_autocast_enabled(hidden_ND.device.type)
-    small = targets_N.numel() <= _CPU_CHUNK
-    emulated = on_cpu and (autocast or hidden_ND.dtype != torch.float32)  # PyTorch's own way is slow there
-    if small or emulated or not hasattr(F, "linear_cross_entropy"):
-        return next_token_loss(head(hidden_ND), targets_N)
-    weight_VD, bias_V = head.weight, head.bias
-    if autocast:
-        dtype = torch.get_autocast_dtype(hidden_ND.device.type)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-        bias_V = None if bias_V is None else bias_V.to(dtype)
-    chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CPU_CHUNK if on_cpu else None)
-    return F.linear_cross_entropy(
-        hidden_ND, weight_VD, targets_N, linear_bias=bias_V, reduction="sum", options=chunks
-    ).float()
+_CPU_CHUNK = 256
+"""Targets at a time on a CPU; PyTorch's own choice is far slower there."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward pass works on: rows for next-token prediction, pairs of views for contrast."""
+    """The input of one forward and backward pass: rows for next-token prediction, pairs of views for contrast."""
 
     alpha: float
+    """Weight of the contrastive loss, in [0, 1]."""
     rows: list[Row] = field(default_factory=list)
     views: list[tuple[View, View]] = field(default_factory=list)
     step_targets: int = 1
     """Next-token targets of the whole optimizer step, over all micro-batches and processes."""
     micro_batches: int = 1
-    """Micro-batches the step is made of, over all processes (the trainer averages over them)."""
+    """Micro-batches of the step, over all processes (the trainer averages over them)."""
     own_rows: int | None = None
-    """Rows that count, from the first on; one more only fills up the share of a process. None: all."""
+    """How many of the first rows count; one more may be there to fill up a process's shard. None: all."""
     own_pairs: int | None = None
+    """How many of the first pairs count. None: all."""
     pairs: int | None = None
-    """Pairs of views of all processes together, shard_batch out as `processes.Share` does. None: those here."""
+    """Pairs of views of all processes together, sharded as `RankShard` does. None: those here."""
 
 
 @dataclass
-class Computed:
-    """Columns that ran through the model, and how many of them were padding."""
+class TokenCounts:
+    """How many tokens ran through the model, padding included, and how many of them were padding."""
 
     tokens: int = 0
     padding: int = 0
 
     def add(self, mask_BT: Tensor) -> None:
+        """Count a batch; the mask is False at padding."""
         self.tokens += mask_BT.numel()
         self.padding += mask_BT.numel() - int(mask_BT.sum())
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The weighted sum to descend, its unweighted parts (None: not computed), and the columns it took."""
+    """The weighted sum to minimise, its unweighted parts (None: not counts), and the tokens that ran for it."""
 
     total: Tensor
     ntp: Tensor | None
     contrastive: Tensor | None
     scale: float
-    computed: Computed
+    counts: TokenCounts
 
 
 def target_count(row: Row, *, frozen_base: bool) -> int:
-    """Next-token targets of a row: the suffix only if the base is frozen, else every token but the first."""
+    """Return the number of next-token targets of a row: the suffix if the base is frozen, else every token but the first."""
     if frozen_base:
         return len(row.suffix)
     return max(0, len(row.prefix) - 1) + len(row.suffix)
 
 
 class Objective(nn.Module):
-    """Language model, adapter and temperature as one module, whose forward is the loss of a micro-batch."""
+    """Language model, adapter and temperature as one module, whose forward is the loss of a micro-batch.
+
+    Args:
+        lm: The language model.
+        adapter: What is trained of it, if not all of it.
+        config: The GEM's: special tokens, tuning scope, position, pooling, and the layer where contrastive passes stop.
+        group_tokens: Most tokens of one forward pass, padding included.
+        pass_overhead_tokens: What a pass costs beside its tokens, in tokens (`length_groups`).
+        contrastive_chunk_size: Views whose activations are held at a time (GradCache). None: all.
+        sharded: Every process holds a part of the weights.
+    """
 
     def __init__(
         self,
         lm: PreTrainedModel,
         adapter: Adapter | None,
+        config: GemConfig,
         *,
-        special_ids: Sequence[int],
-        frozen_base: bool,
-        shared_position: bool,
-        pooling: Pooling,
-        layer: int | None = None,
         group_tokens: int = 8192,
         pass_overhead_tokens: float = PASS_OVERHEAD_TOKENS,
         contrastive_chunk_size: int | None = None,
         sharded: bool = False,
     ) -> None:
         super().__init__()
-        self.lm, self.adapter, self.temperature = lm, adapter, Temperature()
-        self.special_ids = list(special_ids)
-        self.frozen_base, self.shared_position, self.pooling = frozen_base, shared_position, pooling
-        self.layer = layer  # where the contrastive passes stop
+        self.lm, self.adapter, self.temperature, self.gem_config = lm, adapter, Temperature(), config
         self.group_tokens, self.pass_overhead_tokens = group_tokens, pass_overhead_tokens
         self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
         self.plain_head = has_plain_head(lm)
 
     @property
     def device(self) -> torch.device:
+        """Where the language model's weights are."""
         return self.lm.device
 
     def train(self, mode: bool = True) -> Objective:
-        """A frozen base computes the same in training as in use: only the adapter's own dropout is switched."""
+        """Switch to training mode. A frozen base computes as in evaluation: only the adapter's own dropout is switched."""
         super().train(mode)
-        if self.frozen_base:
+        if self.gem_config.frozen_base:
             self.lm.eval()
             assert self.adapter is not None
             self.adapter.set_training(mode)
         return self
 
     def forward(self, batch: MicroBatch) -> Losses:
-        computed = Computed()
+        """Compute the losses whose weight is not 0."""
+        counts = TokenCounts()
         temperature = self.temperature()
         ntp = contrastive = None
         if batch.alpha < 1.0:
-            loss = self._ntp_frozen if self.frozen_base else self._ntp_masked
+            loss = self._ntp_frozen if self.gem_config.frozen_base else self._ntp_masked
             own = len(batch.rows) if batch.own_rows is None else batch.own_rows
-            ntp = loss(batch.rows, own, computed) * (batch.micro_batches / max(1, batch.step_targets))
+            ntp = loss(batch.rows, own, counts) * (batch.micro_batches / max(1, batch.step_targets))
         if batch.alpha > 0.0:
-            contrastive = self._contrastive(batch, computed, temperature)
+            contrastive = self._contrastive(batch, counts, temperature)
         return Losses(
             total_loss(ntp, contrastive, batch.alpha),
             ntp,
             contrastive,
             float(temperature.detach()),
-            computed,
+            counts,
         )
 
-    def _contrastive(self, batch: MicroBatch, computed: Computed, temperature: Tensor) -> Tensor:
+    def _contrastive(self, batch: MicroBatch, counts: TokenCounts, temperature: Tensor) -> Tensor:
         """This process's rows against the positives of all processes' rows; the mean over processes is the loss."""
-        embed = self._embed_frozen if self.frozen_base else self._embed_masked
-        both_BD = embed([v for pair in batch.views for v in pair], computed)
+        both_BD = self.embed([v for pair in batch.views for v in pair], counts)
         query_BD, positive_BD = both_BD[0::2], both_BD[1::2]
         own = len(batch.views) if batch.own_pairs is None else batch.own_pairs
         pairs = len(batch.views) if batch.pairs is None else batch.pairs
-        place_B = torch.arange(own, device=query_BD.device) * world_size() + rank()
-        loss = info_nce(query_BD[:own], gather(positive_BD, pairs), temperature, place_B=place_B)
+        own_index_B = torch.arange(own, device=query_BD.device) * world_size() + rank()
+        loss = info_nce(query_BD[:own], gather(positive_BD, pairs), temperature, own_index_B=own_index_B)
         return loss * (own * world_size() / pairs)
 
+    def embed(self, views: list[View], counts: TokenCounts | None = None) -> Tensor:
+        """Embed views as the contrastive loss does.
+
+        Args:
+            views: N views, template and BOS included.
+            counts: Where to count the tokens that run.
+
+        Returns:
+            [N, D] in the order of the views, with gradients.
+        """
+        embed = self._embed_frozen if self.gem_config.frozen_base else self._embed_masked
+        return embed(views, TokenCounts() if counts is None else counts)
+
     def _groups(self, lengths: list[int], *, rows: int | None = None) -> list[list[int]]:
-        """Row numbers in groups that run together, of at most ``rows``."""
+        """Row numbers in groups of at most ``rows``; each group is one pass."""
         groups = length_groups(lengths, max_tokens=self.group_tokens, pass_overhead_tokens=self.pass_overhead_tokens)
         if rows is not None:
             groups = [group[at : at + rows] for group in groups for at in range(0, len(group), rows)]
@@ -217,46 +207,46 @@ class Objective(nn.Module):
 
     # Frozen base: cache surgery
 
-    def _ntp_frozen(self, rows: list[Row], own: int, computed: Computed) -> Tensor:
+    def _ntp_frozen(self, rows: list[Row], own: int, counts: TokenCounts) -> Tensor:
         parts: list[Specials] = []
         order: list[int] = []
         for group in self._groups([len(r.prefix) for r in rows]):
             ids_BT, mask_BT = left_pad([rows[i].prefix for i in group])
-            computed.add(mask_BT)
+            counts.add(mask_BT)
             with torch.no_grad():
                 text = text_pass(self.lm, ids_BT.to(self.device), mask_BT.to(self.device))
             parts.append(
                 special_pass(
                     self.lm,
                     text,
-                    self.special_ids,
-                    shared_position=self.shared_position,
+                    self.gem_config.special_ids,
+                    shared_position=self.gem_config.shared_position,
                     with_logits=not self.plain_head,
                 )
             )
             order += group
         specials = concatenate_specials(self.lm, parts)
-        place = {row: at for at, row in enumerate(order)}
+        index = {row: i for i, row in enumerate(order)}
         first_N = torch.tensor([rows[i].suffix[0] if i < own else IGNORED for i in order])
         last_BN = specials.logits_BV if specials.hidden_BKD is None else specials.hidden_BKD[:, -1]
         assert last_BN is not None
         found = [self._at_targets(last_BN, first_N)]
         for group in self._groups([len(r.suffix) for r in rows]):
             ids_BT, mask_BT = right_pad([rows[i].suffix for i in group])
-            computed.add(mask_BT)
+            counts.add(mask_BT)
             if ids_BT.shape[1] == 1:
                 if not self.sharded:
                     continue
                 ids_BT, mask_BT = (nn.functional.pad(t, (0, 1)) for t in (ids_BT, mask_BT))
             counts_BT = mask_BT & (torch.tensor(group) < own)[:, None]
             labels_BT = ids_BT.masked_fill(~counts_BT, IGNORED)[:, 1:]
-            mine = select_specials(specials, [place[i] for i in group])
+            mine = select_specials(specials, [index[i] for i in group])
             inputs = ids_BT[:, :-1].to(self.device), mask_BT[:, :-1].to(self.device)
             found.append(self._at_targets(suffix_pass(self.lm, mine, *inputs, body_only=self.plain_head), labels_BT))
         return self._loss(found)
 
     def _at_targets(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What ran (hidden states or logits) at the columns that have a target, and these targets."""
+        """Hidden states or logits at the positions that have a target, and these targets."""
         counts = labels != IGNORED
         return out[counts.to(out.device)], labels[counts].to(out.device)
 
@@ -267,7 +257,7 @@ class Objective(nn.Module):
         hidden_ND, targets_N = (torch.cat(parts) for parts in zip(*found, strict=True))
         return target_loss(self.lm, hidden_ND, targets_N)
 
-    def _embed_frozen(self, views: list[View], computed: Computed) -> Tensor:
+    def _embed_frozen(self, views: list[View], counts: TokenCounts) -> Tensor:
         """Embeddings [N, D] of views. Views of the same ids (the "mask" way, an anchor of several pairs) share one pass."""
         texts = list(dict.fromkeys(v.ids for v in views))
         users: dict[tuple[int, ...], list[int]] = {t: [] for t in texts}
@@ -277,81 +267,122 @@ class Objective(nn.Module):
         order: list[int] = []
         for group in self._groups([len(t) for t in texts], rows=self.contrastive_chunk_size):
             ids_BT, mask_BT = left_pad([texts[i] for i in group])
-            computed.add(mask_BT)
+            counts.add(mask_BT)
             uses = [[(row, v) for v in users[texts[i]]] for row, i in enumerate(group)]
             if self.sharded:
-                turns = [[use for row in uses for use in row]]
+                passes = [[use for row in uses for use in row]]
             else:  # first view of every text, second, ...: their KV is not copied
-                turns = [[row[t] for row in uses if t < len(row)] for t in range(max(len(row) for row in uses))]
-            rows = [[row for row, _ in turn] for turn in turns]
-            seen = [[views[v].seen for _, v in turn] for turn in turns]
+                passes = [[row[t] for row in uses if t < len(row)] for t in range(max(len(row) for row in uses))]
+            rows = [[row for row, _ in some] for some in passes]
+            seen = [[views[v].seen for _, v in some] for some in passes]
             out.append(self._chunk(self._embed_texts, ids_BT.to(self.device), mask_BT.to(self.device), rows, seen))
-            order += [v for turn in turns for _, v in turn]
+            order += [v for some in passes for _, v in some]
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 
     def _embed_texts(
         self, ids_BT: Tensor, mask_BT: Tensor, rows: list[list[int]], seen: list[list[tuple[bool, ...]]]
     ) -> Tensor:
-        """One pass of some texts, then turns of special tokens: each on some of the rows, and what they see of them."""
-        with torch.no_grad(), early_exit(self.lm, self.layer):
+        """One pass of some texts, then passes of special tokens: each on some of the rows, with what they see of them."""
+        with torch.no_grad(), early_exit(self.lm, self.gem_config.layer):
             text = text_pass(self.lm, ids_BT, mask_BT)
         out = []
         for present, flags in zip(rows, seen, strict=True):
             some = text if present == list(range(len(mask_BT))) else text.rows(present)
             flags_BT, _ = left_pad(flags)
             seen_BT = nn.functional.pad(flags_BT.bool(), (some.mask_BT.shape[1] - flags_BT.shape[1], 0))
-            with early_exit(self.lm, self.layer):
+            with early_exit(self.lm, self.gem_config.layer):
                 specials = special_pass(
                     self.lm,
                     some,
-                    self.special_ids,
-                    shared_position=self.shared_position,
+                    self.gem_config.special_ids,
+                    shared_position=self.gem_config.shared_position,
                     seen_BT=seen_BT.to(self.device),
                 )
             assert specials.hidden_BKD is not None
-            out.append(pool(specials.hidden_BKD, self.pooling))
+            out.append(pool(specials.hidden_BKD, self.gem_config.pooling))
         return torch.cat(out)
 
     # Trained base: one masked pass
 
-    def _ntp_masked(self, rows: list[Row], own: int, computed: Computed) -> Tensor:
-        laid_out = [build_inputs(r, self.special_ids, shared_position=self.shared_position) for r in rows]
+    def _ntp_masked(self, rows: list[Row], own: int, counts: TokenCounts) -> Tensor:
+        laid_out = [
+            build_inputs(r, self.gem_config.special_ids, shared_position=self.gem_config.shared_position) for r in rows
+        ]
         for at, row in enumerate(laid_out[own:], start=own):
             laid_out[at] = replace(row, labels=[IGNORED] * len(row.labels))
         found = []
-        for _, batch in self._masked_batches(laid_out, computed):
+        for _, batch in self._masked_batches(laid_out, counts):
             out = masked_pass(self.lm, batch, body_only=self.plain_head)
             found.append(self._at_targets(out[:, :-1], batch.labels_BT[:, 1:]))
         return self._loss(found)
 
-    def _embed_masked(self, views: list[View], computed: Computed) -> Tensor:
+    def _embed_masked(self, views: list[View], counts: TokenCounts) -> Tensor:
         laid_out = []
         for view in views:
-            row = build_inputs(Row("split", view.ids), self.special_ids, shared_position=self.shared_position)
+            row = build_inputs(
+                Row("split", view.ids), self.gem_config.special_ids, shared_position=self.gem_config.shared_position
+            )
             hide = [
                 Segment.HIDDEN if at < len(view.seen) and not view.seen[at] else s for at, s in enumerate(row.segments)
             ]
             laid_out.append(RowInputs(row.ids, hide, row.positions, row.labels))
         out: list[Tensor] = []
         order: list[int] = []
-        for group, batch in self._masked_batches(laid_out, computed, rows=self.contrastive_chunk_size):
+        for group, batch in self._masked_batches(laid_out, counts, rows=self.contrastive_chunk_size):
             out.append(self._chunk(self._embed_rows, batch))
             order += group
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 
     def _embed_rows(self, batch: MaskedBatch) -> Tensor:
-        with early_exit(self.lm, self.layer):
+        with early_exit(self.lm, self.gem_config.layer):
             hidden_BTD = masked_pass(self.lm, batch, body_only=True)
-        return pool_hidden_states(hidden_BTD, batch.segments_BT, self.pooling)
+        return pool_hidden_states(hidden_BTD, batch.segments_BT, self.gem_config.pooling)
 
     def _masked_batches(
-        self, laid_out: list[RowInputs], computed: Computed, *, rows: int | None = None
+        self, laid_out: list[RowInputs], counts: TokenCounts, *, rows: int | None = None
     ) -> list[tuple[list[int], MaskedBatch]]:
         batches = []
         for group in self._groups([len(c.ids) for c in laid_out], rows=rows):
             batch = MaskedBatch.of(
-                [laid_out[i] for i in group], shared_position=self.shared_position, device=self.device
+                [laid_out[i] for i in group], shared_position=self.gem_config.shared_position, device=self.device
             )
-            computed.add(batch.segments_BT != Segment.PAD)
+            counts.add(batch.segments_BT != Segment.PAD)
             batches.append((group, batch))
         return batches
+
+
+@torch.no_grad()
+def has_plain_head(lm: PreTrainedModel) -> bool:
+    """Return whether the model's logits are its output head's output, unchanged. Runs two tokens."""
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        return False
+    ids_BT = torch.tensor([[1, 0]], device=lm.device)
+    logits_BTV = lm(input_ids=ids_BT, use_cache=False).logits
+    return torch.equal(logits_BTV, head(lm.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state))
+
+
+def target_loss(lm: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    """Return the summed cross-entropy of the output head's logits.
+
+    Args:
+        lm: A model with a plain head (`has_plain_head`).
+        hidden_ND: Last hidden states at the positions that have a target.
+        targets_N: Token ids. All of them count.
+    """
+    head = lm.get_output_embeddings()
+    on_cpu = hidden_ND.device.type == "cpu"
+    autocast = torch.is_autocast_enabled(hidden_ND.device.type)
+    small = targets_N.numel() <= _CPU_CHUNK
+    emulated = on_cpu and (autocast or hidden_ND.dtype != torch.float32)  # linear_cross_entropy is slow there
+    if small or emulated or not hasattr(F, "linear_cross_entropy"):
+        return next_token_loss(head(hidden_ND), targets_N)
+    weight_VD, bias_V = head.weight, head.bias
+    if autocast:
+        dtype = torch.get_autocast_dtype(hidden_ND.device.type)
+        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+    chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CPU_CHUNK if on_cpu else None)
+    return F.linear_cross_entropy(
+        hidden_ND, weight_VD, targets_N, linear_bias=bias_V, reduction="sum", options=chunks
+    ).float()

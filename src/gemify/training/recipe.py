@@ -1,16 +1,17 @@
-"""A training run written down: every choice with its default, named presets, YAML in and out."""
+"""The recipe of a training run: every choice with its default, named presets, YAML in and out."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
+from huggingface_hub.dataclasses import type_validator
 
 from gemify.io.errors import first_line
 from gemify.model.adapter import TUNES, Tune
@@ -22,11 +23,12 @@ from gemify.paper.schedule import Schedule
 from gemify.paper.views import VIEW_KINDS, ViewKind, Views
 
 Precision = Literal["auto", "fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All choices of a run. Contradictions raise ValueError at once, in one line."""
+    """All choices of a run. Contradictions raise ValueError, in one line."""
 
     base: str = "starter"
     tune: Tune = "gated"
@@ -102,15 +104,20 @@ class Recipe:
     eval_steps: int = 50
 
     def __post_init__(self) -> None:
-        _one_of("tune", self.tune, TUNES)
-        _one_of("pooling", self.pooling, POOLINGS)
-        _one_of("view", self.view, VIEW_KINDS)
-        _one_of("precision", self.precision, get_args(Precision))
+        for name, allowed in (("tune", TUNES), ("pooling", POOLINGS), ("view", VIEW_KINDS), ("precision", PRECISIONS)):
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
         require_special_tokens(self.special_tokens, tune=self.tune, pooling=self.pooling)
         require_template(self.template, k=self.special_tokens)
         require_layer(self.layer)
         if self.special_names is not None and len(self.special_names) != self.special_tokens:
             raise ValueError(f"special_tokens is {self.special_tokens}, but {len(self.special_names)} names are given")
+        require_kernel(self.attn_implementation)
+        self._check_ranges()
+        self._check_rows()
+        self._check_contrast()
+
+    def _check_ranges(self) -> None:
         positive = ("rank", "batch_size", "gradient_accumulation_steps", "group_tokens", "shuffle_buffer", "save_steps")
         for name in (*positive, "save_total_limit", "eval_steps", "min_length"):
             if getattr(self, name) < 1:
@@ -124,9 +131,8 @@ class Recipe:
             raise ValueError(f"min_length must be at least 2 (a row is split in two), got {self.min_length}")
         if self.contrastive_chunk_size is not None and self.contrastive_chunk_size < 1:
             raise ValueError(f"contrastive_chunk_size must be at least 1, got {self.contrastive_chunk_size}")
-        require_kernel(self.attn_implementation)
-        schedule, _ = self.schedule, self.views
-        contrastive = schedule.alpha(self.max_steps - 1) > 0.0
+
+    def _check_rows(self) -> None:
         if self.frozen_base and self.mix:
             raise ValueError(
                 f"mix = {self.mix} contradicts tune {self.tune!r}: with a frozen base raw rows teach nothing"
@@ -141,6 +147,10 @@ class Recipe:
             raise ValueError(
                 f"gradient_checkpointing contradicts tune {self.tune!r}: no gradient runs through the text"
             )
+
+    def _check_contrast(self) -> None:
+        schedule, _ = self.schedule, self.views  # both check their values
+        contrastive = schedule.alpha(self.max_steps - 1) > 0.0
         if contrastive and self.contrastive_batch_size is not None and self.contrastive_batch_size < 2:
             raise ValueError(
                 f"contrastive_batch_size must be at least 2 (else no negatives), got {self.contrastive_batch_size}"
@@ -150,31 +160,43 @@ class Recipe:
 
     @property
     def frozen_base(self) -> bool:
+        """Whether the base model's weights stay as they are."""
         return self.tune in ("gated", "tokens")
 
     @property
     def p(self) -> float:
-        """The share of raw rows, its default resolved."""
+        """The share of raw rows: ``mix``, or its default."""
         if self.mix is not None:
             return self.mix
         return 0.0 if self.frozen_base else 0.8 if self.special_tokens else 1.0
 
     @property
     def schedule(self) -> Schedule:
+        """Alpha and learning rate of each step."""
         names = ("max_steps", "ntp_steps", "ramp_steps", "alpha_final", "lr", "contrastive_lr", "warmup_steps")
         return Schedule(**{n: getattr(self, n) for n in names})
 
     @property
     def views(self) -> Views:
+        """How the contrastive views are made."""
         return Views(self.view, self.drop_rate, self.drop_both)
 
     def to_yaml(self) -> str:
+        """Return the recipe as YAML text, every field included."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
     @staticmethod
     def from_dict(values: Mapping[str, Any], *, source: str = "the recipe") -> Recipe:
-        """Build from plain values; unknown names and wrong types raise ValueError."""
+        """Build a recipe from plain values.
+
+        Args:
+            values: Fields by name. Lists become tuples, and text and whole numbers become numbers where one is wanted.
+            source: Where the values come from, for error messages.
+
+        Raises:
+            ValueError: A name is unknown, a value has the wrong type, or values contradict each other.
+        """
         hints = get_type_hints(Recipe)
         if unknown := sorted(set(values) - set(hints)):
             raise ValueError(f"{source} has unknown entries {unknown}: known are {', '.join(hints)}")
@@ -182,21 +204,24 @@ class Recipe:
         for name, value in values.items():
             if isinstance(value, list):
                 value = tuple(value)
-            if isinstance(value, str) and float in _choices(hints[name]):
-                try:
-                    value = float(value)  # YAML reads 1e-3 as a string
-                except ValueError:
-                    pass
-            if isinstance(value, int) and not isinstance(value, bool) and float in _choices(hints[name]):
-                value = float(value)
-            if not _fits(value, hints[name]):
-                raise ValueError(f"{source}: {name} must be {_words(hints[name])}, got {value!r}")
+            elif type(value) in (int, str) and float in (hints[name], *get_args(hints[name])):
+                with contextlib.suppress(ValueError):
+                    value = float(value)  # YAML reads 1e-3 as text
+            try:
+                # Which one of a few words: __post_init__ checks that.
+                type_validator(name, value, str if get_origin(hints[name]) is Literal else hints[name])
+            except TypeError as error:
+                raise ValueError(f"{source}: {name} must be {_describe(hints[name])}, got {value!r}") from error
             checked[name] = value
         return Recipe(**checked)
 
     @staticmethod
     def read_yaml(path: Path) -> dict[str, Any]:
-        """The entries of a YAML recipe (to be overridden by flags, then given to `from_dict`)."""
+        """Read the entries of a YAML recipe, for `from_dict`.
+
+        Raises:
+            ValueError: The file is missing, is not YAML, or holds something else than names and values.
+        """
         if not path.is_file():
             raise ValueError(f"no such recipe file: {path}")
         try:
@@ -232,40 +257,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(allowed)}")
-
-
-def _choices(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    for choice in _choices(hint):
-        if get_origin(choice) is Literal:
-            if isinstance(value, str):  # which one is checked with a better message in __post_init__
-                return True
-        elif get_origin(choice) is tuple:
-            if isinstance(value, tuple) and all(isinstance(v, str) for v in value):
-                return True
-        elif choice is type(None):
-            if value is None:
-                return True
-        elif isinstance(value, choice) and (choice is bool or not isinstance(value, bool)):
-            return True
-    return False
-
-
-def _words(hint: Any) -> str:
+def _describe(hint: Any) -> str:
+    """A type in words: "a whole number or none"."""
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "none"}
     names = []
-    for choice in _choices(hint):
+    for choice in get_args(hint) if get_origin(hint) is types.UnionType else (hint,):
         if get_origin(choice) is Literal:
             names.append("one of " + ", ".join(get_args(choice)))
-        elif get_origin(choice) is tuple:
-            names.append("a list of names")
         else:
-            names.append(
-                {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(choice, "none")
-            )
+            names.append(words.get(choice, "a list of names"))
     return " or ".join(names)

@@ -16,18 +16,22 @@ from gemify.io.vectors import normalize
 class Encoder(Protocol):
     """Anything that embeds texts as sentence-transformers does."""
 
-    def encode(self, inputs: list[str], *, batch_size: int = 32) -> Any: ...
+    def encode(self, inputs: list[str], *, batch_size: int = 32) -> Any:
+        """Return vectors [N, D] of N texts."""
+        ...
 
 
 @dataclass(frozen=True)
 class Pair:
+    """Two sentences, and how similar people found them."""
+
     sentence1: str
     sentence2: str
     score: float
 
 
 def read_pairs(path: Path) -> list[Pair]:
-    """Pairs from JSON lines with ``sentence1``, ``sentence2`` and ``score`` (.jsonl or .jsonl.gz)."""
+    """Read pairs from rows with ``sentence1``, ``sentence2`` and ``score``; ValueError if there are fewer than two."""
     rows = load_rows(path, {"sentence1": str, "sentence2": str, "score": (int, float)})
     if len(rows) < 2:
         raise ValueError(f"{path} holds {len(rows)} pair: a correlation needs at least two")
@@ -35,7 +39,7 @@ def read_pairs(path: Path) -> list[Pair]:
 
 
 def spearman(encoder: Encoder, pairs: list[Pair], *, batch_size: int = 64) -> float:
-    """100 times Spearman's rho, MTEB's STS metric (cosine)."""
+    """Return 100 times Spearman's rho of cosine similarities and scores: MTEB's STS metric."""
     texts = [t for p in pairs for t in (p.sentence1, p.sentence2)]
     vectors = normalize(encoder.encode(texts, batch_size=batch_size), dtype=np.float64)
     cosine = (vectors[0::2] * vectors[1::2]).sum(axis=1)

@@ -1,8 +1,8 @@
-"""The base model writes the second view of a text itself: paraphrases, questions and search words for contrast.
+"""Contrastive pairs that a language model writes: paraphrases, questions and search words of plain texts.
 
-A text with some tokens deleted is a poor second view: telling it from other texts is soon too easy to teach anything.
-A model that writes can do better, from unlabelled text alone. Each task below asks the base for one short piece of text
-about a given one; the two become a pair (``anchor``, ``positive``) for `gemify train`. Departs from GEM, Section 3.3,
+A text with some tokens deleted is a poor second view: it is soon too easy to tell from other texts. A model that writes
+can do better, from unlabelled text alone. Each task below asks the base for one short text about a given one; the two
+become a pair (``anchor``, ``positive``) for `gemify train`. Departs from GEM, Section 3.3,
 which drops tokens; docs/log/ has the figures of both.
 
     paraphrase  the same in other words               sentence and sentence
@@ -31,8 +31,8 @@ from gemify.model.forward import left_pad, text_pass
 from gemify.model.kv_cache import select
 from gemify.training.data import Source
 
-_BLOCK = 1024  # texts written about between two saves
-_HERE = "\N{OBJECT REPLACEMENT CHARACTER}"  # where the text stands in a chat template
+_BLOCK = 1024  # texts between two saves
+_PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the text in a chat template
 
 _SHOTS = (
     (
@@ -56,19 +56,22 @@ _SHOTS = (
 
 @dataclass(frozen=True)
 class Task:
-    """One thing to ask for. ``chat``: the request to a chat model (none: shown by examples, as to a base model)."""
+    """One kind of text to ask for."""
 
     name: str
     label: str
+    """What stands before the answer in the examples."""
     chat: str | None
-    shortest: float
-    """Shortest and longest piece of writing to keep, in characters as a share of the text's."""
-    longest: float
-    most_tokens: int
+    """The request to a chat model. None: shown by examples, as to a base model."""
+    min_ratio: float
+    """Shortest answer to keep, in characters of the text's."""
+    max_ratio: float
+    """Longest answer to keep, in characters of the text's."""
+    max_new_tokens: int
 
     def limit(self, tokens: int) -> int:
-        """Most tokens to write about a text of so many."""
-        return min(self.most_tokens, round(tokens * self.longest) + 4)
+        """Return the most tokens to write about a text of ``tokens`` tokens."""
+        return min(self.max_new_tokens, round(tokens * self.max_ratio) + 4)
 
 
 TASKS: dict[str, Task] = {
@@ -83,10 +86,12 @@ TASKS: dict[str, Task] = {
 
 @dataclass(frozen=True)
 class PairConfig:
-    """All that decides what is written: a run that was stopped goes on only with the same."""
+    """Everything that decides which pairs are written. A stopped run resumes only with the same values."""
 
     base: str
+    """The model that writes: a directory, a repo id, a GGUF file or ``starter``."""
     data: str
+    """A file of rows or a Hugging Face data set (`gemify.training.data.Source`)."""
     tasks: tuple[str, ...] = ("paraphrase",)
     count: int = 10_000
     """Texts to read; each task writes about each of them."""
@@ -108,16 +113,16 @@ class PairConfig:
 
 
 class PairGenerator:
-    """Asks a language model for one task about many texts. The part of the request before the text runs once."""
+    """Asks a language model for one task about many texts. The request's part before the text runs once."""
 
     def __init__(self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
         self.lm, self.tokenizer, self.task = lm, tokenizer, task
         self.by_chat = bool(task.chat and tokenizer.chat_template)
-        before, after = self._request()
+        prefix, suffix = self._request()
         # A space before the text belongs to its first word's token.
-        self._lead = " " if before.endswith(" ") else ""
-        self.before_ids = self._ids(before.removesuffix(" "))
-        self.after_ids = self._ids(after)
+        self._lead = " " if prefix.endswith(" ") else ""
+        self.prefix_ids = self._ids(prefix.removesuffix(" "))
+        self.suffix_ids = self._ids(suffix)
         ends = lm.generation_config.eos_token_id
         self.end_ids: list[int] = [*ends] if isinstance(ends, list) else [] if ends is None else [ends]
         if not self.by_chat:  # shown by examples: what is asked for ends with its line
@@ -127,10 +132,10 @@ class PairGenerator:
     def _request(self) -> tuple[str, str]:
         if self.by_chat:
             assert self.task.chat is not None
-            messages = [{"role": "user", "content": self.task.chat.format(_HERE)}]
+            messages = [{"role": "user", "content": self.task.chat.format(_PLACEHOLDER)}]
             asked: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            before, after = asked.split(_HERE)
-            return before, after
+            prefix, suffix = asked.split(_PLACEHOLDER)
+            return prefix, suffix
         shots = "".join(f"Text: {text}\n{self.task.label}: {said[self.task.name]}\n\n" for text, said in _SHOTS)
         return f"{shots}Text: ", f"\n{self.task.label}:"
 
@@ -140,22 +145,30 @@ class PairGenerator:
 
     @torch.inference_mode()
     def __call__(self, texts: Sequence[str], *, max_tokens: int = 16_384) -> Iterator[tuple[int, str, bool]]:
-        """(place in ``texts``, what was written, whether it came to its end), in order of length."""
-        rows = [self._ids(self._lead + t) + self.after_ids for t in texts] if texts else []
+        """Write about each text, in order of length.
+
+        Args:
+            texts: The texts.
+            max_tokens: Most tokens of a batch, padding included.
+
+        Yields:
+            The text's index, what was written, and whether it came to its end.
+        """
+        rows = [self._ids(self._lead + t) + self.suffix_ids for t in texts] if texts else []
         device = self.lm.device
-        head_1T, mask_1T = left_pad([self.before_ids])
-        head = text_pass(self.lm, head_1T.to(device), mask_1T.to(device)).cache
-        limits = [self.task.limit(len(r) - len(self.after_ids)) for r in rows]
-        lengths = [len(self.before_ids) + len(r) + limits[i] for i, r in enumerate(rows)]
+        prefix_1T, mask_1T = left_pad([self.prefix_ids])
+        cache = text_pass(self.lm, prefix_1T.to(device), mask_1T.to(device)).cache
+        limits = [self.task.limit(len(r) - len(self.suffix_ids)) for r in rows]
+        lengths = [len(self.prefix_ids) + len(r) + limits[i] for i, r in enumerate(rows)]
         # Writing a token costs reading all weights: large groups, though they hold more padding.
         for group in length_groups(lengths, max_tokens=max_tokens, pass_overhead_tokens=512):
             ids_BT, mask_BT = left_pad([rows[i] for i in group])
-            ids_BT = torch.cat([head_1T.expand(len(group), -1), ids_BT], dim=1).to(device)
+            ids_BT = torch.cat([prefix_1T.expand(len(group), -1), ids_BT], dim=1).to(device)
             mask_BT = torch.cat([mask_1T.expand(len(group), -1), mask_BT], dim=1).to(device)
             written_BT = self.lm.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT.long(),
-                past_key_values=select(head, [0] * len(group)),
+                past_key_values=select(cache, [0] * len(group)),
                 max_new_tokens=max(limits[i] for i in group),
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
@@ -171,11 +184,18 @@ class PairGenerator:
 
 
 def passes_filter(task: Task, text: str, written: str, ended: bool) -> bool:
-    """Whether a piece of writing can teach anything: whole, not the text again, of fit length, and about the text."""
+    """Return whether an answer makes a useful pair: complete, not the text itself, of fitting length, about the text.
+
+    Args:
+        task: What was asked for.
+        text: The text.
+        written: The answer.
+        ended: Whether the answer came to its end.
+    """
     text = text.strip()
     if not ended or not written or written == text or "\n" in written:
         return False
-    if not task.shortest * len(text) <= len(written) <= task.longest * len(text):
+    if not task.min_ratio * len(text) <= len(written) <= task.max_ratio * len(text):
         return False
     return not _words(text).isdisjoint(_words(written))
 
@@ -186,7 +206,7 @@ def _words(text: str) -> set[str]:
 
 
 def write_pairs(
-    order: PairConfig,
+    config: PairConfig,
     output: Path,
     *,
     resume: bool = False,
@@ -194,61 +214,78 @@ def write_pairs(
     precision: str = "auto",
     show_progress_bar: bool = True,
 ) -> dict[str, int]:
-    """Write ``output`` (JSON lines: anchor, positive, task) and return how many pairs of each task it holds.
+    """Write pairs for contrast to a file of JSON lines (anchor, positive, task).
 
-    Until all is written the rows are in ``output.part``, saved every 1,024 texts; ``resume`` goes on from there.
+    Until all is written the rows are in ``OUTPUT.part``, saved every 1,024 texts.
+
+    Args:
+        config: What to write.
+        output: The .jsonl file.
+        resume: Go on from ``OUTPUT.part``.
+        device: Where the model runs. None: the accelerator if there is one.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        show_progress_bar: Show a progress bar on stderr.
+
+    Returns:
+        How many pairs of each task the file holds.
+
+    Raises:
+        ValueError: The file exists, the data is too short, or the run to resume had other values.
     """
     part = output.with_name(output.name + ".part")
     if output.suffix != ".jsonl":
         raise ValueError(f"cannot write pairs to {output}: give a name that ends in .jsonl")
     if output.exists():
         raise ValueError(f"{output} exists: choose another name")
-    source = Source(order.data, order.text_column)
-    done = _done(part, order, resume=resume)
+    source = Source(config.data, config.text_column)
+    done = _done(part, config, resume=resume)
     bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available() and device != "cpu")
-    lm, tokenizer = load_base(order.base, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    writers = [PairGenerator(lm, tokenizer, TASKS[name]) for name in order.tasks]
-    texts = islice(_texts(source, tokenizer, order), order.skip, order.skip + order.count)
+    lm, tokenizer = load_base(config.base, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    generators = [PairGenerator(lm, tokenizer, TASKS[name]) for name in config.tasks]
+    texts = islice(_texts(source, tokenizer, config), config.skip, config.skip + config.count)
     if next(islice(texts, done - 1, None) if done else iter([""]), None) is None:
-        raise ValueError(f"{order.data} holds fewer texts than {part} has: it is not the data of that run")
+        raise ValueError(f"{config.data} holds fewer texts than {part} has: it is not the data of that run")
     if not part.exists():  # only now: a base or data that cannot be read leaves nothing behind
-        _append(part, [{"order": asdict(order)}])
+        _append(part, [{"order": asdict(config)}])
     with tqdm(
-        total=order.count * len(writers), initial=done * len(writers), unit="piece", disable=not show_progress_bar
+        total=config.count * len(generators),
+        initial=done * len(generators),
+        unit="piece",
+        disable=not show_progress_bar,
     ) as bar:
         while block := list(islice(texts, _BLOCK)):
             rows = []
-            for writer in writers:
-                for at, written, ended in writer(block):
-                    if passes_filter(writer.task, block[at], written, ended):
-                        rows.append({"anchor": block[at], "positive": written, "task": writer.task.name})
+            for generator in generators:
+                for at, written, ended in generator(block):
+                    if passes_filter(generator.task, block[at], written, ended):
+                        rows.append({"anchor": block[at], "positive": written, "task": generator.task.name})
                     bar.update()
             done += len(block)
             _append(part, [*rows, {"done": done}])
     if not done:
         part.unlink()
         raise ValueError(
-            f"{order.data} holds no text of {order.min_length} to {order.max_length} tokens after the first {order.skip}"
+            f"{config.data} holds no text of {config.min_length} to {config.max_length} tokens after the first {config.skip}"
         )
-    return _finish(part, output, order)
+    return _finish(part, output, config)
 
 
-def _texts(source: Source, tokenizer: PreTrainedTokenizerBase, order: PairConfig) -> Iterator[str]:
+def _texts(source: Source, tokenizer: PreTrainedTokenizerBase, config: PairConfig) -> Iterator[str]:
     for example in source:
         text = example.text.strip()
-        if order.min_length <= len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= order.max_length:
+        if config.min_length <= len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= config.max_length:
             yield text
 
 
-def _done(part: Path, order: PairConfig, *, resume: bool) -> int:
-    """How many texts an earlier run is done with; rows of an unfinished block are cut off."""
+def _done(part: Path, config: PairConfig, *, resume: bool) -> int:
+    """How many texts an earlier run has finished; rows of an unfinished block are dropped."""
     if not part.exists():
         return 0
     if not resume:
         raise ValueError(f"{part} exists: add --resume to go on with it, or choose another --output")
     lines = part.read_bytes().split(b"\n")
     before = json.loads(lines[0])["order"]
-    now = json.loads(json.dumps(asdict(order)))
+    now = json.loads(json.dumps(asdict(config)))
     if changed := [name for name in now if now[name] != before.get(name)]:
         raise ValueError(
             f"cannot resume with other settings: {changed[0]} was {before.get(changed[0])!r}, is {now[changed[0]]!r}"
@@ -266,8 +303,8 @@ def _append(part: Path, rows: list[dict[str, Any]]) -> None:
     sync(part)
 
 
-def _finish(part: Path, output: Path, order: PairConfig) -> dict[str, int]:
-    counts = dict.fromkeys(order.tasks, 0)
+def _finish(part: Path, output: Path, config: PairConfig) -> dict[str, int]:
+    counts = dict.fromkeys(config.tasks, 0)
     with atomic_file(output) as stage, stage.open("w", encoding="utf-8") as file:
         for line in part.read_text(encoding="utf-8").split("\n"):  # not splitlines: a text may hold U+2028
             if line.startswith('{"anchor"'):

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.trainer_utils import rotate_checkpoints
 
 from gemify.io.atomic import atomic_file, sync
-from gemify.io.signals import StopRequestedError
+from gemify.io.signals import StopRequestedError, stop_signals
 from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
 from gemify.model.throughput import peak_memory_bytes, throughput
@@ -38,7 +38,14 @@ from gemify.training.batches import Batches
 from gemify.training.callbacks import Progress, StopOnSignal
 from gemify.training.data import Source
 from gemify.training.distributed import all_reduce_sum, barrier
-from gemify.training.fsdp import Sharded, gather_weights, is_sharded, lm_weights, load_weights, unshard_root
+from gemify.training.fsdp import (
+    ShardedTrainer,
+    gather_weights,
+    is_sharded,
+    load_weights,
+    select_lm_weights,
+    unshard_root,
+)
 from gemify.training.objective import Objective
 from gemify.training.recipe import Recipe
 from gemify.training.sts import Pair, read_pairs, spearman
@@ -67,7 +74,7 @@ class _GemTrainer(Trainer):
         self._since = time.perf_counter()
 
     def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
-        # Not prepared by accelerate: a micro-batch is already this process's share, and moves to the device itself.
+        # Not prepared by accelerate: a micro-batch is already this process's shard, and moves to the device itself.
         self._since = time.perf_counter()
         # A generator of its own: starting an iterator draws a seed, which would move the random state on a resume.
         return DataLoader(self.batches, batch_size=None, generator=torch.Generator())
@@ -87,7 +94,7 @@ class _GemTrainer(Trainer):
                 self._parts[name] = self._parts.get(name, 0.0) + float(part.detach()) * share
         self._parts.update(alpha=inputs["batch"].alpha, scale=losses.scale)
         for name in ("tokens", "padding"):
-            self._parts[name] = self._parts.get(name, 0) + getattr(losses.computed, name)
+            self._parts[name] = self._parts.get(name, 0) + getattr(losses.counts, name)
         return (losses.total, None) if return_outputs else losses.total
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -101,21 +108,21 @@ class _GemTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            parts, self._parts = self._of_all(self._parts), {}
+            parts, self._parts = self._reduce(self._parts), {}
             before, self._since = self._since, time.perf_counter()
             parts["seconds"] = round(self._since - before, 3)
             logs = {**logs, **parts, "peak_memory_mb": round(peak_memory_bytes() / 2**20, 1)}
         super().log(logs, start_time)
 
-    def _of_all(self, parts: dict[str, float]) -> dict[str, float]:
-        """What was measured in this process, put together with the others': losses are means, columns sums."""
+    def _reduce(self, parts: dict[str, float]) -> dict[str, float]:
+        """Combine this process's measurements with the others': means of losses, sums of token counts."""
         world = self.args.world_size
         weights = {"ntp": 1.0 / world, "contrastive": 1.0 / world, "tokens": 1, "padding": 1}
         names = [name for name in weights if name in parts]
         sums = all_reduce_sum([parts[name] for name in names], self.args.device)
-        together = {name: total * weights[name] for name, total in zip(names, sums, strict=True)}
-        together.update({name: int(together[name]) for name in ("tokens", "padding") if name in together})
-        return {**parts, **together}
+        reduced = {name: total * weights[name] for name, total in zip(names, sums, strict=True)}
+        reduced.update({name: int(reduced[name]) for name in ("tokens", "padding") if name in reduced})
+        return {**parts, **reduced}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         assert self.pairs is not None
@@ -132,7 +139,9 @@ class _GemTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """As a GEM. The objective's whole weights are given where this process holds a part of them."""
         directory = Path(output_dir or self.args.output_dir)
-        self.gem.save_pretrained(directory, weights=None if state_dict is None else lm_weights(self.gem, state_dict))
+        self.gem.save_pretrained(
+            directory, weights=None if state_dict is None else select_lm_weights(self.gem, state_dict)
+        )
         t = self._objective().temperature.t if state_dict is None else state_dict["temperature.t"]
         save_file({"t": t.detach().cpu().reshape(())}, directory / _TEMPERATURE_FILE)
 
@@ -178,8 +187,8 @@ class _GemTrainer(Trainer):
             rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
 
 
-class _ShardedGemTrainer(Sharded, _GemTrainer):
-    """The same with weights cut up over the processes."""
+class _ShardedGemTrainer(ShardedTrainer, _GemTrainer):
+    """The same with weights sharded over the processes."""
 
 
 def train(
@@ -191,11 +200,23 @@ def train(
     show_progress_bar: bool = True,
     on_ready: Callable[[GemModel], None] | None = None,
 ) -> tuple[GemModel, dict[str, Any]]:
-    """Run a recipe and save the GEM to ``output``. Returns the model and the summary also written there.
+    """Run a recipe and save the GEM to a directory.
 
-    With ``resume`` the run goes on from its last complete checkpoint, with the same batches, losses and weights as if
-    it had never stopped. Raises ValueError for anything the user can mend, FloatingPointError when the loss is no
-    number, `StopRequestedError` after a signal.
+    Args:
+        recipe: The run's choices.
+        output: The run's directory; see the layout at the top of this file.
+        resume: Go on from the last complete checkpoint, with the batches, losses and weights of an uninterrupted run.
+        device: Where to train. None: the accelerator if there is one.
+        show_progress_bar: Show a progress bar on stderr.
+        on_ready: Called with the untrained model.
+
+    Returns:
+        The trained GEM, and the summary that ``summary.json`` holds.
+
+    Raises:
+        ValueError: The recipe, the data or the directory needs a change by the user.
+        FloatingPointError: The loss became infinite or not a number.
+        StopRequestedError: A signal stopped the run after a checkpoint.
     """
     sharded = is_sharded(recipe, device)
     checkpoint = _prepare(recipe, output, resume=resume)
@@ -211,7 +232,7 @@ def train(
     runs_on = torch.device("cuda") if sharded and torch.cuda.is_available() else gem.device
     arguments = _arguments(recipe, output, device=runs_on, evaluated=pairs is not None)
     if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process drives one device; more of them are for `accelerate launch`
+        arguments._n_gpu = 1  # one process drives one device; several devices are for `accelerate launch`
     batches = Batches(
         recipe,
         source,
@@ -221,9 +242,9 @@ def train(
         world=arguments.world_size,
     )
     next(iter(batches))  # unreadable or too little data shows now, before anything is written
-    barrier()  # every process has found the directory as it should be: now one may write to it
-    with StopOnSignal() as stopper:
-        progress = Progress(output, show=show_progress_bar)
+    barrier()  # every process has checked the directory: now one may write to it
+    with stop_signals() as flag:
+        stopper = StopOnSignal(flag)
         trainer = (_ShardedGemTrainer if sharded else _GemTrainer)(
             gem,
             recipe,
@@ -231,50 +252,64 @@ def train(
             pairs,
             model=objective,
             args=arguments,
-            callbacks=[progress, stopper],
+            callbacks=[Progress(output, show=show_progress_bar), stopper],
             eval_dataset=[] if pairs else None,
         )
-        trainer.remove_callback(ProgressCallback)
-        trainer.remove_callback(PrinterCallback)
-        if recipe.gradient_checkpointing:
-            gem.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if arguments.should_save:
-            with atomic_file(output / RECIPE_FILE) as stage:
-                stage.write_text(recipe.to_yaml(), encoding="utf-8")
-        if checkpoint is not None:
-            batches.start_step = int(json.loads((checkpoint / _STATE_FILE).read_text())["global_step"])
-        if arguments.process_index:
-            _seed(recipe.seed + arguments.process_index)  # the processes' dropout differs
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if stopper.agreed and trainer.state.global_step < recipe.max_steps:
+        _run(trainer, output, checkpoint)
+    if stopper.stopped and trainer.state.global_step < recipe.max_steps:
         raise StopRequestedError(
             f"stopped at step {trainer.state.global_step} of {recipe.max_steps}; go on with --resume"
         )
-    gem.lm.eval()
-    summary = _summary(gem, recipe, trainer, pairs)
-    weights = lm_weights(gem, gather_weights(objective)) if sharded else None
+    return _finish(trainer, output, objective)
+
+
+def _run(trainer: _GemTrainer, output: Path, checkpoint: Path | None) -> None:
+    """Write the recipe and run the steps, from a checkpoint if there is one."""
+    recipe, arguments = trainer.recipe, trainer.args
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    if recipe.gradient_checkpointing:
+        trainer.gem.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if arguments.should_save:
+        with atomic_file(output / RECIPE_FILE) as stage:
+            stage.write_text(recipe.to_yaml(), encoding="utf-8")
+    if checkpoint is not None:
+        trainer.batches.start_step = int(json.loads((checkpoint / _STATE_FILE).read_text())["global_step"])
+    if arguments.process_index:
+        _seed(recipe.seed + arguments.process_index)  # the processes' dropout differs
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _finish(trainer: _GemTrainer, output: Path, objective: Objective) -> tuple[GemModel, dict[str, Any]]:
+    """Save the trained GEM and its summary, and return both."""
+    gem = trainer.gem
+    gem.lm.eval()
+    summary = _summary(trainer)
+    weights = select_lm_weights(gem, gather_weights(objective)) if objective.sharded else None
+    if trainer.args.should_save:
         gem.save_pretrained(output, weights=weights)
         with atomic_file(output / SUMMARY_FILE) as stage:
             stage.write_text(json.dumps(summary, indent=2) + "\n")
-    if sharded:  # the caller gets a whole model
+    if objective.sharded:  # the caller gets a whole model
         barrier()
         gem = GemModel.from_pretrained(output, device="cpu")
     return gem, summary
 
 
 def build_objective(recipe: Recipe, device: str | None, *, sharded: bool = False) -> tuple[GemModel, Objective]:
-    """The model a run starts from, and what it descends. One that will be cut up is first whole in main memory."""
+    """Build the model a run starts from, and its objective.
+
+    Args:
+        recipe: The run's choices.
+        device: Where the model goes. A model to be sharded is first whole in main memory.
+        sharded: Whether its weights will be sharded.
+    """
     gem = _model(recipe, device, sharded=sharded)
-    _require_room(recipe, gem)
+    _require_positions(recipe, gem)
     objective = Objective(
         gem.lm,
         gem.adapter,
-        special_ids=gem.special_ids,
-        frozen_base=recipe.frozen_base,
-        shared_position=recipe.shared_position,
-        pooling=recipe.pooling,
-        layer=recipe.layer,
+        gem.config,
         group_tokens=recipe.group_tokens,
         contrastive_chunk_size=recipe.contrastive_chunk_size,
         sharded=sharded,
@@ -283,7 +318,7 @@ def build_objective(recipe: Recipe, device: str | None, *, sharded: bool = False
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
+    """Return the newest complete checkpoint of a run, or None."""
     found = [p for p in (output / CHECKPOINTS).glob("checkpoint-*") if (p / _STATE_FILE).is_file()]
     return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
@@ -302,7 +337,7 @@ def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
     if not path.is_file():
         if output.exists() and any(output.iterdir()):
             raise ValueError(f"{output} holds no {RECIPE_FILE}: there is no run to resume")
-        return None  # killed before it began: begin
+        return None  # killed before the first file was written
     before = Recipe.from_dict(Recipe.read_yaml(path), source=str(path))
     if changed := [f.name for f in dataclasses.fields(Recipe) if getattr(before, f.name) != getattr(recipe, f.name)]:
         name = changed[0]
@@ -350,20 +385,20 @@ def _device(device: str | None) -> str | None:
     return f"cuda:{rank}" if device is None and rank is not None and torch.cuda.is_available() else device
 
 
-def _require_room(recipe: Recipe, gem: GemModel) -> None:
-    """A reconstruction row holds its text twice, a contrastive one the template: refuse what outruns the positions."""
+def _require_positions(recipe: Recipe, gem: GemModel) -> None:
+    """Refuse rows longer than the model's positions: a reconstruction row holds its text twice, a view the template."""
     k, template = gem.config.k, gem.config.max_text_tokens - gem.max_seq_length
     longest = recipe.max_length + k + max(recipe.max_length + 1, template)
-    room = max_positions(gem.lm) or longest
-    if longest > room:
+    limit = max_positions(gem.lm) or longest
+    if longest > limit:
         raise ValueError(
-            f"rows of max_length {recipe.max_length} take up to {longest} positions, {recipe.base} has {room}:"
-            f" set --max-length to at most {min((room - k - 1) // 2, room - k - template)}"
+            f"rows of max_length {recipe.max_length} take up to {longest} positions, {recipe.base} has {limit}:"
+            f" set --max-length to at most {min((limit - k - 1) // 2, limit - k - template)}"
         )
 
 
 def uses_bf16(recipe: Recipe, device: str | None) -> bool:
-    """Whether a run computes in bfloat16."""
+    """Return whether a run computes in bfloat16."""
     if recipe.precision == "auto":
         return torch.cuda.is_available() and device != "cpu" and torch.cuda.is_bf16_supported()
     return recipe.precision == "bf16"
@@ -399,7 +434,8 @@ def _arguments(recipe: Recipe, output: Path, *, device: torch.device, evaluated:
     )
 
 
-def _summary(gem: GemModel, recipe: Recipe, trainer: _GemTrainer, pairs: list[Pair] | None) -> dict[str, Any]:
+def _summary(trainer: _GemTrainer) -> dict[str, Any]:
+    gem, pairs = trainer.gem, trainer.pairs
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]  # those before a resume too
     last = steps[-1]
     tokens, padding, seconds = (sum(entry[name] for entry in steps) for name in ("tokens", "padding", "seconds"))
