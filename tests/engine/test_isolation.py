@@ -74,26 +74,26 @@ def test_buffers_have_room_for_rows_that_may_come_and_no_more(gem: GemModel) -> 
         return tuple(cache.layers[0].buffers[0].shape)
 
     for length in (10, 20, 5):
-        cache.join(text(length))
+        cache.add_row(text(length))
     for _ in range(2000):
         for index in range(len(cache.layers)):
             cache.update(torch.ones(3, 2, 1, 8), torch.ones(3, 2, 1, 8), index)
     assert shape()[0] <= 4
-    cache.join(text(4000))
+    cache.add_row(text(4000))
     assert shape()[0] <= 6
     assert shape()[2] <= 6000
-    cache.leave(3)
-    cache.trim(cache.columns - 2020)
+    cache.remove_row(3)
+    cache.trim_left(cache.length - 2020)
     assert shape()[2] <= 3030
-    assert cache.row(0, 2010)[0][0].eq(1).all()
+    assert cache.copy_row(0, 2010)[0][0].eq(1).all()
 
 
 def test_what_a_row_left_behind_is_not_what_another_is_padded_with(gem: GemModel) -> None:
     cache = RunningCache(gem.lm)
     for length, value in ((30, 1.0), (30, float("nan"))):
-        cache.join([(torch.full((1, 2, length, 8), value),) * 2 for _ in cache.layers])
-    cache.leave(1)
-    cache.join([(torch.ones(1, 2, 4, 8),) * 2 for _ in cache.layers])
+        cache.add_row([(torch.full((1, 2, length, 8), value),) * 2 for _ in cache.layers])
+    cache.remove_row(1)
+    cache.add_row([(torch.ones(1, 2, 4, 8),) * 2 for _ in cache.layers])
     assert all(layer.keys.isfinite().all() and layer.values.isfinite().all() for layer in cache.layers)
 
 

@@ -22,7 +22,7 @@ from gemify.evaluation.recovery import (
     select_texts_by_length,
     token_f1,
 )
-from gemify.model.encode import TextTokenizer
+from gemify.model.tokenization import TextTokenizer
 
 
 @pytest.mark.parametrize(

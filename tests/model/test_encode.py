@@ -16,8 +16,8 @@ import tiny_models
 from gemify import GemModel
 from gemify.model import compile, encode
 from gemify.model.batching import length_groups
-from gemify.model.encode import TextTokenizer
 from gemify.model.forward import MaskedBatch, masked_pass
+from gemify.model.tokenization import TextTokenizer
 from gemify.paper.tokens import Row, build_inputs
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -59,7 +59,7 @@ def test_a_shifted_cache_is_that_of_the_text_at_its_new_place(name: str, by: int
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "cohere2", "opt", "mistral-window"])
 def test_positions_that_cannot_be_shifted_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="cannot be joined"):
+    with pytest.raises(ValueError, match="cannot be concatenated"):
         require_shiftable(tiny_models.build(name))
 
 

@@ -11,7 +11,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import tiny_models
-from gemify.model.encode import TextTokenizer
+from gemify.model.tokenization import TextTokenizer
 from gemify.paper.tokens import Row
 from gemify.training.batches import Batches
 from gemify.training.data import Example, Source

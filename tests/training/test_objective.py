@@ -13,8 +13,8 @@ import gemify.training.objective as objective_module
 import tiny_models
 from conftest import disturb, objective
 from gemify import GemModel
-from gemify.model.encode import TextTokenizer
 from gemify.model.forward import MaskedBatch, masked_pass
+from gemify.model.tokenization import TextTokenizer
 from gemify.paper.objectives import info_nce, next_token_loss
 from gemify.paper.tokens import build_inputs, raw_row, reconstruction_row, split_row
 from gemify.paper.views import View, full_view

@@ -43,7 +43,7 @@ class RunningBatch:
     @property
     def padded_length(self) -> int:
         """Positions of the cache, padding included."""
-        return self._cache.columns if self._lengths else 0
+        return self._cache.length if self._lengths else 0
 
     def add(self, text: CachedText, logits_BV: Tensor, *, position: int | None = None) -> None:
         """Append a row that continues a text.
@@ -54,7 +54,7 @@ class RunningBatch:
             position: position id of its next token; None: right after the text.
         """
         T = text.mask_BT.shape[1]
-        self._cache.join(key_values(text.cache))
+        self._cache.add_row(key_values(text.cache))
         self._lengths.append(T)
         self._positions.append(T if position is None else position)
         self.logits_BV = torch.cat([self.logits_BV, logits_BV]) if len(self) > 1 else logits_BV
@@ -67,12 +67,12 @@ class RunningBatch:
         if not self._lengths:
             self._reset()
             return
-        self._cache.leave(row)
+        self._cache.remove_row(row)
         rows = list(range(len(self) + 1))
         rows[row] = rows[-1]
         self.logits_BV = self.logits_BV[rows[:-1]]
         if (spare := self.padded_length - max(self._lengths)) >= max(_MIN_TRIM, self.padded_length // 4):
-            self._cache.trim(spare)
+            self._cache.trim_left(spare)
 
     def step(self, tokens: Sequence[int]) -> None:
         """Run one token for each row, and keep the logits of the next ones."""
@@ -93,5 +93,5 @@ class RunningBatch:
     def copy_row(self, row: int) -> CachedText:
         """Copy all that a row has run."""
         length = self._lengths[row]
-        cache = from_key_values(self.lm, self._cache.row(row, length), into=new_full_cache(self.lm))
+        cache = from_key_values(self.lm, self._cache.copy_row(row, length), into=new_full_cache(self.lm))
         return CachedText(cache, torch.ones(1, length, dtype=torch.bool, device=self.lm.device))

@@ -40,7 +40,7 @@ class GeneratedSequence:
         """
         params = self.request.sampling
         token = argmax_id if params.is_greedy else self._sampler.sample(logits_V)
-        stopped = self._pieces.add([token])
+        stopped = self._pieces.append([token])
         finished = stopped or token in self._pieces.eos_ids or len(self.ids) >= params.max_tokens
         if finished:
             self._pieces.finish()

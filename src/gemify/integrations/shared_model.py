@@ -1,4 +1,4 @@
-"""What the LangChain and LlamaIndex classes share: one loaded model behind all of them, and its settings in their words."""
+"""Shared by the LangChain and LlamaIndex classes: one loaded model behind all of them, and its settings."""
 
 from __future__ import annotations
 

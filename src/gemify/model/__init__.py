@@ -1,0 +1,1 @@
+"""The model: a base language model with special tokens, that embeds and generates."""

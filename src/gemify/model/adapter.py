@@ -1,16 +1,22 @@
 """Weights that act at special-token positions only: the only file that knows PEFT's LoRA internals.
 
-Two parts, both switched by one context, `gate(columns_BT)`:
+Two parts, both switched by one context, `gate(gated_BT)`:
 
-- `GatedLora`: a PEFT LoRA variant. In every adapted linear layer it adds the low-rank term to the gated columns alone.
-- `SpecialRows`: the special tokens' own input embeddings. At gated columns they replace what the embedding table says.
+- `GatedLora`: a PEFT LoRA variant. In every adapted linear layer it adds the low-rank term at gated positions alone.
+- `SpecialRows`: the special tokens' own input embeddings. At gated positions they replace the embedding table's rows.
 
-With no gate open, or none in the batch, every layer returns what the base layer returned, untouched: the base model's
-logits, KV cache and generated text stay as they are to the last bit. The output head is never touched, also where it
-is tied to the embedding table.
+Without an open gate, or with no gated position in the batch, every layer returns what the base layer returned: the base
+model's logits, KV cache and generated text stay equal to the last bit. The output head's weights are never changed, not
+even where they are tied to the embedding table.
 
-On disk this is a stock PEFT directory: an aLoRA adapter whose invocation tokens are the special tokens (or, without
+On disk this is a plain PEFT directory: an aLoRA adapter whose invocation tokens are the special tokens (or, without
 LoRA, PEFT's trainable tokens), so that PEFT alone gives the same embedding for ``text S``.
+
+One detail of the output head is mended here. Where only the last position's logits are wanted, transformers gives the
+head a slice of the hidden states. PyTorch folds such a slice into one matrix only if the head's weight wants a
+gradient; for a frozen weight it multiplies row by row, and on a CPU copies the whole table for each row: 0.26 seconds a
+row in bfloat16 for 49,152 tokens, against 0.01 for all rows. A copy of the slice, which is small, gives the frozen head
+the path of an unfrozen one, with the same bits (`speed_up_frozen_head`).
 """
 
 from __future__ import annotations
@@ -32,16 +38,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gemify.model.base import STARTER, STARTER_REPO
-from gemify.model.config import TUNES as TUNES
-from gemify.model.config import GemConfig
-from gemify.model.config import Tune as Tune
+from gemify.model.config import GemConfig, Tune
 
 ADAPTER_FILE = "adapter_model.safetensors"
 _NAME = "default"
 
 
 class AdapterSettings(TypedDict, total=False):
-    """LoRA's settings, in PEFT's words. `Adapter` has the defaults."""
+    """LoRA's settings, named as in PEFT. `Adapter` has the defaults."""
 
     rank: int
     lora_alpha: float | None
@@ -51,17 +55,21 @@ class AdapterSettings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class _Gate:
-    columns_BT: Tensor  # bool: where the trained weights act
-    which_BT: Tensor  # int: which special token stands there (0 elsewhere)
-    index_N: Tensor  # int: the True columns' numbers among all B * T
+    gated_BT: Tensor
+    """True where the trained weights act."""
+    special_index_BT: Tensor
+    """Which special token stands there (0 elsewhere)."""
+    flat_index_N: Tensor
+    """Indices of the gated positions among all B * T."""
     everywhere: bool
+    """Whether all positions are gated."""
 
 
 _open: ContextVar[_Gate | None] = ContextVar("gemify_gate", default=None)
 
 
 class _Traced:
-    """The gate of a function that is being compiled: the compiler reads no context variable."""
+    """The gate of a function that is being compiled: the compiler cannot read a context variable."""
 
     gate: _Gate | None = None
 
@@ -70,28 +78,32 @@ _traced = _Traced()
 
 
 def current_gate() -> _Gate | None:
-    """The gate that is open, or None."""
+    """Return the open gate, or None."""
     return _traced.gate if torch.compiler.is_compiling() else _open.get()
 
 
 def with_gate(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """``forward`` with the open gate as one more argument, the first, so that it can be compiled."""
+    """Return ``forward`` with the gate as a further first argument, so that it can be compiled."""
 
-    def taking(opened: _Gate | None, *args: Any, **kwargs: Any) -> Any:
+    def gated_forward(opened: _Gate | None, *args: Any, **kwargs: Any) -> Any:
         _traced.gate = opened
         output = forward(*args, **kwargs)
         _traced.gate = None
         return output
 
-    return taking
+    return gated_forward
 
 
 @contextlib.contextmanager
-def gate(columns_BT: Tensor) -> Iterator[None]:
-    """Let the trained weights act at the True columns. The special tokens stand there in order, once a row."""
-    which_BT = (columns_BT.long().cumsum(-1) - 1).clamp_(min=0)
-    index_N = columns_BT.flatten().nonzero()[:, 0]  # once a pass: every layer would wait for it otherwise
-    token = _open.set(_Gate(columns_BT, which_BT, index_N, index_N.numel() == columns_BT.numel()))
+def gate(gated_BT: Tensor) -> Iterator[None]:
+    """Let the trained weights act at some positions, inside this context and in this thread.
+
+    Args:
+        gated_BT: True at the special tokens, which stand there in order, once per row.
+    """
+    special_index_BT = (gated_BT.long().cumsum(-1) - 1).clamp_(min=0)
+    flat_index_N = gated_BT.flatten().nonzero()[:, 0]  # once per pass: every layer would wait for it otherwise
+    token = _open.set(_Gate(gated_BT, special_index_BT, flat_index_N, flat_index_N.numel() == gated_BT.numel()))
     try:
         yield
     finally:
@@ -99,29 +111,37 @@ def gate(columns_BT: Tensor) -> Iterator[None]:
 
 
 class GatedLora(LoraVariant):
-    """LoRA on the gated columns of the layer's input, nothing elsewhere. Not mergeable, by nature."""
+    """LoRA at the gated positions of a layer's input. It cannot be merged into the weights."""
 
     def supports_lora_conversion(self) -> bool:
+        """Return False: no plain LoRA acts at some positions only."""
         return False
 
     @staticmethod
     def init(module: LoraLayer, adapter_name: str, **kwargs: Any) -> None:
-        pass
+        """Initialise nothing: the weights are LoRA's."""
 
     @staticmethod
     def merge_safe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> Tensor:
+        """Refuse to merge."""
         raise ValueError("a gated adapter acts at the special tokens only and cannot be merged: train with --tune lora")
 
     @staticmethod
     def merge_unsafe(module: LoraLayer, active_adapter: str, orig_weight: Tensor) -> None:
+        """Refuse to merge."""
         GatedLora.merge_safe(module, active_adapter, orig_weight)
 
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Add the low-rank term at the gated positions of the base layer's output.
+
+        Raises:
+            RuntimeError: The layer sees only a part of the tokens.
+        """
         opened = current_gate()
         if opened is None:
             return result
-        shape, count = opened.columns_BT.shape, opened.columns_BT.numel()
+        shape, count = opened.gated_BT.shape, opened.gated_BT.numel()
         if x.shape[:-1] != shape and x.shape[:-1] != (count,):  # some blocks flatten [B, T, D] to [B * T, D]
             raise RuntimeError(
                 f"a layer got {tuple(x.shape[:-1])} tokens where {count} were expected: it sees only a part"
@@ -131,49 +151,62 @@ class GatedLora(LoraVariant):
         dropout, scaling = module.lora_dropout[active_adapter], module.scaling[active_adapter]
         if opened.everywhere:
             return result + b(a(dropout(x.to(a.weight.dtype)))) * scaling
-        index_N = opened.index_N.to(x.device)
+        index_N = opened.flat_index_N.to(x.device)
         gated_ND = x.flatten(0, -2)[index_N].to(a.weight.dtype)
         delta = (b(a(dropout(gated_ND))) * scaling).to(result.dtype)
-        if not torch.is_grad_enabled() and result.is_contiguous():  # the layer's own fresh output: no copy of all of it
+        if not torch.is_grad_enabled() and result.is_contiguous():  # the layer's own output: no copy of it
             result.view(-1, result.shape[-1]).index_add_(0, index_N, delta)
             return result
         return result.flatten(0, -2).index_add(0, index_N, delta).view_as(result)
 
 
 class SpecialRows(nn.Module):
-    """The k special tokens' input embeddings, [k, D], put in place of the table's rows at gated columns."""
+    """The special tokens' input embeddings, [k, D], which replace the table's rows at gated positions."""
 
     def __init__(self, rows_KD: Tensor) -> None:
         super().__init__()
         self.rows_KD = nn.Parameter(rows_KD.clone())
 
     def attach(self, lm: PreTrainedModel) -> None:
+        """Hook the rows into a model's embedding table."""
         table = lm.get_input_embeddings()
         scale = getattr(table, "embed_scale", None)  # Gemma-like tables scale in their forward
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             opened = _open.get()
-            if opened is None or args[0].shape != opened.columns_BT.shape:
+            if opened is None or args[0].shape != opened.gated_BT.shape:
                 return args
             # An added token may have no row in the table: any valid id does, its row is replaced below.
-            return (args[0].masked_fill(opened.columns_BT.to(args[0].device), 0), *args[1:])
+            return (args[0].masked_fill(opened.gated_BT.to(args[0].device), 0), *args[1:])
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             opened = _open.get()
-            if opened is None or args[0].shape != opened.columns_BT.shape:
+            if opened is None or args[0].shape != opened.gated_BT.shape:
                 return output
-            columns = opened.columns_BT.to(output.device)
-            rows = self.rows_KD[opened.which_BT.to(output.device)[columns]]
+            gated_BT = opened.gated_BT.to(output.device)
+            rows = self.rows_KD[opened.special_index_BT.to(output.device)[gated_BT]]
             if scale is not None:
                 rows = rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
-            return output.index_put(torch.where(columns), rows.to(output.dtype))
+            return output.index_put(torch.where(gated_BT), rows.to(output.dtype))
 
         table.register_forward_pre_hook(before)
         table.register_forward_hook(after)
 
 
 class Adapter(nn.Module):
-    """All that a ``gated``, ``tokens`` or ``lora`` GEM has learned, attached to a base model in place."""
+    """The trained weights of a ``gated``, ``tokens`` or ``lora`` GEM, attached to a base model in place.
+
+    Args:
+        lm: The base model. Its weights are frozen.
+        tune: Which weights are trained.
+        special_ids: Ids of the k special tokens.
+        rows_KD: First values of their embeddings.
+        rank: LoRA's rank.
+        lora_alpha: LoRA's scale times the rank. None: the rank.
+        lora_dropout: Dropout before the low-rank term, in training.
+        target_modules: Layers that get a LoRA, named as in PEFT.
+        base_name: The base model's name, for ``adapter_config.json``.
+    """
 
     def __init__(
         self,
@@ -195,7 +228,7 @@ class Adapter(nn.Module):
         self._embedding_name = next(n for n, m in lm.named_modules() if m is lm.get_input_embeddings())
         lm.requires_grad_(False)
         speed_up_frozen_head(lm)
-        self._peft: list[PeftModel] = []  # in a list: its parameters are the language model's, not ours to register
+        self._peft: list[PeftModel] = []  # in a list, so that the language model's parameters are not registered here
         if tune in ("gated", "lora"):
             config = LoraConfig(
                 task_type="CAUSAL_LM",
@@ -209,7 +242,7 @@ class Adapter(nn.Module):
             if tune == "gated":
                 for layer in self._lora_layers(lm):
                     layer.lora_variant[_NAME] = GatedLora()
-                    layer.cast_input_dtype_enabled = False  # every layer's whole input, also with no gate open
+                    layer.cast_input_dtype_enabled = False  # it would cast every layer's whole input, gate or no gate
         self.rows = SpecialRows(rows_KD)
         self.rows.attach(lm)
         self.rows.to(lm.device)
@@ -219,11 +252,12 @@ class Adapter(nn.Module):
         return [m for m in lm.modules() if isinstance(m, LoraLayer)]
 
     def set_training(self, training: bool) -> None:
-        """Switch the dropout inside the adapter, and nothing else."""
+        """Switch the adapter's dropout, and nothing else."""
         for layer in self._lora_layers(self._peft[0]) if self._peft else []:
             layer.lora_dropout.train(training)
 
     def lora_parameters(self) -> list[nn.Parameter]:
+        """Return the LoRA matrices; the special tokens' rows are not among them."""
         return [p for n, p in self._peft[0].named_parameters() if "lora_" in n] if self._peft else []
 
     def _row_key(self) -> str:
@@ -231,12 +265,13 @@ class Adapter(nn.Module):
         return f"base_model.model.{self._embedding_name}{inner}.trainable_tokens_delta"
 
     def state(self) -> dict[str, Tensor]:
-        """The learned tensors under the names that PEFT gives them."""
+        """Return copies of the trained tensors on the CPU, named as in PEFT."""
         lora = get_peft_model_state_dict(self._peft[0], save_embedding_layers=False) if self._peft else {}
         state = lora | ({self._row_key(): self.rows.rows_KD} if self.special_ids else {})
         return {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Load trained tensors named as in PEFT; ValueError if they do not fit this base model or configuration."""
         state = dict(state)
         rows = state.pop(self._row_key(), self.rows.rows_KD[:0])
         if rows.shape != self.rows.rows_KD.shape:
@@ -252,7 +287,7 @@ class Adapter(nn.Module):
             set_peft_model_state_dict(self._peft[0], state)
 
     def save(self, directory: Path) -> None:
-        """Write ``adapter_config.json`` and ``adapter_model.safetensors``, readable by stock PEFT."""
+        """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT alone can read."""
         config: PeftConfig
         if self._peft:
             config = self._peft[0].peft_config[_NAME]
@@ -272,10 +307,11 @@ class Adapter(nn.Module):
         save_file(self.state(), directory / ADAPTER_FILE, metadata={"format": "pt"})
 
     def load(self, directory: Path) -> None:
+        """Load the tensors that `save` wrote."""
         self.load_state(load_file(directory / ADAPTER_FILE))
 
     def save_without_rows(self, directory: Path, *, special_id: int) -> None:
-        """Write a gated adapter of one special token, for a base whose table holds its row: plain LoRA tensors only."""
+        """Write a gated adapter of one special token without its row, for a base whose table holds the row."""
         config = copy.copy(self._peft[0].peft_config[_NAME])
         config.alora_invocation_tokens, config.trainable_token_indices = [special_id], None
         config.base_model_name_or_path, config.inference_mode = None, True
@@ -285,7 +321,10 @@ class Adapter(nn.Module):
         save_file(state, directory / ADAPTER_FILE, metadata={"format": "pt"})
 
     def unload(self, lm: PreTrainedModel) -> PreTrainedModel:
-        """The plain language model, its adapter (not gated ones) folded in, its table as it was. Ends the adapter."""
+        """Return the plain language model: ``lora`` folded in, other adapters removed, its table unchanged.
+
+        Ends the adapter.
+        """
         if not self._peft:
             return lm
         peft = self._peft.pop()
@@ -293,7 +332,7 @@ class Adapter(nn.Module):
         return plain
 
     def merge(self) -> PreTrainedModel:
-        """The plain language model with ordinary LoRA folded in and the special rows written to its table."""
+        """Return the plain language model with ``lora`` folded in and the special tokens' rows in its table."""
         if self.tune != "lora":
             raise ValueError(
                 f"only an ordinary LoRA can be merged, this adapter is {self.tune!r}: train with --tune lora"
@@ -307,7 +346,7 @@ class Adapter(nn.Module):
 def attach_adapter(
     lm: PreTrainedModel, config: GemConfig, rows_KD: Tensor, settings: AdapterSettings
 ) -> Adapter | None:
-    """The adapter that a GEM's configuration asks for, on its model; none where the model itself is trained."""
+    """Attach the adapter that a GEM's configuration asks for. None where the model itself is trained (``full``)."""
     if config.tune == "full":
         return None
     return Adapter(
@@ -321,7 +360,7 @@ def attach_adapter(
 
 
 def read_adapter_settings(directory: Path) -> AdapterSettings:
-    """The settings `Adapter` needs to be rebuilt from a saved directory."""
+    """Read the settings of a saved adapter, to make an `Adapter` that can load it."""
     config = PeftConfig.from_pretrained(str(directory))
     if not isinstance(config, LoraConfig):
         return {}
@@ -333,25 +372,17 @@ def read_adapter_settings(directory: Path) -> AdapterSettings:
     }
 
 
-# The output head of a frozen model, kept fast.
-#
-# Where only the last column's logits are asked, transformers hands the head a slice of the hidden states. PyTorch folds
-# such a slice into one matrix only if the head's weight wants a gradient; for a frozen weight it multiplies row by row, and
-# on a CPU copies the whole table for each: 0.26 seconds a row in bfloat16 for 49,152 words, against 0.01 for all rows. A
-# copy of the slice, which is small, brings the frozen head onto the path of the unfrozen one, with the same bits.
-
-
 def speed_up_frozen_head(lm: PreTrainedModel) -> None:
-    """From now on the head of ``lm`` gets hidden states [B, T, D] that can be seen as one matrix."""
+    """Give the model's output head contiguous hidden states: see the top of this file."""
     head = lm.get_output_embeddings()
     if head is not None:
-        head.register_forward_pre_hook(_one_matrix)
+        head.register_forward_pre_hook(_make_contiguous)
 
 
-def _one_matrix(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+def _make_contiguous(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     hidden_BTD = inputs[0]
     if isinstance(hidden_BTD, Tensor) and hidden_BTD.dim() == 3:
-        rows, columns, _ = hidden_BTD.stride()
-        if rows != columns * hidden_BTD.shape[1]:
+        row_stride, position_stride, _ = hidden_BTD.stride()
+        if row_stride != position_stride * hidden_BTD.shape[1]:
             return (hidden_BTD.clone(memory_format=torch.contiguous_format), *inputs[1:])
     return None

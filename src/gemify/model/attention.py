@@ -1,11 +1,11 @@
 """The GEM mask inside transformers: the only file that knows how transformers builds attention masks.
 
-transformers builds every layer's mask through `AttentionMaskInterface`, by the name of the attention kernel. We wrap
-the built-in builders once, under their own names: while `gem_mask(segments)` is open, the wrapper ANDs the GEM rule
-(paper/mask.py) to whatever the model asked for (causal, sliding window, chunks, packing, padding); at all other times
-it calls the built-in with the very arguments it got, so a plain forward pass is untouched.
+transformers builds every layer's mask through `AttentionMaskInterface`, by the name of the attention kernel. This file
+wraps the built-in builders once, under their own names. Inside `gem_mask` the wrapper ANDs the GEM rule (paper/mask.py)
+to the model's own mask (causal, sliding window, chunks, packing, padding). Outside it calls the built-in with the
+arguments it got, so that a plain forward pass is unchanged.
 
-What cannot carry the mask is refused by `require_maskable`: flash-attention (its builder ignores mask functions) and
+`require_maskable` refuses models that cannot carry the mask: flash-attention (its builder ignores mask functions) and
 models with a recurrent or convolutional state (text reaches the suffix past any mask).
 """
 
@@ -21,18 +21,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-from gemify.paper.mask import allowed
+from gemify.paper.mask import may_attend
 from gemify.paper.tokens import Segment
 
 WRAPPED = ("sdpa", "eager", "flex_attention")
 
 
 class MaskNotUsedError(RuntimeError):
-    """A forward pass ran under `gem_mask`, but built no attention mask from it."""
+    """A forward pass ran inside `gem_mask` but built no attention mask from it."""
 
 
 class _Request:
-    """One open `gem_mask`: the segments, and whether any layer's mask was really built from them."""
+    """One open `gem_mask`: the segments, and whether a layer's mask was built from them."""
 
     def __init__(self, segments_BT: Tensor, *, shared_position: bool) -> None:
         self.segments_BT = segments_BT
@@ -45,11 +45,14 @@ _open: ContextVar[_Request | None] = ContextVar("gemify_mask", default=None)
 
 @contextlib.contextmanager
 def gem_mask(segments_BT: Tensor, *, shared_position: bool = True) -> Iterator[None]:
-    """Run the forward passes inside under the GEM mask.
+    """Run forward passes under the GEM mask, inside this context and in this thread.
 
-    ``segments_BT``: `Segment` codes of all columns the queries may look at, cached ones included. With
-    ``shared_position`` every special token's sliding window is measured from the place of the first. Raises `MaskNotUsedError`
-    at the end if no mask was built from it (another thread, or an attention kernel we did not wrap).
+    Args:
+        segments_BT: `Segment` codes of all positions that queries may look at, cached ones included.
+        shared_position: Measure every special token's sliding window from the position of the first one.
+
+    Raises:
+        MaskNotUsedError: No mask was built from it: the pass ran in another thread, or with another attention kernel.
     """
     _install()
     request = _Request(segments_BT, shared_position=shared_position)
@@ -63,12 +66,12 @@ def gem_mask(segments_BT: Tensor, *, shared_position: bool = True) -> Iterator[N
 
 
 def _anchors(segments_BT: Tensor) -> Tensor:
-    """For every column the one its window is measured from: a run of special tokens stands at the place of its first."""
+    """For every position the one its sliding window is measured from: a run of special tokens has that of its first."""
     special_BT = segments_BT == Segment.SPECIAL
-    column_BT = torch.arange(segments_BT.shape[1], device=segments_BT.device).expand_as(segments_BT)
+    position_BT = torch.arange(segments_BT.shape[1], device=segments_BT.device).expand_as(segments_BT)
     starts_BT = special_BT & ~torch.nn.functional.pad(special_BT, (1, 0))[:, :-1]
-    run_start_BT = (column_BT * starts_BT).cummax(dim=1).values
-    return torch.where(special_BT, run_start_BT, column_BT)
+    run_start_BT = (position_BT * starts_BT).cummax(dim=1).values
+    return torch.where(special_BT, run_start_BT, position_BT)
 
 
 def _gem_function(model_function: Callable[..., Any], request: _Request, device: Any) -> Callable[..., Any]:
@@ -80,7 +83,7 @@ def _gem_function(model_function: Callable[..., Any], request: _Request, device:
             seen = model_function(batch, head, query, key)
         else:
             seen = model_function(batch, head, anchor_BT[batch, query], key) | (query == key)
-        return seen & allowed(segments_BT[batch, query], segments_BT[batch, key], query, key)
+        return seen & may_attend(segments_BT[batch, query], segments_BT[batch, key], query, key)
 
     return function
 
@@ -100,7 +103,7 @@ def _wrap(build: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _install() -> None:
-    """Wrap the built-in builders, once a process (and again if someone has replaced one since)."""
+    """Wrap the built-in builders once per process, and again if another package has replaced one."""
     for name in WRAPPED:
         build = ALL_MASK_ATTENTION_FUNCTIONS[name]
         if not getattr(build, "gemify", False):
@@ -108,7 +111,10 @@ def _install() -> None:
 
 
 def require_kernel(kernel: str | None) -> None:
-    """Refuse an attention kernel whose mask we cannot shape (flash-attention would silently stay plain causal)."""
+    """Check an attention kernel's name.
+
+    ValueError if it cannot carry the mask (flash-attention would stay plain causal).
+    """
     if kernel is not None and kernel not in WRAPPED:
         raise ValueError(
             f"attention kernel {kernel!r} cannot carry the GEM mask: load the model with attn_implementation='sdpa'"
@@ -118,11 +124,14 @@ def require_kernel(kernel: str | None) -> None:
 
 @torch.no_grad()
 def require_maskable(lm: PreTrainedModel) -> None:
-    """Try the mask on the model itself, and refuse the model if text leaks past it.
+    """Try the mask on a model. Costs one forward pass over two rows of 12 tokens.
 
-    A row ``prefix S suffix`` in which the special token is cut off from the prefix too: then no suffix logit may
-    change when the prefix does. Attention-only models give exactly 0; a recurrent or convolutional state shows at
-    once. No model names, no architecture lists. Costs one forward pass over two rows of 12 tokens.
+    In a row ``prefix S suffix`` whose special token is cut off from the prefix too, no suffix logit may change with the
+    prefix. Attention-only models give a difference of exactly 0; a recurrent or convolutional state shows at once. No
+    list of architectures is needed.
+
+    Raises:
+        ValueError: Text leaks past the mask, or the model builds no mask.
     """
     require_kernel(lm.config._attn_implementation)
     vocabulary = lm.get_input_embeddings().weight.shape[0]

@@ -188,7 +188,7 @@ def _load_starter(**loading: Unpack[Loading]) -> tuple[PreTrainedModel, PreTrain
 
 
 def default_device() -> torch.device:
-    """The accelerator if there is one, else the CPU."""
+    """Return the accelerator if there is one, else the CPU."""
     if torch.accelerator.is_available():
         return torch.device(torch.accelerator.current_accelerator() or "cpu")
     return torch.device("cpu")
@@ -209,23 +209,34 @@ def hide_progress_bars() -> Iterator[None]:
 
 
 def choose_special_tokens(
-    tokenizer: PreTrainedTokenizerBase, k: int, *, wanted: Sequence[str] | None = None, taken: Sequence[int] = ()
+    tokenizer: PreTrainedTokenizerBase, k: int, *, names: Sequence[str] | None = None, excluded_ids: Sequence[int] = ()
 ) -> list[str]:
-    """Names of the k special tokens: ``wanted`` if given, else reserved unused control tokens, else new ones.
+    """Choose the names of the k special tokens: given ones, else reserved control tokens, else new names.
 
-    A control token counts as unused if it is none of the tokenizer's named roles (BOS, EOS, padding, unknown), does not
-    occur in the chat template, and is not among the ids ``taken`` (those that end a generation, say). Names that the
-    tokenizer does not know yet are to be added (`special_token_ids`).
+    A control token is free if it has no role in the tokenizer (BOS, EOS, padding, unknown) and does not occur in the
+    chat template.
+
+    Args:
+        tokenizer: The base model's.
+        k: How many.
+        names: The names to use.
+        excluded_ids: Ids that are not free, such as those that end a generation.
+
+    Returns:
+        Names. Those that the tokenizer does not know are added by `special_token_ids`.
+
+    Raises:
+        ValueError: ``names`` are not k different names.
     """
-    if wanted is not None:
-        if len(set(wanted)) != k:
-            raise ValueError(f"{k} special tokens need {k} different names, got {list(wanted)}")
-        return list(wanted)
+    if names is not None:
+        if len(set(names)) != k:
+            raise ValueError(f"{k} special tokens need {k} different names, got {list(names)}")
+        return list(names)
     template = (
         tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else str(tokenizer.chat_template or "")
     )
     roles = {t for v in tokenizer.special_tokens_map.values() for t in ([v] if isinstance(v, str) else v)}
-    controls = [t for i, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special and i not in taken]
+    controls = [t for i, t in sorted(tokenizer.added_tokens_decoder.items()) if t.special and i not in excluded_ids]
     free = [t.content for t in controls if t.content not in roles and t.content not in template]
     free.sort(key=lambda name: "reserved" not in name and "unused" not in name)  # stable: reserved ones first
     if len(free) >= k:
@@ -234,7 +245,11 @@ def choose_special_tokens(
 
 
 def special_token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) -> list[int]:
-    """Ids of the special tokens; those the tokenizer does not know are added to it."""
+    """Return the special tokens' ids, and add unknown names to the tokenizer.
+
+    Raises:
+        ValueError: A name is an ordinary token.
+    """
     vocabulary = tokenizer.get_vocab()
     new = [n for n in names if n not in vocabulary]
     if new:
@@ -255,7 +270,7 @@ def special_token_ids(tokenizer: PreTrainedTokenizerBase, names: Sequence[str]) 
 
 @torch.no_grad()
 def initial_rows(lm: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """First values [k, D] of the special tokens' embeddings: the token's own row if it has one, else the table's mean."""
+    """Return first embeddings [k, D] of the special tokens: the table's row if there is one, else the mean."""
     table = lm.get_input_embeddings().weight
     rows_KD = table.float().mean(0).to(table.dtype).repeat(len(ids), 1)
     for row_D, i in zip(rows_KD, ids, strict=True):
@@ -265,7 +280,7 @@ def initial_rows(lm: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def grow_table(lm: PreTrainedModel, ids: Sequence[int], rows_KD: Tensor) -> None:
-    """Make room in the embedding table for added tokens (needed where the table itself is trained or merged)."""
+    """Add rows for new tokens to the embedding table, where the table itself is trained or merged into."""
     table = lm.get_input_embeddings().weight
     if max(ids, default=0) < table.shape[0]:
         return

@@ -1,4 +1,4 @@
-"""A GEM's configuration: `config_gemify.json` beside the ordinary Hugging Face files, and where saved GEMs are found."""
+"""A GEM's configuration, `config_gemify.json`, and where saved GEMs are found."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from gemify.model.pooling import POOLINGS, Pooling
 from gemify.model.tokenization import PLAIN, require_template
 
 Tune = Literal["gated", "tokens", "lora", "full"]
-"""Which weights are trained: LoRA at the special tokens and their rows, the rows alone, LoRA everywhere, or all weights."""
+"""Which weights are trained: LoRA at the special tokens and their rows, the rows alone, LoRA everywhere, or all
+weights."""
 TUNES: tuple[Tune, ...] = get_args(Tune)
 CONFIG_FILE = "config_gemify.json"
 FORMAT_VERSION = 1

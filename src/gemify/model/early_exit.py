@@ -1,9 +1,9 @@
-"""A read-out layer below the last: passes that are made for their vectors alone need not run what lies above it.
+"""Early exit: passes made for their vectors alone stop at the layer that the embedding is read from.
 
-A decoder runs its list of layers from the first to the last and then its final norm. While `early_exit` is open in a
-thread, that list ends earlier for this thread: the final norm then reads the state after layer n, which keeps the
-vectors' scale what it is for the last layer (intermediate states have a few very large channels). The weights are the
-model's own, and other threads, such as one that generates with the same model, run all layers as ever.
+A decoder runs its list of layers from the first to the last and then its final norm. Inside `early_exit` that list ends
+earlier for the current thread. The final norm then reads the state after layer n, which gives vectors the scale they
+have at the last layer (intermediate states have a few very large channels). The weights are the model's own. Other
+threads, such as one that generates with the same model, run all layers.
 """
 
 from __future__ import annotations
@@ -18,73 +18,82 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-_until: ContextVar[int | None] = ContextVar("gemify_layers", default=None)
-_ready: WeakSet[nn.Module] = WeakSet()
+_limit: ContextVar[int | None] = ContextVar("gemify_layers", default=None)
+_enabled: WeakSet[nn.Module] = WeakSet()
 
 
 class Layers(nn.ModuleList):
-    """A decoder's layers as its forward reads them: where the thread's context says so, the first ones only.
+    """A decoder's layers as its forward reads them: only the first ones inside `early_exit`.
 
-    What walks the modules themselves (weights, hooks, devices) sees all of them.
+    Code that walks the modules themselves (weights, hooks, devices) sees all of them.
     """
 
     def __len__(self) -> int:
-        return len(self._modules) if (until := _until.get()) is None else min(until, len(self._modules))
+        return len(self._modules) if (limit := _limit.get()) is None else min(limit, len(self._modules))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(list(self._modules.values())[: _until.get()])
+        return iter(list(self._modules.values())[: _limit.get()])
 
     def __getitem__(self, at: Any) -> Any:
         return nn.ModuleList(list(self)[at]) if isinstance(at, slice) else super().__getitem__(at)
 
 
 def active_layers() -> int | None:
-    """How many layers a pass in this thread runs; None: all."""
-    return _until.get()
+    """Return how many layers a pass in this thread runs. None: all."""
+    return _limit.get()
 
 
 @contextlib.contextmanager
 def early_exit(lm: PreTrainedModel, layer: int | None) -> Iterator[None]:
-    """Run the decoder's first ``layer`` layers and its final norm alone, in this thread, inside. None: all of them."""
-    if layer is not None and lm not in _ready:
+    """Run only the decoder's first ``layer`` layers and its final norm inside this context, in this thread.
+
+    None: all layers.
+    """
+    if layer is not None and lm not in _enabled:
         enable_early_exit(lm, layer)
-    token = _until.set(layer)
+    token = _limit.set(layer)
     try:
         yield
     finally:
-        _until.reset(token)
+        _limit.reset(token)
 
 
 def layers_of(lm: PreTrainedModel) -> nn.ModuleList:
-    """The list that holds the decoder's layers."""
-    depth = layer_count(lm)
-    lists = [m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m._modules) == depth]
+    """Return the list that holds the decoder's layers; ValueError if the model has no such list."""
+    num_layers = layer_count(lm)
+    lists = [m for m in lm.get_decoder().modules() if isinstance(m, nn.ModuleList) and len(m._modules) == num_layers]
     if not lists:
-        raise ValueError(f"{type(lm).__name__} has no list of its {depth} layers: use it without layer and compile")
+        raise ValueError(
+            f"{type(lm).__name__} has no list of its {num_layers} layers: use it without layer and compile"
+        )
     return lists[0]
 
 
 def layer_count(lm: PreTrainedModel) -> int:
-    """How many layers the decoder has."""
+    """Return how many layers the decoder has."""
     return int(lm.config.get_text_config().num_hidden_layers)
 
 
 def enable_early_exit(lm: PreTrainedModel, layer: int) -> None:
-    """Make a model ready for `early_exit`, and try it. ValueError if it has no such layer, or runs all in any case."""
-    depth = layer_count(lm)
-    if not 1 <= layer <= depth:
-        raise ValueError(f"layer must lie in 1..{depth}, the layers of this model, got {layer}")
+    """Prepare a model for `early_exit`, and try it with one token.
+
+    Raises:
+        ValueError: The model has no such layer, or runs its layers in a way that cannot be stopped.
+    """
+    num_layers = layer_count(lm)
+    if not 1 <= layer <= num_layers:
+        raise ValueError(f"layer must lie in 1..{num_layers}, the layers of this model, got {layer}")
     layers = layers_of(lm)
     if type(layers) is nn.ModuleList:
         layers.__class__ = Layers
-    _ready.add(lm)
-    if layer < depth and _last_layer_runs(lm, layers, layer):
+    _enabled.add(lm)
+    if layer < num_layers and _last_layer_runs(lm, layers, layer):
         raise ValueError(f"{type(lm).__name__} runs all its layers in a way of its own: leave layer out")
 
 
 @torch.no_grad()
 def _last_layer_runs(lm: PreTrainedModel, layers: nn.ModuleList, layer: int) -> bool:
-    """Whether one token, run with `early_exit` open, reaches the last layer."""
+    """Whether one token reaches the last layer inside `early_exit`."""
     ran: list[bool] = []
     handle = layers[-1].register_forward_pre_hook(lambda *_: ran.append(True))
     try:
@@ -96,12 +105,12 @@ def _last_layer_runs(lm: PreTrainedModel, layers: nn.ModuleList, layer: int) -> 
 
 
 def truncate_layers(lm: PreTrainedModel, layer: int) -> None:
-    """Take the layers above ``layer`` out of a model for good, and out of its configuration."""
-    depth, config = layer_count(lm), lm.config.get_text_config()
+    """Remove the layers above ``layer`` from a model and from its configuration, in place."""
+    num_layers, config = layer_count(lm), lm.config.get_text_config()
     layers = layers_of(lm)
     layers.__class__ = nn.ModuleList
     del layers[layer:]
     config.num_hidden_layers = layer
-    for name, value in list(vars(config).items()):  # such as every layer's kind of attention
-        if isinstance(value, list) and len(value) == depth:
+    for name, value in list(vars(config).items()):  # such as the attention type of every layer
+        if isinstance(value, list) and len(value) == num_layers:
             setattr(config, name, value[:layer])

@@ -92,7 +92,8 @@ class EmbeddingMixin:
             truncate_dim: Keep only the first dimensions.
 
         Returns:
-            float32 vectors: [D] for one text, [N, D] for N texts, in their order. ``meter`` has the counts and the speed.
+            float32 vectors: [D] for one text, [N, D] for N texts, in their order. ``meter`` has the counts and the
+            speed.
 
         Raises:
             ValueError: A text is no string, the prompt is unknown, or a number is out of its range.

@@ -1,4 +1,4 @@
-"""Ids -> vectors: texts tokenised, run in length-sorted batches, pooled."""
+"""Texts to vectors: tokenise, run in length-sorted batches, pool."""
 
 from __future__ import annotations
 
@@ -18,19 +18,28 @@ from gemify.model.early_exit import early_exit
 from gemify.model.forward import MaskedBatch, masked_pass
 from gemify.model.pooling import pool_hidden_states
 from gemify.model.throughput import ThroughputMeter
-from gemify.model.tokenization import TextTokenizer as TextTokenizer
+from gemify.model.tokenization import TextTokenizer
 from gemify.paper.tokens import Row, build_inputs
 
 POOL_SIZE = 4096  # texts tokenised and sorted at a time
 
 
 def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[int]]) -> Tensor:
-    """Vectors [B, D or K * D] of tokenised texts: one forward pass, no LM head, no layer above the read-out one."""
-    laid_out = [
+    """Embed tokenised texts in one forward pass, without the output head and the layers above ``config.layer``.
+
+    Args:
+        lm: The model.
+        config: The GEM's configuration.
+        rows: Token ids of each text, without special tokens.
+
+    Returns:
+        float32 vectors [B, D] ([B, K * D] with ``concat``) on the model's device.
+    """
+    inputs = [
         build_inputs(Row("split", tuple(r)), config.special_ids, shared_position=config.shared_position) for r in rows
     ]
     device = lm.device
-    batch = MaskedBatch.of(laid_out, shared_position=config.shared_position, device=device)
+    batch = MaskedBatch.of(inputs, shared_position=config.shared_position, device=device)
     if not batch.ids_BT.numel():  # texts without tokens, and no special tokens either: nothing to run
         return torch.zeros(len(rows), lm.config.get_text_config().hidden_size)
     with early_exit(lm, config.layer):
@@ -38,8 +47,8 @@ def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[i
     return pool_hidden_states(hidden_BTD, batch.segments_BT, config.pooling).float()
 
 
-def step_tokens(device: torch.device) -> int:
-    """How many columns a batch should have: a CPU is fastest while a layer's states stay in its cache."""
+def default_batch_tokens(device: torch.device) -> int:
+    """Return how many tokens a batch should have. A CPU is fastest while a layer's states fit its cache."""
     return 1024 if device.type == "cpu" else 8192
 
 
@@ -55,20 +64,32 @@ def encode_texts(
     show_progress_bar: bool,
     meter: ThroughputMeter,
 ) -> Tensor:
-    """Vectors [N, D] in the order of the texts, on the CPU in float32.
+    """Embed texts.
 
-    Texts are sorted by length within pools of some thousands, and batched to at most ``batch_size`` rows and
-    ``max_tokens`` columns (by default what suits the device). A text that occurs twice in a pool is computed once. The
+    Texts are sorted by length within pools of some thousands. A text that occurs twice in a pool is computed once. The
     next pool is tokenised while one is computed.
+
+    Args:
+        lm: The model.
+        tokenize: The GEM's text tokenizer.
+        config: The GEM's configuration.
+        texts: N texts, at least one.
+        batch_size: Most texts of a batch.
+        max_tokens: Most tokens of a batch, padding included. None: what suits the device.
+        show_progress_bar: Show a progress bar on stderr.
+        meter: Where to count.
+
+    Returns:
+        float32 vectors [N, D] on the CPU, in the order of the texts.
     """
-    columns = max_tokens or step_tokens(lm.device)
+    batch_tokens = max_tokens or default_batch_tokens(lm.device)
     out: Tensor | None = None
     bar = tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress_bar)
     pools = [list(texts[start : start + POOL_SIZE]) for start in range(0, len(texts), POOL_SIZE)]
     with contextlib.closing(_tokenised(tokenize, config, pools)) as tokenised:
         for number, (pool, rows) in enumerate(zip(pools, tokenised, strict=True)):
             place = {text: i for i, text in enumerate(rows)}
-            vectors = _encode_rows(lm, config, list(rows.values()), batch_size, columns, meter, bar)
+            vectors = _encode_rows(lm, config, list(rows.values()), batch_size, batch_tokens, meter, bar)
             bar.update(len(pool) - len(rows))
             if out is None:
                 out = torch.empty(len(texts), vectors.shape[1])
@@ -81,7 +102,7 @@ def encode_texts(
 def _tokenised(
     tokenize: TextTokenizer, config: GemConfig, pools: Sequence[Sequence[str]]
 ) -> Generator[dict[str, list[int]], None, None]:
-    """The ids of every pool's distinct texts, each pool's made while the one before is at work."""
+    """The ids of every pool's distinct texts. A pool is tokenised while the pool before it is computed."""
 
     def ids(pool: Sequence[str]) -> dict[str, list[int]]:
         distinct = list(dict.fromkeys(pool))

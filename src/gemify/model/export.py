@@ -1,16 +1,17 @@
-"""A GEM as plain directories that other engines read: a language model, and beside it what makes its vectors.
+"""A GEM as plain directories for other engines: the language model, and beside it what makes its vectors.
 
-Engines that know nothing of gemify run ``text S`` through plain weights and take the last token's hidden state. That is
-the GEM's vector wherever its weights act at every position, or its special token's row is all that was trained:
+An engine that knows nothing of gemify runs ``text S`` through plain weights and takes the last token's hidden state.
+That is the GEM's vector wherever its weights act at every position, or only the special token's row was trained:
 
-- ``full``, ``lora``, ``tokens``: the language model with everything folded in, and ``embedding/`` for
-  sentence-transformers and those that read its layout: the same weights (a hard link; up to the read-out layer, if there
-  is one), a tokenizer that puts the template around every text and the special token after it, last-token pooling.
-- ``gated``: its LoRA acts at the special token alone, which no plain weights can say. The language model (the base, with
-  the special token's row), and ``adapter/``, an aLoRA adapter on it.
+- ``full``, ``lora``, ``tokens``: the language model with everything folded in, and ``embedding/`` in
+  sentence-transformers'
+  layout: the same weights (a hard link; up to the read-out layer, if there is one), a tokenizer that puts the template
+  around every text and the special token after it, and last-token pooling.
+- ``gated``: its LoRA acts at the special token alone, which plain weights cannot express. The language model (the base
+  with the special token's row), and ``adapter/``, an aLoRA adapter for it.
 
-Several special tokens share a position and do not see each other, so that they are as many texts with one token each:
-``embedding-1/``, ``embedding-2/``, ... (``adapter-1/``, ...), whose vectors are to be averaged or concatenated.
+Several special tokens share a position and do not see each other, so they equal as many texts with one token each:
+``embedding-1/``, ``embedding-2/``, ... (``adapter-1/``, ...), whose vectors are averaged or concatenated.
 """
 
 from __future__ import annotations
@@ -42,24 +43,29 @@ DOCS = "docs/how-to/engines.md of gemify"
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, the paths within the directory."""
+    """The files that an export wrote, as paths within its directory."""
 
     directory: Path
     special_tokens: tuple[str, ...]
     embedding: tuple[str, ...]
-    """Directories for sentence-transformers, one a special token (none of a gated GEM)."""
+    """Directories for sentence-transformers, one per special token. None of a gated GEM."""
     adapters: tuple[str, ...]
-    """aLoRA adapters, one a special token (of a gated GEM only)."""
+    """aLoRA adapters, one per special token. Of a gated GEM only."""
 
 
 def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported:
     """Write a GEM for other engines. Ends the use of ``gem``.
 
-    Its weights are in ``dtype`` (float32, bfloat16 or float16; default: as loaded).
+    Args:
+        gem: The model.
+        output: A new or empty directory.
+        dtype: Type of the weights: float32, bfloat16 or float16. None: as loaded.
 
-    Raises ValueError for a GEM without special tokens, or with several at positions of their own, for a gated one with a
-    read-out layer, and for a directory that holds files: what an older export left there would be taken for a part of
-    this one.
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: `require_exportable` refuses.
     """
     config = gem.config
     require_exportable(config, output, dtype)
@@ -95,7 +101,12 @@ def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported
 
 
 def require_exportable(config: GemConfig, output: Path, dtype: str | None) -> None:
-    """Refuse what no sequence of ``text S`` gives, an ``output`` that is in use, and an unknown ``dtype``."""
+    """Check whether a GEM can be exported, before its model is loaded.
+
+    Raises:
+        ValueError: The vectors are not those of ``text S`` (no special token, several at consecutive positions, a gated
+            GEM with a read-out layer), ``output`` holds files, or ``dtype`` is unknown.
+    """
     if dtype is not None:
         parse_dtype(dtype)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
@@ -119,7 +130,10 @@ def require_exportable(config: GemConfig, output: Path, dtype: str | None) -> No
 
 @torch.no_grad()
 def plain_model(gem: GemModel) -> PreTrainedModel:
-    """The model with the special tokens' rows in its table. Its head stays as it is: a tied one is untied if it must be."""
+    """Return the model with the special tokens' rows in its table.
+
+    Its output head does not change: a tied one is untied.
+    """
     lm, adapter, ids = gem.lm, gem.adapter, list(gem.config.special_ids)
     if lm.generation_config is not None:
         lm.generation_config.suppress_tokens = ids  # as `GemModel.generate` never emits them
@@ -174,15 +188,15 @@ def _write_embedding(gem: GemModel, lm: PreTrainedModel, model: Path, directory:
 
 
 def _write_tokenizer(gem: GemModel, directory: Path, special: int) -> None:
-    """The tokenizer, with template and ``special`` around every text, and the special tokens' names as ordinary text."""
+    """The tokenizer, with template and ``special`` around every text; special tokens' names are ordinary text."""
     tokenizer = copy.deepcopy(gem.tokenizer)
     texts = gem.text_tokenizer
-    # Of several ids each: what the tokenizer puts first and the template's words before a text; those after it and S.
-    pieces = {"before": [*texts.bos_ids, *texts.prefix_ids], "after": [*texts.suffix_ids, special]}
-    front = ["before"] if pieces["before"] else []
+    # BOS and template prefix before a text; template suffix and special token after it.
+    pieces = {"prefix": [*texts.bos_ids, *texts.prefix_ids], "suffix": [*texts.suffix_ids, special]}
+    front = ["prefix"] if pieces["prefix"] else []
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[*front, "$A", "after"],
-        pair=[*front, "$A", "$B:0", "after"],
+        single=[*front, "$A", "suffix"],
+        pair=[*front, "$A", "$B:0", "suffix"],
         special_tokens=[
             {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
             for name, ids in pieces.items()
@@ -228,11 +242,11 @@ def render_card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequen
         f"- Special token{'s' if config.k > 1 else ''}: {names}",
         f"- Longest text: {config.max_text_tokens} tokens and the special token",
     ]
-    before, after = (json.dumps(words, ensure_ascii=False) for words in split_template(config.template))
+    prefix, suffix = (json.dumps(words, ensure_ascii=False) for words in split_template(config.template))
     plain = config.template == PLAIN
     if not plain:
         lines.append(
-            f"- Template: {before} before every text and {after} after it, then the special token. Tokenise the"
+            f"- Template: {prefix} before every text and {suffix} after it, then the special token. Tokenise the"
             " three parts apart; the longest text counts them all"
         )
     for name, prompt in config.prompts.items():

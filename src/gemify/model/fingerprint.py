@@ -1,4 +1,4 @@
-"""Which vectors and caches a model gives: the names by which stores of them know the model that wrote them."""
+"""Fingerprints: short hashes of weights and settings, by which stores recognise the model that wrote them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from gemify.model.tokenization import PLAIN
 
 @torch.no_grad()
 def weights_fingerprint(lm: PreTrainedModel) -> str:
-    """A short hash of the weights: of every tensor its name, shape and up to 1,024 evenly spaced values in bfloat16.
+    """Return a short hash of a model's weights.
 
-    Loading the same file in another precision keeps it; other weights, or another quantisation of them, change it.
+    It covers every tensor's name, shape and up to 1,024 evenly spaced values in bfloat16. Loading the same file in
+    another precision keeps it. Other weights, or another quantisation of them, change it.
     """
     digest = hashlib.sha256()
     for name, p in sorted(lm.named_parameters()):
@@ -29,10 +30,10 @@ def weights_fingerprint(lm: PreTrainedModel) -> str:
 
 
 def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapter | None) -> str:
-    """A short hash of the base's fingerprint, the adapter, and every setting that shapes a vector.
+    """Return a short hash of everything that shapes a vector: base, adapter and settings.
 
-    Weights count in bfloat16: loading the same GEM in another precision keeps it. Without an adapter (``full``) the
-    weights themselves are hashed.
+    Weights count in bfloat16, so that loading the same GEM in another precision keeps it. Without an adapter (``full``)
+    the weights themselves are hashed.
     """
     settings = [
         config.base_fingerprint if adapter is not None else weights_fingerprint(lm),
@@ -42,7 +43,7 @@ def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapt
         config.max_length,
         dict(sorted(config.prompts.items())),
         config.default_prompt_name,
-        *([config.template] if config.template != PLAIN else []),  # without one the name is what it always was
+        *([config.template] if config.template != PLAIN else []),  # absent by default: older fingerprints stay equal
         *([config.layer] if config.layer is not None else []),
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
@@ -53,9 +54,9 @@ def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapt
 
 
 def cache_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapter | None) -> str:
-    """A short name for the KV caches a model computes: other than vectors, they depend on its precision to the bit.
+    """Return a short hash of everything that shapes a KV cache, the model's precision included.
 
-    The weights are the loaded ones, which ``base=`` may have made others than the GEM was trained on.
+    It covers the loaded weights, which can differ from those the GEM was trained on (``from_pretrained(base=...)``).
     """
     settings = [embedding_fingerprint(lm, config, adapter), weights_fingerprint(lm), str(lm.dtype)]
     return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]

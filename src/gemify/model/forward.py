@@ -1,11 +1,13 @@
-"""The passes of GEM over a language model: the text, the special tokens on its KV, the suffix on theirs.
+"""Forward passes of GEM over a language model: the text, the special tokens on its KV cache, the suffix on theirs.
 
-With frozen base weights the text's states are constants (no text token sees a special token), so the text runs once
-without gradients, k special columns run on its KV with gradients, and the suffix runs on the special tokens' KV alone:
-"cache surgery". It equals the single masked pass (`masked_pass`) and needs no backward pass through the text.
+With frozen base weights the text's states are constants (no text token sees a special token). So the text runs once
+without gradients, k special tokens run on its KV cache with gradients, and the suffix runs on the special tokens' KV
+cache alone: "cache surgery". It equals the single masked pass (`masked_pass`) and needs no backward pass through the
+text.
 
-Texts are padded on the left here, so that a special token sits right after its text and a suffix right after its
-special tokens, and sliding windows measure true distances. B rows, T columns, K special tokens, D width, V vocabulary.
+Texts are padded on the left here, so that a special token stands right after its text and a suffix right after its
+special tokens, and sliding windows measure true distances. B rows, T positions, K special tokens, D width, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -37,17 +39,14 @@ from gemify.paper.tokens import IGNORED, RowInputs, Segment
 
 @dataclass(frozen=True)
 class CachedText:
-    """A batch of texts that has run: its KV cache, and which columns are text (True) and not left padding."""
+    """A batch of texts that has run."""
 
     cache: DynamicCache
     mask_BT: Tensor
-
-    @property
-    def lengths_B(self) -> Tensor:
-        return self.mask_BT.sum(-1)
+    """False at padding, [B, T]."""
 
     def rows(self, rows: Sequence[int]) -> CachedText:
-        """Some of the texts, in the given order; a text may come more than once."""
+        """Return some of the texts, in the given order; a text may repeat."""
         index = torch.tensor(list(rows), device=self.mask_BT.device)
         return CachedText(select(self.cache, index), self.mask_BT[index])
 
@@ -57,16 +56,18 @@ class Specials:
     """The special tokens of a batch of texts after their pass."""
 
     hidden_BKD: Tensor | None
-    """Last hidden states, the embedding before pooling (None if the pass was made for its logits)."""
+    """Last hidden states, the embedding before pooling. None if the pass was made for its logits."""
     logits_BV: Tensor | None
-    """Logits at the last special token, which predict the first suffix token."""
+    """Logits at the last special token, which predict the first suffix token. None if the pass was made for hidden
+    states."""
     cache: DynamicCache
-    """KV of the special tokens alone."""
+    """KV cache of the special tokens alone."""
     next_position_B: Tensor
+    """Position id of the first suffix token."""
 
 
 def left_pad(texts: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids [B, T] and mask [B, T] (bool) of texts padded on the left."""
+    """Pad texts on the left with ``fill``. Returns ids [B, T] and a mask [B, T], False at padding."""
     T = max((len(t) for t in texts), default=0)
     ids = [[fill] * (T - len(t)) + list(t) for t in texts]
     mask = [[False] * (T - len(t)) + [True] * len(t) for t in texts]
@@ -76,18 +77,18 @@ def left_pad(texts: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[Tensor, 
 
 
 def right_pad(texts: Sequence[Sequence[int]], *, fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Ids [B, T] and mask [B, T] (bool) of texts padded on the right."""
+    """Pad texts on the right with ``fill``. Returns ids [B, T] and a mask [B, T], False at padding."""
     ids_BT, mask_BT = left_pad([t[::-1] for t in texts], fill=fill)
     return ids_BT.flip(-1), mask_BT.flip(-1)
 
 
 def positions_of(mask_BT: Tensor) -> Tensor:
-    """Position ids of padded rows: counted over the real columns only."""
+    """Return the position ids [B, T] of padded rows: padding does not count."""
     return (mask_BT.long().cumsum(-1) - 1).clamp_(min=0)
 
 
 def text_pass(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> CachedText:
-    """Run texts through the decoder body (no LM head) and keep their KV."""
+    """Run left-padded texts [B, T] through the decoder, without the output head, and keep their KV cache."""
     cache = new_cache(lm)
     if ids_BT.shape[1]:
         lm.get_decoder()(
@@ -109,16 +110,24 @@ def special_pass(
     seen_BT: Tensor | None = None,
     with_logits: bool = False,
 ) -> Specials:
-    """Run the special tokens on a text's KV, with the trained weights on. Leaves ``text.cache`` as it was.
+    """Run the special tokens on a text's KV cache, with the trained weights on (GEM, Section 3.1).
 
-    ``seen_BT`` hides text columns from the special tokens (a contrastive view). With ``with_logits`` the LM head runs on
-    the last special token; without it, it does not run at all.
+    Args:
+        lm: The model.
+        text: The texts; their cache is not changed.
+        special_ids: Ids of the K special tokens.
+        shared_position: Give all special tokens the same position id.
+        seen_BT: False where the special tokens may not look: a contrastive view. None: they see the whole text.
+        with_logits: Run the output head on the last special token, instead of keeping hidden states.
+
+    Raises:
+        ValueError: There are no special tokens.
     """
     B, K = text.mask_BT.shape[0], len(special_ids)
     if K == 0:
         raise ValueError("this model has no special tokens: nothing to recover a text from, and to embed use encode")
     device = text.mask_BT.device
-    start_B1 = text.lengths_B[:, None]
+    start_B1 = text.mask_BT.sum(-1)[:, None]
     step_K = torch.zeros(K, dtype=torch.long, device=device) if shared_position else torch.arange(K, device=device)
     visible_BT = text.mask_BT if seen_BT is None else text.mask_BT & seen_BT
     ones_BK = torch.ones(B, K, dtype=torch.bool, device=device)
@@ -130,11 +139,11 @@ def special_pass(
         "past_key_values": cache,
         "use_cache": True,
     }
-    apart: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    masked: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if K > 1:  # special tokens do not see each other
         segments_BT = torch.cat([text.mask_BT.long() * Segment.TEXT, ones_BK.long() * Segment.SPECIAL], dim=1)
-        apart = gem_mask(segments_BT, shared_position=shared_position)
-    with gate(ones_BK), apart:
+        masked = gem_mask(segments_BT, shared_position=shared_position)
+    with gate(ones_BK), masked:
         if with_logits:
             logits_BV = lm(**inputs, logits_to_keep=1).logits[:, -1]
             hidden_BKD = None
@@ -155,11 +164,22 @@ def text_and_special_pass(
     shared_position: bool,
     suffix_ids: Sequence[int] = (),
 ) -> tuple[CachedText, Tensor]:
-    """Run more text (padded on the left), a template's words ``suffix_ids`` it and the special tokens in one pass.
+    """Run more text, a template's suffix and the special tokens in one pass.
 
-    Gives the text up to these words, and the special tokens' last hidden states [B, K, D]. They see the columns from
-    ``start`` on; no text column sees them. The layers' caches must keep all columns (`keeps_all_positions`).
-    With `early_exit` open no more text can be given: the layers above would lack it.
+    Inside `early_exit` no more text can be given: the layers above would lack it.
+
+    Args:
+        lm: A model whose caches keep all positions (`keeps_all_positions`).
+        before: Texts that have run; their cache is not changed.
+        ids_BT: More text, padded on the left.
+        mask_BT: False at padding of ``ids_BT``.
+        special_ids: Ids of the K special tokens.
+        start: The first position that the special tokens see.
+        shared_position: Give all special tokens the same position id.
+        suffix_ids: The template's words between text and special tokens.
+
+    Returns:
+        The text up to ``suffix_ids``, and the special tokens' last hidden states [B, K, D].
     """
     assert active_layers() is None or not ids_BT.shape[1]
     kept = before.mask_BT.shape[1] + ids_BT.shape[1]
@@ -193,9 +213,17 @@ def text_and_special_pass(
 def suffix_pass(
     lm: PreTrainedModel, specials: Specials, ids_BT: Tensor, mask_BT: Tensor, *, body_only: bool = False
 ) -> Tensor:
-    """Logits [B, T, V] of suffixes (padded on the right) that know of their text only its special tokens' KV.
+    """Run suffixes that know of their text only the KV cache of its special tokens (GEM, Section 3.2).
 
-    With ``body_only`` last hidden states [B, T, D].
+    Args:
+        lm: The model.
+        specials: The special tokens of each row.
+        ids_BT: The suffixes, padded on the right.
+        mask_BT: False at padding.
+        body_only: Leave the output head out.
+
+    Returns:
+        Logits [B, T, V], or with ``body_only`` last hidden states [B, T, D].
     """
     K = specials.cache.get_seq_length()
     ones_BK = torch.ones(ids_BT.shape[0], K, dtype=torch.long, device=ids_BT.device)
@@ -211,7 +239,7 @@ def suffix_pass(
 
 @dataclass(frozen=True)
 class MaskedBatch:
-    """Rows laid out for one masked forward pass, padded on the right: everything [B, T]."""
+    """Inputs of one masked forward pass: rows padded on the right, all tensors [B, T]."""
 
     ids_BT: Tensor
     segments_BT: Tensor
@@ -223,6 +251,8 @@ class MaskedBatch:
     def of(
         rows: Sequence[RowInputs], *, shared_position: bool = True, device: torch.device | str = "cpu"
     ) -> MaskedBatch:
+        """Pad rows on the right."""
+
         def pad(lists: Sequence[Sequence[int]], fill: int) -> Tensor:
             return right_pad(lists, fill=fill)[0].to(device)
 
@@ -236,10 +266,18 @@ class MaskedBatch:
 
 
 def masked_pass(lm: PreTrainedModel, batch: MaskedBatch, *, body_only: bool = False) -> Tensor:
-    """One forward pass under the GEM mask: logits [B, T, V], or with ``body_only`` last hidden states [B, T, D].
+    """Run whole rows in one forward pass under the GEM mask (GEM, Fig. 3).
 
-    A batch in which the GEM mask is the causal one (raw rows; one special token at the end) runs without a mask of ours.
-    With ``body_only`` it runs without any: its padding is on the right, where no real column looks.
+    Where the GEM mask equals the causal one (raw rows, or one special token at the end) the pass has no GEM mask. With
+    ``body_only`` it then has no mask at all: padding is on the right, where no token looks.
+
+    Args:
+        lm: The model.
+        batch: The rows.
+        body_only: Leave the output head out.
+
+    Returns:
+        Logits [B, T, V], or with ``body_only`` last hidden states [B, T, D].
     """
     special_BT = batch.segments_BT == Segment.SPECIAL
     beyond_causal_BT = (batch.segments_BT == Segment.SUFFIX) | (batch.segments_BT == Segment.HIDDEN)
@@ -261,7 +299,7 @@ def masked_pass(lm: PreTrainedModel, batch: MaskedBatch, *, body_only: bool = Fa
 
 
 def concatenate_specials(lm: PreTrainedModel, parts: Sequence[Specials]) -> Specials:
-    """The special tokens of several batches as one batch, in order."""
+    """Return the special tokens of several batches as one batch, in order."""
 
     def cat(tensors: list[Tensor | None]) -> Tensor | None:
         present = [t for t in tensors if t is not None]
@@ -276,7 +314,7 @@ def concatenate_specials(lm: PreTrainedModel, parts: Sequence[Specials]) -> Spec
 
 
 def select_specials(specials: Specials, rows: Sequence[int]) -> Specials:
-    """Some rows of a batch of special tokens."""
+    """Return some rows of a batch of special tokens."""
     index = torch.tensor(list(rows), device=specials.next_position_B.device)
     return Specials(
         None if specials.hidden_BKD is None else specials.hidden_BKD[index],

@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemify.model import prefill as prefilling
-from gemify.model.adapter import Adapter, AdapterSettings, Tune
+from gemify.model.adapter import Adapter, AdapterSettings
 from gemify.model.base import Loading
 from gemify.model.chat_template import ChatTemplate
-from gemify.model.config import GemConfig
+from gemify.model.config import GemConfig, Tune
 from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.embedding_mixin import EmbeddingMixin, Texts
 from gemify.model.fingerprint import embedding_fingerprint
@@ -86,7 +86,8 @@ class GemModel(EmbeddingMixin):
             base: A directory, a GGUF file, a Hugging Face repo id, or ``starter``.
             tune: Which weights are trained: ``gated``, ``tokens``, ``lora`` or ``full`` (see `gemify.model.adapter`).
             special_tokens: How many special tokens, or their names. A reserved control token that the base does not use
-                is preferred to a new token. 0 is the SimCSE baseline, a mean over the text (``lora`` and ``full`` only).
+                is preferred to a new token. 0 is the SimCSE baseline, a mean over the text (``lora`` and ``full``
+                only).
             pooling: ``mean`` or ``concat`` over the special tokens (GEM, Section 3.1).
             shared_position: Give all special tokens the same position id.
             max_length: Most tokens of a text, template and special tokens included.
@@ -101,8 +102,8 @@ class GemModel(EmbeddingMixin):
             An untrained GEM.
 
         Raises:
-            ValueError: The base is not found, is no causal language model, has no fast tokenizer, or computes text states
-                that no attention mask can hide (recurrent or convolutional layers).
+            ValueError: The base is not found, is no causal language model, has no fast tokenizer, or computes text
+                states that no attention mask can hide (recurrent or convolutional layers).
         """
         parts = prepare_base(
             base,
@@ -144,12 +145,13 @@ class GemModel(EmbeddingMixin):
         """Save to a directory. A full disk or a kill leaves the old files or all of the new ones.
 
         ``gated``, ``tokens`` and ``lora`` store an adapter, the tokenizer and the base's name. ``full`` stores a plain
-        transformers model. In a directory that holds files, complete new files replace them one by one, the configuration
-        last.
+        transformers model. In a directory that holds files, complete new files replace them one by one, the
+        configuration last.
 
         Args:
             path: The directory; it is made if it does not exist.
-            merge: Fold a ``lora`` adapter into the model and store a plain transformers model. Ends the use of this object.
+            merge: Fold a ``lora`` adapter into the model and store a plain transformers model. Ends the use of this
+                object.
             weights: The language model's state dict, where this process holds only a part of the weights.
 
         Raises:
@@ -278,7 +280,8 @@ class GemModel(EmbeddingMixin):
             options: Those of transformers' `generate` (do_sample, temperature, stop_strings, streamer, ...).
 
         Returns:
-            The continuation of one prompt as a string; a list for several prompts, or for one prompt with several answers.
+            The continuation of one prompt as a string; a list for several prompts, or for one prompt with several
+            answers.
 
         Raises:
             ValueError: No prompt is given, or one has no tokens.

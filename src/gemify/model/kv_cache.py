@@ -1,8 +1,8 @@
-"""What GEM does with a KV cache: the only file that knows how transformers stores one.
+"""Operations on KV caches: the only file that knows how transformers stores one.
 
-A text's cache is computed once (a `Prefill` holds it). Special tokens and generation go on from a *fork*: a cache object
-of its own over the same tensors, which transformers grows by concatenation, so the original is never written to. The
-*tail* is a cache of the last k columns alone: all that a suffix may know of a text.
+A text's cache is computed once (a `Prefill` holds it). Special tokens and generation continue a *fork*: another cache
+object over the same tensors, which transformers grows by concatenation, so the original is never written to. The *tail*
+is a cache of the last k positions alone: all that a suffix may know of a text.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from transformers.cache_utils import DynamicLayer
 
 
 def new_cache(lm: PreTrainedModel) -> DynamicCache:
-    """An empty cache with the layer types (full, sliding) that this model wants."""
+    """Return an empty cache with the model's layer types (full, sliding)."""
     return DynamicCache(config=lm.config)
 
 
 def new_full_cache(lm: PreTrainedModel) -> DynamicCache:
-    """An empty cache that keeps all columns. Sliding windows then hide old ones by their mask alone."""
+    """Return an empty cache that keeps all positions. Sliding windows then hide old ones by their mask alone."""
     cache = new_cache(lm)
     cache.layers = [DynamicLayer() if getattr(layer, "is_sliding", False) else layer for layer in cache.layers]
     return cache
 
 
 def fork(cache: DynamicCache, *, layers: int | None = None) -> DynamicCache:
-    """A cache that can be continued without touching ``cache``, of its first layers or all. Copies no tensor."""
+    """Return a cache that grows without changing ``cache``, of its first layers or all. Copies no tensor."""
     twin = copy.copy(cache)
     twin.layers = [copy.copy(layer) for layer in cache.layers[:layers]]
     return twin
 
 
 def tail(lm: PreTrainedModel, cache: DynamicCache, k: int) -> DynamicCache:
-    """A new cache that holds the last ``k`` columns of ``cache`` and nothing else. Gradients flow through."""
+    """Return a new cache of the last ``k`` positions of ``cache``. Gradients flow through."""
     kept = new_cache(lm)
     for index, layer in enumerate(cache.layers):
         if layer.is_initialized and layer.keys.numel():  # layers that share another layer's KV hold none
@@ -45,7 +45,7 @@ def tail(lm: PreTrainedModel, cache: DynamicCache, k: int) -> DynamicCache:
 
 
 def select(cache: DynamicCache, rows: Tensor | list[int]) -> DynamicCache:
-    """A cache of some of the rows, in the given order; rows may repeat."""
+    """Return a cache of some of the rows, in the given order; rows may repeat."""
     index = torch.as_tensor(rows)
     chosen = fork(cache)
     for layer in chosen.layers:
@@ -56,17 +56,17 @@ def select(cache: DynamicCache, rows: Tensor | list[int]) -> DynamicCache:
 
 
 def key_values(cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [B, heads, T, head_dim] of every layer that holds any."""
+    """Return keys and values, [B, heads, T, head_dim] each, of every layer that holds any."""
     return [(layer.keys, layer.values) for layer in cache.layers if layer.is_initialized and layer.keys.numel()]
 
 
 def size_in_bytes(cache: DynamicCache) -> int:
-    """Memory of the cache's tensors."""
+    """Return the memory of the cache's tensors, in bytes."""
     return sum(t.numel() * t.element_size() for pair in key_values(cache) for t in pair)
 
 
 def concatenate_rows(lm: PreTrainedModel, caches: list[DynamicCache]) -> DynamicCache:
-    """One cache of all rows of caches of equal length, in order."""
+    """Return one cache of all rows of several caches of equal length, in order."""
     if len(caches) == 1:
         return caches[0]
     joined = new_cache(lm)
@@ -80,7 +80,16 @@ def concatenate_rows(lm: PreTrainedModel, caches: list[DynamicCache]) -> Dynamic
 def from_key_values(
     lm: PreTrainedModel, pairs: list[tuple[Tensor, Tensor]], *, into: DynamicCache | None = None
 ) -> DynamicCache:
-    """The cache that `key_values` took apart, in a new cache or ``into`` one. Layers that hold none stay empty."""
+    """Return the cache of which `key_values` gave the tensors.
+
+    Args:
+        lm: The model.
+        pairs: Keys and values of every layer.
+        into: An empty cache to fill. None: a new one.
+
+    Raises:
+        ValueError: The number of layers is not this model's.
+    """
     made = new_cache(lm) if into is None else into
     if len(pairs) != len(made.layers):
         raise ValueError(f"a cache of {len(made.layers)} layers is wanted, got {len(pairs)}: it is another model's")
@@ -90,125 +99,133 @@ def from_key_values(
 
 
 def keeps_all_positions(cache: DynamicCache) -> bool:
-    """Whether every layer keeps all columns: sliding windows drop old ones."""
+    """Return whether every layer keeps all positions. Sliding windows drop old ones."""
     return not any(getattr(layer, "is_sliding", False) for layer in cache.layers)
 
 
 def slice_key_values(cache: DynamicCache, start: int, stop: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of some of the columns; ValueError where sliding windows have dropped any."""
+    """Return keys and values of the positions from ``start`` to ``stop``.
+
+    ValueError if sliding windows drop old ones.
+    """
     if not keeps_all_positions(cache):
-        raise ValueError("this model's sliding windows drop old columns: its cache cannot be cut")
+        raise ValueError("this model's sliding windows drop old positions: its cache cannot be sliced")
     return [(keys[..., start:stop, :], values[..., start:stop, :]) for keys, values in key_values(cache)]
 
 
 class RunningCache(DynamicCache):
-    """A cache whose rows come and go: B rows of T columns, each row's own ones at the right.
+    """A cache whose rows come and go: B rows of T positions, each row's own ones at the right.
 
-    Keys and values are views of buffers with room for more rows and columns, so that a step writes one column and a row
-    that comes or goes moves one row; `DynamicCache` would copy all of it each time.
+    Keys and values are views of buffers with capacity for more rows and positions. A step writes one position, and a
+    row that is added or removed moves one row; `DynamicCache` would copy all of it each time.
+
+    Attributes:
+        rows: B, the number of rows.
+        length: T, the length of the longest row.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
         super().__init__(config=lm.config)
-        self.layers: list[Any] = [_RoomyLayer() for _ in new_cache(lm).layers]
-        self.rows = self.columns = 0
+        self.layers: list[Any] = [_GrowingLayer() for _ in new_cache(lm).layers]
+        self.rows = self.length = 0
 
-    def join(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Add a row: `key_values` of it alone, [1, heads, its columns, head_dim] each."""
-        length = pairs[0][0].shape[-2]
-        columns = max(self.columns, length) if self.rows else length
-        for layer, pair in zip(self._holding() or self.layers, pairs, strict=True):
-            layer.join(pair, self.rows, self.columns, columns)
-        self.rows, self.columns = self.rows + 1, columns
+    def add_row(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Add a row, given by its `key_values`: [1, heads, its length, head_dim] each."""
+        row_length = pairs[0][0].shape[-2]
+        length = max(self.length, row_length) if self.rows else row_length
+        for layer, pair in zip(self._initialized() or self.layers, pairs, strict=True):
+            layer.add_row(pair, self.rows, self.length, length)
+        self.rows, self.length = self.rows + 1, length
 
-    def leave(self, row: int) -> None:
-        """Take a row out; the last row takes its place."""
+    def remove_row(self, row: int) -> None:
+        """Remove a row. The last row takes its place."""
         self.rows -= 1
-        for layer in self._holding():
-            layer.move(self.rows, row)
-        self._show()
+        for layer in self._initialized():
+            layer.move_row(self.rows, row)
+        self._update_views()
 
-    def trim(self, columns: int) -> None:
-        """Drop that many columns at the left."""
-        for layer in self._holding():
-            layer.trim(columns)
-        self.columns -= columns
-        self._show()
+    def trim_left(self, count: int) -> None:
+        """Drop the first ``count`` positions."""
+        for layer in self._initialized():
+            layer.trim_left(count)
+        self.length -= count
+        self._update_views()
 
-    def row(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
-        """A copy of the last ``length`` columns of a row, as `join` takes it."""
+    def copy_row(self, row: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """Return a copy of a row's last ``length`` positions, as `add_row` takes it."""
         return [
             (k[row : row + 1, :, -length:].clone(), v[row : row + 1, :, -length:].clone()) for k, v in key_values(self)
         ]
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Append a step's keys and values to a layer, as `DynamicCache` does."""
         out = super().update(*args, **kwargs)
-        self.columns = out[0].shape[-2]
+        self.length = out[0].shape[-2]
         return out
 
-    def _holding(self) -> list[_RoomyLayer]:
+    def _initialized(self) -> list[_GrowingLayer]:
         return [layer for layer in self.layers if layer.is_initialized]
 
-    def _show(self) -> None:
-        for layer in self._holding():
-            layer.show(self.rows, self.columns)
+    def _update_views(self) -> None:
+        for layer in self._initialized():
+            layer.update_views(self.rows, self.length)
 
 
-class _RoomyLayer(DynamicLayer):
-    """Buffers [rows, heads, columns, head_dim] with room, and ``keys`` and ``values``, the part of them in use."""
+class _GrowingLayer(DynamicLayer):
+    """Buffers [rows, heads, positions, head_dim] with spare capacity. ``keys`` and ``values`` are the parts in use."""
 
-    def join(self, pair: tuple[Tensor, Tensor], rows: int, before: int, columns: int) -> None:
+    def add_row(self, pair: tuple[Tensor, Tensor], rows: int, old_length: int, length: int) -> None:
         if not self.is_initialized:
             self.lazy_initialization(*pair)
-            self.buffers = [_buffer(t, 1, _roomy(columns)) for t in pair]
-        for at, (buffer, new) in enumerate(zip(self.buffers, pair, strict=True)):
-            more_rows, more_columns = rows >= buffer.shape[0], columns > buffer.shape[2]
-            if more_rows or more_columns:
-                roomy = _buffer(
+            self.buffers = [_buffer(t, 1, _capacity(length)) for t in pair]
+        for index, (buffer, new) in enumerate(zip(self.buffers, pair, strict=True)):
+            more_rows, longer = rows >= buffer.shape[0], length > buffer.shape[2]
+            if more_rows or longer:
+                larger = _buffer(
                     new,
                     rows + 1 + rows // 2 if more_rows else buffer.shape[0],
-                    _roomy(columns) if more_columns else buffer.shape[2],
+                    _capacity(length) if longer else buffer.shape[2],
                 )
-                roomy[:rows, :, columns - before : columns] = buffer[:rows, :, :before] if rows else 0
-                self.buffers[at] = buffer = roomy
-            elif rows and columns > before:
-                buffer[:rows, :, columns - before : columns] = buffer[:rows, :, :before].clone()
-            buffer[rows, :, : columns - new.shape[-2]] = 0  # another row's, which may not have been finite
-            buffer[rows, :, columns - new.shape[-2] : columns] = new[0]
-        self.show(rows + 1, columns)
+                larger[:rows, :, length - old_length : length] = buffer[:rows, :, :old_length] if rows else 0
+                self.buffers[index] = buffer = larger
+            elif rows and length > old_length:
+                buffer[:rows, :, length - old_length : length] = buffer[:rows, :, :old_length].clone()
+            buffer[rows, :, : length - new.shape[-2]] = 0  # a former row's values may not have been finite
+            buffer[rows, :, length - new.shape[-2] : length] = new[0]
+        self.update_views(rows + 1, length)
 
-    def move(self, source: int, target: int) -> None:
+    def move_row(self, source: int, target: int) -> None:
         if source != target:
             for buffer in self.buffers:
                 buffer[target] = buffer[source]
 
-    def trim(self, columns: int) -> None:
-        for at, used in enumerate((self.keys, self.values)):
-            kept = used[:, :, columns:]
-            self.buffers[at] = _buffer(kept, kept.shape[0], _roomy(kept.shape[2]))
-            self.buffers[at][:, :, : kept.shape[2]] = kept
+    def trim_left(self, count: int) -> None:
+        for index, used in enumerate((self.keys, self.values)):
+            kept = used[:, :, count:]
+            self.buffers[index] = _buffer(kept, kept.shape[0], _capacity(kept.shape[2]))
+            self.buffers[index][:, :, : kept.shape[2]] = kept
 
-    def show(self, rows: int, columns: int) -> None:
-        self.keys, self.values = (buffer[:rows, :, :columns] for buffer in self.buffers)
+    def update_views(self, rows: int, length: int) -> None:
+        self.keys, self.values = (buffer[:rows, :, :length] for buffer in self.buffers)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        rows, before = self.keys.shape[0], self.keys.shape[-2]
-        columns = before + key_states.shape[-2]
-        for at, new in enumerate((key_states, value_states)):
-            if columns > self.buffers[at].shape[2]:
-                roomy = _buffer(new, self.buffers[at].shape[0], _roomy(columns))
-                roomy[:rows, :, :before] = self.buffers[at][:rows, :, :before]
-                self.buffers[at] = roomy
-            self.buffers[at][:rows, :, before:columns] = new
-        self.show(rows, columns)
+        rows, old_length = self.keys.shape[0], self.keys.shape[-2]
+        length = old_length + key_states.shape[-2]
+        for index, new in enumerate((key_states, value_states)):
+            if length > self.buffers[index].shape[2]:
+                larger = _buffer(new, self.buffers[index].shape[0], _capacity(length))
+                larger[:rows, :, :old_length] = self.buffers[index][:rows, :, :old_length]
+                self.buffers[index] = larger
+            self.buffers[index][:rows, :, old_length:length] = new
+        self.update_views(rows, length)
         return self.keys, self.values
 
 
-def _roomy(columns: int) -> int:
-    """Room for half as many columns again."""
-    return columns + max(64, columns // 2)
+def _capacity(length: int) -> int:
+    """Positions to allocate for ``length`` in use: half as many again."""
+    return length + max(64, length // 2)
 
 
-def _buffer(like: Tensor, rows: int, columns: int) -> Tensor:
-    """Zeros: what is masked must be finite."""
-    return like.new_zeros(rows, like.shape[1], columns, like.shape[-1])
+def _buffer(like: Tensor, rows: int, length: int) -> Tensor:
+    """Zeros: masked values must be finite."""
+    return like.new_zeros(rows, like.shape[1], length, like.shape[-1])

@@ -1,8 +1,8 @@
-"""From one prefill to both jobs, and to longer prompts: the only file that knows how transformers' `generate` starts.
+"""One prefill for embedding and generation: the only file that knows how transformers' `generate` starts.
 
-`generate` runs the prompt once (`_prefill`) and decodes from what that returned. For a `Prefill` the prompt has already
-run; while `use_prefill` is open, `_prefill` hands back that run's cache (a fork) and last logits. So the continuation goes
-through transformers' own code (sampling, stopping, streaming) and equals a plain `generate` to the last bit.
+`generate` runs the prompt once (`_prefill`) and decodes from the result. A `Prefill` is a prompt that has run already:
+inside `use_prefill`, `_prefill` returns a fork of its cache and its last logits. So the continuation goes through
+transformers' own code (sampling, stopping, streaming) and equals a plain `generate` to the last bit.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from gemify.model.kv_cache import fork, keeps_all_positions, new_cache, select, 
 
 @dataclass(frozen=True)
 class Prefill:
-    """A batch of texts that has run once. `GemModel.embed` and `GemModel.generate` both go on from it."""
+    """A batch of texts that has run once. `GemModel.embed`, `generate` and `recover` continue from it."""
 
     text: CachedText
+    """The KV cache, and where its rows hold text."""
     ids_BT: Tensor
-    """Token ids, padded on the left."""
+    """Token ids [B, T], padded on the left."""
     logits_BV: Tensor
-    """Next-token logits after each text."""
+    """Next-token logits after each text, [B, V]."""
     single: bool
-    """Whether one string was given (results then come without the batch dimension)."""
+    """Whether one string was given: results then have no batch dimension."""
 
     @property
     def nbytes(self) -> int:
-        """Memory of the KV cache."""
+        """Memory of the KV cache, in bytes."""
         return size_in_bytes(self.text.cache)
 
 
@@ -44,7 +45,7 @@ _current: ContextVar[Prefill | None] = ContextVar("gemify_prefill", default=None
 
 
 def run_prefill(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, *, single: bool) -> Prefill:
-    """Run left-padded prompts just as `generate` would, and keep the cache and the last logits."""
+    """Run left-padded prompts [B, T] as `generate` would, and keep the cache and the last logits."""
     none = ids_BT[:, :0]
     return extend(lm, CachedText(new_cache(lm), mask_BT[:, :0]), none, ids_BT, mask_BT, single=single)
 
@@ -53,9 +54,18 @@ def run_prefill(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, *, single:
 def extend(
     lm: PreTrainedModel, text: CachedText, before_BT: Tensor, ids_BT: Tensor, mask_BT: Tensor, *, single: bool
 ) -> Prefill:
-    """Run more tokens (padded on the left) after texts that have run. ``text`` stays as it was.
+    """Run more tokens after texts that have run.
 
-    ``before_BT`` are the ids that ``text`` was made of: the new prefill is of both together.
+    Args:
+        lm: The model.
+        text: The texts that have run; their cache is not changed.
+        before_BT: The ids of ``text``.
+        ids_BT: The new ids, padded on the left.
+        mask_BT: False at padding of the new ids.
+        single: Whether the caller gave one string.
+
+    Returns:
+        A prefill of both together.
     """
     cache = fork(text.cache)
     whole_BT = torch.cat([text.mask_BT, mask_BT], dim=1)
@@ -71,7 +81,7 @@ def extend(
 
 
 def append_tokens(lm: PreTrainedModel, text: CachedText, suffix_ids: Sequence[int]) -> CachedText:
-    """Texts that have run with the same tokens after each. ``text`` stays as it was."""
+    """Run the same tokens after each of the texts, whose cache is not changed."""
     if not suffix_ids:
         return text
     ids_BT = torch.tensor([list(suffix_ids)] * text.mask_BT.shape[0], device=text.mask_BT.device)
@@ -88,13 +98,25 @@ def embed(
     start: int = 0,
     suffix_ids: Sequence[int] = (),
 ) -> Tensor:
-    """Last hidden states [B, K, D] of the special tokens on a prefill's cache, which stays as it was.
+    """Run the special tokens on a prefill's cache, which is not changed.
 
-    ``suffix_ids`` are the ids of a template's words between the text and them. They see the columns from ``start`` on.
+    Args:
+        lm: The model.
+        prefill: The texts.
+        special_ids: Ids of the special tokens.
+        shared_position: Give all special tokens the same position id.
+        start: The first position they see.
+        suffix_ids: The template's words between the text and them.
+
+    Returns:
+        Their last hidden states, [B, K, D].
+
+    Raises:
+        ValueError: ``start`` is no position of the prefill.
     """
-    text, columns = prefill.text, prefill.ids_BT.shape[1]
-    if not 0 <= start < max(columns, 1):
-        raise ValueError(f"start must be a position of the prefill, 0..{columns - 1}, got {start}")
+    text, length = prefill.text, prefill.ids_BT.shape[1]
+    if not 0 <= start < max(length, 1):
+        raise ValueError(f"start must be a position of the prefill, 0..{length - 1}, got {start}")
     if suffix_ids and special_ids and keeps_all_positions(text.cache):
         none, shared = (prefill.ids_BT[:, :0], text.mask_BT[:, :0]), shared_position
         return text_and_special_pass(
@@ -118,13 +140,23 @@ def generate_ids(
     suppressed_ids: Sequence[int],
     **options: Any,
 ) -> Any:
-    """What transformers' `generate` returns for left-padded prompts, run already (``prefill``) or not.
+    """Call transformers' `generate` for left-padded prompts.
 
-    ``suppressed_ids`` are ids that must not be emitted: the special tokens'.
+    Args:
+        lm: The model.
+        tokenizer: Its tokenizer, for stop strings and end tokens.
+        prefill: A run of the same prompts, to continue from. None: they run here.
+        ids_BT: The prompts' ids.
+        mask_BT: False at padding.
+        suppressed_ids: Ids that are never emitted: the special tokens'.
+        options: Those of transformers' `generate`.
+
+    Returns:
+        What `generate` returns.
     """
     suppressed = sorted({*(options.pop("suppress_tokens", None) or ()), *suppressed_ids})
-    table = lm.get_output_embeddings().weight.shape[0]
-    options["suppress_tokens"] = [i for i in suppressed if i < table] or None
+    vocab_size = lm.get_output_embeddings().weight.shape[0]
+    options["suppress_tokens"] = [i for i in suppressed if i < vocab_size] or None
     if "stop_strings" in options:
         options.setdefault("tokenizer", tokenizer)
     if (config := lm.generation_config).pad_token_id is None:
@@ -136,7 +168,7 @@ def generate_ids(
 
 @contextlib.contextmanager
 def use_prefill(lm: PreTrainedModel, prefill: Prefill) -> Iterator[None]:
-    """While open (in this thread), `lm.generate` starts from ``prefill`` instead of running the prompt."""
+    """Let `lm.generate` start from ``prefill`` instead of running the prompt, inside this context."""
     _install(lm)
     token = _current.set(prefill)
     try:
@@ -146,14 +178,14 @@ def use_prefill(lm: PreTrainedModel, prefill: Prefill) -> Iterator[None]:
 
 
 def _install(lm: PreTrainedModel) -> None:
-    ordinary = lm._prefill
-    if getattr(ordinary, "gemify", False):
+    original = lm._prefill
+    if getattr(original, "gemify", False):
         return
 
     def start(input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
         prefill = _current.get()
         if prefill is None:
-            return ordinary(input_ids, *args, **kwargs)
+            return original(input_ids, *args, **kwargs)
         logits_BV, cache = prefill.logits_BV, prefill.text.cache
         if input_ids.shape[0] == prefill.ids_BT.shape[0]:
             return CausalLMOutputWithPast(logits=logits_BV[:, None], past_key_values=fork(cache))

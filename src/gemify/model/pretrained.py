@@ -17,7 +17,6 @@ from gemify.model.adapter import (
     ADAPTER_FILE,
     Adapter,
     AdapterSettings,
-    Tune,
     attach_adapter,
     read_adapter_settings,
 )
@@ -32,7 +31,7 @@ from gemify.model.base import (
     max_positions,
     special_token_ids,
 )
-from gemify.model.config import CONFIG_FILE, GemConfig, require_special_tokens, resolve_directory
+from gemify.model.config import CONFIG_FILE, GemConfig, Tune, require_special_tokens, resolve_directory
 from gemify.model.fingerprint import weights_fingerprint
 from gemify.model.pooling import Pooling
 from gemify.model.tokenization import require_template
@@ -72,8 +71,8 @@ def prepare_base(
     lm, tokenizer = load_base(base, **loading)
     require_maskable(lm)
     ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
-    taken = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    names = choose_special_tokens(tokenizer, k, wanted=names_given, taken=taken)
+    excluded_ids = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    names = choose_special_tokens(tokenizer, k, names=names_given, excluded_ids=excluded_ids)
     ids = special_token_ids(tokenizer, names)
     config = GemConfig(
         tune=tune,

@@ -1,4 +1,4 @@
-"""Decoding a text back from its special tokens' KV alone (GEM, Appendix B)."""
+"""Recovery: decoding a text from the KV cache of its special tokens alone (GEM, Appendix B)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gemify.model.kv_cache import fork
 
 
 def find_eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end a text: the tokenizer's and the generation configuration's."""
+    """Return the ids that end a text: the tokenizer's and the generation configuration's."""
     ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
     return {e for e in [tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])] if e is not None}
 
@@ -26,10 +26,20 @@ def greedy_from_specials(
     suppressed_ids: Sequence[int],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Token ids decoded greedily after the special tokens, each row up to its end token.
+    """Decode greedily after the special tokens.
 
-    ``specials`` must come from a pass with logits. transformers' own `generate` starts a row at position 0 and cannot be
-    told that these few cached columns stand at the end of a text, hence the small loop.
+    transformers' own `generate` starts a row at position 0 and cannot be told that these few cached positions stand at
+    the end of a text, hence this loop.
+
+    Args:
+        lm: The model.
+        specials: The special tokens, from a pass with logits.
+        eos_ids: Ids that end a row.
+        suppressed_ids: Ids that are never emitted.
+        max_new_tokens: Most tokens of a row.
+
+    Returns:
+        Token ids of each row, up to its end token.
     """
     assert specials.logits_BV is not None
     logits_BV, cache, position_B = specials.logits_BV, fork(specials.cache), specials.next_position_B
@@ -40,10 +50,10 @@ def greedy_from_specials(
         next_B = logits_BV.index_fill(
             1, torch.tensor(blocked, device=logits_BV.device, dtype=torch.long), -torch.inf
         ).argmax(-1)
-        for at, token in enumerate(next_B.tolist()):
-            done[at] = done[at] or token in eos_ids
-            if not done[at]:
-                rows[at].append(token)
+        for row, token in enumerate(next_B.tolist()):
+            done[row] = done[row] or token in eos_ids
+            if not done[row]:
+                rows[row].append(token)
         if all(done):
             break
         seen_BT = torch.ones(len(rows), cache.get_seq_length() + 1, dtype=torch.long, device=next_B.device)

@@ -1,8 +1,8 @@
-"""Generated text in pieces, as it is made: transformers' `generate` in a thread of its own, read through a queue.
+"""Streaming: generated text in pieces, as it is made, by transformers' `generate` in a thread of its own.
 
-The tokens are read by a stopping criterion, which transformers asks after every token. Its TextIteratorStreamer is told
-of a token only after that question, so a stop string would cost one token more; and it decodes every line for itself,
-so that a tokenizer whose words begin with their space loses one at each line break.
+A stopping criterion reads the tokens, because transformers calls one after every token. Its TextIteratorStreamer gets a
+token only after that call, so that a stop string would cost one token more. It also decodes every line by itself, so
+that a tokenizer whose words begin with their space loses one at each line break.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from gemify.model.recovery import find_eos_ids
 
 _Queue = SimpleQueue[str | BaseException | None]
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer decodes the first bytes of a character to."""
+"""What a tokenizer decodes an incomplete character to."""
 
 
 class TextStream(Iterator[str]):
-    """Pieces of one answer. The counts are final when it is exhausted."""
+    """Pieces of one answer's text. The counts are final at its end."""
 
-    def __init__(self, pieces: Generator[str, None, None], written: IncrementalDetokenizer) -> None:
-        self._pieces, self._written = pieces, written
+    def __init__(self, pieces: Generator[str, None, None], detokenizer: IncrementalDetokenizer) -> None:
+        self._pieces, self._detokenizer = pieces, detokenizer
 
     def __next__(self) -> str:
         return next(self._pieces)
@@ -42,17 +42,18 @@ class TextStream(Iterator[str]):
 
     @property
     def prompt_tokens(self) -> int:
-        return self._written.prompt_tokens
+        """Tokens of the prompt."""
+        return self._detokenizer.prompt_tokens
 
     @property
     def new_tokens(self) -> int:
-        """Tokens generated, an end token and the tokens of a stop string among them."""
-        return len(self._written.ids)
+        """Tokens generated, an end token and the tokens of a stop string included."""
+        return len(self._detokenizer.ids)
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:
-        """``length``: cut at ``max_new_tokens``. ``stop``: an end token, a stop string or the caller ended it."""
-        return self._written.finish_reason
+        """``length``: cut at ``max_new_tokens``. ``stop``: ended by an end token, a stop string or the caller."""
+        return self._detokenizer.finish_reason
 
 
 def stream(
@@ -64,18 +65,24 @@ def stream(
     seed: int | None = None,
     **options: Any,
 ) -> TextStream:
-    """Continue a prompt, or a `Prefill` of one, in pieces that join to the text `GemModel.generate` gives.
+    """Continue a prompt in pieces that join to the text `GemModel.generate` gives.
 
-    Generation starts with the first piece asked for, and stops within one token when the stream is closed or dropped.
-    It holds `GemModel.lock` until its last token, whether the pieces are read or not.
+    Generation starts with the first piece that is asked for. It ends within one token when the stream is closed or
+    dropped. It holds `GemModel.lock` until its last token, whether the pieces are read or not.
 
     Args:
-        stop: the text ends before the first of these strings.
-        seed: draw from this seed; torch's own random numbers stay as they were.
-        options: those of transformers' `generate`. torch's per-thread switches (autocast) do not reach it.
+        gem: The model.
+        prompt: A prompt, or a `Prefill` of one.
+        max_new_tokens: Most tokens of the continuation.
+        stop: The text ends before the first of these strings.
+        seed: Draw from this seed. torch's own random state does not change.
+        options: Those of transformers' `generate`. torch's per-thread switches (autocast) do not reach it.
+
+    Returns:
+        An iterator over pieces of text. Errors of `generate` are raised with the first piece.
 
     Raises:
-        ValueError: several prompts, or an empty stop string. What `generate` raises comes with the first piece.
+        ValueError: Several prompts or answers are asked for, or a stop string is empty.
     """
     if isinstance(prompt, Prefill) and prompt.ids_BT.shape[0] != 1:
         raise ValueError(f"one prompt can be streamed, got a prefill of {prompt.ids_BT.shape[0]}: use generate")
@@ -85,14 +92,20 @@ def stream(
         if (options.get(name) or 1) != 1:
             raise ValueError(f"one answer can be streamed, got {name}={options[name]}: use generate")
     queue: _Queue = SimpleQueue()
-    written = IncrementalDetokenizer(gem, sink=queue.put, stop=stop, max_new_tokens=max_new_tokens)
-    options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), written])
+    detokenizer = IncrementalDetokenizer(gem, sink=queue.put, stop=stop, max_new_tokens=max_new_tokens)
+    options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), detokenizer])
     options["max_new_tokens"] = max_new_tokens
-    return TextStream(_pieces(gem, prompt, written, queue, seed, options), written)
+    return TextStream(_pieces(gem, prompt, detokenizer, queue, seed, options), detokenizer)
 
 
 def stream_chat(gem: GemModel, messages: Sequence[Message], **options: Any) -> TextStream:
-    """`stream` of the answer to a conversation, as `GemModel.chat` gives it."""
+    """Answer a conversation in pieces, as `GemModel.chat` does.
+
+    Args:
+        gem: The model.
+        messages: ``role`` and ``content`` of each message, the oldest first.
+        options: Those of `stream`.
+    """
     with gem.lock:
         prefill = gem.prefill_chat(messages)
     return stream(gem, prefill, **options)
@@ -101,24 +114,24 @@ def stream_chat(gem: GemModel, messages: Sequence[Message], **options: Any) -> T
 def _pieces(
     gem: GemModel,
     prompt: str | Prefill,
-    written: IncrementalDetokenizer,
+    detokenizer: IncrementalDetokenizer,
     queue: _Queue,
     seed: int | None,
     options: dict[str, Any],
 ) -> Generator[str, None, None]:
     def work() -> None:
         try:
-            with gem.lock, _drawing_from(seed, gem.device):
-                if not written.closed.is_set():
+            with gem.lock, _seeded(seed, gem.device):
+                if not detokenizer.closed.is_set():
                     prefill = gem.prefill(prompt) if isinstance(prompt, str) else prompt
-                    written.prompt_tokens = prefill.ids_BT.shape[1]
+                    detokenizer.prompt_tokens = prefill.ids_BT.shape[1]
                     text = gem.generate(prefill, **options)
-                    written.finish(text if isinstance(text, str) else text[0])
+                    detokenizer.finish(text if isinstance(text, str) else text[0])
             queue.put(None)
         except BaseException as error:
             queue.put(error)
 
-    # Not a daemon: torch must not be computing while the interpreter takes itself down.
+    # Not a daemon: torch must not compute while the interpreter shuts down.
     threading.Thread(target=copy_context().run, args=(work,), name="gemify-stream").start()
     try:
         while (item := queue.get()) is not None:
@@ -127,13 +140,26 @@ def _pieces(
             yield item
     finally:
         # Not joined: the thread may be waiting for the lock, which whoever drops this stream may hold.
-        written.closed.set()
+        detokenizer.closed.set()
 
 
 class IncrementalDetokenizer(StoppingCriteria):
-    """What is being generated: token ids in, pieces of text out (whole characters, up to a stop string).
+    """Token ids in, pieces of text out: whole characters, up to a stop string.
 
-    Given to transformers' `generate` as a stopping criterion; `finish` takes the text that `generate` has made.
+    Given to transformers' `generate` as a stopping criterion, it reads the tokens itself; `finish` takes the final
+    text.
+
+    Args:
+        gem: The model.
+        sink: Called with each piece.
+        stop: The text ends before the first of these strings.
+        max_new_tokens: When generation ends at the latest, for ``finish_reason``.
+        prompt_tokens: How many of the criterion's first ids are the prompt's.
+
+    Attributes:
+        ids: Tokens generated so far.
+        eos_ids: Ids that end a text.
+        closed: Set it to end generation after the token that is being computed.
     """
 
     def __init__(
@@ -153,7 +179,7 @@ class IncrementalDetokenizer(StoppingCriteria):
         self.ids: list[int] = []
         self._sink, self._max_new_tokens, self._tokenizer = sink, max_new_tokens, gem.tokenizer
         self.eos_ids = find_eos_ids(gem.lm, gem.tokenizer)
-        # A token may decode differently at the start of a text, so new ones are decoded after those of the piece before.
+        # A token may decode differently at the start of a text: new tokens are decoded after those of the last piece.
         self._from = self._read = 0
         self._text = ""
         self._sent = 0
@@ -161,20 +187,25 @@ class IncrementalDetokenizer(StoppingCriteria):
 
     @property
     def text(self) -> str:
-        """What has been passed on."""
+        """The text given to ``sink`` so far."""
         return self._text[: self._sent]
 
     @property
     def finish_reason(self) -> Literal["stop", "length"]:
+        """Why the text ended: see `TextStream.finish_reason`."""
         full = len(self.ids) >= self._max_new_tokens and self.ids[-1] not in self.eos_ids
         return "length" if full and not self._stopped else "stop"
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        ended = self.add(input_ids[0, self.prompt_tokens + len(self.ids) :].tolist())
+        """Read the new tokens, as a stopping criterion: True where generation ends."""
+        ended = self.append(input_ids[0, self.prompt_tokens + len(self.ids) :].tolist())
         return torch.full((input_ids.shape[0],), ended, device=input_ids.device)
 
-    def add(self, ids: Sequence[int]) -> bool:
-        """Take new tokens and pass on what they complete; whether a stop string or the reader ends the text here."""
+    def append(self, ids: Sequence[int]) -> bool:
+        """Add tokens and give out the text they complete.
+
+        Returns whether a stop string or the reader ends the text here.
+        """
         self.ids.extend(ids)
         before, now = self._decode(self._from, self._read), self._decode(self._from, len(self.ids))
         if len(now) > len(before) and not now.endswith(_UNFINISHED):
@@ -183,7 +214,7 @@ class IncrementalDetokenizer(StoppingCriteria):
         return self._stopped or self.closed.is_set()
 
     def finish(self, text: str | None = None) -> None:
-        """Pass on what was held back of the whole text (None: decoded here)."""
+        """Give out the rest of the text (None: it is decoded here)."""
         if not self._stopped:
             whole = self._decode(0, len(self.ids)) if text is None else text
             self._send(whole[len(self._text) :], last=True)
@@ -192,24 +223,24 @@ class IncrementalDetokenizer(StoppingCriteria):
         return str(self._tokenizer.decode(self.ids[start:end], skip_special_tokens=True))
 
     def _send(self, new: str, *, last: bool = False) -> None:
-        """Pass on all that cannot be the beginning of a stop string."""
+        """Give out everything that cannot be the beginning of a stop string."""
         self._text += new
         found = [at for s in self._stops if (at := self._text.find(s, self._sent)) >= 0]
         self._stopped = bool(found)
-        held = 0 if last else max((_begun(s, self._text[self._sent :]) for s in self._stops), default=0)
+        held = 0 if last else max((_partial_stop(s, self._text[self._sent :]) for s in self._stops), default=0)
         until = min(found) if found else len(self._text) - held
         if until > self._sent:
             self._sink(self._text[self._sent : until])
             self._sent = until
 
 
-def _begun(stop: str, text: str) -> int:
-    """How much of the stop string the end of the text may be."""
+def _partial_stop(stop: str, text: str) -> int:
+    """Length of the longest beginning of the stop string that ends the text."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 @contextlib.contextmanager
-def _drawing_from(seed: int | None, device: torch.device) -> Iterator[None]:
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     if seed is None:
         yield
         return

@@ -12,7 +12,7 @@ import torch
 
 
 def peak_memory_bytes() -> int:
-    """Most memory this process has held: device memory on an accelerator, else resident memory."""
+    """Return the peak memory of this process in bytes: device memory on an accelerator, else resident memory."""
     if torch.cuda.is_available() and (used := int(torch.cuda.max_memory_allocated())):
         return used
     unit = 1 if sys.platform == "darwin" else 1024
@@ -21,21 +21,33 @@ def peak_memory_bytes() -> int:
 
 @dataclass
 class ThroughputMeter:
-    """Counts tokens from its making on. ``tokens``: columns computed; ``padding``: how many of them were padding."""
+    """Counts tokens from its construction on."""
 
     tokens: int = 0
+    """Tokens computed, padding included."""
     padding: int = 0
+    """How many of them were padding."""
     texts: int = 0
     started: float = field(default_factory=time.perf_counter)
+    """When it was made, in seconds of `time.perf_counter`."""
 
     def report(self) -> dict[str, Any]:
-        """Metrics as plain numbers."""
+        """Return the counts and the speed as plain numbers: see `throughput`."""
         seconds = time.perf_counter() - self.started
         return {"texts": self.texts, **throughput(self.tokens, self.padding, seconds)}
 
 
 def throughput(tokens: int, padding: int, seconds: float) -> dict[str, Any]:
-    """Tokens a second without padding, the share of padding, and the peak memory so far."""
+    """Compute the speed of a piece of work.
+
+    Args:
+        tokens: Tokens computed, padding included.
+        padding: How many of them were padding.
+        seconds: How long it took.
+
+    Returns:
+        tokens (without padding), seconds, tokens_per_second, padding (a share of all tokens) and peak_memory_mb.
+    """
     return {
         "tokens": tokens - padding,
         "seconds": round(seconds, 3),
@@ -46,7 +58,7 @@ def throughput(tokens: int, padding: int, seconds: float) -> dict[str, Any]:
 
 
 def format_summary(report: dict[str, Any]) -> str:
-    """One line for people."""
+    """Return a report of `throughput` as one line for people."""
     return (
         f"{report['tokens']:,} tokens in {report['seconds']:.1f} s ({report['tokens_per_second']:,.0f} tokens/s,"
         f" padding {report['padding']:.1%}), peak memory {report['peak_memory_mb']:,.0f} MB"

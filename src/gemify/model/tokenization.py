@@ -1,8 +1,8 @@
 """Texts to token ids: templates, and tokenising that never cuts or mistakes a special token.
 
 A template is what stands around every text that is embedded: words that tell the base model what is wanted of the text.
-The base reads them as any words, so they help without a trained weight. ``{text}`` is the text; the special tokens follow
-all of it. Next-token rows, prompts and chats have no template.
+The base reads them as any words, so they help without a trained weight. ``{text}`` is the text; the special tokens
+follow all of it. Next-token rows, prompts and chats have no template.
 
 This file imports no model library, so that configurations can be read without one.
 """

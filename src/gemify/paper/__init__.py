@@ -1,1 +1,1 @@
-"""Room A: the method itself (arXiv 2506.04344) on plain torch. Knows no model library, no files, no devices."""
+"""The method itself (GEM, arXiv 2506.04344) on plain torch: no model library, no files, no devices."""

@@ -4,7 +4,8 @@
     special tokens  see the whole prefix and themselves, not each other
     suffix tokens   see all special tokens and earlier suffix tokens, no prefix token
 
-So all that the suffix knows of the prefix has passed through the special tokens. Drawn (rows look at columns):
+So all that the suffix knows of the prefix has passed through the special tokens. Drawn (a row looks at the columns
+marked #):
 
 >>> print(draw("ppp ss xx"))
       p p p s s x x
@@ -42,15 +43,21 @@ LETTERS: dict[str, Segment] = {
 }
 
 
-# Plain numbers: a compiled mask (FlexAttention) takes several members of an enumeration for one and the same.
+# Plain numbers: a compiled mask (FlexAttention) confuses members of an enumeration.
 _TEXT, _HIDDEN, _SPECIAL, _SUFFIX = (int(s) for s in (Segment.TEXT, Segment.HIDDEN, Segment.SPECIAL, Segment.SUFFIX))
 
 
-def allowed(query_segment: Tensor, key_segment: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """What GEM takes away from a causal mask: True where ``query`` may look at ``key`` as far as GEM is concerned.
+def may_attend(query_segment: Tensor, key_segment: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """The GEM rule: whether a query may look at a key. Causality, padding and windows are the model's own.
 
-    Causality, padding, windows and packing are the model's own and are ANDed by the caller. All four arguments
-    broadcast against each other; segments are `Segment` codes, the last two are column numbers.
+    Args:
+        query_segment: `Segment` codes of the queries.
+        key_segment: `Segment` codes of the keys.
+        query: Positions of the queries.
+        key: Positions of the keys. All four broadcast against each other.
+
+    Returns:
+        True where GEM does not forbid it.
     """
     from_special = query_segment == _SPECIAL
     to_other_special = (key_segment == _SPECIAL) & (query != key)
@@ -61,16 +68,16 @@ def allowed(query_segment: Tensor, key_segment: Tensor, query: Tensor, key: Tens
 
 
 def dense_mask(segments_BT: Tensor) -> Tensor:
-    """The whole visibility matrix [B, T, T] of `Segment` codes [B, T], causality and padding included."""
+    """Return the visibility matrix [B, T, T] of `Segment` codes [B, T], causality and padding included."""
     T = segments_BT.shape[1]
-    column = torch.arange(T, device=segments_BT.device)
-    q_T1, k_1T = column[:, None], column[None, :]
-    seen_BTT = allowed(segments_BT[:, :, None], segments_BT[:, None, :], q_T1, k_1T)
+    position = torch.arange(T, device=segments_BT.device)
+    q_T1, k_1T = position[:, None], position[None, :]
+    seen_BTT = may_attend(segments_BT[:, :, None], segments_BT[:, None, :], q_T1, k_1T)
     return seen_BTT & (k_1T <= q_T1) & (segments_BT != Segment.PAD)[:, None, :]
 
 
 def draw(letters: str) -> str:
-    """The table for a row written in letters (p prefix, h hidden, s special, x suffix, _ padding)."""
+    """Draw the visibility of a row written in letters: p prefix, h hidden, s special, x suffix, _ padding."""
     letters = letters.replace(" ", "")
     seen_TT = dense_mask(torch.tensor([[int(LETTERS[c]) for c in letters]]))[0]
     lines = ["  " + " ".join(letters)]

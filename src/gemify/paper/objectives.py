@@ -1,4 +1,4 @@
-"""The two losses of GEM (Section 3.3) and their weighted sum. Shapes: B rows, T columns, D width, V vocabulary."""
+"""The two losses of GEM (Section 3.3) and their weighted sum. Shapes: B rows, N targets, D width, V vocabulary."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ MAX_LOG_SCALE = math.log(100.0)
 
 
 def next_token_loss(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    """Summed cross-entropy in float32 of already aligned logits and targets; IGNORED targets count nothing.
+    """Sum the cross-entropy of aligned logits and targets, in float32.
 
-    A sum, not a mean: the caller divides by the number of targets of the whole optimizer step, so that eight
-    micro-batches of one row weigh exactly as one batch of eight.
+    It is a sum, not a mean: the caller divides by the number of targets of the whole optimizer step, so that eight
+    micro-batches of one row weigh exactly as much as one batch of eight.
+
+    Args:
+        logits_NV: Logits.
+        targets_N: Token ids; IGNORED ones do not count.
     """
     return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORED, reduction="sum")
 
@@ -31,7 +35,8 @@ class Temperature(nn.Module):
         self.t = nn.Parameter(torch.tensor(float(log_scale)))
 
     def forward(self) -> Tensor:
-        # The parameter itself is clamped, not only its use: a clamp in the graph would have no gradient outside.
+        """Return lam."""
+        # Clamp the parameter itself: a clamp in the graph would have no gradient outside its range.
         with torch.no_grad():
             self.t.clamp_(0.0, MAX_LOG_SCALE)
         return self.t.exp()
@@ -45,11 +50,17 @@ def info_nce(
     *,
     own_index_B: Tensor | None = None,
 ) -> Tensor:
-    """Mean InfoNCE over B pairs: row i's positive is ``positive_BD[i]``, the other rows' positives are its negatives.
+    """Mean InfoNCE over B pairs (GEM, Section 3.3): the other rows' positives are a row's negatives.
 
-    ``-log( exp(lam s(q, d+)) / sum_d exp(lam s(q, d)) )`` with cosine s. Further negatives may be appended.
-    For zero embeddings the value is log of the number of candidates. With ``own_index_B`` the positives are more than the
-    queries (those of other processes too), and row i's own stands at ``own_index_B[i]``; no query at all gives 0.
+    ``-log( exp(lam s(q, d+)) / sum_d exp(lam s(q, d)) )`` with cosine s. For zero embeddings it is the logarithm of the
+    number of candidates.
+
+    Args:
+        query_BD: The queries. No query at all gives 0.
+        positive_BD: Their positives; more than B where other processes' positives are among them.
+        scale: The temperature lam.
+        negatives_ND: Further negatives.
+        own_index_B: Which positive belongs to which query. None: the one with the same index.
     """
     # Autocast would round the logits to bfloat16: steps of 0.1 to 0.5 at these scales.
     with torch.autocast(query_BD.device.type, enabled=False):
@@ -63,7 +74,10 @@ def info_nce(
 
 
 def total_loss(ntp: Tensor | None, contrastive: Tensor | None, alpha: float) -> Tensor:
-    """``(1 - alpha) L_ntp + alpha L_cl``. A part whose weight is 0 may be left out (None): it is then not computed."""
+    """Return ``(1 - alpha) L_ntp + alpha L_cl``.
+
+    A part whose weight is 0 may be None. ValueError if another part is.
+    """
     if not 0.0 <= alpha <= 1.0:
         raise ValueError(f"alpha must lie in [0, 1], got {alpha}")
     parts = [(1.0 - alpha, ntp, "next-token"), (alpha, contrastive, "contrastive")]

@@ -53,8 +53,8 @@ class RowInputs:
     """A row as model inputs: four lists of equal length T.
 
     ``labels`` are unshifted, as in transformers: position t holds its own id if that id is to be predicted (at position
-    t - 1), else IGNORED. Special tokens are never a target; the first suffix token is one, predicted at the last special
-    token.
+    t - 1), else IGNORED. Special tokens are never a target; the first suffix token is one, predicted at the last
+    special token.
     """
 
     ids: list[int]
@@ -99,7 +99,8 @@ def special_positions(start: int, k: int, *, shared: bool) -> list[int]:
     """Return the position ids of k special tokens after ``start`` tokens.
 
     Shared (gemify's default): all get ``start``. They do not see each other, so k special tokens equal k separate
-    requests ``text s_i``, and an engine that knows nothing of GEM can serve them. Not shared: the paper's consecutive ids.
+    requests ``text s_i``, and an engine that knows nothing of GEM can serve them. Not shared: the paper's consecutive
+    ids.
     """
     return [start] * k if shared else list(range(start, start + k))
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from gemify.io.errors import first_line
 from gemify.model.base import max_positions
 from gemify.model.chat_template import ChatTemplate
-from gemify.model.encode import TextTokenizer
 from gemify.model.gem import GemModel
+from gemify.model.tokenization import TextTokenizer
 from gemify.serving.errors import bad_request
 
 if TYPE_CHECKING:

@@ -49,8 +49,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
     """The micro-batches of a run, of each the shard of one process.
 
     Examples are read through a buffer. Each buffer is sorted by length and cut into blocks of a batch's size, and the
-    blocks are shuffled: rows of one batch have similar lengths, so little padding is computed. At the end of the data the
-    stream starts again in another order.
+    blocks are shuffled: rows of one batch have similar lengths, so little padding is computed. At the end of the data
+    the stream starts again in another order.
 
     Args:
         recipe: The run's choices.
@@ -132,7 +132,7 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         return View(prefix + view.ids + suffix, (True,) * len(prefix) + view.seen + (True,) * len(suffix))
 
     def _select_contrastive(self, examples: list[TokenizedExample], rows: list[Row]) -> list[TokenizedExample]:
-        """The examples to contrast: a batch of their own, or, as in the paper, the rows with special tokens of the batch."""
+        """The examples to contrast: a batch of their own, or (as in the paper) the special rows of the same batch."""
         if self.recipe.contrastive_batch_size is not None:
             return examples[: self.recipe.contrastive_batch_size]
         special = [e for e, row in zip(examples, rows, strict=True) if row.has_special_tokens]

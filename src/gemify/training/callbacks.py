@@ -18,7 +18,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Progress(TrainerCallback):
-    """A progress bar with the losses, one JSON line per step, and TensorBoard if it is installed. First process only."""
+    """A progress bar with the losses, one JSON line per step, and TensorBoard if it is installed.
+
+    First process only.
+    """
 
     def __init__(self, directory: Path, *, show: bool) -> None:
         self.path = directory / METRICS_FILE

@@ -65,7 +65,10 @@ def gather(shard_ND: Tensor, total: int) -> Tensor:
 
 
 class _Gather(torch.autograd.Function):
-    """[N, D] of each process -> [W, N, D]. Each process's loss is a part of the whole loss: backward sums the gradients."""
+    """[N, D] of each process -> [W, N, D].
+
+    Each process's loss is a part of the whole loss: backward sums the gradients.
+    """
 
     @staticmethod
     def forward(ctx: Any, shard_ND: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Weights sharded over the processes: FSDP2, for bases whose weights and optimizer state outgrow one device.
 
 Accelerate prepares the model: every decoder layer is a unit; embeddings and output head are another, which stays whole
-during a step. PyTorch gathers what is saved. Checkpoints equal those of one process, so any number of processes resumes.
+during a step. PyTorch gathers what is saved. Checkpoints equal those of one process, so any number of processes
+resumes.
 """
 
 from __future__ import annotations

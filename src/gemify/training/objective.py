@@ -1,13 +1,13 @@
 """The loss of one micro-batch (GEM, Section 3.3): which passes it takes for each tuning scope.
 
-Frozen base (``gated``, ``tokens``): cache surgery. The text runs without gradients, the special tokens run on its KV cache
-with gradients, the suffix runs on theirs. Nothing goes backward through the text, and only the suffix is a target (the
-text's own loss is a constant). Trained base (``lora``, ``full``): one masked pass, every token is a target.
+Frozen base (``gated``, ``tokens``): cache surgery. The text runs without gradients, the special tokens run on its KV
+cache with gradients, the suffix runs on theirs. Nothing goes backward through the text, and only the suffix is a target
+(the text's own loss is a constant). Trained base (``lora``, ``full``): one masked pass, every token is a target.
 
-The next-token loss is computed from hidden states at the targets only. A vocabulary is large: the logits of a batch take
-more memory than the rest of a small model's step. PyTorch's `linear_cross_entropy` runs output head and loss together, a
-part of the targets at a time. Models that do more to their logits than one matrix (soft caps, scales), and older PyTorch,
-take the ordinary way.
+The next-token loss is computed from hidden states at the targets only. A vocabulary is large: the logits of a batch
+take more memory than the rest of a small model's step. PyTorch's `linear_cross_entropy` runs output head and loss
+together, a part of the targets at a time. Models that do more to their logits than one matrix (soft caps, scales), and
+older PyTorch, take the ordinary way.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Losses:
 
 
 def target_count(row: Row, *, frozen_base: bool) -> int:
-    """Return the number of next-token targets of a row: the suffix if the base is frozen, else every token but the first."""
+    """Count a row's next-token targets: the suffix if the base is frozen, else every token but the first."""
     if frozen_base:
         return len(row.suffix)
     return max(0, len(row.prefix) - 1) + len(row.suffix)
@@ -135,7 +135,10 @@ class Objective(nn.Module):
         return self.lm.device
 
     def train(self, mode: bool = True) -> Objective:
-        """Switch to training mode. A frozen base computes as in evaluation: only the adapter's own dropout is switched."""
+        """Switch to training mode.
+
+        A frozen base computes as in evaluation: only the adapter's own dropout is switched.
+        """
         super().train(mode)
         if self.gem_config.frozen_base:
             self.lm.eval()
@@ -199,7 +202,10 @@ class Objective(nn.Module):
         return groups
 
     def _chunk(self, work: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """Run one group. If chunks are wanted its activations are computed again on the way back, group by group: GradCache."""
+        """Run one group.
+
+        If chunks are wanted its activations are computed again on the way back, group by group: GradCache.
+        """
         if self.contrastive_chunk_size is None:
             return work(*arguments)
         embedded: Tensor = checkpoint(work, *arguments, use_reentrant=False)
@@ -258,7 +264,10 @@ class Objective(nn.Module):
         return target_loss(self.lm, hidden_ND, targets_N)
 
     def _embed_frozen(self, views: list[View], counts: TokenCounts) -> Tensor:
-        """Embeddings [N, D] of views. Views of the same ids (the "mask" way, an anchor of several pairs) share one pass."""
+        """Embeddings [N, D] of views.
+
+        Views of the same ids (the "mask" way, an anchor of several pairs) share one pass.
+        """
         texts = list(dict.fromkeys(v.ids for v in views))
         users: dict[tuple[int, ...], list[int]] = {t: [] for t in texts}
         for number, view in enumerate(views):
@@ -282,7 +291,7 @@ class Objective(nn.Module):
     def _embed_texts(
         self, ids_BT: Tensor, mask_BT: Tensor, rows: list[list[int]], seen: list[list[tuple[bool, ...]]]
     ) -> Tensor:
-        """One pass of some texts, then passes of special tokens: each on some of the rows, with what they see of them."""
+        """One pass of some texts, then passes of special tokens, each on some of the rows."""
         with torch.no_grad(), early_exit(self.lm, self.gem_config.layer):
             text = text_pass(self.lm, ids_BT, mask_BT)
         out = []

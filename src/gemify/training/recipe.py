@@ -14,9 +14,8 @@ import yaml
 from huggingface_hub.dataclasses import type_validator
 
 from gemify.io.errors import first_line
-from gemify.model.adapter import TUNES, Tune
 from gemify.model.attention import require_kernel
-from gemify.model.config import require_layer, require_special_tokens
+from gemify.model.config import TUNES, Tune, require_layer, require_special_tokens
 from gemify.model.pooling import POOLINGS, Pooling
 from gemify.model.tokenization import PLAIN, require_template
 from gemify.paper.schedule import Schedule
@@ -44,10 +43,11 @@ class Recipe:
     pooling: Pooling = "mean"
     shared_position: bool = True
     template: str = PLAIN
-    """Words around every text that is embedded, also in the contrastive rows; ``{text}`` is the text. Not in the paper."""
-    layer: int | None = None
-    """The layer whose state is the embedding, the first is 1; the contrastive passes stop there. None: the last. Not in the
+    """Words around every text that is embedded, also in the contrastive rows; ``{text}`` is the text. Not in the
     paper."""
+    layer: int | None = None
+    """The layer whose state is the embedding (1 is the first), where contrastive passes stop. None: the last. Not in
+    the paper."""
 
     # LoRA (gated, lora)
     rank: int = 16
@@ -76,8 +76,8 @@ class Recipe:
     contrastive_batch_size: int | None = 128
     """Rows of the contrastive batch; none: the special rows of the next-token batch, as in the paper."""
     contrastive_chunk_size: int | None = None
-    """Rows of the contrastive batch whose activations are held at a time: the batch may then be of any size (GradCache), for
-    one more forward pass. None: all."""
+    """Rows of the contrastive batch whose activations are held at a time (GradCache). The batch may then have any size,
+    for one more forward pass. None: all."""
     gradient_accumulation_steps: int = 1
     lr: float = 1e-3
     contrastive_lr: float = 2e-3

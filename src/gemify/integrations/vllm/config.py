@@ -1,7 +1,7 @@
 """A saved GEM as a vLLM engine needs it: which weights the engine loads, and what acts at the special tokens alone.
 
-This file and its neighbours ``vllm_*.py`` import torch, safetensors and gemify's plain files only: vLLM's environment has
-an older transformers than gemify's own, and no peft.
+This file and its neighbours ``vllm_*.py`` import torch, safetensors and gemify's plain files only: vLLM's environment
+has an older transformers than gemify's own, and no peft.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """vLLM's LoRA on a CPU, mended: there, tokens without an adapter get the last slot's one, and buffers count requests.
 
-vLLM's torch kernels index the stacked adapters with the token's slot, -1 for none, which is the last slot in Python; and
-they copy one adapter a token. Below, rows without an adapter are left alone, and the others alone are computed. On GPUs
-vLLM's own kernels do this, and nothing here is used.
+vLLM's torch kernels index the stacked adapters with the token's slot, -1 for none, which is the last slot in Python;
+and they copy one adapter a token. Below, rows without an adapter are left alone, and the others alone are computed. On
+GPUs vLLM's own kernels do this, and nothing here is used.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 It makes two changes, of which an engine without a GEM notices nothing:
 
-- The block of the KV cache that holds the special token of a text being embedded has a name of its own in the prefix cache.
-  The adapter acts on that token, so that no chat may take the block for one of its own, should it spell the same text and
-  then the special token. The blocks before it keep their names: chat and embedding share them.
+- The block of the KV cache that holds the special token of a text being embedded has a name of its own in the prefix
+  cache. The adapter acts on that token, so that no chat may take the block for one of its own, should it spell the same
+  text and then the special token. The blocks before it keep their names: chat and embedding share them.
 - The embedding table of every model takes an adapter. vLLM has the layer for it, and uses it for some models only.
 """
 

@@ -1,13 +1,13 @@
 """What a vLLM worker does for GEM: the adapter at special tokens alone, and their hidden states kept.
 
-A request that is to be embedded is an ordinary one, for a single token, whose ``extra_args`` hold a key. Its prompt ends in
-a special token. In the step that runs this token, the worker
+A request that is to be embedded is an ordinary one, for a single token, whose ``extra_args`` hold a key. Its prompt
+ends in a special token. In the step that runs this token, the worker
 
 - maps the adapter to it and to no other token (vLLM's kernels take an adapter a token), and
 - keeps what goes into the output head there, the last hidden state, under that key until it is taken.
 
-Every other token, of this request and of all others, runs through the base's weights alone. So the text's KV cache is the
-one that a chat would leave, and vLLM's prefix cache serves both.
+Every other token, of this request and of all others, runs through the base's weights alone. So the text's KV cache is
+the one that a chat would leave, and vLLM's prefix cache serves both.
 """
 
 from __future__ import annotations
