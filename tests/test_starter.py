@@ -18,6 +18,7 @@ from gemify import GemModel
 from gemify.evaluation.language_model import PROBES, compare_logits, language_loss, same_logits
 from gemify.model.base import load_base
 from gemify.model.config import SHIPPED, resolve_directory
+from gemify.model.kv_cache import output_cache
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
 
@@ -56,7 +57,7 @@ def test_the_starter_is_untouched(base: Any, starter_gem: GemModel) -> None:
     ids = tokenizer(PROBES[0], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         ours, theirs = starter_gem.lm(input_ids=ids, use_cache=True), lm(input_ids=ids, use_cache=True)
-    for a, b in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+    for a, b in zip(output_cache(ours).layers, output_cache(theirs).layers, strict=True):
         assert torch.equal(a.keys, b.keys)
         assert torch.equal(a.values, b.values)
     prompt = tokenizer.apply_chat_template(

@@ -14,6 +14,7 @@ import tiny_models
 from conftest import disturb
 from gemify import GemModel
 from gemify.model.adapter import gate
+from gemify.model.kv_cache import output_cache
 
 ARCHITECTURES = ["llama", "mistral-window", "gemma3", "gpt2", "qwen3", "opt", "gpt_oss"]
 PROMPT = torch.tensor([[40, 41, 42, 43, 44, 45, 46, 47]])
@@ -35,7 +36,7 @@ def test_logits_cache_and_text_are_the_bases_to_the_bit(pair) -> None:  # type: 
     with torch.no_grad():
         ours, theirs = gem.lm(input_ids=PROMPT, use_cache=True), base(input_ids=PROMPT, use_cache=True)
     assert torch.equal(ours.logits, theirs.logits)
-    for a, b in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+    for a, b in zip(output_cache(ours).layers, output_cache(theirs).layers, strict=True):
         assert torch.equal(a.keys, b.keys)
         assert torch.equal(a.values, b.values)
     options = {"max_new_tokens": 12, "do_sample": False, "suppress_tokens": gem.special_ids, "pad_token_id": 0}

@@ -18,6 +18,7 @@ import tiny_models
 from gemify import GemModel
 from gemify.model.attention import MaskNotUsedError, gem_mask, require_maskable
 from gemify.model.forward import MaskedBatch, masked_pass, positions_of, special_pass, suffix_pass, text_pass
+from gemify.model.kv_cache import CACHE_NAME, cache_argument, output_cache
 from gemify.paper.tokens import Row, RowInputs, Segment, build_inputs, raw_row, split_row
 
 KERNELS = [
@@ -98,11 +99,11 @@ def two_passes(lm: PreTrainedModel, row: Row, special: list[int]) -> tuple[torch
     for token in special:
         out = lm(input_ids=torch.tensor([[*row.prefix, token]]), use_cache=True)
         requests.append(out)
-    cache = requests[0].past_key_values
+    cache = output_cache(requests[0])
     tails = [
         (
-            torch.cat([r.past_key_values.layers[i].keys[..., -1:, :] for r in requests], dim=-2),
-            torch.cat([r.past_key_values.layers[i].values[..., -1:, :] for r in requests], dim=-2),
+            torch.cat([output_cache(r).layers[i].keys[..., -1:, :] for r in requests], dim=-2),
+            torch.cat([output_cache(r).layers[i].values[..., -1:, :] for r in requests], dim=-2),
         )
         for i in range(len(cache.layers))
     ]
@@ -114,7 +115,7 @@ def two_passes(lm: PreTrainedModel, row: Row, special: list[int]) -> tuple[torch
         input_ids=torch.tensor([row.suffix]),
         attention_mask=torch.ones(1, len(special) + n, dtype=torch.long),
         position_ids=torch.arange(m + 1, m + 1 + n)[None],
-        past_key_values=fresh,
+        **cache_argument(fresh),
     ).logits[0]
     return requests[-1].logits[0, -1], after
 
@@ -237,7 +238,7 @@ def test_a_block_mask_of_a_long_row_holds_no_square_of_it(monkeypatch: pytest.Mo
     lm = tiny_models.build("llama", "flex_attention")
     embedded = torch.zeros(1, L, lm.config.hidden_size)
     with gem_mask(torch.tensor([segments])):
-        made = create_causal_mask(lm.config, embedded, attention_mask=None, past_key_values=None)
+        made = create_causal_mask(lm.config, embedded, attention_mask=None, **{CACHE_NAME: None})
     assert L < sum(t.numel() * t.element_size() for t in tensors_in(made)) < L * L / 50
     column = torch.arange(L)
     text, special = column < at, (column >= at) & (column < at + k)

@@ -8,7 +8,7 @@ import torch
 import tiny_models
 from gemify import GemModel
 from gemify.model.forward import CachedText, left_pad, text_pass
-from gemify.model.kv_cache import from_key_values, key_values, slice_key_values
+from gemify.model.kv_cache import from_key_values, key_values, output_cache, slice_key_values
 from gemify.model.prefill import extend
 from gemify.model.rope_shift import concatenate, require_shiftable, shift_positions
 
@@ -51,7 +51,7 @@ def test_a_shifted_cache_is_that_of_the_text_at_its_new_place(name: str, by: int
     require_shiftable(lm)
     ids = torch.tensor([[7, 8, 9, 10]])
     moved = shift_positions(lm, text_pass(lm, ids, torch.ones_like(ids).bool()).cache, by)
-    oracle = lm(input_ids=ids, position_ids=torch.arange(4)[None] + by, use_cache=True).past_key_values
+    oracle = output_cache(lm(input_ids=ids, position_ids=torch.arange(4)[None] + by, use_cache=True))
     for (k, v), (k2, v2) in zip(key_values(moved), key_values(oracle), strict=True):
         torch.testing.assert_close(k, k2, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(v, v2, rtol=1e-4, atol=1e-5)
@@ -116,5 +116,5 @@ def test_embedding_a_part_of_a_prompt_sees_that_part_alone(base_dir, k: int) -> 
         prefill.single,
     )
     torch.testing.assert_close(gem.embed(spoilt, start=T - 3), part)
-    with pytest.raises(ValueError, match="since must be a column"):
+    with pytest.raises(ValueError, match="start must be a position"):
         gem.embed(prefill, start=T)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Annotated
 
@@ -70,7 +69,6 @@ def main() -> None:
     """Entry point: every foreseeable failure is one line on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="gemify: %(message)s", stream=sys.stderr)
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of our dependencies, to their developers
     debug = bool(os.environ.get("GEMIFY_DEBUG"))
     try:
         app()

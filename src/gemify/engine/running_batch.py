@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemify.model.forward import CachedText
-from gemify.model.kv_cache import RunningCache, from_key_values, key_values, new_full_cache
+from gemify.model.kv_cache import RunningCache, cache_argument, from_key_values, key_values, new_full_cache
 
 _MIN_TRIM = 64  # positions of padding in all rows
 
@@ -83,7 +83,7 @@ class RunningBatch:
             input_ids=torch.tensor(tokens, device=device)[:, None],
             attention_mask=(positions_T >= positions_T[-1] + 1 - lengths_B[:, None]).long(),
             position_ids=torch.tensor(self._positions, device=device)[:, None],
-            past_key_values=self._cache,
+            **cache_argument(self._cache),
             use_cache=True,
         )
         self._lengths = [n + 1 for n in self._lengths]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import time
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,7 +37,6 @@ def _measure(results: Any, model: str, texts: list[str], base: str | None, dtype
 
     from gemify.model.gem import GemModel
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # as in the command: they are not for users
     gem = GemModel.from_pretrained(model, base=base, dtype=parse_dtype(dtype), device=device)
     gem.encode(texts[:8])  # the first calls set things up
     gem.encode(texts)

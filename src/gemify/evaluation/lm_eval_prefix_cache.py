@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from gemify.model.attention import require_maskable
 from gemify.model.batching import length_groups
 from gemify.model.forward import left_pad, positions_of, right_pad
-from gemify.model.kv_cache import new_cache, select
+from gemify.model.kv_cache import cache_argument, new_cache, select
 from gemify.model.prefix_cache import common_prefix_length
 
 Request = tuple[Any, list[int], list[int]]
@@ -86,7 +86,7 @@ def score(lm: Any, requests: Sequence[tuple[list[int], list[int]]], *, max_token
     if header:
         cache = new_cache(lm)
         ids = torch.tensor([requests[0][0][:header]], device=lm.device)
-        lm.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
+        lm.get_decoder()(input_ids=ids, **cache_argument(cache), use_cache=True)
     answers: dict[int, Answer] = {}
     waiting = list(contexts.values())
     for group in length_groups([header + len(c.ids) for c in waiting], max_tokens=max_tokens):
@@ -112,7 +112,7 @@ def _score_group(
         input_ids=ids_BT,
         attention_mask=seen_BT.long(),
         position_ids=header + positions_of(mask_BT),
-        past_key_values=past,
+        **cache_argument(past),
         use_cache=past is not None,
         logits_to_keep=1,
     ).logits[:, -1]
@@ -138,7 +138,7 @@ def _score_group(
             input_ids=inputs_BT,
             attention_mask=torch.cat([seen_BT[rows], real_BT], dim=1).long(),
             position_ids=start_B1 + positions_of(real_BT),  # padding's too must be positions that the model has
-            past_key_values=select(past, rows),
+            **cache_argument(select(past, rows)),
             use_cache=True,
         ).logits.float()
         picked_BT = logits_BTV.log_softmax(-1).gather(2, targets_BT[..., None])[..., 0]

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -238,7 +239,9 @@ class Adapter(nn.Module):
                 target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
                 alora_invocation_tokens=self.special_ids if tune == "gated" else None,
             )
-            self._peft.append(get_peft_model(lm, config))
+            with warnings.catch_warnings():  # PEFT asks models for a property that transformers 5.24 has renamed
+                warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+                self._peft.append(get_peft_model(lm, config))
             if tune == "gated":
                 for layer in self._lora_layers(lm):
                     layer.lora_variant[_NAME] = GatedLora()

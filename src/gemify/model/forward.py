@@ -25,6 +25,7 @@ from gemify.model.adapter import gate
 from gemify.model.attention import gem_mask
 from gemify.model.early_exit import active_layers
 from gemify.model.kv_cache import (
+    cache_argument,
     concatenate_rows,
     fork,
     from_key_values,
@@ -95,7 +96,7 @@ def text_pass(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor) -> CachedTex
             input_ids=ids_BT,
             attention_mask=mask_BT.long(),
             position_ids=positions_of(mask_BT),
-            past_key_values=cache,
+            **cache_argument(cache),
             use_cache=True,
         )
     return CachedText(cache, mask_BT)
@@ -136,7 +137,7 @@ def special_pass(
         "input_ids": torch.tensor([list(special_ids)] * B, device=device),
         "attention_mask": torch.cat([visible_BT, ones_BK], dim=1).long(),
         "position_ids": start_B1 + step_K,
-        "past_key_values": cache,
+        **cache_argument(cache),
         "use_cache": True,
     }
     masked: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -203,7 +204,7 @@ def text_and_special_pass(
             input_ids=torch.cat([ids_BT, torch.tensor([list(special_ids)] * B, device=device)], dim=1),
             attention_mask=torch.cat([whole_BT, ones_BK], dim=1).long(),
             position_ids=position_BT,
-            past_key_values=cache,
+            **cache_argument(cache),
             use_cache=True,
         ).last_hidden_state
     text = from_key_values(lm, slice_key_values(cache, 0, kept), into=new_full_cache(lm))
@@ -231,7 +232,7 @@ def suffix_pass(
         "input_ids": ids_BT,
         "attention_mask": torch.cat([ones_BK, mask_BT.long()], dim=1),
         "position_ids": specials.next_position_B[:, None] + torch.arange(ids_BT.shape[1], device=ids_BT.device),
-        "past_key_values": fork(specials.cache),
+        **cache_argument(fork(specials.cache)),
         "use_cache": True,
     }
     return lm.get_decoder()(**inputs).last_hidden_state if body_only else lm(**inputs).logits

@@ -14,6 +14,21 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the cache in arguments and outputs: ``past_key_values`` up to 5.23, ``cache`` from 5.24 on."""
+
+
+def cache_argument(cache: DynamicCache) -> dict[str, DynamicCache]:
+    """Return the keyword argument that gives a cache to a model's forward, to `generate` or to a model output."""
+    return {CACHE_NAME: cache}
+
+
+def output_cache(output: Any) -> DynamicCache:
+    """Return the cache in a model's output or in that of `generate`."""
+    cache: DynamicCache = output[CACHE_NAME]
+    return cache
 
 
 def new_cache(lm: PreTrainedModel) -> DynamicCache:

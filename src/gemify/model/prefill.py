@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from gemify.model.forward import CachedText, positions_of, special_pass, text_and_special_pass
-from gemify.model.kv_cache import fork, keeps_all_positions, new_cache, select, size_in_bytes
+from gemify.model.kv_cache import cache_argument, fork, keeps_all_positions, new_cache, select, size_in_bytes
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def extend(
         input_ids=ids_BT,
         attention_mask=whole_BT.long(),
         position_ids=positions_of(whole_BT)[:, -ids_BT.shape[1] :],
-        past_key_values=cache,
+        **cache_argument(cache),
         use_cache=True,
         logits_to_keep=1,
     )
@@ -188,11 +188,11 @@ def _install(lm: PreTrainedModel) -> None:
             return original(input_ids, *args, **kwargs)
         logits_BV, cache = prefill.logits_BV, prefill.text.cache
         if input_ids.shape[0] == prefill.ids_BT.shape[0]:
-            return CausalLMOutputWithPast(logits=logits_BV[:, None], past_key_values=fork(cache))
+            return CausalLMOutputWithPast(logits=logits_BV[:, None], **cache_argument(fork(cache)))
         # beams, or several answers a prompt: transformers has repeated each row
         rows = torch.arange(prefill.ids_BT.shape[0]).repeat_interleave(input_ids.shape[0] // prefill.ids_BT.shape[0])
         return CausalLMOutputWithPast(
-            logits=logits_BV[rows.to(logits_BV.device), None], past_key_values=select(cache, rows)
+            logits=logits_BV[rows.to(logits_BV.device), None], **cache_argument(select(cache, rows))
         )
 
     start.gemify = True  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemify.model.forward import Specials
-from gemify.model.kv_cache import fork
+from gemify.model.kv_cache import cache_argument, fork
 
 
 def find_eos_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -61,7 +61,7 @@ def greedy_from_specials(
             input_ids=next_B[:, None],
             attention_mask=seen_BT,
             position_ids=position_B[:, None],
-            past_key_values=cache,
+            **cache_argument(cache),
             use_cache=True,
         ).logits[:, -1]
         position_B = position_B + 1

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gemify.io.errors import first_line
-from gemify.model.kv_cache import from_key_values, keeps_all_positions, key_values, new_cache
+from gemify.model.kv_cache import cache_argument, from_key_values, keeps_all_positions, key_values, new_cache
 
 
 def shift_positions(lm: PreTrainedModel, cache: DynamicCache, by: int) -> DynamicCache:
@@ -76,7 +76,7 @@ def has_dynamic_rope(lm: PreTrainedModel) -> bool:
 def _run(lm: PreTrainedModel, ids_BT: Tensor, first: int) -> DynamicCache:
     cache = new_cache(lm)
     positions = first + torch.arange(ids_BT.shape[1], device=ids_BT.device)
-    lm.get_decoder()(input_ids=ids_BT, position_ids=positions[None], past_key_values=cache, use_cache=True)
+    lm.get_decoder()(input_ids=ids_BT, position_ids=positions[None], **cache_argument(cache), use_cache=True)
     return cache
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from gemify.model.forward import CachedText
+from gemify.model.kv_cache import output_cache
 from gemify.model.prefill import Prefill, generate_ids
 from gemify.model.prefix_cache import common_prefix_length, empty_text, take_prefix
 from gemify.model.recovery import find_eos_ids
@@ -149,7 +150,7 @@ class PromptCache:
         new = sequence[before:]
         pieces.finish(str(gem.tokenizer.decode(new, skip_special_tokens=True)))
         mask_BT = torch.ones(1, len(sequence) - 1, dtype=torch.bool, device=gem.device)
-        self.load(sequence[:-1], CachedText(out.past_key_values, mask_BT))  # the last token was generated, not run
+        self.load(sequence[:-1], CachedText(output_cache(out), mask_BT))  # the last token was generated, not run
         kept = new[:-1] if new and new[-1] in find_eos_ids(gem.lm, gem.tokenizer) else new
         return GeneratedText(pieces.text, tuple(kept), len(new))
 

@@ -28,7 +28,7 @@ from gemify.io.atomic import atomic_file, sync
 from gemify.model.base import load_base
 from gemify.model.batching import length_groups
 from gemify.model.forward import left_pad, text_pass
-from gemify.model.kv_cache import select
+from gemify.model.kv_cache import cache_argument, select
 from gemify.training.data import Source
 
 _BLOCK = 1024  # texts between two saves
@@ -168,7 +168,7 @@ class PairGenerator:
             written_BT = self.lm.generate(
                 input_ids=ids_BT,
                 attention_mask=mask_BT.long(),
-                past_key_values=select(cache, [0] * len(group)),
+                **cache_argument(select(cache, [0] * len(group))),
                 max_new_tokens=max(limits[i] for i in group),
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
