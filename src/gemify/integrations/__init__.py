@@ -1,0 +1,1 @@
+"""GEMs in other frameworks: LangChain, LlamaIndex and vLLM."""

@@ -1,7 +1,7 @@
 """LangChain's embeddings and chat model over one loaded GEM (``pip install 'gemify[langchain]'``).
 
-Both may be used from many threads; the model serves one call at a time. Asynchronous methods are LangChain's own, which
-run these in its thread pool. Tools and structured output are not offered.
+Both may be used from many threads; the model serves one call at a time. LangChain's asynchronous methods run these in
+its thread pool. Tools and structured output are not supported.
 """
 
 from __future__ import annotations
@@ -32,14 +32,24 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from pydantic import BaseModel, ConfigDict
 
-from gemify.integrations.shared_model import SharedGem, SharesModel, embed, joined_text, sampling
+from gemify.integrations.shared_model import (
+    GenerationSettings,
+    SharedGem,
+    SharedModelMixin,
+    embed_texts,
+    join_text_blocks,
+)
 from gemify.model.streaming import TextStream, stream_chat
 
 
-class GemEmbeddings(SharesModel, BaseModel, Embeddings):
-    """Texts to vectors: `GemModel.encode_document` and `encode_query`, to the bit.
+class GemEmbeddings(SharedModelMixin, BaseModel, Embeddings):
+    """LangChain's `Embeddings` with the vectors of `GemModel.encode_document` and `encode_query`.
 
-    ``normalize_embeddings`` gives vectors of length 1, for stores that compare by inner product.
+    Args:
+        gem: The model.
+        batch_size: Most texts of a batch.
+        normalize_embeddings: Scale vectors to length 1, for stores that compare by inner product.
+        truncate_dim: Keep only the first dimensions. None: all.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -50,35 +60,31 @@ class GemEmbeddings(SharesModel, BaseModel, Embeddings):
     truncate_dim: int | None = None
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
-        return embed(self.gem, texts, **self._options)
+        """Embed N documents: N vectors."""
+        return embed_texts(self.gem, texts, **self._options)
 
     def embed_query(self, text: str) -> list[float]:
-        return embed(self.gem, [text], query=True, **self._options)[0]
+        """Embed a query: one vector."""
+        return embed_texts(self.gem, [text], query=True, **self._options)[0]
 
     @property
     def _options(self) -> dict[str, Any]:
         return self.model_dump(include={"batch_size", "normalize_embeddings", "truncate_dim"})
 
 
-class ChatGem(SharesModel, BaseChatModel):
-    """The language model in its own chat format. A gated GEM answers exactly as its base model does.
+class ChatGem(SharedModelMixin, GenerationSettings, BaseChatModel):
+    """LangChain's chat model, in the base model's own chat format. A gated GEM answers exactly as its base model does.
 
-    Every setting can be given for one call too (``chat.invoke(..., temperature=0)``, ``chat.bind(seed=1)``); further
+    Every setting can be given for one call too (``chat.invoke(..., temperature=0)``, ``chat.bind(seed=1)``). Further
     options of a call are those of transformers' `generate`.
     """
 
     gem: SharedGem
-    temperature: float | None = None
-    """0: always the likeliest token. None: as the base model's generation settings say."""
-    top_p: float | None = None
-    max_tokens: int = 256
-    """Most tokens of an answer."""
-    stop: list[str] | None = None
-    """An answer ends before the first of these strings."""
-    seed: int | None = None
+    """The model."""
 
     @property
     def model_name(self) -> str:
+        """The base model's name."""
         return self.gem.config.base
 
     @property
@@ -88,7 +94,7 @@ class ChatGem(SharesModel, BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """What an answer depends on: LangChain's caches compare it."""
-        settings = self.model_dump(include={"temperature", "top_p", "max_tokens", "stop", "seed"})
+        settings = self.model_dump(include=set(GenerationSettings.model_fields))
         config = self.gem.config
         return {"model_name": self.model_name, "weights": config.base_fingerprint, "tune": config.tune, **settings}
 
@@ -96,24 +102,15 @@ class ChatGem(SharesModel, BaseChatModel):
         return LangSmithParams(**{**super()._get_ls_params(stop=stop, **kwargs), "ls_provider": "gemify"})
 
     def get_token_ids(self, text: str) -> list[int]:
-        """Ids of a text, so that LangChain counts in this model's tokens."""
+        """Return the ids of a text: LangChain then counts in this model's tokens."""
         tokenize = self.gem.text_tokenizer
         ids: list[int] = tokenize.bos_ids + tokenize.tokenize_plain([text])[0]
         return ids
 
     def _start(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> TextStream:
-        given = {
-            name: options.pop(name, getattr(self, name)) for name in ("temperature", "top_p", "max_tokens", "seed")
-        }
-        return stream_chat(
-            self.gem,
-            [_message(m) for m in messages],
-            max_new_tokens=given["max_tokens"],
-            stop=self.stop if stop is None else stop,
-            seed=given["seed"],
-            **sampling(given["temperature"], given["top_p"]),
-            **options,
-        )
+        if stop is not None:
+            options = {**options, "stop": stop}
+        return stream_chat(self.gem, [_message(m) for m in messages], **self._stream_options(options))
 
     def _generate(
         self,
@@ -166,4 +163,4 @@ def _message(message: BaseMessage) -> dict[str, str]:
     if isinstance(message, AIMessage) and message.tool_calls:
         raise ValueError("an assistant message calls tools, which this model cannot: leave the calls out")
     content = message.content
-    return {"role": role, "content": content if isinstance(content, str) else joined_text(content, role=role)}
+    return {"role": role, "content": content if isinstance(content, str) else join_text_blocks(content, role=role)}

@@ -32,7 +32,13 @@ from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
 
-from gemify.integrations.shared_model import SharedGem, SharesModel, embed, joined_text, sampling
+from gemify.integrations.shared_model import (
+    GenerationSettings,
+    SharedGem,
+    SharedModelMixin,
+    embed_texts,
+    join_text_blocks,
+)
 from gemify.model.base import max_positions
 from gemify.model.streaming import TextStream, stream, stream_chat
 
@@ -46,11 +52,14 @@ _ROLES = {
 }
 
 
-class GemEmbedding(SharesModel, BaseEmbedding):
-    """Texts to vectors: `GemModel.encode_document` and `encode_query`, to the bit.
+class GemEmbedding(SharedModelMixin, BaseEmbedding):
+    """LlamaIndex's embedding model with the vectors of `GemModel.encode_document` and `encode_query`.
 
-    ``embed_batch_size`` texts come in one call. ``normalize_embeddings`` gives vectors of length 1, for stores that
-    compare by inner product.
+    Args:
+        gem: The model.
+        embed_batch_size: Texts of one call.
+        normalize_embeddings: Scale vectors to length 1, for stores that compare by inner product.
+        truncate_dim: Keep only the first dimensions. None: all.
     """
 
     gem: SharedGem
@@ -65,12 +74,13 @@ class GemEmbedding(SharesModel, BaseEmbedding):
 
     @classmethod
     def class_name(cls) -> str:
+        """LlamaIndex's name of this class."""
         return "GemEmbedding"
 
     def _embed(self, texts: Sequence[str], *, query: bool = False) -> list[list[float]]:
         options = self.model_dump(include={"normalize_embeddings", "truncate_dim"})
         options.pop("class_name")
-        return embed(self.gem, texts, query=query, batch_size=self.embed_batch_size, **options)
+        return embed_texts(self.gem, texts, query=query, batch_size=self.embed_batch_size, **options)
 
     def _get_text_embedding(self, text: str) -> list[float]:
         return self._embed([text])[0]
@@ -91,29 +101,24 @@ class GemEmbedding(SharesModel, BaseEmbedding):
         return await asyncio.to_thread(self._get_text_embeddings, texts)
 
 
-class GemLLM(SharesModel, CustomLLM):
-    """The language model. `complete` continues a plain prompt; `chat` answers in the base model's own chat format.
+class GemLLM(SharedModelMixin, GenerationSettings, CustomLLM):
+    """LlamaIndex's language model. `complete` continues a prompt; `chat` answers in the base model's own chat format.
 
     A gated GEM writes exactly as its base model does. Every setting can be given for one call too; further options of a
-    call are those of transformers' `generate`. A base without chat template gets a plain transcript to continue.
+    call are those of transformers' `generate`. A base without a chat template gets a plain transcript to continue.
     """
 
     gem: SharedGem
-    temperature: float | None = None
-    """0: always the likeliest token. None: as the base model's generation settings say."""
-    top_p: float | None = None
-    max_tokens: int = 256
-    """Most tokens of an answer."""
-    stop: list[str] | None = None
-    """An answer ends before the first of these strings."""
-    seed: int | None = None
+    """The model."""
 
     @classmethod
     def class_name(cls) -> str:
+        """LlamaIndex's name of this class."""
         return "GemLLM"
 
     @property
     def metadata(self) -> LLMMetadata:
+        """What LlamaIndex asks of a model: context window, longest answer, whether it chats."""
         return LLMMetadata(
             context_window=max_positions(self.gem.lm) or DEFAULT_CONTEXT_WINDOW,
             num_output=self.max_tokens,
@@ -121,28 +126,21 @@ class GemLLM(SharesModel, CustomLLM):
             model_name=self.gem.config.base,
         )
 
-    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-        names = ("temperature", "top_p", "max_tokens", "stop", "seed")
-        given = {name: options.pop(name, getattr(self, name)) for name in names}
-        return {
-            "max_new_tokens": given["max_tokens"],
-            "stop": given["stop"],
-            "seed": given["seed"],
-            **sampling(given["temperature"], given["top_p"]),
-            **options,
-        }
-
     def _continue(self, prompt: str, formatted: bool, options: dict[str, Any]) -> TextStream:
         assert self.completion_to_prompt is not None
-        return stream(self.gem, prompt if formatted else self.completion_to_prompt(prompt), **self._options(options))
+        return stream(
+            self.gem, prompt if formatted else self.completion_to_prompt(prompt), **self._stream_options(options)
+        )
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Continue a prompt."""
         pieces = self._continue(prompt, formatted, kwargs)
-        return CompletionResponse(text="".join(pieces), **_counts(pieces))
+        return CompletionResponse(text="".join(pieces), **_usage(pieces))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """Continue a prompt in pieces."""
         pieces = self._continue(prompt, formatted, kwargs)
 
         def responses() -> CompletionResponseGen:
@@ -151,17 +149,19 @@ class GemLLM(SharesModel, CustomLLM):
                 for piece in pieces:
                     text += piece
                     yield CompletionResponse(text=text, delta=piece)
-            yield CompletionResponse(text=text, delta="", **_counts(pieces))
+            yield CompletionResponse(text=text, delta="", **_usage(pieces))
 
         return responses()
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation."""
         pieces = self._answer(messages, kwargs)
-        return ChatResponse(message=_said("".join(pieces)), **_counts(pieces))
+        return ChatResponse(message=_assistant_message("".join(pieces)), **_usage(pieces))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """Answer a conversation in pieces."""
         pieces = self._answer(messages, kwargs)
 
         def responses() -> ChatResponseGen:
@@ -169,8 +169,8 @@ class GemLLM(SharesModel, CustomLLM):
             with contextlib.closing(pieces):
                 for piece in pieces:
                     text += piece
-                    yield ChatResponse(message=_said(text), delta=piece)
-            yield ChatResponse(message=_said(text), delta="", **_counts(pieces))
+                    yield ChatResponse(message=_assistant_message(text), delta=piece)
+            yield ChatResponse(message=_assistant_message(text), delta="", **_usage(pieces))
 
         return responses()
 
@@ -179,15 +179,15 @@ class GemLLM(SharesModel, CustomLLM):
         if not self.metadata.is_chat_model:
             assert self.messages_to_prompt is not None
             return self._continue(self.messages_to_prompt(messages), True, options)
-        return stream_chat(self.gem, plain, **self._options(options))
+        return stream_chat(self.gem, plain, **self._stream_options(options))
 
 
-def _said(text: str) -> ChatMessage:
+def _assistant_message(text: str) -> ChatMessage:
     return ChatMessage(role=MessageRole.ASSISTANT, content=text)
 
 
-def _counts(pieces: TextStream) -> dict[str, Any]:
-    """Where LlamaIndex's token counter looks for them."""
+def _usage(pieces: TextStream) -> dict[str, Any]:
+    """Token counts, where LlamaIndex's counter looks for them."""
     read, written = pieces.prompt_tokens, pieces.new_tokens
     usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
     return {"raw": {"finish_reason": pieces.finish_reason, "usage": usage}, "additional_kwargs": usage}
@@ -199,4 +199,4 @@ def _message(message: ChatMessage) -> dict[str, str]:
             f"a message must be of the system, the user or the assistant, got {message.role.value!r}: leave it out"
         )
     role = _ROLES[message.role]
-    return {"role": role, "content": joined_text(message.blocks, role=role)}
+    return {"role": role, "content": join_text_blocks(message.blocks, role=role)}

@@ -6,17 +6,17 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NoReturn, Self
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 
 from gemify.model.gem import GemModel
 
 SharedGem = Annotated[SkipJsonSchema[GemModel], Field(exclude=True, repr=False)]
-"""A pydantic field for the model: no part of what is printed, dumped or logged."""
+"""A pydantic field for the model, left out of what is printed, dumped or logged."""
 
 
-class SharesModel:
-    """Copies of an object share its loaded model; to another process it does not go."""
+class SharedModelMixin:
+    """Copies of an object share its loaded model. It cannot be pickled for another process."""
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         return copy.copy(self)
@@ -28,17 +28,56 @@ class SharesModel:
         )
 
 
-def embed(gem: GemModel, texts: Sequence[str], *, query: bool = False, **options: Any) -> list[list[float]]:
-    """Vectors of texts as lists, from `GemModel.encode_query` or `encode_document`."""
+class GenerationSettings(BaseModel):
+    """Settings of generation that both frameworks' classes have. Each can also be given for one call."""
+
+    temperature: float | None = None
+    """0: always the likeliest token. None: as the base model's generation settings say."""
+    top_p: float | None = None
+    """Nucleus sampling, in (0, 1]. None: as the base model's generation settings say."""
+    max_tokens: int = 256
+    """Most tokens of an answer."""
+    stop: list[str] | None = None
+    """An answer ends before the first of these strings."""
+    seed: int | None = None
+    """Seed of the sampling."""
+
+    def _stream_options(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Options of `gemify.model.streaming.stream` for one call: these settings, and ``given`` ones in their place.
+
+        Raises:
+            ValueError: temperature or top_p is out of its range.
+        """
+        settings = {name: given.pop(name, getattr(self, name)) for name in GenerationSettings.model_fields}
+        return {
+            "max_new_tokens": settings["max_tokens"],
+            "stop": settings["stop"],
+            "seed": settings["seed"],
+            **_sampling_options(settings["temperature"], settings["top_p"]),
+            **given,
+        }
+
+
+def embed_texts(gem: GemModel, texts: Sequence[str], *, query: bool = False, **options: Any) -> list[list[float]]:
+    """Embed texts, one caller at a time.
+
+    Args:
+        gem: The model.
+        texts: N texts.
+        query: Use `GemModel.encode_query`, else `encode_document`.
+        options: Those of `GemModel.encode`.
+
+    Returns:
+        N vectors as lists.
+    """
     with gem.lock:
-        vectors: list[list[float]] = (gem.encode_query if query else gem.encode_document)(
-            list(texts), **options
-        ).tolist()
+        encode = gem.encode_query if query else gem.encode_document
+        vectors: list[list[float]] = encode(list(texts), **options).tolist()
     return vectors
 
 
-def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """Options of `generate`: temperature 0 is greedy; with neither given, the base model's own settings hold."""
+def _sampling_options(temperature: float | None, top_p: float | None) -> dict[str, Any]:
+    """Options of `generate`. Temperature 0 is greedy; with neither given, the base model's own settings hold."""
     if temperature is not None and temperature < 0:
         raise ValueError(f"temperature must be at least 0, got {temperature}: 0 always takes the likeliest token")
     if top_p is not None and not 0 < top_p <= 1:
@@ -49,8 +88,12 @@ def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
     return {"do_sample": True, **given} if given else {}
 
 
-def joined_text(blocks: Sequence[Any], *, role: str) -> str:
-    """The text of content that is a list of blocks, in either framework's form."""
+def join_text_blocks(blocks: Sequence[Any], *, role: str) -> str:
+    """Join the text of a message's content blocks, in either framework's form.
+
+    Raises:
+        ValueError: A block is not text.
+    """
     texts = []
     for block in blocks:
         kind = block.get("type") if isinstance(block, Mapping) else getattr(block, "block_type", type(block).__name__)

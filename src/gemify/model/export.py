@@ -118,8 +118,8 @@ def require_exportable(config: GemConfig, output: Path, dtype: str | None) -> No
         )
     if config.tune == "gated" and config.layer is not None:
         raise ValueError(
-            f"this gated model is read out at layer {config.layer}, other engines read the last: use `gemify serve`, or train"
-            " with tune lora or full, or without layer"
+            f"this gated model is read out at layer {config.layer}, other engines read the last: use `gemify serve`, or"
+            " train with tune lora or full, or without layer"
         )
     if config.k > 1 and not config.shared_position:
         raise ValueError(
@@ -271,8 +271,8 @@ def render_card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequen
         "",
         f"Engines that tokenise for themselves (llama.cpp, Ollama) get the text{filled} with"
         f" {'a' if config.k > 1 else 'the'} special token's name appended, and no space before it. A user's text that"
-        f" spells the name is then read as the token: remove it, or send token ids{apart}. What each engine can do, with"
-        f" figures: {DOCS}.",
+        f" spells the name is then read as the token: remove it, or send token ids{apart}. What each engine can do,"
+        f" with figures: {DOCS}.",
         "",
     ]
     return "\n".join(lines)

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What transformers calls the cache in arguments and outputs: ``past_key_values`` up to 5.23, ``cache`` from 5.24 on."""
+"""The cache in transformers' arguments and outputs: ``past_key_values`` up to 5.23, ``cache`` from 5.24 on."""
 
 
 def cache_argument(cache: DynamicCache) -> dict[str, DynamicCache]:

@@ -265,7 +265,8 @@ def write_pairs(
     if not done:
         part.unlink()
         raise ValueError(
-            f"{config.data} holds no text of {config.min_length} to {config.max_length} tokens after the first {config.skip}"
+            f"{config.data} holds no text of {config.min_length} to {config.max_length} tokens after the first"
+            f" {config.skip}"
         )
     return _finish(part, output, config)
 

@@ -85,8 +85,8 @@ class _GemTrainer(Trainer):
         losses = model(inputs["batch"])
         if not bool(torch.isfinite(losses.total)):
             raise FloatingPointError(
-                f"the loss became {float(losses.total.detach())} at step {self.state.global_step + 1}: lower the learning"
-                " rate or use --precision fp32; the last checkpoint is untouched"
+                f"the loss became {float(losses.total.detach())} at step {self.state.global_step + 1}: lower the"
+                " learning rate or use --precision fp32; the last checkpoint is untouched"
             )
         share = 1.0 / self.recipe.gradient_accumulation_steps
         for name, part in (("ntp", losses.ntp), ("contrastive", losses.contrastive)):

@@ -23,9 +23,9 @@ from safetensors.torch import load_file
 from conftest import disturb
 from gemify import GemModel
 from gemify.integrations.vllm.config import EngineGem, engine_options
-from gemify.integrations.vllm.embedder import Embedder, rows_of
-from gemify.integrations.vllm.server import GemEndpoint, Room, arguments, parsed, written
-from gemify.integrations.vllm.worker import MOST_KEPT, Tap, marked
+from gemify.integrations.vllm.embedder import Embedder, stack_vectors
+from gemify.integrations.vllm.server import GemEndpoint, VectorSlots, parse_body, render_response, serve_arguments
+from gemify.integrations.vllm.worker import MAX_KEPT_VECTORS, HiddenStateTap, embedding_key
 from gemify.model.config import CONFIG_FILE
 
 
@@ -42,7 +42,7 @@ def test_it_needs_neither_transformers_nor_peft() -> None:
     code = (
         "import sys, importlib\n"
         "for name in ('transformers', 'peft', 'tqdm', 'typer', 'vllm', 'accelerate'): sys.modules[name] = None\n"
-        "for name in ('gem', 'worker', 'plugin', 'cpu_lora', 'embedder', 'offline', 'server'):\n"
+        "for name in ('config', 'worker', 'plugin', 'cpu_lora', 'embedder', 'offline', 'server'):\n"
         "    importlib.import_module(f'gemify.integrations.vllm.{name}')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -90,7 +90,7 @@ def test_options_of_an_engine(base_dir: Path, tmp_path: Path, monkeypatch: pytes
     shared = engine_options(tmp_path / "gem", enable_lora=True, max_loras=2, max_lora_rank=64)
     assert (shared["max_loras"], shared["max_lora_rank"]) == (3, 64)  # the user's own adapters, and this one
     assert "lora_target_modules" not in shared
-    argv = arguments(str(tmp_path / "gem"), None, ["--port", "1"])
+    argv = serve_arguments(str(tmp_path / "gem"), None, ["--port", "1"])
     assert argv[:2] == ["--model", str(base_dir)]
     assert argv[-2:] == ["--port", "1"]
     at = argv.index("--additional-config")
@@ -118,7 +118,7 @@ def test_those_it_cannot_run_are_refused_in_one_line(base_dir: Path, tmp_path: P
 
 def test_prompts_are_the_librarys_columns(base_dir: Path, tmp_path: Path) -> None:
     gem = saved(base_dir, tmp_path / "gem", special_tokens=2, max_length=12, pooling="concat")
-    embedder = Embedder(gem.config, gem.text_tokenizer, longest=100, width=32)
+    embedder = Embedder(gem.config, gem.text_tokenizer, max_model_len=100, width=32)
     texts = ["ab", "", "a text that is cut", "<|reserved_0|>"]
     prompts = embedder.prompts(texts, "")
     rows = gem.text_tokenizer(texts, max_tokens=gem.config.max_text_tokens)
@@ -164,7 +164,7 @@ def test_the_adapter_goes_to_the_last_token_of_a_prompt_that_ends() -> None:
     batch.make_lora_inputs = lambda scheduled, sampled: ((0,) * 3, (0,) * int(scheduled.sum()), set())
     model = SimpleNamespace(compute_logits=lambda hidden: hidden.sum())
     runner = SimpleNamespace(input_batch=batch, get_model=lambda: model, execute_model=lambda step: "ran")
-    tap = Tap(runner, "adapter")
+    tap = HiddenStateTap(runner, "adapter")
     first = step(
         [("chat", 9, 0, None), ("long", 9, 0, "L"), ("short", 4, 2, "S")], {}, {"chat": 4, "long": 5, "short": 2}
     )
@@ -186,18 +186,18 @@ def test_the_adapter_goes_to_the_last_token_of_a_prompt_that_ends() -> None:
 
 
 def test_marks_are_strings() -> None:
-    assert marked(SimpleNamespace(extra_args={"gemify": "key"})) == "key"
-    assert marked(SimpleNamespace(extra_args={"gemify": ["key"]})) is None
-    assert marked(SimpleNamespace(extra_args=None)) is None
-    assert marked(None) is None
+    assert embedding_key(SimpleNamespace(extra_args={"gemify": "key"})) == "key"
+    assert embedding_key(SimpleNamespace(extra_args={"gemify": ["key"]})) is None
+    assert embedding_key(SimpleNamespace(extra_args=None)) is None
+    assert embedding_key(None) is None
 
 
 def test_rows_come_from_whichever_worker_has_them() -> None:
     a, b = (torch.tensor([x, x + 1.0]) for x in (1.0, 5.0))
     workers = [{}, {"b": b.numpy().tobytes()}, {"a": a.numpy().tobytes()}]
-    assert torch.equal(rows_of(workers, ["a", "b"]), torch.stack([a, b]))
+    assert torch.equal(stack_vectors(workers, ["a", "b"]), torch.stack([a, b]))
     with pytest.raises(RuntimeError, match="no vector for 1 of 2"):
-        rows_of(workers, ["a", "c"])
+        stack_vectors(workers, ["a", "c"])
 
 
 @pytest.mark.parametrize(
@@ -211,9 +211,9 @@ def test_rows_come_from_whichever_worker_has_them() -> None:
 )
 def test_bodies_that_no_tokenizer_takes_are_refused(body: bytes, says: str) -> None:
     with pytest.raises(ValueError, match=says) as refused:
-        parsed(body, ["tiny"])
+        parse_body(body, ["tiny"])
     assert "\n" not in str(refused.value)
-    assert parsed(b'{"input": "\\ud83d\\ude00"}', ["tiny"])["input"] == ["\U0001f600"]
+    assert parse_body(b'{"input": "\\ud83d\\ude00"}', ["tiny"])["input"] == ["\U0001f600"]
 
 
 class Engine:
@@ -229,7 +229,7 @@ class Engine:
             torch.tensor(asked["prompt_token_ids"][-2:]).float().numpy().tobytes()
         )
         self.most = max(self.most, len(self.vectors))
-        while len(self.vectors) > MOST_KEPT:
+        while len(self.vectors) > MAX_KEPT_VECTORS:
             self.vectors.popitem(last=False)
         yield 0
 
@@ -247,9 +247,9 @@ async def test_requests_together_are_no_more_than_the_engine_keeps(
         monkeypatch.setitem(sys.modules, name, module)
     gem = saved(base_dir, tmp_path / "gem", special_tokens=4, pooling="concat")
     engine, app = Engine(), FastAPI()
-    app.state.gemify = Embedder(gem.config, gem.text_tokenizer, longest=100, width=2)
+    app.state.gemify = Embedder(gem.config, gem.text_tokenizer, max_model_len=100, width=2)
     app.state.gemify_engine, app.state.gemify_names = engine, ["tiny"]
-    app.state.gemify_room = Room(2048)
+    app.state.gemify_slots = VectorSlots(2048)
     GemEndpoint().attach_router(app)
     texts = [chr(97 + n % 26) for n in range(1024)]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://here") as client:
@@ -267,11 +267,11 @@ async def test_requests_together_are_no_more_than_the_engine_keeps(
 
 
 def test_the_routes_words() -> None:
-    assert parsed(b'{"input": "x"}', ["tiny"]) == {"input": ["x"], "encoding_format": "float", "dimensions": None}
+    assert parse_body(b'{"input": "x"}', ["tiny"]) == {"input": ["x"], "encoding_format": "float", "dimensions": None}
     for body in (b"[]", b"{", b'{"input": 3}', b'{"input": "x", "model": "y"}', b"\xff"):
         with pytest.raises(ValueError):
-            parsed(body, ["tiny"])
-    answer = written(torch.tensor([[1.0, 2.0]]), {"encoding_format": "float"}, "tiny", 7)
+            parse_body(body, ["tiny"])
+    answer = render_response(torch.tensor([[1.0, 2.0]]), {"encoding_format": "float"}, "tiny", 7)
     assert answer["data"] == [{"object": "embedding", "index": 0, "embedding": [1.0, 2.0]}]
     assert answer["usage"]["total_tokens"] == 7
 

@@ -52,7 +52,7 @@ def main() -> None:
 
 def embedded(llm: Any, job: dict[str, Any], greedy: Any) -> dict[str, Any]:
     """Vectors, alone and in one batch with prompts to continue; how much of the longest prompt was not run again."""
-    from gemify.integrations.vllm.embedder import Embedder, rows_of
+    from gemify.integrations.vllm.embedder import Embedder, stack_vectors
     from gemify.integrations.vllm.offline import embed
 
     vectors = embed(llm, job["texts"])
@@ -65,7 +65,7 @@ def embedded(llm: Any, job: dict[str, Any], greedy: Any) -> dict[str, Any]:
         [s for one in sampling for s in (greedy, one)],
         use_tqdm=False,
     )
-    rows = rows_of(llm.collective_rpc("gemify_take", args=(keys,)), keys)
+    rows = stack_vectors(llm.collective_rpc("gemify_take", args=(keys,)), keys)
     return {
         "vectors": vectors.tolist(),
         "mixed": [list(o.outputs[0].token_ids) for o in outputs[::2]],

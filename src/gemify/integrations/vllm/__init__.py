@@ -1,1 +1,1 @@
-"""A GEM inside vLLM."""
+"""A GEM inside vLLM: one engine that generates and embeds."""

@@ -1,7 +1,7 @@
-"""A saved GEM as a vLLM engine needs it: which weights the engine loads, and what acts at the special tokens alone.
+"""A saved GEM for a vLLM engine: which weights the engine loads, and what acts at the special tokens alone.
 
-This file and its neighbours ``vllm_*.py`` import torch, safetensors and gemify's plain files only: vLLM's environment
-has an older transformers than gemify's own, and no peft.
+The files of this folder import torch, safetensors and gemify's plain files only: vLLM's environment has an older
+transformers than gemify's, and no peft.
 """
 
 from __future__ import annotations
@@ -26,23 +26,31 @@ WORKER = "gemify.integrations.vllm.worker.GemWorker"
 
 _ADAPTER = "adapter_model.safetensors"
 _ROWS = ".trainable_tokens_delta"
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has kernels for
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # with a vLLM kernel
 
 
 @dataclass(frozen=True)
 class EngineGem:
-    """A GEM that vLLM can run. ``of`` refuses the others."""
+    """A GEM that vLLM can run. `of` refuses others."""
 
     directory: Path
     config: GemConfig
     base: str
-    """What the engine loads: a directory or a repo id."""
+    """The model that the engine loads: a directory or a repo id."""
     settings: Mapping[str, Any] | None
     """PEFT's settings of the adapter; None where the weights in ``base`` are all there is."""
 
     @staticmethod
     def of(gem: str | Path, base: str | Path | None = None) -> EngineGem:
-        """Read a GEM's directory, or a repo's. ``base``: where its base model is, if not where its adapter says."""
+        """Read a saved GEM.
+
+        Args:
+            gem: Its directory or repo id.
+            base: Its base model. None: where its adapter says.
+
+        Raises:
+            ValueError: vLLM cannot run this GEM.
+        """
         directory = resolve_directory(gem)
         config = GemConfig.from_directory(directory)
         if config.k == 0:
@@ -57,14 +65,15 @@ class EngineGem:
             )
         if config.layer is not None:
             raise ValueError(
-                f"{gem} is read out at layer {config.layer}, this plugin reads the last: use `gemify serve`, or train without"
-                " layer"
+                f"{gem} is read out at layer {config.layer}, this plugin reads the last: use `gemify serve`, or train"
+                " without layer"
             )
         if not (directory / _ADAPTER).is_file():
             return EngineGem(directory, config, str(directory), None)
         if config.tune == "lora":
             raise ValueError(
-                f"{gem} is a LoRA that acts on every token: fold it in with `gemify export -m {gem} -o OUT`, then give OUT"
+                f"{gem} is a LoRA that acts on every token: fold it in with `gemify export -m {gem} -o OUT`,"
+                " then give OUT"
             )
         settings = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
         if base is None and not (base := settings.get("base_model_name_or_path")):
@@ -73,13 +82,13 @@ class EngineGem:
 
     @property
     def rank(self) -> int:
-        """Of the LoRA the engine gets: the adapter's, or one that holds the special tokens' rows."""
+        """Rank of the LoRA for the engine: the adapter's, or one that holds the special tokens' rows."""
         assert self.settings is not None
         return int(self.settings.get("r") or next(r for r in _RANKS if r >= self.config.k))
 
     @property
     def engine_rank(self) -> int:
-        """The smallest rank vLLM has room for that holds `rank`."""
+        """The smallest rank with a vLLM kernel that holds `rank`."""
         fitting = [r for r in _RANKS if r >= self.rank]
         if not fitting or self.config.k > self.rank:
             raise ValueError(
@@ -124,9 +133,17 @@ def _table_name(key: str) -> str:
 
 
 def engine_options(gem: str | Path, base: str | Path | None = None, **more: Any) -> dict[str, Any]:
-    """Keyword arguments of ``vllm.LLM`` (and of ``vllm.EngineArgs``) for a GEM. ``more``: any others of theirs.
+    """Return keyword arguments of ``vllm.LLM`` (and of ``vllm.EngineArgs``) for a GEM.
 
     Sets VLLM_USE_V2_MODEL_RUNNER=0 unless it is set: the plugin is written for vLLM's first model runner.
+
+    Args:
+        gem: The GEM's directory or repo id.
+        base: Its base model. None: where its adapter says.
+        more: Any other arguments of ``vllm.LLM``.
+
+    Raises:
+        ValueError: vLLM cannot run this GEM.
     """
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     found = EngineGem.of(gem, base)

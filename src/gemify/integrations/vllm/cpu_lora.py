@@ -1,4 +1,4 @@
-"""vLLM's LoRA on a CPU, mended: there, tokens without an adapter get the last slot's one, and buffers count requests.
+"""A fix of vLLM's LoRA on a CPU: there, tokens without an adapter get the last slot's, and buffers count requests.
 
 vLLM's torch kernels index the stacked adapters with the token's slot, -1 for none, which is the last slot in Python;
 and they copy one adapter a token. Below, rows without an adapter are left alone, and the others alone are computed. On
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 
-def mend_cpu_lora(manager: Any) -> None:
-    """Put the mended arithmetic under every LoRA layer of a CPU engine; leaves other engines alone."""
+def fix_cpu_lora(manager: Any) -> None:
+    """Fix every LoRA layer of a CPU engine. Other engines stay as they are."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    mended = _mended(PunicaWrapperCPU)
+    fixed = _fixed_wrapper(PunicaWrapperCPU)
     for wrapper in manager.punica_wrapper_mapping.values():
         if type(wrapper) is PunicaWrapperCPU:
-            wrapper.__class__ = mended
+            wrapper.__class__ = fixed
 
 
-def _mended(wrapper: type[Any]) -> type[Any]:
+def _fixed_wrapper(wrapper: type[Any]) -> type[Any]:
     from vllm.lora.ops.torch_ops import bgmv_expand, bgmv_expand_slice, bgmv_shrink
 
     class RowsOnly(wrapper):

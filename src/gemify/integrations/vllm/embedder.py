@@ -1,4 +1,4 @@
-"""Texts to an engine's prompts, and its rows to vectors: what is the same for every way to reach a vLLM engine."""
+"""Texts to an engine's prompts, and its hidden states to vectors: shared by every way to reach a vLLM engine."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from gemify.model.tokenization import TextTokenizer
 
 @dataclass(frozen=True)
 class Embedder:
-    """For one engine: its GEM's configuration and tokenizer."""
+    """Prompts and vectors for one engine."""
 
     config: GemConfig
     texts: TextTokenizer
-    longest: int
+    """The GEM's text tokenizer."""
+    max_model_len: int
     """Most tokens of a prompt that the engine takes."""
     width: int
-    """Of its hidden states."""
+    """Width of its hidden states."""
 
     @staticmethod
     def of(vllm_config: Any, tokenizer: Any) -> Embedder:
-        """For an engine that `engine_options` configured."""
+        """Make one for an engine that `engine_options` configured."""
         if not any(e.name == "gemify" for e in importlib.metadata.entry_points(group="vllm.general_plugins")):
             raise RuntimeError(
-                "vLLM does not find gemify's plugin: install gemify into vLLM's environment, `pip install --no-deps gemify`"
+                "vLLM does not find gemify's plugin: install gemify into vLLM's environment,"
+                " `pip install --no-deps gemify`"
             )
         own = (vllm_config.additional_config or {}).get(MARK)
         if own is None:
@@ -56,17 +58,24 @@ class Embedder:
         if wanted is not None and not 1 <= wanted <= self.dimensions:
             raise ValueError(f"dimensions must lie in 1..{self.dimensions}, got {wanted}")
 
-    def prompts(self, texts: Sequence[str], before: str) -> list[list[int]]:
-        """Token ids for the engine: each text with each special token, which see the text and not each other."""
-        room = min(
-            self.config.max_text_tokens, self.longest - 2
-        )  # the special token, and the one token vLLM must generate
-        rows = self.texts([before + text for text in texts], max_tokens=room)
+    def prompts(self, texts: Sequence[str], prompt: str) -> list[list[int]]:
+        """Build the engine's prompts: each text with each special token, k prompts per text.
+
+        Args:
+            texts: The texts.
+            prompt: What stands before every text.
+
+        Returns:
+            Token ids of each prompt.
+        """
+        # Besides the text: the special token, and the one token that vLLM must generate.
+        max_tokens = min(self.config.max_text_tokens, self.max_model_len - 2)
+        rows = self.texts([prompt + text for text in texts], max_tokens=max_tokens)
         return [[*row, special] for row in rows for special in self.config.special_ids]
 
     @staticmethod
     def requests(prompts: Sequence[Sequence[int]]) -> tuple[list[str], list[Any], list[Any]]:
-        """Of each prompt its key, what the engine calls a prompt, and its sampling parameters."""
+        """Return for each prompt its key, vLLM's prompt object and its sampling parameters."""
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -78,13 +87,13 @@ class Embedder:
         )
 
     def vectors(self, rows_ND: Tensor, *, normalize: bool, truncate_dim: int | None) -> Tensor:
-        """[N * k, D] -> [N, D or k * D]."""
+        """Pool the engine's hidden states [N * k, D] to vectors [N, D] or [N, k * D]."""
         pooled = pool(rows_ND.view(-1, self.config.k, rows_ND.shape[-1]), self.config.pooling)[:, :truncate_dim]
         return F.normalize(pooled, dim=-1) if normalize else pooled
 
 
-def rows_of(vectors: Sequence[Mapping[str, bytes]], keys: Sequence[str]) -> Tensor:
-    """The vectors [len(keys), D] that a call of ``gemify_take`` on all workers gave; a worker may have none."""
+def stack_vectors(vectors: Sequence[Mapping[str, bytes]], keys: Sequence[str]) -> Tensor:
+    """Stack the results of ``gemify_take`` on all workers to [len(keys), D]. RuntimeError if a vector is missing."""
     found: dict[str, bytes] = {}
     for worker in vectors:
         found |= worker

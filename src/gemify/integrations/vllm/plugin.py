@@ -1,11 +1,11 @@
 """gemify's entry in ``vllm.general_plugins``: vLLM calls `register` in each of its processes.
 
-It makes two changes, of which an engine without a GEM notices nothing:
+It makes two changes. An engine without a GEM notices neither.
 
-- The block of the KV cache that holds the special token of a text being embedded has a name of its own in the prefix
-  cache. The adapter acts on that token, so that no chat may take the block for one of its own, should it spell the same
-  text and then the special token. The blocks before it keep their names: chat and embedding share them.
-- The embedding table of every model takes an adapter. vLLM has the layer for it, and uses it for some models only.
+- The KV-cache block that holds the special token of a text being embedded has a name of its own in the prefix cache.
+  The adapter acts on that token, so no chat may use the block, even if it spells the same text and then the special
+  token. The blocks before it keep their names: chat and embedding share them.
+- The embedding table of every model accepts an adapter. vLLM has the layer for it, but uses it for some models only.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 from gemify.integrations.vllm.config import MARK
-from gemify.integrations.vllm.worker import marked
+from gemify.integrations.vllm.worker import embedding_key
 
 
 def register() -> None:
-    """Do it once, however often vLLM calls."""
+    """Make the two changes, once per process."""
     from vllm.v1.core import kv_cache_utils
     from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
@@ -33,7 +33,7 @@ def _name_special_blocks() -> None:
 
     def named(request: Any, start: int, end: int, at: int) -> tuple[tuple[Any, ...] | None, int]:
         keys, at = plain(request, start, end, at)
-        if marked(request.sampling_params) and end >= request.num_prompt_tokens:
+        if embedding_key(request.sampling_params) and end >= request.num_prompt_tokens:
             keys = (*(keys or ()), (MARK, "special"))
         return keys, at
 

@@ -1,8 +1,8 @@
-"""``/v1/embeddings`` on a vLLM server that also chats: gemify's entry in ``vllm.endpoint_plugins``, and a way to start one.
+"""``/v1/embeddings`` on a vLLM server that also chats: gemify's entry in ``vllm.endpoint_plugins``, and its command.
 
     python -m gemify.integrations.vllm.server my-gem --port 8000        # then any options of `vllm serve`
 
-vLLM adds routes only of plugins that VLLM_PLUGINS names, which this command sees to.
+vLLM adds only the routes of plugins named in VLLM_PLUGINS. This command sets it.
 """
 
 from __future__ import annotations
@@ -28,54 +28,56 @@ import torch
 from torch import Tensor
 
 from gemify.integrations.vllm.config import engine_options
-from gemify.integrations.vllm.embedder import Embedder, rows_of
-from gemify.integrations.vllm.worker import MOST_KEPT
+from gemify.integrations.vllm.embedder import Embedder, stack_vectors
+from gemify.integrations.vllm.worker import MAX_KEPT_VECTORS
 
-_AT_A_TIME = 1024  # texts of a request, and prompts of it in the engine
+_MAX_TEXTS = 1024  # of a request, and of its prompts in the engine at a time
 _PLUGINS = "VLLM_PLUGINS"
 
 
 class GemEndpoint:
-    """What vLLM asks of such a plugin: a name, the tasks it needs, its routes, its state."""
+    """The plugin as vLLM wants it: a name, the tasks it needs, its routes, its state."""
 
     name = "gemify"
     required_tasks = ("generate",)
 
     def attach_router(self, app: FastAPI) -> None:
+        """Add the route."""
         app.add_api_route("/v1/embeddings", create_embeddings, methods=["POST"], response_model=None)
 
     async def init_state(self, engine_client: Any, state: Any, args: Any) -> None:
+        """Prepare the engine to embed."""
         tokenizer = engine_client.get_tokenizer()
         state.gemify = Embedder.of(
             engine_client.vllm_config, await tokenizer if hasattr(tokenizer, "__await__") else tokenizer
         )
         state.gemify_engine = engine_client
         state.gemify_names = args.served_model_name or [args.model]
-        state.gemify_room = Room(MOST_KEPT // 2)  # vectors of requests that were given up are among those kept
+        state.gemify_slots = VectorSlots(MAX_KEPT_VECTORS // 2)  # cancelled requests leave vectors too
         await engine_client.collective_rpc("gemify_open")
 
 
 async def create_embeddings(request: Request) -> JSONResponse:
-    """OpenAI's route: texts to vectors of length 1."""
+    """Embed texts: OpenAI's ``/v1/embeddings``, with vectors of length 1."""
     state = request.app.state
     try:
-        wish = parsed(await request.body(), state.gemify_names)
-        state.gemify.require_dimensions(wish["dimensions"])
+        fields = parse_body(await request.body(), state.gemify_names)
+        state.gemify.require_dimensions(fields["dimensions"])
     except ValueError as error:
         return JSONResponse({"error": {"message": str(error), "type": "BadRequestError", "code": 400}}, status_code=400)
     embedder: Embedder = state.gemify
-    prompts = embedder.prompts(wish["input"], embedder.config.resolve_prompt(None, None))
+    prompts = embedder.prompts(fields["input"], embedder.config.resolve_prompt(None, None))
     rows: list[Tensor] = []
-    for first in range(0, len(prompts), _AT_A_TIME):
-        some = prompts[first : first + _AT_A_TIME]
-        async with state.gemify_room.taken(len(some)):
+    for first in range(0, len(prompts), _MAX_TEXTS):
+        some = prompts[first : first + _MAX_TEXTS]
+        async with state.gemify_slots.reserve(len(some)):
             rows.append(await _run(state.gemify_engine, some))
-    vectors = embedder.vectors(torch.cat(rows), normalize=True, truncate_dim=wish["dimensions"])
-    return JSONResponse(written(vectors, wish, state.gemify_names[0], sum(map(len, prompts))))
+    vectors = embedder.vectors(torch.cat(rows), normalize=True, truncate_dim=fields["dimensions"])
+    return JSONResponse(render_response(vectors, fields, state.gemify_names[0], sum(map(len, prompts))))
 
 
 async def _run(engine: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """The engine's rows [len(prompts), D], which it forgets."""
+    """Run prompts and take their vectors [len(prompts), D] from the engine."""
     keys, asked, sampling = Embedder.requests(prompts)
 
     async def run(at: int) -> None:
@@ -83,18 +85,18 @@ async def _run(engine: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
             pass
 
     await asyncio.gather(*(run(at) for at in range(len(prompts))))
-    return rows_of(await engine.collective_rpc("gemify_take", args=(keys,)), keys)
+    return stack_vectors(await engine.collective_rpc("gemify_take", args=(keys,)), keys)
 
 
-class Room:
-    """Places for vectors in the engine, over all requests: it forgets the oldest of more than it keeps."""
+class VectorSlots:
+    """Slots for vectors in the engine, over all requests. The engine drops the oldest vectors beyond its limit."""
 
-    def __init__(self, places: int) -> None:
-        self._free, self._changed = places, asyncio.Condition()
+    def __init__(self, slots: int) -> None:
+        self._free, self._changed = slots, asyncio.Condition()
 
     @contextlib.asynccontextmanager
-    async def taken(self, count: int) -> AsyncIterator[None]:
-        """Wait for so many places, and hold them for the block."""
+    async def reserve(self, count: int) -> AsyncIterator[None]:
+        """Wait for ``count`` free slots and hold them inside this context."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._free >= count)
             self._free -= count
@@ -106,35 +108,46 @@ class Room:
                 self._changed.notify_all()
 
 
-def parsed(body: bytes, names: Sequence[str]) -> dict[str, Any]:
-    """A request's body. ValueError, one line, says what is wrong with it."""
+def parse_body(body: bytes, names: Sequence[str]) -> dict[str, Any]:
+    """Read a request's body.
+
+    Args:
+        body: JSON text.
+        names: Model names that requests may give.
+
+    Returns:
+        ``input`` (a list of texts), ``encoding_format`` and ``dimensions``.
+
+    Raises:
+        ValueError: The body is not a valid request.
+    """
     try:
-        wish = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the body is not JSON ({error}): send a JSON object with input and model") from None
-    if not isinstance(wish, dict):
+    if not isinstance(fields, dict):
         raise ValueError("the body must be a JSON object with input and model")
-    texts = [wish.get("input")] if isinstance(wish.get("input"), str) else wish.get("input")
+    texts = [fields.get("input")] if isinstance(fields.get("input"), str) else fields.get("input")
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("input must be a text or a list of texts, at least one")
     if any(re.search(r"[\ud800-\udfff]", text) for text in texts):
         raise ValueError("input holds half of a character (a lone surrogate): send whole characters")
-    if len(texts) > _AT_A_TIME:
-        raise ValueError(f"input must hold at most {_AT_A_TIME} texts, got {len(texts)}: send several requests")
-    if (model := wish.get("model")) is not None and model not in names:
+    if len(texts) > _MAX_TEXTS:
+        raise ValueError(f"input must hold at most {_MAX_TEXTS} texts, got {len(texts)}: send several requests")
+    if (model := fields.get("model")) is not None and model not in names:
         raise ValueError(f"unknown model {model!r}: this server has {', '.join(names)}")
-    if (form := wish.get("encoding_format") or "float") not in ("float", "base64"):
+    if (form := fields.get("encoding_format") or "float") not in ("float", "base64"):
         raise ValueError(f"encoding_format must be float or base64, got {form!r}")
-    dimensions = wish.get("dimensions")
+    dimensions = fields.get("dimensions")
     if dimensions is not None and type(dimensions) is not int:
         raise ValueError(f"dimensions must be a whole number, got {dimensions!r}")
     return {"input": texts, "encoding_format": form, "dimensions": dimensions}
 
 
-def written(vectors_ND: Tensor, wish: dict[str, Any], model: str, tokens: int) -> dict[str, Any]:
-    """The answer, in OpenAI's words."""
+def render_response(vectors_ND: Tensor, fields: dict[str, Any], model: str, tokens: int) -> dict[str, Any]:
+    """Return the response in OpenAI's format."""
     listed: list[Any] = vectors_ND.tolist()
-    if wish["encoding_format"] == "base64":
+    if fields["encoding_format"] == "base64":
         listed = [base64.b64encode(v.numpy().astype("<f4").tobytes()).decode("ascii") for v in vectors_ND]
     data = [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(listed)]
     return {
@@ -145,8 +158,8 @@ def written(vectors_ND: Tensor, wish: dict[str, Any], model: str, tokens: int) -
     }
 
 
-def arguments(gem: str, base: str | None, rest: Sequence[str]) -> list[str]:
-    """`vllm serve`'s arguments for a GEM, the user's own after them."""
+def serve_arguments(gem: str, base: str | None, rest: Sequence[str]) -> list[str]:
+    """Return `vllm serve`'s arguments for a GEM, followed by the user's own."""
     options = engine_options(gem, base)
     argv = []
     for name, value in options.items():
@@ -170,7 +183,7 @@ def main() -> None:
     parser.add_argument("--base", help="directory or repo id of its base model [default: where the GEM says]")
     given, rest = parser.parse_known_args()
     try:
-        argv = arguments(given.gem, given.base, rest)
+        argv = serve_arguments(given.gem, given.base, rest)
     except ValueError as error:
         sys.exit(f"gemify: error: {error}")
     allowed = os.environ.get(_PLUGINS)

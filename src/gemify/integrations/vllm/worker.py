@@ -1,13 +1,13 @@
 """What a vLLM worker does for GEM: the adapter at special tokens alone, and their hidden states kept.
 
-A request that is to be embedded is an ordinary one, for a single token, whose ``extra_args`` hold a key. Its prompt
-ends in a special token. In the step that runs this token, the worker
+A request to embed is an ordinary request for one token whose ``extra_args`` hold a key. Its prompt ends in a special
+token. In the step that runs this token, the worker
 
-- maps the adapter to it and to no other token (vLLM's kernels take an adapter a token), and
-- keeps what goes into the output head there, the last hidden state, under that key until it is taken.
+- maps the adapter to this token and to no other (vLLM's kernels take an adapter per token), and
+- keeps the input of the output head there, the last hidden state, under the key until it is taken.
 
-Every other token, of this request and of all others, runs through the base's weights alone. So the text's KV cache is
-the one that a chat would leave, and vLLM's prefix cache serves both.
+Every other token, of this request and of all others, runs through the base's weights alone. So the text's KV cache
+equals that of a chat, and vLLM's prefix cache serves both.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from gemify.integrations.vllm.config import MARK, EngineGem
 
 LORA_ID = 2**31 - 7
-"""The adapter's number in the engine: out of the way of those that vLLM counts up for its users."""
-MOST_KEPT = 8192
-"""Vectors; those that nobody came for do not pile up."""
+"""The adapter's number in the engine, far from those that vLLM gives to its users' adapters."""
+MAX_KEPT_VECTORS = 8192
+"""Vectors that are kept until they are taken; beyond that the oldest are dropped."""
 
 
-class Tap:
-    """Watches a model runner: which requests end their prompt in this step, and what comes out there."""
+class HiddenStateTap:
+    """Watches a model runner: which requests end their prompt in a step, and the hidden states there."""
 
     def __init__(self, runner: Any, adapter: Any | None) -> None:
         self.runner, self.adapter = runner, adapter
@@ -48,6 +48,7 @@ class Tap:
             runner.input_batch.make_lora_inputs = self.make_lora_inputs
 
     def execute_model(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        """Note which requests end their prompt in this step, then run it."""
         for request in scheduled.finished_req_ids:
             self._prompts.pop(request, None)
         computed = dict(
@@ -59,7 +60,7 @@ class Tap:
         )
         for new in scheduled.scheduled_new_reqs:
             computed[new.req_id] = new.num_computed_tokens
-            if key := marked(new.sampling_params):
+            if key := embedding_key(new.sampling_params):
                 self._prompts[new.req_id] = (key, len(new.prompt_token_ids))
         self._ending = {
             request: key
@@ -69,7 +70,7 @@ class Tap:
         return self._execute(scheduled, *args, **kwargs)
 
     def make_lora_inputs(self, scheduled: np.ndarray, sampled: np.ndarray) -> tuple[Any, Any, set[Any]]:
-        """vLLM's map from tokens to adapters, with ours at the last token of each prompt that ends."""
+        """Return vLLM's map from tokens to adapters, with ours at the last token of each prompt that ends."""
         assert self.adapter is not None
         batch = self.runner.input_batch
         batch.lora_id_to_lora_request.pop(LORA_ID, None)
@@ -85,11 +86,12 @@ class Tap:
         return prompts, tuple(of_token.tolist()), adapters
 
     def compute_logits(self, hidden_ND: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Keep the hidden states of the prompts that end, then compute logits."""
         if self._ending:
             requests = self.runner.input_batch.req_ids
             for row in self._rows():
                 self.vectors[self._ending[requests[row]]] = hidden_ND[row].clone()
-            while len(self.vectors) > MOST_KEPT:
+            while len(self.vectors) > MAX_KEPT_VECTORS:
                 self.vectors.popitem(last=False)
         return self._logits(hidden_ND, *args, **kwargs)
 
@@ -105,16 +107,16 @@ class GemWorker:
     vllm_config: Any
 
     def gemify_open(self) -> list[int]:
-        """Make ready to embed; the first call does the work. Returns the special tokens' ids."""
+        """Prepare to embed, at the first call. Returns the special tokens' ids."""
         found = EngineGem.of(self.vllm_config.additional_config[MARK]["gem"], base="given")
         if getattr(self, "_gemify_tap", None) is None:
             require_engine(self.vllm_config, self.model_runner)
             adapter = None if found.settings is None else self._gemify_adapter(found)
-            self._gemify_tap = Tap(self.model_runner, adapter)
+            self._gemify_tap = HiddenStateTap(self.model_runner, adapter)
         return list(found.config.special_ids)
 
     def gemify_take(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """The vectors under these keys, float32, which are then forgotten. Those of another worker are left out."""
+        """Take the float32 vectors of these keys out of the engine. Those of another worker are left out."""
         vectors = self._gemify_tap.vectors
         return {
             key: vectors.pop(key).to("cpu", torch.float32).numpy().tobytes() for key in list(keys) if key in vectors
@@ -123,9 +125,9 @@ class GemWorker:
     def _gemify_adapter(self, found: EngineGem) -> Any:
         from vllm.lora.request import LoRARequest
 
-        from gemify.integrations.vllm.cpu_lora import mend_cpu_lora
+        from gemify.integrations.vllm.cpu_lora import fix_cpu_lora
 
-        table, vocabulary = input_table(self.model_runner.get_model())
+        table, vocabulary = embedding_table(self.model_runner.get_model())
         ids = torch.tensor(found.config.special_ids, device=next(table.parameters()).device)
         if int(ids.max()) >= vocabulary:
             raise ValueError(
@@ -134,7 +136,7 @@ class GemWorker:
             )
         with torch.inference_mode():
             rows_KD = table(ids)
-        mend_cpu_lora(self.model_runner.lora_manager._adapter_manager)
+        fix_cpu_lora(self.model_runner.lora_manager._adapter_manager)
         with tempfile.TemporaryDirectory() as name:
             found.write_lora(Path(name), rows_KD=rows_KD, vocabulary=vocabulary)
             adapter = LoRARequest(MARK, LORA_ID, name)
@@ -143,15 +145,15 @@ class GemWorker:
         return adapter
 
 
-def marked(sampling: Any) -> str | None:
-    """The key of a request that is to be embedded. (Over HTTP anyone may write anything there.)"""
+def embedding_key(sampling: Any) -> str | None:
+    """Return the key of a request that is to be embedded, or None. Over HTTP a user may write anything there."""
     extra = getattr(sampling, "extra_args", None)
     key = extra.get(MARK) if extra else None
     return key if isinstance(key, str) else None
 
 
-def input_table(model: nn.Module) -> tuple[nn.Module, int]:
-    """The embedding table beneath vLLM's LoRA layer, and how many rows the base has."""
+def embedding_table(model: nn.Module) -> tuple[nn.Module, int]:
+    """Return the embedding table beneath vLLM's LoRA layer, and how many rows the base has."""
     from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
 
     for module in model.modules():
@@ -164,7 +166,7 @@ def input_table(model: nn.Module) -> tuple[nn.Module, int]:
 
 
 def require_engine(config: Any, runner: Any) -> None:
-    """Refuse set-ups in which a step's rows are not its requests', one each."""
+    """Check the engine's set-up. ValueError where a step's rows are not one per request."""
     wrong = {
         "speculative decoding": config.speculative_config is not None,
         "pipeline parallelism": config.parallel_config.pipeline_parallel_size > 1,
