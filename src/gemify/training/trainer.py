@@ -20,13 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    Trainer,
-    TrainerControl,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from gemify.io.atomic import atomic_file, sync
@@ -228,7 +222,7 @@ def train(
     gem, objective = build_objective(recipe, device, sharded=sharded)
     if on_ready is not None:
         on_ready(gem)
-    _seed(recipe.seed)
+    torch.manual_seed(recipe.seed)
     runs_on = torch.device("cuda") if sharded and torch.cuda.is_available() else gem.device
     arguments = _arguments(recipe, output, device=runs_on, evaluated=pairs is not None)
     if arguments.n_gpu > 1:
@@ -276,7 +270,7 @@ def _run(trainer: _GemTrainer, output: Path, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         trainer.batches.start_step = int(json.loads((checkpoint / _STATE_FILE).read_text())["global_step"])
     if arguments.process_index:
-        _seed(recipe.seed + arguments.process_index)  # the processes' dropout differs
+        torch.manual_seed(recipe.seed + arguments.process_index)  # the processes' dropout differs
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
@@ -354,7 +348,7 @@ def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
         raise ValueError(
             "attn_implementation 'flex_attention' cannot train on a CPU (it has no backward pass there): use sdpa"
         )
-    _seed(recipe.seed)  # fresh LoRA weights are random
+    torch.manual_seed(recipe.seed)  # fresh LoRA weights are random
     return GemModel.from_base(
         recipe.base,
         tune=recipe.tune,
@@ -402,10 +396,6 @@ def uses_bf16(recipe: Recipe, device: str | None) -> bool:
     if recipe.precision == "auto":
         return torch.cuda.is_available() and device != "cpu" and torch.cuda.is_bf16_supported()
     return recipe.precision == "bf16"
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
 
 
 def _arguments(recipe: Recipe, output: Path, *, device: torch.device, evaluated: bool) -> TrainingArguments:
