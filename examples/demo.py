@@ -1,7 +1,7 @@
 """Everything gemify does, in a few minutes on a CPU: the GEM that comes with it, then one trained here.
 
-Run by `make demo`. The text to train on is what every Python has: the docstrings of its standard library. Ctrl-C stops it
-at any time; an interrupted training run continues with the next `make demo`, a finished one is not repeated.
+Run by `make demo`. The text to train on is what every Python has: the docstrings of its standard library. Ctrl-C stops
+it at any time; an interrupted training run continues with the next `make demo`, a finished one is not repeated.
 """
 
 from __future__ import annotations

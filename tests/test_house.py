@@ -72,8 +72,6 @@ def test_every_room_says_what_it_may_know() -> None:
 def test_no_imports_go_in_a_circle() -> None:
     for graph in (GRAPH, code_checks.rooms_of(GRAPH), {room: known - {room} for room, known in MAY_KNOW.items()}):
         for circle in code_checks.find_circles(graph):
-            if circle[0].startswith("gemify.serving."):
-                continue
             pytest.fail(f"{' -> '.join(circle)}: move what both need into a file that neither is")
 
 
@@ -144,7 +142,7 @@ def test_nothing_is_too_long() -> None:
     for name, text in TEXTS.items():
         lines = len(text.splitlines())
         assert lines <= code_checks.MAX_FILE_LINES, f"{name} has {lines} lines: give one of its nouns a file of its own"
-        long = [f for f in code_checks.long_functions(text) if (name, f) != ("cli/train.py", "train (83)")]
+        long = code_checks.long_functions(text)
         assert not long, f"{name}: {long} lines, at most {code_checks.MAX_FUNCTION_LINES}: name a step of it"
 
 
@@ -166,7 +164,7 @@ def test_retired_words_stay_away() -> None:
 
 def test_a_retired_word_is_found() -> None:
     source = "class House:\n    def _told(self, dealt, room):\n        self.max_rows = other.tell()\n"
-    assert code_checks.retired_names(source) == {"House", "dealt", "max_rows"}
+    assert code_checks.retired_names(source) == {"House", "_told", "dealt", "max_rows"}
     text = "Requests in the\nhouse.\nA Quick  look with `--max-rows 3`; tests/test_house.py, a household, max-rows."
     assert code_checks.retired_phrases(text) == ["2: house", "3: Quick  look", "3: --max-rows"]
 

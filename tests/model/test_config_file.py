@@ -1,4 +1,4 @@
-"""`config_gemify.json` as it was written before: GEMs saved then load today, and what cannot be read is said in a line."""
+"""`config_gemify.json` as it was written before: GEMs saved then load today, other entries are an error in a line."""
 
 from __future__ import annotations
 

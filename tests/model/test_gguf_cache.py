@@ -176,7 +176,8 @@ LOAD = "import sys; from gemify.model.base import load_base; load_base(sys.argv[
 SLOW = (
     "import sys, time; from pathlib import Path; from gemify.model import gguf_cache\n"
     "def save(stage):\n"
-    "    (stage / 'config.json').write_text('{}'); (stage / 'model').write_bytes(bytes(10**6)); print('half', flush=True)\n"
+    "    (stage / 'config.json').write_text('{}'); (stage / 'model').write_bytes(bytes(10**6))\n"
+    "    print('half', flush=True)\n"
     "    time.sleep(float(sys.argv[2]))\n"
     "print(gguf_cache.store_entry(gguf_cache.cache_directory() / sys.argv[1], save), flush=True)"
 )

@@ -2,8 +2,8 @@
 
 A few-shot benchmark asks the same beginning again and again: five solved questions before each of a subject's hundred,
 one context before each of four endings. lm-eval runs each request whole, with the LM head on every position. Here the
-beginning that all requests share runs once, each distinct context once on its KV, each continuation on its context's KV,
-and the head only where a continuation is scored::
+beginning that all requests share runs once, each distinct context once on its KV, each continuation on its context's
+KV, and the head only where a continuation is scored::
 
     header | context A | ending 1          header: once a task
                        | ending 2          contexts: once each, padded on the left
@@ -71,7 +71,7 @@ def share_prefixes(harness: Any, *, max_tokens: int = 8192) -> Any:
 
 @torch.inference_mode()
 def score(lm: Any, requests: Sequence[tuple[list[int], list[int]]], *, max_tokens: int = 8192) -> list[Answer]:
-    """Of each (context ids, continuation ids): the continuation's log-probability, and whether greedy decoding gives it.
+    """Score each (context ids, continuation ids): the log-probability, and whether greedy decoding gives it.
 
     ``max_tokens``: most columns, cached ones included, of one forward pass.
     """

@@ -1,10 +1,10 @@
 """GGUF files as plain Hugging Face directories in a cache: reading a GGUF's metadata takes seconds, a directory's none.
 
     $GEMIFY_HOME, or $XDG_CACHE_HOME/gemify, or ~/.cache/gemify
-        gguf/<hash of the file>-<version of transformers>/    config.json, model.safetensors (float32), tokenizer.json, ...
+        gguf/<hash of the file>-<version of transformers>/    config.json, model.safetensors (float32), ...
 
-An entry appears in one rename, so any number of processes may make the same one, and a killed one leaves only a part that
-is removed later. The most recently used `MAX_ENTRIES` of at most `MAX_BYTES` in all are kept.
+An entry appears in one rename, so any number of processes may make the same one, and a killed one leaves only a part
+that is removed later. The most recently used `MAX_ENTRIES` of at most `MAX_BYTES` in all are kept.
 """
 
 from __future__ import annotations
