@@ -42,7 +42,7 @@ def test_the_shared_request_is_the_whole_request(starter: Any, name: str) -> Non
     texts = [TEXT, "Copper conducts heat better than iron."]
     wrote = {i: text for i, text, _ in writer(texts)}
     for i, text in enumerate(texts):
-        ids = torch.tensor([[*writer.before_ids, *tokenizer(writer._lead + text)["input_ids"], *writer.after_ids]])
+        ids = torch.tensor([[*writer.prefix_ids, *tokenizer(writer._lead + text)["input_ids"], *writer.suffix_ids]])
         if writer.by_chat:
             messages = [{"role": "user", "content": f"Paraphrase: {text}"}]
             assert ids[0].tolist() == tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from gemify.bench.timing import Report, make_report, rows_table, run_in_turn, synchronize
 from gemify.model.attention import require_kernel
+from gemify.model.base import enable_activation_checkpointing
 from gemify.model.config import GemConfig
 from gemify.model.encode import encode_ids
 from gemify.paper.tokens import Row
@@ -171,7 +172,7 @@ class Bench:
             self.lm = random_model(shape.sizes, dtype=settings.dtype, attention=settings.attention)
         self.lm.train()
         if shape.checkpointing:
-            self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_activation_checkpointing(self.lm)
         self.special = self.lm.config.vocab_size - 1
         self.config = GemConfig("full", special_tokens=("<special>",), special_ids=(self.special,))
         self.objective = Objective(self.lm, None, self.config, group_tokens=settings.tokens)

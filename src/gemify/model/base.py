@@ -59,6 +59,12 @@ def max_positions(lm: PreTrainedModel) -> int | None:
     return found
 
 
+def enable_activation_checkpointing(lm: PreTrainedModel) -> None:
+    """Let a model recompute its layers' activations in the backward pass instead of keeping them."""
+    enable = getattr(lm, "activation_checkpointing_enable", None)  # the name from transformers 5.24 on
+    (enable or lm.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 class Loading(TypedDict, total=False):
     """How a model is loaded, in transformers' words. `load_base` has the defaults."""
 

@@ -4,8 +4,8 @@
     special tokens  see the whole prefix and themselves, not each other
     suffix tokens   see all special tokens and earlier suffix tokens, no prefix token
 
-So all that the suffix knows of the prefix has passed through the special tokens. Drawn (a row looks at the columns
-marked #):
+So all that the suffix knows of the prefix has passed through the special tokens. Rows are queries, ``#`` marks the keys
+that they see:
 
 >>> print(draw("ppp ss xx"))
       p p p s s x x

@@ -95,7 +95,7 @@ class Recipe:
     attn_implementation: str | None = None
     """sdpa, eager or flex_attention (GPUs: block masks, for long rows). None: the model's own."""
     group_tokens: int = 8192
-    """Most columns of one forward pass; a batch is cut into groups of like length."""
+    """Most tokens of one forward pass, padding included; a batch is split into groups of similar length."""
     shuffle_buffer: int = 10_000
     save_steps: int = 50
     save_total_limit: int = 2

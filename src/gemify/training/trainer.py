@@ -25,7 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from gemify.io.atomic import atomic_file, sync
 from gemify.io.signals import StopRequestedError, stop_signals
-from gemify.model.base import max_positions
+from gemify.model.base import enable_activation_checkpointing, max_positions
 from gemify.model.gem import GemModel
 from gemify.model.throughput import peak_memory_bytes, throughput
 from gemify.training.batches import Batches
@@ -263,7 +263,7 @@ def _run(trainer: _GemTrainer, output: Path, checkpoint: Path | None) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
     if recipe.gradient_checkpointing:
-        trainer.gem.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable_activation_checkpointing(trainer.gem.lm)
     if arguments.should_save:
         with atomic_file(output / RECIPE_FILE) as stage:
             stage.write_text(recipe.to_yaml(), encoding="utf-8")
