@@ -306,14 +306,14 @@ def test_the_launchers_configuration_parses_and_what_cannot_run_is_refused(
     ("environment", "options", "message"),
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"tune": "full"}, "cannot train under DeepSpeed"),
-        ({"WORLD_SIZE": "1"}, {"tune": "full"}, "cannot cut weights up over 1 process"),
+        ({"WORLD_SIZE": "1"}, {"tune": "full"}, "cannot shard weights over 1 process"),
         ({"FSDP_VERSION": "1"}, {"tune": "full"}, "set fsdp_version to 2"),
         ({}, {"tune": "gated"}, "cannot train --tune gated under FSDP: launch with recipes/accelerate/ddp.yaml"),
         ({}, {"tune": "lora"}, "cannot train --tune lora"),
         ({"FSDP_OFFLOAD_PARAMS": "true"}, {"tune": "full"}, "fsdp_offload_params: true, set it to false"),
     ],
 )
-def test_a_way_to_cut_weights_up_that_is_not_proven_is_refused(
+def test_a_way_to_shard_weights_that_is_not_tested_is_refused(
     base_dir: Path,
     texts_file: Path,
     tmp_path: Path,
