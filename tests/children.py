@@ -141,12 +141,10 @@ def gradients(base: str, batch: Any, options: Any) -> dict[str, Any]:
     """The gradients of a batch's loss, by a gated GEM whose weights are not those of a fresh one."""
     import torch
 
-    from conftest import disturb
-    from gemify import GemModel
     from gemify.training.objective import Objective
+    from tiny_gems import make_gem
 
-    gem = GemModel.from_base(base, adapter={"lora_dropout": options.pop("dropout", 0.0)})
-    disturb(gem)
+    gem = make_gem(base, adapter={"lora_dropout": options.pop("dropout", 0.0)})
     made = Objective(gem.lm, gem.adapter, gem.config, **options)
     torch.manual_seed(3)
     made.train()(batch).total.backward()

@@ -9,10 +9,8 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -26,7 +24,7 @@ import tiny_models
 from bag_of_words import BagOfWords
 from gemify import GemModel
 from gemify.model.base import STARTER_PACKAGE, load_base
-from gemify.training.objective import Objective
+from tiny_gems import make_gem
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 settings.register_profile("gemify", deadline=None)  # no timing decides a test
@@ -68,24 +66,7 @@ def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def gem(base_dir: Path) -> GemModel:
     """A gated GEM on the tiny Llama, its trained weights made large so that they matter."""
-    made = GemModel.from_base(str(base_dir))
-    disturb(made)
-    return made
-
-
-def objective(gem: GemModel, *, frozen: bool, **options: Any) -> Objective:
-    """A GEM's training objective, as it is when nothing is trained."""
-    tune = gem.config.tune if frozen == gem.config.frozen_base else "gated" if frozen else "lora"
-    return Objective(gem.lm, gem.adapter, replace(gem.config, tune=tune), **options).eval()
-
-
-def disturb(gem: GemModel, seed: int = 1) -> None:
-    """Stand-in for training: random values in every trained weight."""
-    assert gem.adapter is not None
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD]:
-            p.copy_(torch.randn(p.shape, generator=generator) * 0.3)
+    return make_gem(base_dir)
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import httpx
 from openai import AsyncOpenAI, OpenAI
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.engine.engine import Engine
 from gemify.retrieval.index import GemIndex
@@ -22,6 +21,7 @@ from gemify.serving.app import create_app
 from gemify.serving.auth import KeyRing
 from gemify.serving.server import Server, listen
 from gemify.serving.settings import ServerSettings
+from tiny_gems import make_gem
 
 
 class Served:
@@ -92,6 +92,4 @@ def indexed(root: Path, corpus: dict[str, str], *, tokens: int) -> GemIndex:
 
 def tiny_gem(directory: Path) -> GemModel:
     """A tiny GEM with a chat template, its trained weights made large so that they matter."""
-    gem = GemModel.from_base(str(tiny_models.save(directory / "base")))
-    disturb(gem)
-    return gem
+    return make_gem(tiny_models.save(directory / "base"))

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import disturb
 from gemify import GemModel
 from gemify.evaluation.language_model import PROBES, compare_logits, language_loss, same_logits
 from gemify.model.base import load_base
@@ -21,6 +20,7 @@ from gemify.model.config import SHIPPED, resolve_directory
 from gemify.model.kv_cache import output_cache
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
+from tiny_gems import make_gem
 
 pytestmark = pytest.mark.real
 
@@ -39,9 +39,7 @@ def base(starter: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def starter_gem(starter: Any) -> GemModel:
-    gem = GemModel.from_base("starter")
-    disturb(gem)
-    return gem
+    return make_gem("starter")
 
 
 def test_special_token_is_a_reserved_one(starter_gem: GemModel) -> None:

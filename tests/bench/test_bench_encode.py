@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from conftest import disturb
 from gemify import GemModel
 from gemify.bench.encode import ENCODERS, bench_encode, read_texts, to_markdown
 from gemify.bench.timing import rows_by_name
 from gemify.cli.main import app
+from tiny_gems import randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [f"text number {i} " + "word " * (i % 5) for i in range(8)]
@@ -50,7 +50,7 @@ def test_the_plain_encoder_has_the_trained_row(gem: GemModel, tmp_path: Path) ->
     assert plain.adapter is not None
     assert (plain.adapter.rows.rows_KD == expected).all()
     before = plain.encode(TEXTS[:2])
-    disturb(plain, seed=5)
+    randomize(plain, seed=5)
     assert abs(plain.encode(TEXTS[:2]) - before).max() > 1e-3
 
 

@@ -9,17 +9,15 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_models
-from conftest import disturb
-from gemify import GemModel
 from gemify.bench.serve import ServerSettings, bench_serve
 from gemify.bench.timing import rows_by_name
 from gemify.cli.main import app
+from tiny_gems import make_gem
 
 
 def test_every_arrangement_of_servers_answers_the_same_traffic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    gem = GemModel.from_base(str(tiny_models.save(tmp_path / "base")))
-    disturb(gem)
+    gem = make_gem(tiny_models.save(tmp_path / "base"))
     gem.save_pretrained(tmp_path / "gem")
     flags = ["--num-requests", "12", "--max-concurrency", "4", "--max-new-tokens", "3", "--rounds", "1", "-q"]
     command = ["bench", "serve", "-m", str(tmp_path / "gem"), *flags, "-o", str(tmp_path / "record.json")]

@@ -9,11 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_models
-from conftest import disturb
-from gemify import GemModel
 from gemify.cli.ask import clean_text
 from gemify.cli.main import app
 from gemify.rag.kv_store import parse_bytes
+from tiny_gems import make_gem
 
 RUNNER = CliRunner()
 
@@ -21,8 +20,7 @@ RUNNER = CliRunner()
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("ask")
-    gem = GemModel.from_base(str(tiny_models.save(root / "base")))
-    disturb(gem)
+    gem = make_gem(tiny_models.save(root / "base"))
     gem.save_pretrained(root / "gem")
     (root / "docs").mkdir()
     (root / "docs" / "a.md").write_text("# Birds\n\nOwls hunt at night.\n")

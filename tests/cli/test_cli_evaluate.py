@@ -18,9 +18,8 @@ pytest.importorskip("markdown_it")
 
 import gemify.evaluation.suite
 import tiny_data
-from conftest import disturb
-from gemify import GemModel
 from gemify.cli.main import main
+from tiny_gems import save_gem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,10 +65,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def saved(base_dir: Path, tmp_path: Path) -> Path:
-    gem = GemModel.from_base(str(base_dir), special_tokens=2)
-    disturb(gem)
-    gem.save_pretrained(tmp_path / "my-gem")
-    return tmp_path / "my-gem"
+    return save_gem(base_dir, tmp_path / "my-gem", special_tokens=2)
 
 
 @pytest.fixture

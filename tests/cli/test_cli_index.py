@@ -9,9 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny_models
-from conftest import disturb
-from gemify import GemModel
 from gemify.cli.main import app
+from tiny_gems import save_gem
 
 RUNNER = CliRunner()
 
@@ -19,10 +18,7 @@ RUNNER = CliRunner()
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
-    gem = GemModel.from_base(str(tiny_models.save(root / "base")))
-    disturb(gem)
-    gem.save_pretrained(root / "gem")
-    return root / "gem"
+    return save_gem(tiny_models.save(root / "base"), root / "gem")
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import disturb
 from gemify import GemModel, __version__
 from gemify.cli.main import main
+from tiny_gems import save_gem
 
 QUIETLY = {**os.environ, "NO_COLOR": "1", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
 """Two threads of a tiny model wait for each other on a busy machine."""
@@ -63,11 +63,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
 
 @pytest.fixture(scope="module")
 def saved(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    gem = GemModel.from_base(str(base_dir))
-    disturb(gem)
-    directory = tmp_path_factory.mktemp("saved") / "gem"
-    gem.save_pretrained(directory)
-    return directory
+    return save_gem(base_dir, tmp_path_factory.mktemp("saved") / "gem")
 
 
 def test_version_and_help() -> None:

@@ -10,12 +10,12 @@ from engine_client import running
 from test_engine import some_ids
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.engine.batched_prefill import prefill_batch, supports_batched_prefill
 from gemify.engine.sampling import SamplingParams
 from gemify.model.forward import CachedText
 from gemify.model.kv_cache import key_values, new_full_cache
+from tiny_gems import make_gem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,9 +42,7 @@ def test_together_is_as_alone(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def shared_gem(base_dir: Path) -> GemModel:
-    made = GemModel.from_base(str(base_dir))
-    disturb(made)
-    return made
+    return make_gem(base_dir)
 
 
 def passes(gem: GemModel, prompts: list[list[int]], **options: int) -> tuple[list[tuple[int, ...]], list[int], int]:

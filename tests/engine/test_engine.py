@@ -14,7 +14,6 @@ from engine_client import GREEDY, Heard, running
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.engine.engine import Engine
 from gemify.engine.requests import (
@@ -30,15 +29,14 @@ from gemify.engine.sampling import SamplingParams
 from gemify.model.encode import encode_ids
 from gemify.model.prefill import run_prefill
 from gemify.model.rope_shift import has_dynamic_rope
+from tiny_gems import make_gem, randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def shared_gem(base_dir: Path) -> GemModel:
-    made = GemModel.from_base(str(base_dir), special_tokens=2)
-    disturb(made)
-    return made
+    return make_gem(base_dir, special_tokens=2)
 
 
 def some_ids(seed: int, length: int) -> list[int]:
@@ -62,10 +60,7 @@ def greedy(gem: GemModel, ids: list[int], new: int) -> str:
 def test_rows_that_come_and_go_write_what_generate_writes(name: str, tmp_path: Path) -> None:
     kernel = "eager" if name in tiny_models.EAGER_ONLY else "sdpa"
     tune = "tokens" if name == "deepseek_v3" else "gated"  # PEFT's LoRA cannot adapt its low-rank layers
-    gem = GemModel.from_base(
-        str(tiny_models.save(tmp_path, name, attn_implementation=kernel)), attn_implementation=kernel, tune=tune
-    )
-    disturb(gem)
+    gem = make_gem(tiny_models.save(tmp_path, name, attn_implementation=kernel), attn_implementation=kernel, tune=tune)
     asked = [(some_ids(i, 1 + i * 7 % 30), 1 + i * 5 % 14) for i in range(12)]
     texts = [some_ids(100 + i, i * 3) for i in range(9)]
     with running(gem, max_num_seqs=4, max_num_batched_tokens=16) as asker:
@@ -102,7 +97,7 @@ def test_a_template_is_in_texts_and_behind_prompts(name: str, tmp_path: Path) ->
         for t in ('say : "{text}" is:"', '{text} is:"', "{text}")
     )
     for made in (around, behind, plain):
-        disturb(made)
+        randomize(made)
     texts = ["a text", "x" * 99, ""]
     rows = around.text_tokenizer(texts, max_tokens=around.config.max_text_tokens)
     assert len(rows[1]) == 62
@@ -142,8 +137,7 @@ def test_a_prefix_is_run_once_and_changes_nothing(shared_gem: GemModel) -> None:
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_prompt_goes_on_from_what_has_run(tmp_path: Path, name: str, exact: bool) -> None:
-    gem = GemModel.from_base(str(tiny_models.save(tmp_path, name)))
-    disturb(gem)
+    gem = make_gem(tiny_models.save(tmp_path, name))
     first, rest = some_ids(1, 30), some_ids(2, 9)
     with running(gem, max_num_batched_tokens=8) as asker:
         heard = Heard()

@@ -10,21 +10,19 @@ from engine_client import GREEDY, running
 from test_engine import greedy, some_ids
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.engine import sequence
 from gemify.engine.requests import Failed, QueueFullError
 from gemify.engine.sampling import Sampler, SamplingParams
 from gemify.model.kv_cache import RunningCache
+from tiny_gems import make_gem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def gem(tmp_path_factory: pytest.TempPathFactory) -> GemModel:
-    made = GemModel.from_base(str(tiny_models.save(tmp_path_factory.mktemp("base"))), special_tokens=2)
-    disturb(made)
-    return made
+    return make_gem(tiny_models.save(tmp_path_factory.mktemp("base")), special_tokens=2)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-12, 1e-40, 5e-324])

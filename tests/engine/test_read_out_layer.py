@@ -9,8 +9,8 @@ import pytest
 from engine_client import running
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
+from tiny_gems import randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -21,7 +21,7 @@ def test_the_engine_embeds_at_the_layer_and_writes_with_all(tmp_path: Path) -> N
     base = str(tiny_models.save(tmp_path, num_hidden_layers=4))
     gem, plain = GemModel.from_base(base, layer=2), GemModel.from_base(base)
     for one in (gem, plain):
-        disturb(one)
+        randomize(one)
     rows = gem.text_tokenizer(TEXTS, max_tokens=gem.config.max_text_tokens)
     with running(plain) as asker:
         written, remembered = asker.write(rows[0]).text(), asker.recover(rows[0], max_tokens=6).text()

@@ -14,9 +14,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.evaluation.lm_eval_prefix_cache import score, share_prefixes
+from tiny_gems import randomize
 
 Requests = list[tuple[list[int], list[int]]]
 
@@ -162,7 +162,7 @@ def test_a_gems_language_model_shares_its_header_too(gem: GemModel) -> None:
     got = score(gem.lm, requests)
     hook.remove()
     assert sum(ran) == 50 + 3 * 5 + 3 * 2
-    disturb(gem, seed=9)
+    randomize(gem, seed=9)
     assert score(gem.lm, requests) == got  # trained weights touch no plain text
     assert_same(got, one_by_one(gem.lm, requests))
 

@@ -12,7 +12,6 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.evaluation.recovery import (
     LENGTHS,
@@ -23,6 +22,7 @@ from gemify.evaluation.recovery import (
     token_f1,
 )
 from gemify.model.tokenization import TextTokenizer
+from tiny_gems import randomize
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ TEXTS = ["the red stone", "a", "seven rivers"]
 def test_the_first_special_token_alone_recovers_as_a_model_that_has_no_other(base_dir: Path) -> None:
     two = GemModel.from_base(str(base_dir), special_tokens=2)
     one = GemModel.from_base(str(base_dir), special_tokens=list(two.config.special_tokens[:1]))
-    disturb(two)
+    randomize(two)
     assert one.adapter is not None
     assert two.adapter is not None
     with torch.no_grad():

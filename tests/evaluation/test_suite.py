@@ -18,7 +18,6 @@ from scipy.stats import spearmanr
 import gemify.evaluation.suite
 import tiny_data
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.evaluation.baselines import BaselineEncoder
 from gemify.evaluation.models import encoder_entry
@@ -28,6 +27,7 @@ from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.suite import SUITES, Plan, evaluate
 from gemify.evaluation.task_suites import GEM16, LLM2VEC15
 from gemify.model.base import load_base
+from tiny_gems import save_gem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,10 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save(base: Path, directory: Path, seed: int) -> str:
-    gem = GemModel.from_base(str(base), special_tokens=2)
-    disturb(gem, seed)
-    gem.save_pretrained(directory)
-    return str(directory)
+    return str(save_gem(base, directory, special_tokens=2, seed=seed))
 
 
 @pytest.fixture(scope="module")

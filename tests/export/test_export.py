@@ -14,20 +14,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.cli.main import app, main
 from gemify.model.export import export
+from tiny_gems import make_gem
 
 TEXTS = ["a cat on a mat", "x", "the river is long and red " * 3]
 PROMPT = "the cat sat"
 
 
 def made(base_dir: Path, tune: Any, **settings: Any) -> GemModel:
-    gem = GemModel.from_base(str(base_dir), tune=tune, **settings)
-    if tune != "full":
-        disturb(gem)
-    return gem
+    return make_gem(base_dir, tune=tune, **settings)
 
 
 def last_states(lm: Any, tokenizer: Any, texts: list[str], special: int) -> np.ndarray:

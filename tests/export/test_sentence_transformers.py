@@ -12,10 +12,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.model.export import export
 from gemify.model.tokenization import PROMPTEOL
+from tiny_gems import make_gem
 
 sentence_transformers = pytest.importorskip(
     "sentence_transformers", reason="sentence-transformers is not installed: pip install 'gemify[eval]'"
@@ -27,9 +27,7 @@ TEXTS = ["a cat on a mat", "", "x" * 90, LONG, "<|reserved_0|> is a name", "<|ge
 
 def exported(base: Path, out: Path, tune: Any, **settings: Any) -> tuple[Any, np.ndarray]:
     """The sentence-transformers model of an exported GEM, and the library's vectors."""
-    gem = GemModel.from_base(str(base), tune=tune, max_length=64, **settings)
-    if tune != "full":
-        disturb(gem)
+    gem = make_gem(base, tune=tune, max_length=64, **settings)
     vectors = gem.encode(TEXTS)
     export(gem, out)
     return sentence_transformers.SentenceTransformer(str(out / "embedding"), device="cpu"), vectors
@@ -108,8 +106,7 @@ def test_the_starters_tokenizer(tmp_path: Path, starter: Any, template: str) -> 
     config = AutoConfig.for_model("llama", **{**tiny_models.ARCHITECTURES["llama"][1], "vocab_size": len(tokenizer)})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    gem = GemModel.from_base(str(tmp_path / "base"), tune="tokens", max_length=32, template=template)
-    disturb(gem)
+    gem = make_gem(tmp_path / "base", tune="tokens", max_length=32, template=template)
     assert gem.config.special_tokens == ("<repo_name>",)
     texts = [*TEXTS, "Owls hunt at night.", "a <repo_name> in a text", "<|im_start|>user"]
     vectors = gem.encode(texts)

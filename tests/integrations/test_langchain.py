@@ -32,9 +32,9 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField, RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 
-from conftest import disturb
 from gemify import GemModel
 from gemify.integrations.langchain import ChatGem, GemEmbeddings
+from tiny_gems import make_gem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["the cat sat on the mat", "a boat on the river", "", "seven small stones", "the cat sat on the mat"]
@@ -43,9 +43,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 
 @pytest.fixture(scope="module")
 def shared_gem(base_dir: Path) -> GemModel:
-    made = GemModel.from_base(str(base_dir), prompts={"query": "query: "})
-    disturb(made)
-    return made
+    return make_gem(base_dir, prompts={"query": "query: "})
 
 
 @pytest.fixture

@@ -20,9 +20,9 @@ from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 
-from conftest import disturb
 from gemify import GemModel
 from gemify.integrations.llama_index import GemEmbedding, GemLLM
+from tiny_gems import make_gem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["the cat sat on the mat", "a boat on the river", "seven small stones"]
@@ -31,9 +31,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False}
 
 @pytest.fixture(scope="module")
 def shared_gem(base_dir: Path) -> GemModel:
-    made = GemModel.from_base(str(base_dir), prompts={"query": "query: "})
-    disturb(made)
-    return made
+    return make_gem(base_dir, prompts={"query": "query: "})
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from peft.tuners.lora.layer import LoraLayer
 from transformers import AutoModelForCausalLM
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.model.adapter import gate
 from gemify.model.kv_cache import output_cache
+from tiny_gems import make_gem, randomize
 
 ARCHITECTURES = ["llama", "mistral-window", "gemma3", "gpt2", "qwen3", "opt", "gpt_oss"]
 PROMPT = torch.tensor([[40, 41, 42, 43, 44, 45, 46, 47]])
@@ -22,12 +22,11 @@ PROMPT = torch.tensor([[40, 41, 42, 43, 44, 45, 46, 47]])
 
 @pytest.fixture(params=ARCHITECTURES)
 def pair(request: pytest.FixtureRequest, tmp_path: Path):  # type: ignore[no-untyped-def]
-    """A base model and a disturbed gated GEM on the same weights."""
+    """A base model and a gated GEM on the same weights, its trained ones random."""
     kernel = "eager" if request.param in tiny_models.EAGER_ONLY else "sdpa"
     directory = tiny_models.save(tmp_path / "base", request.param, attn_implementation=kernel)
     base = AutoModelForCausalLM.from_pretrained(directory, attn_implementation=kernel).eval()
-    gem = GemModel.from_base(str(directory), attn_implementation=kernel)
-    disturb(gem)
+    gem = make_gem(directory, attn_implementation=kernel)
     return base, gem
 
 
@@ -78,8 +77,7 @@ def test_raw_text_teaches_gated_weights_nothing(pair) -> None:  # type: ignore[n
 @pytest.mark.parametrize("k", [1, 3])
 def test_stock_peft_gives_the_same_embedding(base_dir: Path, tmp_path: Path, k: int) -> None:
     """k special tokens are k stock requests ``text s_i``: they share one position id and do not see each other."""
-    gem = GemModel.from_base(str(base_dir), special_tokens=k, pooling="concat")
-    disturb(gem)
+    gem = make_gem(base_dir, special_tokens=k, pooling="concat")
     gem.save_pretrained(tmp_path / "gem")
     text = "a little text"
     ids = gem.tokenizer(text)["input_ids"]
@@ -94,8 +92,7 @@ def test_stock_peft_gives_the_same_embedding(base_dir: Path, tmp_path: Path, k: 
 
 
 def test_tokens_scope_is_stock_trainable_tokens(base_dir: Path, tmp_path: Path) -> None:
-    gem = GemModel.from_base(str(base_dir), tune="tokens")
-    disturb(gem)
+    gem = make_gem(base_dir, tune="tokens")
     assert gem.adapter is not None
     assert gem.adapter.lora_parameters() == []
     gem.save_pretrained(tmp_path / "gem")
@@ -116,8 +113,7 @@ def test_a_gated_adapter_cannot_be_merged(gem: GemModel, tmp_path: Path) -> None
 
 
 def test_merged_lora_equals_the_adapter(base_dir: Path, tmp_path: Path) -> None:
-    gem = GemModel.from_base(str(base_dir), tune="lora")
-    disturb(gem)
+    gem = make_gem(base_dir, tune="lora")
     before = gem.encode(["one", "two words"])
     gem.save_pretrained(tmp_path / "adapter")
     gem.save_pretrained(tmp_path / "merged", merge=True)
@@ -137,7 +133,7 @@ def test_added_tokens_leave_the_base_alone(tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(directory)
     for names in (2, ["<|mine|>"]):
         gem = GemModel.from_base(str(directory), special_tokens=names)  # type: ignore[arg-type]
-        disturb(gem)
+        randomize(gem)
         assert torch.equal(gem.lm(input_ids=PROMPT).logits, base(input_ids=PROMPT).logits)
         gem.save_pretrained(tmp_path / "gem")
         again = GemModel.from_pretrained(tmp_path / "gem")
@@ -152,7 +148,7 @@ def test_added_tokens_beyond_the_table(tmp_path: Path) -> None:
     tiny_models.tokenizer(0).save_pretrained(tmp_path / "base")
     gem = GemModel.from_base(str(tmp_path / "base"), special_tokens=2)
     assert gem.special_ids == [259, 260]
-    disturb(gem)
+    randomize(gem)
     assert gem.lm.get_input_embeddings().weight.shape[0] == 259
     assert isinstance(gem.generate(f"a {gem.config.special_tokens[0]} b", max_new_tokens=2), str)  # its name is text
     gem.save_pretrained(tmp_path / "gem")
@@ -165,8 +161,7 @@ def test_added_tokens_beyond_the_table(tmp_path: Path) -> None:
 
 def test_only_gated_columns_are_cast_to_the_adapters_type(base_dir: Path) -> None:
     """PEFT casts every layer's whole input: in bfloat16 a fifth of a pass. The same bits come without it."""
-    gem = GemModel.from_base(str(base_dir), dtype="bfloat16")
-    disturb(gem)
+    gem = make_gem(base_dir, dtype="bfloat16")
     layers = [m for m in gem.lm.modules() if isinstance(m, LoraLayer)]
     x = torch.zeros(1, 2, dtype=torch.bfloat16)
     assert layers

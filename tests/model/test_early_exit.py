@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import tiny_models
-from conftest import disturb, objective
 from gemify import GemModel
 from gemify.cli.main import main
 from gemify.integrations.vllm.config import EngineGem
@@ -33,6 +32,7 @@ from gemify.rag.runner import ModelRunner
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
+from tiny_gems import make_gem, make_objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,10 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def made(base: str, **options: Any) -> GemModel:
-    gem = GemModel.from_base(base, **options)
-    if gem.adapter is not None:
-        disturb(gem)
-    return gem
+    return make_gem(base, **options)
 
 
 def final_norm(lm: PreTrainedModel) -> nn.Module:
@@ -126,7 +123,7 @@ def test_vectors_are_those_of_the_layer_however_they_are_made(name: str, setting
         assert counts == [1, 1, 0, 0]
     views = [full_view(gem.tokenizer(text)["input_ids"]) for text in TEXTS]
     for frozen in (True, False):
-        own = objective(gem, frozen=frozen)
+        own = make_objective(gem, frozen=frozen)
         with counted(gem) as counts:
             got = own.embed(views)
             assert counts[2:] == [0, 0]
@@ -211,7 +208,7 @@ def test_an_error_inside_leaves_all_layers(base: str) -> None:
 
 def test_the_contrast_trains_what_is_below_and_next_tokens_all(base: str) -> None:
     gem = made(base, tune="full", layer=2)
-    own = objective(gem, frozen=False)
+    own = make_objective(gem, frozen=False)
     views: list[tuple[View, View]] = [
         (full_view([20, 21, 22]), full_view([20, 22])),
         (full_view([30, 31]), full_view([31, 30])),

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 import gemify.model.gem
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.model.config import CONFIG_FILE
 from gemify.model.forward import MaskedBatch, masked_pass
 from gemify.paper.tokens import Row, Segment, build_inputs
+from tiny_gems import make_gem, randomize
 
 TEXTS = ["hello", "a somewhat longer text than that", "", "hello", "x" * 40]
 
@@ -29,9 +29,7 @@ TEXTS = ["hello", "a somewhat longer text than that", "", "hello", "x" * 40]
 @pytest.fixture(params=[(1, "mean", True), (3, "mean", True), (3, "concat", False)], ids=str)
 def any_gem(request: pytest.FixtureRequest, base_dir: Path) -> GemModel:
     k, pooling, shared = request.param
-    gem = GemModel.from_base(str(base_dir), special_tokens=k, pooling=pooling, shared_position=shared)
-    disturb(gem)
-    return gem
+    return make_gem(base_dir, special_tokens=k, pooling=pooling, shared_position=shared)
 
 
 def test_encode_is_sentence_transformers_like(any_gem: GemModel) -> None:
@@ -40,7 +38,7 @@ def test_encode_is_sentence_transformers_like(any_gem: GemModel) -> None:
     assert many.shape == (5, any_gem.get_embedding_dim())
     one = any_gem.encode(TEXTS[1])
     assert one.shape == (any_gem.get_embedding_dim(),)
-    np.testing.assert_allclose(one, many[1], atol=1e-5)
+    np.testing.assert_allclose(one, many[1], rtol=1e-5, atol=2e-5)  # kernels differ with the number of threads
     assert (many[0] == many[3]).all()
     assert np.isfinite(many).all()
     assert any_gem.encode([]).shape == (0, any_gem.get_embedding_dim())
@@ -181,9 +179,7 @@ def test_recover_is_greedy_decoding_under_the_mask(any_gem: GemModel) -> None:
 
 @pytest.mark.parametrize("tune", ["gated", "tokens", "lora", "full"])
 def test_save_and_load_give_the_same_bytes(base_dir: Path, tmp_path: Path, tune: Any) -> None:
-    gem = GemModel.from_base(str(base_dir), tune=tune)
-    if gem.adapter is not None:
-        disturb(gem)
+    gem = make_gem(base_dir, tune=tune)
     gem.save_pretrained(tmp_path / "gem")
     again = GemModel.from_pretrained(tmp_path / "gem")
     assert again.config == gem.config
@@ -214,7 +210,7 @@ def test_a_failed_save_leaves_what_was_there(gem: GemModel, tmp_path: Path, monk
     target = tmp_path / "gem"
     gem.save_pretrained(target)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
-    disturb(gem, seed=9)
+    randomize(gem, seed=9)
 
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")

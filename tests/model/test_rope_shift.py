@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import tiny_models
-from gemify import GemModel
 from gemify.model.forward import CachedText, left_pad, text_pass
 from gemify.model.kv_cache import from_key_values, key_values, output_cache, slice_key_values
 from gemify.model.prefill import extend
@@ -96,10 +95,9 @@ def test_a_cut_cache_goes_on_like_a_shorter_text() -> None:
 @pytest.mark.parametrize("k", [1, 3])
 def test_embedding_a_part_of_a_prompt_sees_that_part_alone(base_dir, k: int) -> None:  # type: ignore[no-untyped-def]
     """Special tokens that are shown only the columns from ``since`` on: a dense mask over the whole is the oracle."""
-    from conftest import disturb
+    from tiny_gems import make_gem
 
-    gem = GemModel.from_base(str(base_dir), special_tokens=k)
-    disturb(gem)
+    gem = make_gem(base_dir, special_tokens=k)
     prefill = gem.prefill("one two three four five six")
     T = prefill.ids_BT.shape[1]
     assert torch.equal(gem.embed(prefill, start=0), gem.embed(prefill))

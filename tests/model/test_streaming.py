@@ -18,9 +18,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.model.streaming import stream, stream_chat
+from tiny_gems import make_gem
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]
@@ -28,9 +28,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 @pytest.fixture(scope="module")
 def shared_gem(base_dir: Path) -> GemModel:
-    made = GemModel.from_base(str(base_dir))
-    disturb(made)
-    return made
+    return make_gem(base_dir)
 
 
 def workers() -> list[threading.Thread]:

@@ -13,7 +13,6 @@ from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.cli.main import app
 from gemify.model.adapter import gate
@@ -21,6 +20,7 @@ from gemify.model.attention import gem_mask
 from gemify.model.config import CONFIG_FILE, GemConfig
 from gemify.model.tokenization import PROMPTEOL
 from gemify.paper.tokens import Segment
+from tiny_gems import make_gem
 
 BOTH = 'say : "{text}" is:"'
 AFTER = '{text} means:"'
@@ -45,9 +45,7 @@ def bos_base(directory: Path, name: str) -> Path:
 
 def made(base: Path, name: str = "llama", **settings: Any) -> GemModel:
     kernel = "eager" if name in tiny_models.EAGER_ONLY else "sdpa"
-    gem = GemModel.from_base(str(base), attn_implementation=kernel, **settings)
-    disturb(gem)
-    return gem
+    return make_gem(base, attn_implementation=kernel, **settings)
 
 
 def vector_of(gem: GemModel, ids: list[int], *, hidden: int = 0) -> torch.Tensor:

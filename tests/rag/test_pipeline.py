@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.model.chat_template import ChatTemplate
 from gemify.model.prefill import run_prefill
@@ -19,6 +18,7 @@ from gemify.rag.kv_store import KvStore
 from gemify.rag.pipeline import Conversation, GemRag, RagSettings
 from gemify.rag.prompt_cache import PromptCache
 from gemify.rag.runner import ModelRunner
+from tiny_gems import make_gem
 
 TEMPLATE = "{% for m in messages %}<r1>{{ m['role'] }}\n{{ m['content'] }}<r2>\n{% endfor %}<r1>assistant\n"
 
@@ -107,15 +107,13 @@ def test_the_question_is_embedded_where_it_stands(chatty: GemModel) -> None:
 
 @pytest.mark.parametrize("template", ['{text} is:"', 'say : "{text}" is:"'])
 def test_a_template_goes_with_the_question_or_has_it_embedded_apart(base_dir: Path, template: str) -> None:
-    gem = GemModel.from_base(str(base_dir), template=template)
-    disturb(gem)
+    gem = make_gem(base_dir, template=template)
     gem.tokenizer.chat_template = TEMPLATE
     shelf, plain = Shelf(), Shelf()
     rag = GemRag(gem, shelf, settings=FIRST)
     assert rag.reuses_query_cache == template.startswith("{text}")
     answer = rag.ask("who ate?")
-    bare = GemModel.from_base(str(base_dir))
-    disturb(bare)
+    bare = make_gem(base_dir)
     bare.tokenizer.chat_template = TEMPLATE
     assert answer.text == GemRag(bare, plain, settings=FIRST).ask("who ate?").text  # the words are not in the prompt
     vector = torch.tensor(shelf.asked[0][3])

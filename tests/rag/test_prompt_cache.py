@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.rag.prompt_cache import PromptCache
 from gemify.rag.runner import ModelRunner
+from tiny_gems import make_gem, randomize
 
 ids = st.lists(st.integers(10, 60), min_size=1, max_size=12)
 
@@ -34,8 +34,7 @@ def test_reaching_equals_running_at_once(gem: GemModel, prompts: list[list[int]]
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
 @pytest.mark.parametrize("since", [0, 4])
 def test_embedding_on_the_way_equals_embedding_apart(tmp_path: Path, name: str, k: int, since: int) -> None:
-    gem = GemModel.from_base(str(tiny_models.save(tmp_path / name, name)), special_tokens=k)
-    disturb(gem)
+    gem = make_gem(tiny_models.save(tmp_path / name, name), special_tokens=k)
     ids = list(range(20, 31))
     for begun in ([], ids[:3], ids):
         apart, fused = PromptCache(ModelRunner(gem)), PromptCache(ModelRunner(gem))
@@ -55,8 +54,8 @@ def test_embedding_on_the_way_equals_embedding_apart(tmp_path: Path, name: str, 
 def test_a_templates_words_after_a_text_leave_no_trace(tmp_path: Path, name: str, k: int) -> None:
     base = str(tiny_models.save(tmp_path / name, name))
     gem, plain = (GemModel.from_base(base, special_tokens=k, template=t) for t in ('{text} is:"', "{text}"))
-    disturb(gem)
-    disturb(plain)
+    randomize(gem)
+    randomize(plain)
     ids, words = list(range(20, 31)), gem.tokenizer(' is:"')["input_ids"]
     for since in (0, 4):
         for begun in ([], ids[:3], ids):

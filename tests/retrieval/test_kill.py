@@ -14,9 +14,9 @@ from test_index import assert_same
 
 from children import index as index_in_child
 from children import killed_at
-from conftest import disturb
 from gemify import GemModel
 from gemify.retrieval.index import GemIndex
+from tiny_gems import make_gem
 
 POINTS = 20
 
@@ -42,8 +42,7 @@ def _corpus(root: Path, *, later: bool) -> Path:
 @pytest.mark.usefixtures("one_thread")
 def test_killed_anywhere(tmp_path: Path, base_dir: Path, server: ForkServerContext) -> None:
     """Half of the stores are new, half are brought up to date. A moment is a step of writing and some time after."""
-    gem = GemModel.from_base(str(base_dir))
-    disturb(gem)
+    gem = make_gem(base_dir)
     gem.save_pretrained(tmp_path / "gem")
     gem = GemModel.from_pretrained(tmp_path / "gem")
     corpus, settings = _corpus(tmp_path / "corpus", later=False), {"tokens": 48, "overlap": 8}

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 import tiny_models
-from conftest import disturb
-from gemify import GemModel
 from gemify.serving.tokenization import RequestTokenizer
 from running_server import Served, serving
+from tiny_gems import make_gem
 
 WORDS = 'say : "{text}" is:"'
 
@@ -21,8 +20,7 @@ WORDS = 'say : "{text}" is:"'
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Served]:
     base = tiny_models.save(tmp_path_factory.mktemp("model") / "base")
-    gem = GemModel.from_base(str(base), max_length=64, template=WORDS, prompts={"query": "find: "})
-    disturb(gem)
+    gem = make_gem(base, max_length=64, template=WORDS, prompts={"query": "find: "})
     with serving(gem) as running:
         yield running
 

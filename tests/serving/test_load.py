@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
 from gemify.bench.servers import MemoryWatch, Server, running
 from gemify.bench.traffic import Reply, Request, send, traffic
+from tiny_gems import make_gem
 
 
 def wrong(gem: GemModel, replies: list[Reply]) -> list[str]:
@@ -41,8 +41,7 @@ def wrong(gem: GemModel, replies: list[Reply]) -> list[str]:
 @pytest.fixture(scope="module")
 def tiny_gem(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GemModel]:
     directory = tmp_path_factory.mktemp("load")
-    gem = GemModel.from_base(str(tiny_models.save(directory / "base")), special_tokens=2)
-    disturb(gem)
+    gem = make_gem(tiny_models.save(directory / "base"), special_tokens=2)
     gem.save_pretrained(directory / "gem")
     return directory / "gem", gem
 

@@ -11,7 +11,6 @@ import torch
 
 import gemify.training.objective as objective_module
 import tiny_models
-from conftest import disturb, objective
 from gemify import GemModel
 from gemify.model.forward import MaskedBatch, masked_pass
 from gemify.model.tokenization import TextTokenizer
@@ -22,6 +21,7 @@ from gemify.training.batches import Batches
 from gemify.training.data import Source
 from gemify.training.objective import MicroBatch, has_plain_head, target_count
 from gemify.training.recipe import Recipe
+from tiny_gems import make_gem, make_objective
 
 ROWS = [
     split_row(list(range(20, 32)), 5),
@@ -53,11 +53,10 @@ def batch(alpha: float, **options: Any) -> MicroBatch:
 def test_cache_surgery_has_the_losses_and_gradients_of_the_masked_pass(
     base_dir: Path, k: int, pooling: Any, shared: bool, template: str
 ) -> None:
-    gem = GemModel.from_base(str(base_dir), special_tokens=k, pooling=pooling, shared_position=shared)
-    disturb(gem)
+    gem = make_gem(base_dir, special_tokens=k, pooling=pooling, shared_position=shared)
     assert gem.adapter is not None
     trained = [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD]
-    frozen = objective(gem, frozen=True)
+    frozen = make_objective(gem, frozen=True)
     views = templated(gem, template)
     surgery = frozen(replace(batch(0.5), views=views))
     surgery.total.backward()
@@ -66,7 +65,7 @@ def test_cache_surgery_has_the_losses_and_gradients_of_the_masked_pass(
     for p in trained:
         p.grad = None
 
-    masked = objective(gem, frozen=False)
+    masked = make_objective(gem, frozen=False)
     # the same targets by hand: the suffix only
     ntp = torch.zeros(())
     for row in ROWS:
@@ -89,28 +88,27 @@ def test_cache_surgery_has_the_losses_and_gradients_of_the_masked_pass(
 def test_what_is_trained_is_what_encode_gives(base_dir: Path, k: int) -> None:
     """A whole text's view, as a training step embeds it, has the vector that `encode` gives the text."""
     words = 'say : "{text}" is:"'
-    gem = GemModel.from_base(str(base_dir), special_tokens=k, template=words)
-    disturb(gem)
+    gem = make_gem(base_dir, special_tokens=k, template=words)
     texts = ["a cat sat", "the dog"]
     recipe = Recipe.from_dict({"template": words, "special_tokens": k})
     batches = Batches(recipe, Source("a-data-set"), gem.text_tokenizer, end_id=None)
     views = [batches.add_template(full_view(gem.tokenizer(t)["input_ids"])) for t in texts]
-    for embed in (objective(gem, frozen=True).embed, objective(gem, frozen=False).embed):
+    for embed in (make_objective(gem, frozen=True).embed, make_objective(gem, frozen=False).embed):
         torch.testing.assert_close(embed(views), torch.tensor(gem.encode(texts)), atol=1e-5, rtol=1e-5)
 
 
 def test_grouping_changes_nothing(gem: GemModel) -> None:
-    one = objective(gem, frozen=True, group_tokens=10_000, pass_overhead_tokens=10_000)(batch(0.5))
-    many = objective(gem, frozen=True, group_tokens=12, pass_overhead_tokens=0)(batch(0.5))
+    one = make_objective(gem, frozen=True, group_tokens=10_000, pass_overhead_tokens=10_000)(batch(0.5))
+    many = make_objective(gem, frozen=True, group_tokens=12, pass_overhead_tokens=0)(batch(0.5))
     torch.testing.assert_close(one.total, many.total, atol=1e-5, rtol=1e-5)
     assert many.counts.padding < one.counts.padding
 
 
 def test_eight_micro_batches_of_one_row_are_one_batch_of_eight(gem: GemModel) -> None:
-    whole_batch = objective(gem, frozen=True)(batch(0.0)).total
+    whole_batch = make_objective(gem, frozen=True)(batch(0.0)).total
     targets = sum(len(r.suffix) for r in ROWS)
     parts = [
-        objective(gem, frozen=True)(MicroBatch(0.0, [row], step_targets=targets, micro_batches=len(ROWS))).total
+        make_objective(gem, frozen=True)(MicroBatch(0.0, [row], step_targets=targets, micro_batches=len(ROWS))).total
         for row in ROWS
     ]
     torch.testing.assert_close(torch.stack(parts).mean(), whole_batch, atol=1e-6, rtol=1e-6)
@@ -121,7 +119,7 @@ def test_raw_rows_and_all_tokens_count_when_the_base_is_trained(base_dir: Path) 
     rows = [raw_row(list(range(20, 30))), split_row(list(range(40, 48)), 3)]
     targets = sum(target_count(r, frozen_base=False) for r in rows)
     assert targets == 9 + (2 + 5)
-    loss = objective(gem, frozen=False)(MicroBatch(0.0, rows, step_targets=targets)).total
+    loss = make_objective(gem, frozen=False)(MicroBatch(0.0, rows, step_targets=targets)).total
     expected = torch.zeros(())
     with torch.no_grad():
         raw = gem.lm(input_ids=torch.tensor([rows[0].prefix])).logits[0, :-1].log_softmax(-1)
@@ -135,30 +133,30 @@ def test_raw_rows_and_all_tokens_count_when_the_base_is_trained(base_dir: Path) 
 
 
 def test_contrast_is_over_the_other_rows(gem: GemModel) -> None:
-    losses = objective(gem, frozen=True)(MicroBatch(1.0, views=list(VIEWS)))
+    losses = make_objective(gem, frozen=True)(MicroBatch(1.0, views=list(VIEWS)))
     vectors = gem.encode([gem.tokenizer.decode(list(VIEWS[0][0].ids))])
     assert vectors.shape == (1, 32)
     assert losses.ntp is None
-    embed = objective(gem, frozen=True).embed
+    embed = make_objective(gem, frozen=True).embed
     both = embed([v for pair in VIEWS for v in pair])
     torch.testing.assert_close(losses.total, info_nce(both[0::2], both[1::2], 20.0), atol=1e-5, rtol=1e-5)
 
 
 def test_no_lm_head_in_the_contrastive_step(gem: GemModel) -> None:
     calls: list[int] = []
-    made = objective(gem, frozen=True)
+    made = make_objective(gem, frozen=True)
     handle = gem.lm.lm_head.register_forward_hook(lambda *_: calls.append(1))
     made(MicroBatch(1.0, views=list(VIEWS)))
     gem.encode(["a", "b"])
     assert calls == []
-    objective(gem, frozen=True)(MicroBatch(0.0, list(ROWS)))
+    make_objective(gem, frozen=True)(MicroBatch(0.0, list(ROWS)))
     assert calls
     handle.remove()
 
 
 def test_a_frozen_base_stays_in_evaluation_mode(base_dir: Path) -> None:
     gem = GemModel.from_base(str(base_dir), adapter={"lora_dropout": 0.5})
-    frozen = objective(gem, frozen=True).train()
+    frozen = make_objective(gem, frozen=True).train()
     assert not gem.lm.model.layers[0].training
     assert gem.lm.model.layers[0].mlp.up_proj.lora_dropout["default"].training
     frozen.eval()
@@ -172,10 +170,9 @@ def test_chunks_change_no_gradient_and_hold_less(base_dir: Path, tune: Any) -> N
     found: dict[int | None, tuple[list[torch.Tensor], int]] = {}
     for chunk in (None, 4):
         torch.manual_seed(5)
-        gem = GemModel.from_base(str(base_dir), tune=tune, adapter={"lora_dropout": 0.2})
-        disturb(gem)
+        gem = make_gem(base_dir, tune=tune, adapter={"lora_dropout": 0.2})
         assert gem.adapter is not None
-        made = objective(gem, frozen=tune == "gated", group_tokens=4 * 8, contrastive_chunk_size=chunk).train()
+        made = make_objective(gem, frozen=tune == "gated", group_tokens=4 * 8, contrastive_chunk_size=chunk).train()
         torch.manual_seed(6)
         held = Held()
         with torch.autograd.graph.saved_tensors_hooks(held.keep, lambda t: t):
@@ -201,7 +198,7 @@ class Held:
 
 
 def test_chunks_of_any_size_are_the_same_batch(gem: GemModel) -> None:
-    losses = [objective(gem, frozen=True, contrastive_chunk_size=n)(batch(1.0)).total for n in (None, 1, 2, 100)]
+    losses = [make_objective(gem, frozen=True, contrastive_chunk_size=n)(batch(1.0)).total for n in (None, 1, 2, 100)]
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], atol=1e-5, rtol=1e-4)
 
@@ -209,7 +206,7 @@ def test_chunks_of_any_size_are_the_same_batch(gem: GemModel) -> None:
 def test_an_anchor_of_several_pairs_runs_once(gem: GemModel) -> None:
     anchor = tuple(range(20, 30))
     views = [(full_view(anchor), full_view([40 + i, 41 + i, 42 + i])) for i in range(3)]
-    made = objective(gem, frozen=True)
+    made = make_objective(gem, frozen=True)
     losses = made(MicroBatch(1.0, views=views))
     assert losses.counts.tokens - losses.counts.padding == 10 + 3 * 3
     vectors = made.embed([v for pair in views for v in pair])

@@ -20,19 +20,17 @@ import torch
 from fastapi import FastAPI
 from safetensors.torch import load_file
 
-from conftest import disturb
 from gemify import GemModel
 from gemify.integrations.vllm.config import EngineGem, engine_options
 from gemify.integrations.vllm.embedder import Embedder, stack_vectors
 from gemify.integrations.vllm.server import GemEndpoint, VectorSlots, parse_body, render_response, serve_arguments
 from gemify.integrations.vllm.worker import MAX_KEPT_VECTORS, HiddenStateTap, embedding_key
 from gemify.model.config import CONFIG_FILE
+from tiny_gems import make_gem
 
 
 def saved(base_dir: Path, directory: Path, **options: Any) -> GemModel:
-    gem = GemModel.from_base(str(base_dir), **options)
-    if gem.adapter is not None:
-        disturb(gem)
+    gem = make_gem(base_dir, **options)
     gem.save_pretrained(directory)
     return gem
 

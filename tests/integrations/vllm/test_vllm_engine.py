@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_models import child_environment, make_gem, save_base, vllm_python
+from vllm_models import child_environment, make_saved_gem, save_base, vllm_python
 
 from gemify import GemModel
 from gemify.model.base import load_base
@@ -64,7 +64,7 @@ def plain(base: Path) -> dict[str, Any]:
 def test_one_engine_writes_as_the_base_and_embeds(
     options: dict[str, Any], base: Path, plain: dict[str, Any], tmp_path: Path
 ) -> None:
-    gem = make_gem(base, tmp_path / "gem", **options)
+    gem = make_saved_gem(base, tmp_path / "gem", **options)
     found = run_child(tmp_path / "gem", base)
     assert found["before"] == found["after"] == found["mixed"] == plain["before"]
     assert found["spelled"] == plain["spelled"]
@@ -81,7 +81,7 @@ def test_one_engine_writes_as_the_base_and_embeds(
 @pytest.mark.parametrize("tune", ["lora", "full"])
 def test_merged_weights_embed_too(tune: str, base: Path, tmp_path: Path) -> None:
     if tune == "lora":
-        gem = make_gem(base, tmp_path / "gem", tune="lora")
+        gem = make_saved_gem(base, tmp_path / "gem", tune="lora")
         wanted = gem.encode(TEXTS, convert_to_tensor=True)
         export(gem, tmp_path / "whole")
     else:
@@ -102,7 +102,7 @@ def test_merged_weights_embed_too(tune: str, base: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "mistral"])
 def test_gated_gems_of_other_architectures(kind: str, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", kind)
-    gem = make_gem(base, tmp_path / "gem")
+    gem = make_saved_gem(base, tmp_path / "gem")
     found = run_child(tmp_path / "gem", base)
     assert torch.allclose(torch.tensor(found["vectors"]), gem.encode(TEXTS, convert_to_tensor=True), atol=2e-3)
     assert found["before"] == found["after"] == found["mixed"]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from vllm_models import child_environment, make_gem, save_base, vllm_python
+from vllm_models import child_environment, make_saved_gem, save_base, vllm_python
 
 from gemify import GemModel
 
@@ -75,7 +75,7 @@ def gem_and_port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Gem
     vllm_python()
     home = tmp_path_factory.mktemp("served")
     base = save_base(home / "base")
-    gem = make_gem(base, home / "gem")
+    gem = make_saved_gem(base, home / "gem")
     with served(home / "gem", base, home / "log.txt") as port:
         yield gem, port
 

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny_models
-from conftest import disturb
 from gemify import GemModel
+from tiny_gems import make_gem
 
 SOURCE = Path(__file__).parents[3] / "src"
 
@@ -52,9 +52,8 @@ def save_base(directory: Path, kind: str = "llama", **more: Any) -> Path:
     return directory
 
 
-def make_gem(base: Path, directory: Path, **options: Any) -> GemModel:
+def make_saved_gem(base: Path, directory: Path, **options: Any) -> GemModel:
     """A GEM on that base, as after a training, and saved."""
-    gem = GemModel.from_base(str(base), device="cpu", dtype=torch.float32, **options)
-    disturb(gem)
+    gem = make_gem(base, device="cpu", dtype=torch.float32, **options)
     gem.save_pretrained(directory)
     return gem

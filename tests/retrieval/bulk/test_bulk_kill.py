@@ -15,20 +15,17 @@ import pytest
 from embedding_child import embed
 
 from children import killed_at
-from conftest import disturb
 from gemify import GemModel
 from gemify.retrieval.bulk.run import EmbedReport, embed_corpus
 from rows_of_words import read_back, write_inputs
+from tiny_gems import save_gem
 
 POINTS = 8
 
 
 @pytest.fixture
 def model(tmp_path: Path, base_dir: Path) -> Path:
-    gem = GemModel.from_base(str(base_dir))
-    disturb(gem)
-    gem.save_pretrained(tmp_path / "gem")
-    return tmp_path / "gem"
+    return save_gem(base_dir, tmp_path / "gem")
 
 
 def again(model: Path, output: Path, inputs: list[Path], **options: object) -> EmbedReport:
