@@ -21,7 +21,7 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class TokenBytes:
-    """CachedText and bytes of single tokens, for both ways in which tokenizers spell bytes (byte-level, ``<0x0A>``)."""
+    """Text and bytes of single tokens, for both ways in which tokenizers spell bytes (byte-level, ``<0x0A>``)."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
