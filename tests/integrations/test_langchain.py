@@ -148,7 +148,7 @@ def test_nothing_dumps_or_copies_the_model(shared_gem: GemModel, chat: ChatGem) 
             assert twin.gem is shared_gem
         with pytest.raises(ValueError, match=f"{type(made).__name__} holds a loaded model and cannot be pickled"):
             pickle.dumps(made)
-    json.dumps(chat.asdict())
+    json.dumps(chat.asdict() if hasattr(chat, "asdict") else chat.dict())  # the old name is deprecated
 
 
 def test_a_cache_tells_settings_apart(shared_gem: GemModel) -> None:

@@ -63,7 +63,7 @@ def test_encode_equals_one_row_alone(any_gem: GemModel) -> None:
         with torch.no_grad():
             hidden = masked_pass(any_gem.lm, batch, body_only=True)[batch.segments_BT == Segment.SPECIAL]
         expected = hidden.mean(0) if any_gem.config.pooling == "mean" else hidden.flatten()
-        torch.testing.assert_close(vector, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(vector, expected, atol=2e-5, rtol=1e-5)
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -109,7 +109,7 @@ def test_one_server_chats_and_embeds(gem_and_port: tuple[GemModel, int]) -> None
         ({"input": "x", "dimensions": True}, "whole number"),
     ],
 )
-def test_a_wrong_wish_is_refused_in_one_line(
+def test_a_wrong_body_is_refused_in_one_line(
     gem_and_port: tuple[GemModel, int], body: dict[str, Any], says: str
 ) -> None:
     status, reply = ask(gem_and_port[1], "/v1/embeddings", body)
