@@ -45,7 +45,7 @@ from gemify.model.streaming import TextStream, stream_chat
 class GemEmbeddings(SharedModelMixin, BaseModel, Embeddings):
     """LangChain's `Embeddings` with the vectors of `GemModel.encode_document` and `encode_query`.
 
-    Args:
+    Attributes:
         gem: The model.
         batch_size: Most texts of a batch.
         normalize_embeddings: Scale vectors to length 1, for stores that compare by inner product.

@@ -55,7 +55,7 @@ _ROLES = {
 class GemEmbedding(SharedModelMixin, BaseEmbedding):
     """LlamaIndex's embedding model with the vectors of `GemModel.encode_document` and `encode_query`.
 
-    Args:
+    Attributes:
         gem: The model.
         embed_batch_size: Texts of one call.
         normalize_embeddings: Scale vectors to length 1, for stores that compare by inner product.
