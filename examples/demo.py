@@ -91,7 +91,7 @@ def train_gem(sentences: list[str]) -> GemModel:
     from gemify import GemModel
     from gemify.io.atomic import atomic_file
     from gemify.io.signals import StopRequestedError
-    from gemify.model.throughput import format_summary
+    from gemify.model.encode import format_summary
     from gemify.training.recipe import Recipe
     from gemify.training.trainer import RECIPE_FILE, SUMMARY_FILE, train
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gemify.model.throughput import ThroughputMeter
+from gemify.model.encode import ThroughputMeter
 
 WORDS = ["owls", "tides", "stone", "bees", "paper", "moon", "river", "seven", "green", "wind"]
 

@@ -177,7 +177,7 @@ def test_a_short_training_learns_and_leaves_the_base_alone(base: Any, tmp_path: 
 @pytest.mark.long
 def test_the_recipe_reaches_its_score(shared: Path, tmp_path: Path) -> None:
     """150 steps of the shipped recipe, about twenty minutes: STSBenchmark test at least 72, held-out loss unchanged."""
-    from gemify.training.sts import read_pairs, spearman
+    from gemify.training.callbacks import read_pairs, spearman
 
     values = Recipe.read_yaml(Path(__file__).parents[1] / "recipes" / "starter-gated.yaml")
     recipe = Recipe.from_dict({**values, "data": str(shared / "text" / "wiki_sentences.txt.gz")})

@@ -13,8 +13,7 @@ import tiny_models
 from gemify import GemModel
 from gemify.engine.batched_prefill import prefill_batch, supports_batched_prefill
 from gemify.engine.sampling import SamplingParams
-from gemify.model.forward import CachedText
-from gemify.model.kv_cache import key_values, new_full_cache
+from gemify.model.kv_cache import CachedText, key_values, new_full_cache
 from tiny_gems import make_gem
 
 pytestmark = pytest.mark.usefixtures("one_thread")

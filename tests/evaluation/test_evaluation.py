@@ -12,7 +12,7 @@ import torch
 import tiny_models
 from gemify.evaluation.language_model import language_loss, same_logits
 from gemify.io.vectors import write_vectors
-from gemify.training.sts import Pair, read_pairs, spearman
+from gemify.training.callbacks import Pair, read_pairs, spearman
 
 
 class Lengths:

@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from test_llama_cpp import Server, converted, cosines
 
 from gemify import GemModel
-from gemify.training.sts import read_pairs
+from gemify.training.callbacks import read_pairs
 
 PAIRS = 150
 

@@ -317,7 +317,7 @@ def test_engines_that_read_the_last_layer_are_refused(base: str, tmp_path: Path)
 
 
 def test_compiled_layers_give_the_same(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemify.model.compile.OPTIONS", {"dynamic": True, "backend": "eager"})
+    monkeypatch.setattr("gemify.model.encode.COMPILE_OPTIONS", {"dynamic": True, "backend": "eager"})
     gem = made(base, layer=2)
     plain = gem.encode(TEXTS)
     with counted(gem) as counts:

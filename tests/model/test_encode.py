@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 import tiny_models
 from gemify import GemModel
-from gemify.model import compile, encode
-from gemify.model.batching import length_groups
-from gemify.model.forward import MaskedBatch, masked_pass
+from gemify.model import encode
+from gemify.model.forward import MaskedBatch, length_groups, masked_pass
 from gemify.model.tokenization import TextTokenizer
 from gemify.paper.tokens import Row, build_inputs
 
@@ -128,7 +127,7 @@ def test_compiled_layers_serve_encode_alone(gem: GemModel, monkeypatch: pytest.M
         return graph.forward
 
     torch.compiler.reset()
-    monkeypatch.setattr(compile, "OPTIONS", {"dynamic": True, "fullgraph": True, "backend": backend})
+    monkeypatch.setattr(encode, "COMPILE_OPTIONS", {"dynamic": True, "fullgraph": True, "backend": backend})
     np.testing.assert_allclose(gem.encode([*texts, "z" * 80], compile=True)[:4], before, atol=1e-5)
     seen = len(graphs)
     assert 1 <= seen <= 2  # the layers share theirs; a batch of one row may have its own

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from gemify.cli.main import app
 from gemify.model import gguf_cache
 from gemify.model.base import STARTER_PACKAGE, load_base
-from gemify.model.fingerprint import weights_fingerprint
+from gemify.model.pretrained import weights_fingerprint
 
 TEXTS = ["a cat", "ab  ba\n", "<|im_start|>user\nabc<|im_end|>", "<|special|>a<|special|>", "Ünïcode 漢字 🙂", ""]
 MESSAGES = [{"role": "user", "content": "abc"}]

@@ -10,9 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemify import GemModel
-from gemify.model.kv_cache import key_values, size_in_bytes
+from gemify.model.kv_cache import PrefixCache, common_prefix_length, empty_text, key_values, size_in_bytes, take_prefix
 from gemify.model.prefill import run_prefill
-from gemify.model.prefix_cache import PrefixCache, common_prefix_length, empty_text, take_prefix
 
 
 @pytest.fixture(scope="module")

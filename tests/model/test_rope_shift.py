@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import tiny_models
-from gemify.model.forward import CachedText, left_pad, text_pass
-from gemify.model.kv_cache import from_key_values, key_values, output_cache, slice_key_values
+from gemify.model.forward import left_pad, text_pass
+from gemify.model.kv_cache import CachedText, from_key_values, key_values, output_cache, slice_key_values
 from gemify.model.prefill import extend
 from gemify.model.rope_shift import concatenate, require_shiftable, shift_positions
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from browser import Visit, browsing
 
-from gemify.model.recovery import common_subsequence_length
+from gemify.model.prefill import common_subsequence_length
 from gemify.retrieval.index import GemIndex
 from running_server import Served, indexed, serving
 

@@ -21,7 +21,7 @@ from gemify import GemModel, GemRag, RagSettings
 from gemify.engine.engine import Engine
 from gemify.engine.requests import Done, Event, PromptStart, TokenDelta
 from gemify.engine.sampling import SamplingParams
-from gemify.model.forward import CachedText
+from gemify.model.kv_cache import CachedText
 from gemify.retrieval.index import GemIndex
 from gemify.serving.rag import EngineRunner
 from running_server import Served, indexed, serving

@@ -59,7 +59,7 @@ def embed(
 ) -> None:
     """Embed texts."""
     from gemify.io.vectors import check_format, write_vectors
-    from gemify.model.throughput import format_summary
+    from gemify.model.encode import format_summary
 
     if texts and input is not None:
         raise typer.BadParameter("give texts or --input, not both")

@@ -94,7 +94,7 @@ def train(
     if as_json:
         print_json({"output": str(output), **summary})
         return
-    from gemify.model.throughput import format_summary
+    from gemify.model.encode import format_summary
 
     echo_err(
         f"trained {summary['trainable_parameters']:,} parameters for {summary['steps']} steps:"

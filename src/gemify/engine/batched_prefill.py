@@ -17,8 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemify.model.forward import CachedText, left_pad
-from gemify.model.kv_cache import from_key_values, keeps_all_positions, key_values, new_cache, new_full_cache
+from gemify.model.forward import left_pad
+from gemify.model.kv_cache import (
+    CachedText,
+    from_key_values,
+    keeps_all_positions,
+    key_values,
+    new_cache,
+    new_full_cache,
+)
 from gemify.model.prefill import Prefill, extend
 from gemify.model.rope_shift import has_dynamic_rope
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 
 from gemify.engine.requests import Done, EmbeddingRequest
-from gemify.model.batching import length_groups
 from gemify.model.encode import encode_ids
+from gemify.model.forward import length_groups
 from gemify.model.gem import GemModel
 
 _Scheduled = tuple[EmbeddingRequest, tuple[int, ...]]

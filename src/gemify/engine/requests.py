@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from gemify.engine.sampling import SamplingParams, TokenLogprob
-from gemify.model.forward import CachedText
+from gemify.model.kv_cache import CachedText
 
 
 @dataclass(frozen=True)

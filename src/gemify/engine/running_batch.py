@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemify.model.forward import CachedText
-from gemify.model.kv_cache import RunningCache, cache_argument, from_key_values, key_values, new_full_cache
+from gemify.model.kv_cache import CachedText, RunningCache, cache_argument, from_key_values, key_values, new_full_cache
 
 _MIN_TRIM = 64  # positions of padding in all rows
 

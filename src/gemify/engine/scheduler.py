@@ -18,11 +18,10 @@ from gemify.engine.requests import Done, EmbeddingOutput, GenerationRequest, Pre
 from gemify.engine.running_batch import RunningBatch
 from gemify.engine.sampling import TokenBytes
 from gemify.engine.sequence import GeneratedSequence
-from gemify.model.forward import CachedText, special_pass, text_pass
+from gemify.model.forward import special_pass, text_pass
 from gemify.model.gem import GemModel
-from gemify.model.kv_cache import size_in_bytes
+from gemify.model.kv_cache import CachedText, PrefixCache, size_in_bytes
 from gemify.model.prefill import Prefill
-from gemify.model.prefix_cache import PrefixCache
 
 
 class GenerationScheduler:

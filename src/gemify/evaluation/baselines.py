@@ -25,8 +25,7 @@ from tqdm.auto import tqdm
 
 from gemify.io.errors import first_line
 from gemify.model.base import max_positions
-from gemify.model.batching import length_groups
-from gemify.model.forward import positions_of, right_pad
+from gemify.model.forward import length_groups, positions_of, right_pad
 from gemify.model.tokenization import PLAIN, PROMPTEOL, TextTokenizer
 
 Baseline = Literal["mean", "weighted-mean", "last", "prompteol", "echo"]

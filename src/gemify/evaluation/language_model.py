@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gemify.model.base import default_device
-from gemify.model.batching import length_groups
-from gemify.model.forward import positions_of, right_pad
+from gemify.model.forward import length_groups, positions_of, right_pad
 
 PROBES = (
     "The capital of France is Paris, and the capital of Italy is",

@@ -25,10 +25,8 @@ import torch
 from transformers import DynamicCache
 
 from gemify.model.attention import require_maskable
-from gemify.model.batching import length_groups
-from gemify.model.forward import left_pad, positions_of, right_pad
-from gemify.model.kv_cache import cache_argument, new_cache, select
-from gemify.model.prefix_cache import common_prefix_length
+from gemify.model.forward import left_pad, length_groups, positions_of, right_pad
+from gemify.model.kv_cache import cache_argument, common_prefix_length, new_cache, select
 
 Request = tuple[Any, list[int], list[int]]
 Answer = tuple[float, bool]

@@ -16,8 +16,8 @@ from gemify.evaluation.baselines import Baseline, BaselineEncoder, load_sentence
 from gemify.evaluation.results import ModelEntry
 from gemify.model.base import load_base, parse_dtype
 from gemify.model.config import CONFIG_FILE, GemConfig, resolve_directory
-from gemify.model.fingerprint import weights_fingerprint
 from gemify.model.gem import GemModel
+from gemify.model.pretrained import weights_fingerprint
 
 _WHOLE = 2**26  # bytes of a weights file that are hashed whole; a longer one is sampled
 

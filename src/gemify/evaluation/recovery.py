@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gemify.model.gem import GemModel
-from gemify.model.recovery import common_subsequence_length
+from gemify.model.prefill import common_subsequence_length
 
 LENGTHS = (6, 12, 24, 48, 96)
 """Token lengths that texts are cut to, one for each of the report's buckets."""

@@ -1,4 +1,7 @@
-"""A GEM's configuration, `config_gemify.json`, and where saved GEMs are found."""
+"""A GEM's configuration, `config_gemify.json`, where saved GEMs are found, and pooling (GEM, Section 3.1).
+
+Pooling makes one vector per row of hidden states. B rows, T positions, K special tokens, D width.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from gemify.model.pooling import POOLINGS, Pooling
+from torch import Tensor
+
 from gemify.model.tokenization import PLAIN, require_template
+from gemify.paper.tokens import Segment
+
+Pooling = Literal["mean", "concat"]
+POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
+
+
+def pool(hidden_BKD: Tensor, pooling: Pooling) -> Tensor:
+    """Pool the special tokens' states [B, K, D] to [B, D] (``mean``) or [B, K * D] (``concat``)."""
+    return hidden_BKD.mean(dim=1) if pooling == "mean" else hidden_BKD.flatten(1)
+
+
+def pool_hidden_states(hidden_BTD: Tensor, segments_BT: Tensor, pooling: Pooling) -> Tensor:
+    """Pool the hidden states of whole rows.
+
+    Args:
+        hidden_BTD: Last hidden states.
+        segments_BT: `Segment` codes.
+        pooling: How to pool over the special tokens. Rows without any (the SimCSE baseline) give the mean over the
+            text, in float32; a text without tokens gives zeros.
+
+    Returns:
+        [B, D] or [B, K * D].
+    """
+    special_BT = segments_BT == Segment.SPECIAL
+    if bool(special_BT.any()):
+        return pool(hidden_BTD[special_BT].view(hidden_BTD.shape[0], -1, hidden_BTD.shape[-1]), pooling)
+    text_BT = segments_BT == Segment.TEXT
+    total_BD = hidden_BTD.float().masked_fill(~text_BT[..., None], 0.0).sum(dim=1)
+    return total_BD / text_BT.sum(dim=1, keepdim=True).clamp(min=1)
+
 
 Tune = Literal["gated", "tokens", "lora", "full"]
 """Which weights are trained: LoRA at the special tokens and their rows, the rows alone, LoRA everywhere, or all

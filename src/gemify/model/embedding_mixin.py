@@ -12,10 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemify.model.compile import compile_layers
 from gemify.model.config import GemConfig
-from gemify.model.encode import encode_texts
-from gemify.model.throughput import ThroughputMeter
+from gemify.model.encode import ThroughputMeter, compile_layers, encode_texts
 from gemify.model.tokenization import TextTokenizer
 
 Texts = str | Sequence[str]
@@ -85,7 +83,7 @@ class EmbeddingMixin:
             prompt: The prompt itself.
             batch_size: Most texts of a batch.
             max_tokens: Most tokens of a batch, padding included. None: what suits the device.
-            compile: Compile the layers at the first call, for encoding alone (`gemify.model.compile`).
+            compile: Compile the layers at the first call, for encoding alone (`gemify.model.encode`).
             show_progress_bar: Show a progress bar on stderr.
             convert_to_tensor: Return a tensor on the CPU instead of a NumPy array.
             normalize_embeddings: Scale vectors to length 1.

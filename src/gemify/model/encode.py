@@ -1,10 +1,20 @@
-"""Texts to vectors: tokenise, run in length-sorted batches, pool."""
+"""Texts to vectors: tokenise, run in length-sorted batches, pool; what that costs; compiled layers.
+
+Layers are compiled for `encode` alone: generation runs the very code that the base model runs. Between its matrix
+products a layer does a dozen small operations (norms, rotations, activations). Each reads and writes
+all of its input; compiled, they are fused into a few. All layers are alike, so one is compiled and the others reuse it.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Sequence
+import resource
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,12 +22,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from gemify.model.batching import length_groups
-from gemify.model.config import GemConfig
-from gemify.model.early_exit import early_exit
-from gemify.model.forward import MaskedBatch, masked_pass
-from gemify.model.pooling import pool_hidden_states
-from gemify.model.throughput import ThroughputMeter
+from gemify.model.adapter import current_gate, with_gate
+from gemify.model.config import GemConfig, pool_hidden_states
+from gemify.model.early_exit import early_exit, layers_of
+from gemify.model.forward import MaskedBatch, length_groups, masked_pass
 from gemify.model.tokenization import TextTokenizer
 from gemify.paper.tokens import Row, build_inputs
 
@@ -146,3 +154,86 @@ def _encode_rows(
             bar.update(len(some))
     assert vectors is not None
     return vectors
+
+
+COMPILE_OPTIONS: dict[str, Any] = {"dynamic": True}
+"""Options of `torch.compile`: one graph for batches of any shape."""
+
+_compiled: ContextVar[bool] = ContextVar("gemify_compiled", default=False)
+
+
+@contextlib.contextmanager
+def compile_layers(lm: PreTrainedModel) -> Iterator[None]:
+    """Run the decoder's layers compiled inside this context, in this thread. The first passes compile them."""
+    for layer in layers_of(lm):
+        if not hasattr(layer.forward, "gemify_plain"):
+            layer.forward = _switchable(layer.forward)
+    token = _compiled.set(True)
+    try:
+        yield
+    finally:
+        _compiled.reset(token)
+
+
+def _switchable(plain: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(with_gate(plain), **COMPILE_OPTIONS)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return compiled(current_gate(), *args, **kwargs) if _compiled.get() else plain(*args, **kwargs)
+
+    forward.gemify_plain = plain  # type: ignore[attr-defined]
+    return forward
+
+
+def peak_memory_bytes() -> int:
+    """Return the peak memory of this process in bytes: device memory on an accelerator, else resident memory."""
+    if torch.cuda.is_available() and (used := int(torch.cuda.max_memory_allocated())):
+        return used
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass
+class ThroughputMeter:
+    """Counts tokens from its construction on."""
+
+    tokens: int = 0
+    """Tokens computed, padding included."""
+    padding: int = 0
+    """How many of them were padding."""
+    texts: int = 0
+    started: float = field(default_factory=time.perf_counter)
+    """When it was made, in seconds of `time.perf_counter`."""
+
+    def report(self) -> dict[str, Any]:
+        """Return the counts and the speed as plain numbers: see `throughput`."""
+        seconds = time.perf_counter() - self.started
+        return {"texts": self.texts, **throughput(self.tokens, self.padding, seconds)}
+
+
+def throughput(tokens: int, padding: int, seconds: float) -> dict[str, Any]:
+    """Compute the speed of a piece of work.
+
+    Args:
+        tokens: Tokens computed, padding included.
+        padding: How many of them were padding.
+        seconds: How long it took.
+
+    Returns:
+        tokens (without padding), seconds, tokens_per_second, padding (a share of all tokens) and peak_memory_mb.
+    """
+    return {
+        "tokens": tokens - padding,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round((tokens - padding) / max(seconds, 1e-9), 1),
+        "padding": round(padding / max(1, tokens), 4),
+        "peak_memory_mb": round(peak_memory_bytes() / 2**20, 1),
+    }
+
+
+def format_summary(report: dict[str, Any]) -> str:
+    """Return a report of `throughput` as one line for people."""
+    return (
+        f"{report['tokens']:,} tokens in {report['seconds']:.1f} s ({report['tokens_per_second']:,.0f} tokens/s,"
+        f" padding {report['padding']:.1%}), peak memory {report['peak_memory_mb']:,.0f} MB"
+    )

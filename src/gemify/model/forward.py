@@ -8,6 +8,8 @@ text.
 Texts are padded on the left here, so that a special token stands right after its text and a suffix right after its
 special tokens, and sliding windows measure true distances. B rows, T positions, K special tokens, D width, V
 vocabulary.
+
+`length_groups` makes batches of texts of similar length, so that little padding is computed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
@@ -25,6 +28,7 @@ from gemify.model.adapter import gate
 from gemify.model.attention import gem_mask
 from gemify.model.early_exit import active_layers
 from gemify.model.kv_cache import (
+    CachedText,
     cache_argument,
     concatenate_rows,
     fork,
@@ -36,20 +40,6 @@ from gemify.model.kv_cache import (
     tail,
 )
 from gemify.paper.tokens import IGNORED, RowInputs, Segment
-
-
-@dataclass(frozen=True)
-class CachedText:
-    """A batch of texts that has run."""
-
-    cache: DynamicCache
-    mask_BT: Tensor
-    """False at padding, [B, T]."""
-
-    def rows(self, rows: Sequence[int]) -> CachedText:
-        """Return some of the texts, in the given order; a text may repeat."""
-        index = torch.tensor(list(rows), device=self.mask_BT.device)
-        return CachedText(select(self.cache, index), self.mask_BT[index])
 
 
 @dataclass(frozen=True)
@@ -323,3 +313,42 @@ def select_specials(specials: Specials, rows: Sequence[int]) -> Specials:
         select(specials.cache, index),
         specials.next_position_B[index],
     )
+
+
+PASS_OVERHEAD_TOKENS = 12.0
+"""What a forward pass costs beside its tokens, in tokens. Measured on two CPU cores: see "Groups that cost least" in
+docs/log/training-speed.md."""
+
+
+def length_groups(
+    lengths: Sequence[int], *, max_tokens: int, pass_overhead_tokens: float = PASS_OVERHEAD_TOKENS
+) -> list[list[int]]:
+    """Partition rows into groups of similar length that together cost least.
+
+    A group costs its tokens (rows times longest row) plus ``pass_overhead_tokens``. In order of length the best groups
+    are neighbours, so the least cost of the first n rows follows from that of fewer rows.
+
+    Args:
+        lengths: Length of each row, in tokens.
+        max_tokens: Most tokens of a group, padding included. A longer single row is a group of its own.
+        pass_overhead_tokens: 0 never pads; as many as ``max_tokens`` gives the fewest groups.
+
+    Returns:
+        Row numbers of each group, the longest rows first.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    lengths_N = np.array([max(1, lengths[i]) for i in order])
+    cost_N, start_N = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
+    first = 0  # the first row of the longest group that ends here
+    for end in range(1, len(order) + 1):
+        while first < end - 1 and lengths_N[first] * (end - first) > max_tokens:
+            first += 1
+        cost = cost_N[first:end] + lengths_N[first:end] * np.arange(end - first, 0, -1)
+        best = int(cost.argmin())
+        cost_N[end], start_N[end] = cost[best] + pass_overhead_tokens, first + best
+    groups: list[list[int]] = []
+    end = len(order)
+    while end:
+        groups.append(order[start_N[end] : end])
+        end = int(start_N[end])
+    return groups[::-1]

@@ -15,16 +15,13 @@ from gemify.model import prefill as prefilling
 from gemify.model.adapter import Adapter, AdapterSettings
 from gemify.model.base import Loading
 from gemify.model.chat_template import ChatTemplate
-from gemify.model.config import GemConfig, Tune
+from gemify.model.config import GemConfig, Pooling, Tune, pool
 from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.embedding_mixin import EmbeddingMixin, Texts
-from gemify.model.fingerprint import embedding_fingerprint
+from gemify.model.encode import ThroughputMeter
 from gemify.model.forward import left_pad, special_pass, text_pass
-from gemify.model.pooling import Pooling, pool
-from gemify.model.prefill import Prefill
-from gemify.model.pretrained import GemParts, load_pretrained, prepare_base, save_parts
-from gemify.model.recovery import find_eos_ids, greedy_from_specials
-from gemify.model.throughput import ThroughputMeter
+from gemify.model.prefill import Prefill, find_eos_ids, greedy_from_specials
+from gemify.model.pretrained import GemParts, embedding_fingerprint, load_pretrained, prepare_base, save_parts
 from gemify.model.tokenization import PLAIN, TextTokenizer
 
 Message = Mapping[str, str]

@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from gemify.model.gem import GemModel, Message
-from gemify.model.prefill import Prefill
-from gemify.model.recovery import find_eos_ids
+from gemify.model.prefill import Prefill, find_eos_ids
 
 _Queue = SimpleQueue[str | BaseException | None]
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"

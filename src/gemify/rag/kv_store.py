@@ -27,10 +27,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from gemify.io.atomic import atomic_file
 from gemify.io.errors import first_line
-from gemify.model.fingerprint import cache_fingerprint
-from gemify.model.forward import CachedText
 from gemify.model.gem import GemModel
-from gemify.model.kv_cache import from_key_values, key_values, new_full_cache
+from gemify.model.kv_cache import CachedText, from_key_values, key_values, new_full_cache
+from gemify.model.pretrained import cache_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ class KvStore:
 
     Args:
         directory: where they are; it need not exist.
-        fingerprint: of the model's weights and precision (`gemify.model.fingerprint.cache_fingerprint`); caches of
+        fingerprint: of the model's weights and precision (`gemify.model.pretrained.cache_fingerprint`); caches of
             others are never found.
         bits: of the kept values: 32, 16, 8 or 4. 16 is exact for models that run in 16 bits, 32 for those that run in
             float32.

@@ -6,9 +6,7 @@ import logging
 
 from transformers import DynamicCache
 
-from gemify.model.forward import CachedText
-from gemify.model.kv_cache import from_key_values, slice_key_values
-from gemify.model.prefix_cache import empty_text
+from gemify.model.kv_cache import CachedText, empty_text, from_key_values, slice_key_values
 from gemify.model.rope_shift import shift_positions
 from gemify.rag.kv_store import KvStore
 from gemify.rag.runner import Ids, PromptRunner

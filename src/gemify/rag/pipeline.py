@@ -26,8 +26,8 @@ import numpy as np
 
 from gemify.model.base import max_positions
 from gemify.model.chat_template import ChatPrompt, ChatTemplate, TokenizedMessage
-from gemify.model.forward import CachedText
 from gemify.model.gem import GemModel
+from gemify.model.kv_cache import CachedText
 from gemify.model.prefill import Prefill
 from gemify.model.rope_shift import require_shiftable
 from gemify.rag.context import SYSTEM_PROMPT, RetrievedPassage, passage_text

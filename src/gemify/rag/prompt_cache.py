@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from gemify.model.forward import CachedText
-from gemify.model.kv_cache import output_cache
-from gemify.model.prefill import Prefill, generate_ids
-from gemify.model.prefix_cache import common_prefix_length, empty_text, take_prefix
-from gemify.model.recovery import find_eos_ids
+from gemify.model.kv_cache import CachedText, common_prefix_length, empty_text, output_cache, take_prefix
+from gemify.model.prefill import Prefill, find_eos_ids, generate_ids
 from gemify.model.rope_shift import concatenate
 from gemify.model.streaming import IncrementalDetokenizer
 from gemify.rag.runner import Ids, PromptRun, PromptRunner

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from gemify.model.forward import CachedText, special_pass, text_and_special_pass
+from gemify.model.config import pool
+from gemify.model.forward import special_pass, text_and_special_pass
 from gemify.model.gem import GemModel
-from gemify.model.kv_cache import keeps_all_positions
-from gemify.model.pooling import pool
+from gemify.model.kv_cache import CachedText, PrefixCache, keeps_all_positions
 from gemify.model.prefill import extend
-from gemify.model.prefix_cache import PrefixCache
 
 Ids = tuple[int, ...]
 

@@ -34,8 +34,9 @@ from gemify.engine.requests import (
     PromptStart,
 )
 from gemify.model.chat_template import ChatTemplate
-from gemify.model.forward import CachedText, special_pass
+from gemify.model.forward import special_pass
 from gemify.model.gem import GemModel
+from gemify.model.kv_cache import CachedText
 from gemify.rag.kv_store import KvStore, kv_store_factory
 from gemify.rag.pipeline import GemRag, PreparedPrompt, RagSettings, SearchIndex
 from gemify.rag.runner import Ids, PromptRun

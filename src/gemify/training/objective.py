@@ -23,14 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from gemify.model.adapter import Adapter
-from gemify.model.batching import PASS_OVERHEAD_TOKENS, length_groups
-from gemify.model.config import GemConfig
+from gemify.model.config import GemConfig, pool, pool_hidden_states
 from gemify.model.early_exit import early_exit
 from gemify.model.forward import (
+    PASS_OVERHEAD_TOKENS,
     MaskedBatch,
     Specials,
     concatenate_specials,
     left_pad,
+    length_groups,
     masked_pass,
     right_pad,
     select_specials,
@@ -38,7 +39,6 @@ from gemify.model.forward import (
     suffix_pass,
     text_pass,
 )
-from gemify.model.pooling import pool, pool_hidden_states
 from gemify.paper.objectives import Temperature, info_nce, next_token_loss, total_loss
 from gemify.paper.tokens import IGNORED, Row, RowInputs, Segment, build_inputs
 from gemify.paper.views import View

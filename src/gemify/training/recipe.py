@@ -15,8 +15,7 @@ from huggingface_hub.dataclasses import type_validator
 
 from gemify.io.errors import first_line
 from gemify.model.attention import require_kernel
-from gemify.model.config import TUNES, Tune, require_layer, require_special_tokens
-from gemify.model.pooling import POOLINGS, Pooling
+from gemify.model.config import POOLINGS, TUNES, Pooling, Tune, require_layer, require_special_tokens
 from gemify.model.tokenization import PLAIN, require_template
 from gemify.paper.schedule import Schedule
 from gemify.paper.views import VIEW_KINDS, ViewKind, Views

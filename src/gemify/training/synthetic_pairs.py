@@ -26,8 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemify.io.atomic import atomic_file, sync
 from gemify.model.base import load_base
-from gemify.model.batching import length_groups
-from gemify.model.forward import left_pad, text_pass
+from gemify.model.forward import left_pad, length_groups, text_pass
 from gemify.model.kv_cache import cache_argument, select
 from gemify.training.data import Source
 

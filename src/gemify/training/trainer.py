@@ -26,10 +26,10 @@ from transformers.trainer_utils import rotate_checkpoints
 from gemify.io.atomic import atomic_file, sync
 from gemify.io.signals import StopRequestedError, stop_signals
 from gemify.model.base import enable_activation_checkpointing, max_positions
+from gemify.model.encode import peak_memory_bytes, throughput
 from gemify.model.gem import GemModel
-from gemify.model.throughput import peak_memory_bytes, throughput
 from gemify.training.batches import Batches
-from gemify.training.callbacks import Progress, StopOnSignal
+from gemify.training.callbacks import Pair, Progress, StopOnSignal, read_pairs, spearman
 from gemify.training.data import Source
 from gemify.training.distributed import all_reduce_sum, barrier
 from gemify.training.fsdp import (
@@ -42,7 +42,6 @@ from gemify.training.fsdp import (
 )
 from gemify.training.objective import Objective
 from gemify.training.recipe import Recipe
-from gemify.training.sts import Pair, read_pairs, spearman
 
 logger = logging.getLogger(__name__)
 

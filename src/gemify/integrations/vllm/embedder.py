@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemify.integrations.vllm.config import MARK
-from gemify.model.config import GemConfig
-from gemify.model.pooling import pool
+from gemify.model.config import GemConfig, pool
 from gemify.model.tokenization import TextTokenizer
 
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gemify.io.directory import Directory
-from gemify.model.throughput import ThroughputMeter
+from gemify.model.encode import ThroughputMeter
 from gemify.retrieval.bulk.lance_writer import table, write_part
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import ShardReader

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from gemify.engine.requests import EmbeddingOutput
-from gemify.model.recovery import common_subsequence_length
+from gemify.model.prefill import common_subsequence_length
 from gemify.serving.completion import ChoiceState, build_usage
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.protocol.requests import RecoverRequest
