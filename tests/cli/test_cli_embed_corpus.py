@@ -99,7 +99,7 @@ def test_a_full_disk(
     out = tmp_path / "out"
     with monkeypatch.context() as broken:
         broken.setattr(lance.fragment, "write_fragments", write_until_full)
-        broken.setattr("gemify.retrieval.bulk.shard.time.sleep", lambda seconds: None)
+        broken.setattr("gemify.retrieval.bulk.executors.time.sleep", lambda seconds: None)
         broken.setattr(sys, "argv", ["gemify", *command(out)])
         with pytest.raises(SystemExit) as ended:
             main()

@@ -11,7 +11,7 @@ from test_engine import some_ids
 
 import tiny_models
 from gemify import GemModel
-from gemify.engine.batched_prefill import prefill_batch, supports_batched_prefill
+from gemify.engine.running_batch import prefill_batch, supports_batched_prefill
 from gemify.engine.sampling import SamplingParams
 from gemify.model.kv_cache import CachedText, key_values, new_full_cache
 from tiny_gems import make_gem

@@ -11,7 +11,7 @@ from test_engine import greedy, some_ids
 
 import tiny_models
 from gemify import GemModel
-from gemify.engine import sequence
+from gemify.engine import running_batch
 from gemify.engine.requests import Failed, QueueFullError
 from gemify.engine.sampling import Sampler, SamplingParams
 from gemify.model.kv_cache import RunningCache
@@ -39,7 +39,7 @@ def test_an_answer_that_fails_ends_alone(gem: GemModel, monkeypatch: pytest.Monk
                 raise RuntimeError("no number")
             return super().sample(logits_V)
 
-    monkeypatch.setattr(sequence, "Sampler", Unlucky)
+    monkeypatch.setattr(running_batch, "Sampler", Unlucky)
     with running(gem) as asker:
         with asker.engine.paused():
             before = asker.write(some_ids(1, 9))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 from gemify.io.vectors import normalize
 from gemify.model.base import parse_dtype
 

@@ -27,8 +27,7 @@ from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.export import export
 from gemify.paper.tokens import Row, build_inputs
 from gemify.paper.views import View, full_view
-from gemify.rag.prompt_cache import PromptCache
-from gemify.rag.runner import ModelRunner
+from gemify.rag.prompt_cache import ModelRunner, PromptCache
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemify.paper.schedule import Schedule
+from gemify.paper.objectives import Schedule
 
 
 def test_jump_and_ramp() -> None:

@@ -13,8 +13,7 @@ import tiny_models
 from gemify import GemModel
 from gemify.model.kv_cache import key_values
 from gemify.rag.kv_store import KvStore
-from gemify.rag.prompt_cache import PromptCache
-from gemify.rag.runner import ModelRunner
+from gemify.rag.prompt_cache import ModelRunner, PromptCache
 
 IDS = list(range(10, 40))
 

@@ -16,8 +16,7 @@ from gemify.model.chat_template import ChatTemplate
 from gemify.model.prefill import run_prefill
 from gemify.rag.kv_store import KvStore
 from gemify.rag.pipeline import Conversation, GemRag, RagSettings
-from gemify.rag.prompt_cache import PromptCache
-from gemify.rag.runner import ModelRunner
+from gemify.rag.prompt_cache import ModelRunner, PromptCache
 from tiny_gems import make_gem
 
 TEMPLATE = "{% for m in messages %}<r1>{{ m['role'] }}\n{{ m['content'] }}<r2>\n{% endfor %}<r1>assistant\n"

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 import tiny_models
 from gemify import GemModel
-from gemify.rag.prompt_cache import PromptCache
-from gemify.rag.runner import ModelRunner
+from gemify.rag.prompt_cache import ModelRunner, PromptCache
 from tiny_gems import make_gem, randomize
 
 ids = st.lists(st.integers(10, 60), min_size=1, max_size=12)

@@ -16,8 +16,7 @@ from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.task_suites import task_type
 from gemify.io.signals import StopRequestedError
 from gemify.reproduce.run import TABLE_NAMES, estimate_seconds, plan_cells, reproduce
-from gemify.reproduce.scales import SCALES, scale_of
-from gemify.reproduce.tables import cells_of
+from gemify.reproduce.tables import SCALES, cells_of, scale_of
 from gemify.training.recipe import Recipe
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import tiny_models
 from gemify.retrieval.chunking import ChunkSettings, split_section, split_tokens
-from gemify.retrieval.section import Section
+from gemify.retrieval.documents import Section
 
 TOKENIZER = tiny_models.tokenizer()
 TEXTS = st.lists(

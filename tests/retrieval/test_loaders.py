@@ -14,8 +14,8 @@ import pytest
 from fpdf import FPDF
 
 from children import read_as_nobody
+from gemify.retrieval.documents import Section, Skipped
 from gemify.retrieval.loaders import Columns, content_hash, find_files, read_file
-from gemify.retrieval.section import Section, Skipped
 from rows_of_words import write_parquet, write_rows
 
 

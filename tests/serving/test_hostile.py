@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from gemify.serving import http_protocol
+from gemify.serving import server
 from gemify.serving.protocol import requests
 from running_server import Served, serving, tiny_gem
 
@@ -39,11 +39,11 @@ HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/js
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Served]:
-    patience, http_protocol.CLIENT_TIMEOUT_S = http_protocol.CLIENT_TIMEOUT_S, 1.0
+    patience, server.CLIENT_TIMEOUT_S = server.CLIENT_TIMEOUT_S, 1.0
     gem = tiny_gem(tmp_path_factory.mktemp("model"))
     with serving(gem, max_body_bytes=1_000_000, body_timeout=1.0, default_max_tokens=8) as running:
         yield running
-    http_protocol.CLIENT_TIMEOUT_S = patience
+    server.CLIENT_TIMEOUT_S = patience
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""uvicorn's private members that serving/http_protocol.py and serving/server.py use: what breaks is said here first."""
+"""uvicorn's private members that serving/server.py and serving/server.py use: what breaks is said here first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 SAID = (
-    "uvicorn {version} has changed what serving/http_protocol.py builds on: {what}. Adapt that file, run"
+    "uvicorn {version} has changed what serving/server.py builds on: {what}. Adapt that file, run"
     " tests/serving/test_hostile.py, test_safety.py and test_process.py, then move the bound in pyproject.toml"
 )
 

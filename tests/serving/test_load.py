@@ -12,8 +12,7 @@ import pytest
 
 import tiny_models
 from gemify import GemModel
-from gemify.bench.servers import MemoryWatch, Server, running
-from gemify.bench.traffic import Reply, Request, send, traffic
+from gemify.bench.servers import MemoryWatch, Reply, Request, Server, running, send, traffic
 from tiny_gems import make_gem
 
 

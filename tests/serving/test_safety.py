@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from gemify.serving import http_protocol
+from gemify.serving import server
 from gemify.serving.errors import ApiError
 from gemify.serving.request_body import read_json
 from running_server import Served, serving, tiny_gem
@@ -97,7 +97,7 @@ def test_what_is_not_finished_in_time_is_told_at_a_stop(gem: Any, stream: bool) 
 def test_a_reader_that_reads_nothing_does_not_keep_the_server_from_its_end(
     gem: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_protocol, "CLIENT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(server, "CLIENT_TIMEOUT_S", 0.3)
     with serving(gem) as served:
         body = json.dumps({"input": [str(i) for i in range(2048)]}).encode()
         head = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"

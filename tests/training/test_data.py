@@ -13,8 +13,7 @@ from tokenizers.processors import TemplateProcessing
 import tiny_models
 from gemify.model.tokenization import TextTokenizer
 from gemify.paper.tokens import Row
-from gemify.training.batches import Batches
-from gemify.training.data import Example, Source
+from gemify.training.batches import Batches, Example, Source
 from gemify.training.recipe import PRESETS, Recipe
 
 

@@ -27,8 +27,7 @@ import children
 import tiny_models
 from gemify.paper.tokens import reconstruction_row, split_row
 from gemify.paper.views import View, full_view
-from gemify.training.batches import Batches
-from gemify.training.data import Source
+from gemify.training.batches import Batches, Source
 from gemify.training.distributed import RankShard
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe

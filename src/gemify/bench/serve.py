@@ -19,9 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gemify.bench.servers import MemoryWatch, Server, running
+from gemify.bench.servers import MemoryWatch, Reply, Request, Server, running, send, traffic
 from gemify.bench.timing import Report, make_report, percentiles, rows_by_name, rows_table, run_in_turn
-from gemify.bench.traffic import Reply, Request, send, traffic
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ from gemify.bench.timing import (
 from gemify.model.base import load_base
 from gemify.model.forward import right_pad
 from gemify.paper.tokens import IGNORED
-from gemify.training.batches import Batches
-from gemify.training.data import Source
+from gemify.training.batches import Batches, Source
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import build_objective, uses_bf16

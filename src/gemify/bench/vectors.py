@@ -30,8 +30,7 @@ from gemify.io.vectors import normalize
 from gemify.retrieval.bulk.lance_writer import commit, table, vacuum, write_part
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import Passage
-from gemify.retrieval.corpus_format import CorpusMeta, table_uri
-from gemify.retrieval.vector_table import Corpus
+from gemify.retrieval.vector_table import Corpus, CorpusMeta, table_uri
 
 KINDS = ("exact", "flat", "sq", "pq", "rq", "binary")
 _K = 10

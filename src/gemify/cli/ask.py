@@ -165,8 +165,7 @@ def _settings(
     *,
     query_cache: bool = True,
 ) -> RagSettings:
-    from gemify.rag.context import SYSTEM_PROMPT
-    from gemify.rag.pipeline import RagSettings
+    from gemify.rag.pipeline import SYSTEM_PROMPT, RagSettings
 
     return RagSettings(
         passages=k,

@@ -48,8 +48,7 @@ def evaluate(
 ) -> None:
     """Measure both sides: vectors, language kept, recovery, cost; compared with the base and any baselines."""
     from gemify.evaluation.baselines import BASELINES
-    from gemify.evaluation.report.model_card import write_card
-    from gemify.evaluation.report.render import write_report
+    from gemify.evaluation.report.render import write_card, write_report
     from gemify.evaluation.results import ResultStore
     from gemify.evaluation.suite import Plan
     from gemify.evaluation.suite import evaluate as run

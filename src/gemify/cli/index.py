@@ -212,8 +212,7 @@ def embed_corpus(
     """Embed a corpus larger than memory; run it again to continue where it stopped."""
     from gemify.retrieval.bulk.plan import find_inputs
     from gemify.retrieval.bulk.run import embed_corpus as run
-    from gemify.retrieval.corpus_format import read_manifest
-    from gemify.retrieval.vector_table import PQ_MIN_ROWS
+    from gemify.retrieval.vector_table import PQ_MIN_ROWS, read_manifest
 
     find_inputs(inputs)  # reports a wrong path before a model is loaded
     there = read_manifest(output)

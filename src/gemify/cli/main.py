@@ -13,14 +13,13 @@ import typer
 from gemify import __version__
 from gemify.cli.ask import ask, chat
 from gemify.cli.bench import bench
-from gemify.cli.cache import cache
 from gemify.cli.evaluate import evaluate, report, reproduce
 from gemify.cli.index import embed_corpus, index, search
-from gemify.cli.model import embed, export, generate, info, recover
+from gemify.cli.model import cache, embed, export, generate, info, recover
 from gemify.cli.options import fail
 from gemify.cli.serve import serve
 from gemify.cli.train import pairs, train
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,

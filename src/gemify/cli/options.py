@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 
 if TYPE_CHECKING:
     from gemify.model.gem import GemModel

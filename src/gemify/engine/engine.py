@@ -19,10 +19,9 @@ from dataclasses import dataclass
 
 import torch
 
-from gemify.engine.embedding import EmbeddingScheduler
 from gemify.engine.requests import EmbeddingRequest, GenerationRequest, Listener, PromptStart, QueueFullError
 from gemify.engine.sampling import SamplingParams
-from gemify.engine.scheduler import GenerationScheduler
+from gemify.engine.scheduler import EmbeddingScheduler, GenerationScheduler
 from gemify.engine.worker import RequestT, Worker, release_threads
 from gemify.model.base import max_positions
 from gemify.model.gem import GemModel

@@ -7,6 +7,14 @@
 
 transformers' continuous batching was tried first (docs/log/). It was no faster than this on a CPU. It switches the
 model to its own attention, under which nothing can be embedded beside it, and it has no seed for a single sequence.
+
+Short prompts are prefilled in one pass, each after the prefix that has run already: a short prompt leaves most of a
+machine idle, as a single token does.
+
+    prefixes, padded         to run, padded
+    . . a a a a a            . . . . b b        a row's tokens, in order, are its prompt: position ids are counted over
+    . . . . . . .            c c c c c c        them alone, and its KV is cut out of the batch afterwards
+    d d d d d d d            . . e e e e
 """
 
 from __future__ import annotations
@@ -14,10 +22,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gemify.model.kv_cache import CachedText, RunningCache, cache_argument, from_key_values, key_values, new_full_cache
+from gemify.engine.requests import Completion, Done, GenerationRequest, TokenDelta
+from gemify.engine.sampling import Sampler, TokenBytes, TokenLogprob, top_logprobs
+from gemify.model.forward import left_pad
+from gemify.model.gem import GemModel
+from gemify.model.kv_cache import (
+    CachedText,
+    RunningCache,
+    cache_argument,
+    from_key_values,
+    keeps_all_positions,
+    key_values,
+    new_cache,
+    new_full_cache,
+)
+from gemify.model.prefill import Prefill, extend
+from gemify.model.rope_shift import has_dynamic_rope
+from gemify.model.streaming import IncrementalDetokenizer
 
 _MIN_TRIM = 64  # positions of padding in all rows
 
@@ -94,3 +119,108 @@ class RunningBatch:
         length = self._lengths[row]
         cache = from_key_values(self.lm, self._cache.copy_row(row, length), into=new_full_cache(self.lm))
         return CachedText(cache, torch.ones(1, length, dtype=torch.bool, device=self.lm.device))
+
+
+def supports_batched_prefill(lm: PreTrainedModel) -> bool:
+    """Whether prompts of differing lengths can share a pass. Sliding windows would be measured over the padding."""
+    return keeps_all_positions(new_cache(lm)) and not has_dynamic_rope(lm)
+
+
+def prefill_batch(
+    lm: PreTrainedModel, prefixes: Sequence[CachedText], rows: Sequence[Sequence[int]]
+) -> list[tuple[CachedText, Tensor]]:
+    """Run token ids after their prefixes, in one pass.
+
+    Args:
+        lm: the model.
+        prefixes: for each prompt what has run, one row without padding, maybe empty.
+        rows: for each prompt the token ids to run.
+
+    Returns:
+        For each prompt the text with its KV, and the logits [1, V] of its next token.
+    """
+    device = lm.device
+    ids_BT, mask_BT = (t.to(device) for t in left_pad(rows))
+    before = prefixes[0] if len(prefixes) == 1 else _stack(lm, prefixes)
+    none_BT = torch.zeros_like(before.mask_BT, dtype=torch.long)
+    handle = extend(lm, before, none_BT, ids_BT, mask_BT, single=False)
+    if len(prefixes) == 1:
+        return [(handle.text, handle.logits_BV)]
+    return [(_cut_row(lm, handle, row), handle.logits_BV[row : row + 1]) for row in range(len(prefixes))]
+
+
+def _stack(lm: PreTrainedModel, texts: Sequence[CachedText]) -> CachedText:
+    """Stack texts of one row each into a batch, padded on the left."""
+    lengths = [text.mask_BT.shape[1] for text in texts]
+    T = max(lengths)
+    mask_BT, cache = left_pad([[1] * n for n in lengths])[1].to(lm.device), new_full_cache(lm)
+    if T:
+        held = [key_values(text.cache) if n else None for text, n in zip(texts, lengths, strict=True)]
+        like = next(pairs for pairs in held if pairs)
+        layers = []
+        for at, pair in enumerate(like):
+            parts = ((pairs[at] if pairs else tuple(t[:, :, :0] for t in pair)) for pairs in held)
+            padded = [tuple(F.pad(t, (0, 0, T - t.shape[2], 0)) for t in part) for part in parts]
+            layers.append((torch.cat([k for k, _ in padded]), torch.cat([v for _, v in padded])))
+        cache = from_key_values(lm, layers, into=cache)
+    return CachedText(cache, mask_BT)
+
+
+def _cut_row(lm: PreTrainedModel, handle: Prefill, row: int) -> CachedText:
+    seen_T = handle.text.mask_BT[row]
+    pairs = [(k[row : row + 1, :, seen_T], v[row : row + 1, :, seen_T]) for k, v in key_values(handle.text.cache)]
+    mask_1T = torch.ones(1, int(seen_T.sum()), dtype=torch.bool, device=lm.device)
+    return CachedText(from_key_values(lm, pairs, into=new_full_cache(lm)), mask_1T)
+
+
+class GeneratedSequence:
+    """Sequence number ``index`` of a request."""
+
+    def __init__(self, gem: GemModel, request: GenerationRequest, index: int, token_bytes: TokenBytes) -> None:
+        self.request, self.index = request, index
+        self.finished = False
+        self._sampler = Sampler(request.sampling, index=index)
+        self._token_bytes = token_bytes
+        self._new_text: list[str] = []
+        self._pieces = IncrementalDetokenizer(
+            gem, sink=self._new_text.append, stop=request.sampling.stop, max_new_tokens=request.sampling.max_tokens
+        )
+
+    @property
+    def ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return self._pieces.ids
+
+    def append_token(self, logits_V: Tensor, argmax_id: int) -> bool:
+        """Choose the next token and emit what it adds.
+
+        Args:
+            logits_V: the model's logits.
+            argmax_id: the token with the largest logit.
+
+        Returns:
+            Whether it was the last token.
+        """
+        params = self.request.sampling
+        token = argmax_id if params.is_greedy else self._sampler.sample(logits_V)
+        stopped = self._pieces.append([token])
+        finished = stopped or token in self._pieces.eos_ids or len(self.ids) >= params.max_tokens
+        if finished:
+            self._pieces.finish()
+        text, self._new_text[:] = "".join(self._new_text), []
+        tokens = () if params.top_logprobs is None else (self._logprob(logits_V, token, params.top_logprobs),)
+        if text or tokens:
+            self.request.emit(TokenDelta(self.index, text, tokens))
+        if finished:
+            self.request.emit(Completion(self.index, self._pieces.finish_reason, len(self.ids)))
+            self.request.num_unfinished -= 1
+            if not self.request.num_unfinished:
+                self.request.emit(Done())
+            self.finished = True
+        return finished
+
+    def _logprob(self, logits_V: Tensor, token: int, count: int) -> TokenLogprob:
+        (chosen, *top) = (
+            TokenLogprob(i, *self._token_bytes(i), logprob) for i, logprob in top_logprobs(logits_V, token, count)
+        )
+        return TokenLogprob(chosen.id, chosen.text, chosen.data, chosen.logprob, tuple(top))

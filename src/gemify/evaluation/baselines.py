@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 from gemify.model.base import max_positions
 from gemify.model.forward import length_groups, positions_of, right_pad
 from gemify.model.tokenization import PLAIN, PROMPTEOL, TextTokenizer

@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemify.io.errors import first_line
 from gemify.io.rows import load_rows
+from gemify.io.tables import first_line
 
 HELD_OUT = "held_out"
 """Held-out next-token loss: not a task of lm-eval's, see `gemify.evaluation.language_model`."""

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemify.io.errors import first_line
 from gemify.io.rows import load_lines, load_rows
+from gemify.io.tables import first_line
 
 NUMBER = (int, float)
 

@@ -17,8 +17,7 @@ from typing import Any, get_args
 from tqdm.auto import tqdm
 
 from gemify.evaluation.baselines import BASELINES, Baseline
-from gemify.evaluation.cost import measure_encoding_cost
-from gemify.evaluation.estimate import estimate_language_tokens, estimate_vector_tokens
+from gemify.evaluation.cost import estimate_language_tokens, estimate_vector_tokens, measure_encoding_cost
 from gemify.evaluation.language_model import compare_logits, compute_text_losses, numerics_signature
 from gemify.evaluation.lm_eval_prefix_cache import share_prefixes
 from gemify.evaluation.lm_eval_tasks import (
@@ -35,8 +34,8 @@ from gemify.evaluation.mteb_tasks import LOCAL_TASKS, make_task
 from gemify.evaluation.recovery import attack_vectors, measure_recovery, select_texts_by_length
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.task_suites import GEM16, LLM2VEC15
-from gemify.io.errors import first_line
 from gemify.io.rows import load_lines
+from gemify.io.tables import first_line
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, TextIO, get_args
 
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 
 Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
 COMPRESSIONS = (".gz", ".zst")

@@ -1,4 +1,4 @@
-"""Markdown tables and the text in them, one way for every report."""
+"""Text for people: Markdown tables and their cells, errors as one line."""
 
 from __future__ import annotations
 
@@ -47,3 +47,15 @@ def format_number(value: object, spec: str = ".2f") -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return format(value, spec) if math.isfinite(value) else "not finite"
+
+
+def first_line(error: BaseException | str) -> str:
+    """Return the first line of an error's text.
+
+    Args:
+        error: An exception, or a message.
+
+    Returns:
+        The first line without surrounding white space; the exception's type name if it has no text.
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

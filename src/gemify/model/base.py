@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 from gemify.model import gguf_cache
 
 logger = logging.getLogger(__name__)

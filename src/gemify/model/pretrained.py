@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gemify.io.atomic import atomic_directory
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 from gemify.model.adapter import (
     ADAPTER_FILE,
     Adapter,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 from gemify.model.kv_cache import cache_argument, from_key_values, keeps_all_positions, key_values, new_cache
 
 

@@ -6,6 +6,8 @@ deserves the same protection as the documents themselves.
 
 Fewer bits: keys are scaled for each channel (their channels differ most), values for each token, in 8 or 4 bits with a
 zero point; 4-bit numbers lie two to a byte.
+
+`PassageCache` gives the KV of passages, computed or kept, for the position in a prompt where they are wanted.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gemify.io.atomic import atomic_file
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 from gemify.model.gem import GemModel
-from gemify.model.kv_cache import CachedText, from_key_values, key_values, new_full_cache
+from gemify.model.kv_cache import CachedText, empty_text, from_key_values, key_values, new_full_cache, slice_key_values
 from gemify.model.pretrained import cache_fingerprint
+from gemify.model.rope_shift import shift_positions
+from gemify.rag.prompt_cache import Ids, PromptRunner
 
 logger = logging.getLogger(__name__)
 
@@ -250,3 +254,68 @@ def parse_bytes(text: str | None) -> int | None:
     if not match or float(match[1]) <= 0:
         raise ValueError(f"a size must be a number of bytes such as 500MB or 2GB, got {text!r}")
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
+
+
+class PassageCache:
+    """KV of passages. A passage runs as the first one of a conversation: ``prefix_ids``, ``label_ids``, passage.
+
+    Args:
+        runner: runs what is not kept.
+        store: where KV is kept. None: it is computed each time.
+        prefix_ids: what every conversation begins with.
+        label_ids: what stands before the first passage.
+    """
+
+    def __init__(self, runner: PromptRunner, store: KvStore | None, prefix_ids: Ids, *, label_ids: Ids) -> None:
+        self._runner, self._store = runner, store
+        self.prefix_ids, self._label_ids = prefix_ids, label_ids
+        self.computed = 0
+        """Tokens run so far."""
+
+    def get(self, ids: Ids) -> CachedText:
+        """KV of the first tokens of a prompt, kept or computed; computed ones are kept."""
+        kept = self._store.get(self._runner.gem.lm, ids) if self._store is not None else None
+        if kept is None:
+            kept = self._run(ids)
+            self._put(ids, kept.cache)
+        return kept
+
+    def put(self, store: KvStore, passage: Ids) -> tuple[int, bool]:
+        """Compute and keep a passage's KV, unless it is kept already. Return its bytes, and whether it is new."""
+        ids = self.prefix_ids + self._label_ids + passage
+        if size := store.touch(ids):
+            return size, False
+        size = store.put(ids, self._run(ids).cache)
+        return size, size > 0
+
+    def moved(self, passage: Ids, *, to: int, special: bool) -> tuple[Ids, DynamicCache]:
+        """KV of a passage, or of its special tokens alone, as if it stood at position ``to``; with its ids."""
+        gem = self._runner.gem
+        if special:
+            return tuple(gem.special_ids), shift_positions(gem.lm, self._special_tokens(passage), to - len(passage))
+        before = len(self.prefix_ids) + len(self._label_ids)
+        text = self.get(self.prefix_ids + self._label_ids + passage)
+        own = from_key_values(gem.lm, slice_key_values(text.cache, before, before + len(passage)))
+        return passage, shift_positions(gem.lm, own, to - before)
+
+    def _special_tokens(self, passage: Ids) -> DynamicCache:
+        lm, store = self._runner.gem.lm, self._store
+        kept = store.get(lm, passage, kind="special") if store is not None else None
+        if kept is not None:
+            return kept.cache
+        cache = self._runner.run_special_tokens(self._run(passage))
+        self._put(passage, cache, kind="special")
+        return cache
+
+    def _put(self, ids: Ids, cache: DynamicCache, *, kind: str = "text") -> None:
+        """Keep KV for later questions; a full or read-only disk is no reason not to answer this one."""
+        if self._store is not None:
+            try:
+                self._store.put(ids, cache, kind=kind)
+            except OSError as error:
+                logger.warning("a cache is not kept: %s", error)
+
+    def _run(self, ids: Ids) -> CachedText:
+        run = self._runner.run(ids, empty_text(self._runner.gem.lm))
+        self.computed += run.computed
+        return run.text

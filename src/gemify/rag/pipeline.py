@@ -12,7 +12,7 @@
 - ``special``: the passages' special tokens alone, k tokens each (GEM, Section 3.1). An approximation, and a strong one.
 
 The same pipeline runs in this thread (`ask`, the command line) and in a server's engine (`gemify.serving.rag`): only
-the runner differs (`gemify.rag.runner`).
+the runner differs (`gemify.rag.prompt_cache`).
 """
 
 from __future__ import annotations
@@ -30,11 +30,45 @@ from gemify.model.gem import GemModel
 from gemify.model.kv_cache import CachedText
 from gemify.model.prefill import Prefill
 from gemify.model.rope_shift import require_shiftable
-from gemify.rag.context import SYSTEM_PROMPT, RetrievedPassage, passage_text
-from gemify.rag.kv_store import KvStore
-from gemify.rag.passage_cache import PassageCache
-from gemify.rag.prompt_cache import PromptCache
-from gemify.rag.runner import Ids, ModelRunner, PromptRunner
+from gemify.rag.kv_store import KvStore, PassageCache
+from gemify.rag.prompt_cache import Ids, ModelRunner, PromptCache, PromptRunner
+
+SYSTEM_PROMPT = "You answer questions from the given passages, in a few words."
+
+
+class RetrievedPassage(Protocol):
+    """A passage that a search returned (`gemify.retrieval.index.Passage`)."""
+
+    @property
+    def text(self) -> str:
+        """The passage itself."""
+
+    @property
+    def title(self) -> str:
+        """Title of its file or row; may be empty."""
+
+    @property
+    def heading(self) -> str:
+        """Heading that it stands under; may be empty."""
+
+    @property
+    def file(self) -> str:
+        """File or row that it comes from."""
+
+    @property
+    def location(self) -> str:
+        """Where in the file, such as a page or a line; may be empty."""
+
+    @property
+    def score(self) -> float:
+        """How well it matches; higher is better."""
+
+
+def passage_text(passage: RetrievedPassage) -> str:
+    """Return a passage as it stands in a prompt: its heading or title, and its text."""
+    about = passage.heading or passage.title
+    return f"{about}: {passage.text}" if about else passage.text
+
 
 PromptOrder = Literal["question-first", "passages-first"]
 ContextMode = Literal["text", "concatenated", "special"]

@@ -11,8 +11,7 @@ from gemify.evaluation.report.published import TABLES
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.task_suites import task_type
 from gemify.io.tables import format_number, markdown_table
-from gemify.reproduce.scales import GATED, Scale
-from gemify.reproduce.tables import TableCell, title_of
+from gemify.reproduce.tables import GATED, Scale, TableCell, title_of
 from gemify.training.recipe import PRESETS
 
 MMLU_SUBJECTS = 57

@@ -25,8 +25,7 @@ from gemify.evaluation import suite
 from gemify.evaluation.results import ModelEntry, ResultStore, read_json
 from gemify.io.atomic import atomic_file
 from gemify.reproduce.report import Finished, write_markdown
-from gemify.reproduce.scales import TABLE_NAMES, Scale, scale_of
-from gemify.reproduce.tables import TableCell, cells_of
+from gemify.reproduce.tables import TABLE_NAMES, Scale, TableCell, cells_of, scale_of
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import CHECKPOINTS, train
 

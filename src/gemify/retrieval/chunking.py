@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gemify.retrieval.section import Section
+from gemify.retrieval.documents import Section
 
 _PAUSES = (  # the group is where a cut may fall: tokens may hold their leading space, or several line ends
     re.compile(r"(\s*\n[^\S\n]*\n\s*)"),

@@ -1,18 +1,66 @@
 """Markdown, HTML, PDF and Word files -> sections, each through a kept library that is imported when first needed.
 
-What these libraries raise on damaged files is open-ended, so everything they raise is caught and said in one line.
+A section knows the line, page or row of each character. What these libraries raise on damaged files is open-ended, so
+everything they raise is caught and said in one line.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gemify.retrieval.section import Section, Skipped
+
+@dataclass(frozen=True)
+class Section:
+    """A run of text under one heading."""
+
+    text: str
+    title: str = ""
+    """The document's title, if it has one."""
+    headings: tuple[str, ...] = ()
+    """The headings above the text, the outermost first."""
+    unit: Literal["", "line", "page", "row"] = ""
+    """The unit of locations in this file. A .docx file has none."""
+    first: int = 1
+    """The line or page on which the text begins."""
+    starts: tuple[int, ...] = ()
+    """For pages: the offset at which each begins."""
+    name: str = ""
+    """For rows: the row's id, or its number."""
+
+    def location(self, start: int, end: int) -> str:
+        """Return where a run of characters stands, such as ``lines 3-9``, ``page 2`` or ``row q17``.
+
+        Args:
+            start: Offset of the first character.
+            end: Offset behind the last one.
+        """
+        if self.unit == "row":
+            return f"row {self.name}"
+        if not self.unit:
+            return ""
+        first, last = self._number(start), self._number(max(start, end - 1))
+        return f"{self.unit} {first}" if first == last else f"{self.unit}s {first}-{last}"
+
+    def _number(self, offset: int) -> int:
+        if self.unit == "page":
+            return self.first + max(0, bisect_right(self.starts, offset) - 1)
+        return self.first + self.text.count("\n", 0, offset)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file, directory or row that was not read, and why."""
+
+    path: str
+    reason: str
+
 
 _SPACE = re.compile(r"\s+")
 _UNSEEN = ("script", "style", "noscript", "template", "svg", "head")

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 from gemify.io.signals import stop_signals
 from gemify.retrieval.chunking import ChunkSettings
 from gemify.retrieval.document_store import Hit, Precision, Store, StoreMeta
+from gemify.retrieval.documents import Skipped
 from gemify.retrieval.ingest import Embedder, IndexOptions, IndexReport, IndexRun
 from gemify.retrieval.loaders import Columns, FileListing, find_files
-from gemify.retrieval.section import Skipped
 from gemify.retrieval.vector_table import Corpus, find_store, open_store
 
 __all__ = ["Embedder", "GemIndex", "IndexReport", "Mode", "Passage", "Skipped"]

@@ -19,8 +19,8 @@ from gemify.io.rows import replace_surrogates
 from gemify.io.signals import StopFlag
 from gemify.retrieval.chunking import split_section
 from gemify.retrieval.document_store import ChunkRow, FileRecord, Store
+from gemify.retrieval.documents import Skipped
 from gemify.retrieval.loaders import Columns, FileListing, content_hash, read_file
-from gemify.retrieval.section import Skipped
 
 
 class Embedder(Protocol):

@@ -23,8 +23,7 @@ from gemify.io.rows import (
     require_text,
     row_id,
 )
-from gemify.retrieval.documents import read_docx, read_html, read_markdown, read_pdf
-from gemify.retrieval.section import Section, Skipped
+from gemify.retrieval.documents import Section, Skipped, read_docx, read_html, read_markdown, read_pdf
 
 READING_VERSION = 1
 """Counted up when a reader changes what it yields: files read by an older one are then read again."""

@@ -22,13 +22,12 @@ from gemify.rag.pipeline import SearchIndex
 from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.dispatch import EngineClient
 from gemify.serving.errors import ApiError, bad_request
-from gemify.serving.metrics import Metrics
 from gemify.serving.middleware import RequestMiddleware
 from gemify.serving.protocol.responses import ErrorResponse
 from gemify.serving.rag import RagService, kv_store_of
-from gemify.serving.routes import chat, completions, embeddings, health, recover, search, ui
+from gemify.serving.routes import chat, embeddings, health, ui
 from gemify.serving.settings import ServerSettings
-from gemify.serving.state import AppState
+from gemify.serving.state import AppState, Metrics
 from gemify.serving.tokenization import RequestTokenizer
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.gemify = state
-    for route in (chat, completions, embeddings, search, recover):
+    for route in (chat, embeddings):
         app.include_router(route.router, responses=_ERRORS)
     app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)

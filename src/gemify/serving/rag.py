@@ -39,7 +39,7 @@ from gemify.model.gem import GemModel
 from gemify.model.kv_cache import CachedText
 from gemify.rag.kv_store import KvStore, kv_store_factory
 from gemify.rag.pipeline import GemRag, PreparedPrompt, RagSettings, SearchIndex
-from gemify.rag.runner import Ids, PromptRun
+from gemify.rag.prompt_cache import Ids, PromptRun
 from gemify.serving.dispatch import SubmitFn
 from gemify.serving.settings import ServerSettings
 
@@ -67,7 +67,7 @@ class RequestCancelledError(Exception):
 
 
 class EngineRunner:
-    """Runs the prompts of one HTTP request in an engine (`gemify.rag.runner.PromptRunner`). Its methods block.
+    """Runs the prompts of one HTTP request in an engine (`gemify.rag.prompt_cache.PromptRunner`). Its methods block.
 
     Args:
         engine: runs them.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 from gemify.model.base import max_positions
 from gemify.model.chat_template import ChatTemplate
 from gemify.model.gem import GemModel

@@ -13,11 +13,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-from gemify.io.errors import first_line
+from gemify.io.tables import first_line
 from gemify.model.attention import require_kernel
 from gemify.model.config import POOLINGS, TUNES, Pooling, Tune, require_layer, require_special_tokens
 from gemify.model.tokenization import PLAIN, require_template
-from gemify.paper.schedule import Schedule
+from gemify.paper.objectives import Schedule
 from gemify.paper.views import VIEW_KINDS, ViewKind, Views
 
 Precision = Literal["auto", "fp32", "bf16"]

@@ -28,7 +28,7 @@ from gemify.io.atomic import atomic_file, sync
 from gemify.model.base import load_base
 from gemify.model.forward import left_pad, length_groups, text_pass
 from gemify.model.kv_cache import cache_argument, select
-from gemify.training.data import Source
+from gemify.training.batches import Source
 
 _BLOCK = 1024  # texts between two saves
 _PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the text in a chat template
@@ -90,7 +90,7 @@ class PairConfig:
     base: str
     """The model that writes: a directory, a repo id, a GGUF file or ``starter``."""
     data: str
-    """A file of rows or a Hugging Face data set (`gemify.training.data.Source`)."""
+    """A file of rows or a Hugging Face data set (`gemify.training.batches.Source`)."""
     tasks: tuple[str, ...] = ("paraphrase",)
     count: int = 10_000
     """Texts to read; each task writes about each of them."""

@@ -28,9 +28,8 @@ from gemify.io.signals import StopRequestedError, stop_signals
 from gemify.model.base import enable_activation_checkpointing, max_positions
 from gemify.model.encode import peak_memory_bytes, throughput
 from gemify.model.gem import GemModel
-from gemify.training.batches import Batches
+from gemify.training.batches import Batches, Source
 from gemify.training.callbacks import Pair, Progress, StopOnSignal, read_pairs, spearman
-from gemify.training.data import Source
 from gemify.training.distributed import all_reduce_sum, barrier
 from gemify.training.fsdp import (
     ShardedTrainer,

@@ -14,7 +14,7 @@ pytest.importorskip("markdown_it")
 
 from huggingface_hub import ModelCard
 
-from gemify.evaluation.report.model_card import CARD_FILE, write_card
+from gemify.evaluation.report.render import CARD_FILE, write_card
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.model.config import CONFIG_FILE, GemConfig
 

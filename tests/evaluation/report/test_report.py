@@ -21,8 +21,7 @@ from PIL import Image
 from gemify.evaluation import task_suites
 from gemify.evaluation.report import comparison, plots, published
 from gemify.evaluation.report.comparison import SUBSET, language_rows, load_models
-from gemify.evaluation.report.model_card import card_section, eval_results
-from gemify.evaluation.report.render import write_report
+from gemify.evaluation.report.render import card_section, eval_results, write_report
 from gemify.evaluation.report.sections import PUBLISHED, write_sections
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.io.tables import escape_markdown

@@ -13,7 +13,7 @@ def embed(model: str, output: str, inputs: list[Path], tell: Connection) -> None
 
     from gemify import GemModel
     from gemify.io.directory import Directory
-    from gemify.retrieval.bulk import run, shard
+    from gemify.retrieval.bulk import executors, run
 
     def told(owner: Any, name: str) -> None:
         step = getattr(owner, name)
@@ -27,7 +27,7 @@ def embed(model: str, output: str, inputs: list[Path], tell: Connection) -> None
         setattr(owner, name, taken)
 
     torch.set_num_threads(1)
-    told(shard, "write_part")
+    told(executors, "write_part")
     told(Directory, "write_if_absent")
     told(run, "commit")
     told(run, "vacuum")

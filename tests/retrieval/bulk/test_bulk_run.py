@@ -16,10 +16,9 @@ from gemify.io.vectors import normalize
 from gemify.retrieval.bulk.plan import plan
 from gemify.retrieval.bulk.rows import ShardReader
 from gemify.retrieval.bulk.run import EmbedReport, embed_corpus
-from gemify.retrieval.corpus_format import CorpusMeta
 from gemify.retrieval.document_store import Store
 from gemify.retrieval.index import GemIndex
-from gemify.retrieval.vector_table import Corpus
+from gemify.retrieval.vector_table import Corpus, CorpusMeta
 from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl, write_parquet, write_rows
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from gemify.io.directory import Directory
 from gemify.io.vectors import normalize
+from gemify.retrieval.bulk.executors import embed_shard
 from gemify.retrieval.bulk.lance_writer import at_precision, commit
 from gemify.retrieval.bulk.plan import Shard, plan
 from gemify.retrieval.bulk.rows import ShardReader, _Table
-from gemify.retrieval.bulk.shard import embed_shard
-from gemify.retrieval.corpus_format import CorpusMeta, marker_name
+from gemify.retrieval.vector_table import CorpusMeta, marker_name
 from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl
 
 

@@ -25,7 +25,7 @@ from gemify.io.rows import (
     row_id,
 )
 from gemify.retrieval.bulk.plan import LINE_FORMATS, Shard, new_digest
-from gemify.retrieval.corpus_format import CorpusMeta
+from gemify.retrieval.vector_table import CorpusMeta
 
 _SKIPPED_BYTES = 1 << 20  # read at a time, to reach a byte of a compressed file
 

@@ -23,15 +23,13 @@ from tqdm.auto import tqdm
 
 from gemify.io.directory import Directory, error_reason, is_disk_full, is_remote, resolve_uri
 from gemify.io.signals import signal_handlers
-from gemify.retrieval.bulk.executors import EmbedJob, run_locally, run_on_ray
+from gemify.retrieval.bulk.executors import DocumentEncoder, DoneMarker, EmbedJob, run_locally, run_on_ray
 from gemify.retrieval.bulk.lance_writer import commit, committed, vacuum
 from gemify.retrieval.bulk.plan import Shard, find_inputs, plan
 from gemify.retrieval.bulk.rows import ShardReader
-from gemify.retrieval.bulk.shard import DocumentEncoder, DoneMarker
-from gemify.retrieval.corpus_format import MANIFEST, MARKERS, CorpusMeta, read_manifest
 from gemify.retrieval.document_store import Store
 from gemify.retrieval.lance import IndexKind, only_writer
-from gemify.retrieval.vector_table import Corpus, require_index
+from gemify.retrieval.vector_table import MANIFEST, MARKERS, Corpus, CorpusMeta, read_manifest, require_index
 
 Executor = Literal["local", "ray"]
 _ELSEWHERE = "leave the setting out, or give another --output"

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions and POST /v1/completions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from starlette.responses import Response
 from gemify.serving.completion import CompletionHandler
 from gemify.serving.dispatch import run_until_disconnect
 from gemify.serving.errors import bad_request, from_engine_error
-from gemify.serving.protocol.requests import ChatSearch, CreateChatCompletionRequest, GemifyOptions
-from gemify.serving.protocol.responses import CreateChatCompletionResponse
+from gemify.serving.protocol.requests import (
+    ChatSearch,
+    CreateChatCompletionRequest,
+    CreateCompletionRequest,
+    GemifyOptions,
+)
+from gemify.serving.protocol.responses import CreateChatCompletionResponse, CreateCompletionResponse
 from gemify.serving.rag import RagPrompt
 from gemify.serving.request_body import JsonRoute
 from gemify.serving.state import get_key_name, get_state
@@ -88,3 +93,22 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
         return await run_until_disconnect(request.receive, work, state.settings.timeout)
     except Exception as error:
         raise from_engine_error(error) from error
+
+
+@router.post(
+    "/v1/completions",
+    response_model=None,
+    responses={200: {"model": CreateCompletionResponse, "content": {"text/event-stream": {}}}},
+    tags=["OpenAI"],
+)
+async def create_completion(body: CreateCompletionRequest, request: Request) -> Response:
+    """Continue prompts as they are, several at a time if asked; with ``stream`` in server-sent events."""
+    state = get_state(request)
+    state.require_model(body.model)
+    limit = state.settings.max_prompts
+    if len(body.prompt) > limit:
+        raise bad_request(
+            f"prompt must hold at most {limit} prompts, got {len(body.prompt)}: send several requests", "prompt"
+        )
+    rows = await state.tokenizer.tokenize_prompts(body.prompt)
+    return await CompletionHandler(request, body, "completion", rows, top_logprobs=body.logprobs).respond()

@@ -1,4 +1,8 @@
-"""POST /v1/embeddings."""
+"""POST /v1/embeddings, /v1/search and /v1/recover.
+
+A search's question is embedded by the engine beside all other work. Recovery shows what an embedding's KV remembers of
+its text (GEM, Appendix B).
+"""
 
 from __future__ import annotations
 
@@ -12,11 +16,21 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from gemify.engine.requests import EmbeddingOutput
+from gemify.io.tables import first_line
 from gemify.io.vectors import normalize
+from gemify.model.prefill import common_subsequence_length
+from gemify.serving.completion import ChoiceState, build_usage
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.errors import bad_request
-from gemify.serving.protocol.requests import CreateEmbeddingRequest
-from gemify.serving.protocol.responses import CompletionUsage, CreateEmbeddingResponse, Embedding
+from gemify.serving.protocol.requests import CreateEmbeddingRequest, RecoverRequest, SearchRequest
+from gemify.serving.protocol.responses import (
+    CompletionUsage,
+    CreateEmbeddingResponse,
+    Embedding,
+    Passage,
+    RecoverResponse,
+    SearchResponse,
+)
 from gemify.serving.request_body import JsonRoute
 from gemify.serving.state import add_log_fields, get_key_name, get_state
 
@@ -81,4 +95,64 @@ def _build_response(vectors_ND: np.ndarray, body: CreateEmbeddingRequest, model:
         data=[Embedding(object="embedding", index=i, embedding=v) for i, v in enumerate(listed)],
         model=model,
         usage=CompletionUsage(prompt_tokens=num_tokens, total_tokens=num_tokens),
+    ).to_response()
+
+
+@router.post("/v1/search", response_model=None, responses={200: {"model": SearchResponse}}, tags=["gemify"])
+async def search(body: SearchRequest, request: Request) -> Response:
+    """Find the passages that fit a question best, best first."""
+    state = get_state(request)
+    state.require_model(body.model)
+    index = state.require_index()
+    if not body.query.strip():
+        raise bad_request("the query is empty: give some words", "query")
+    vector, tokens = None, 0
+    if body.mode != "fts":
+        vectors_ND, tokens = await embed(request, [await state.tokenizer.tokenize_query(body.query)])
+        vector = vectors_ND[0]
+    try:
+        found = await asyncio.to_thread(partial(index.search, body.query, k=body.k, mode=body.mode, vector=vector))
+    except ValueError as error:
+        raise bad_request(first_line(error), "query") from error
+    return SearchResponse(
+        object="list",
+        data=[Passage(**passage.to_json()) for passage in found],
+        model=state.model,
+        usage=CompletionUsage(prompt_tokens=tokens, total_tokens=tokens),
+    ).to_response()
+
+
+@router.post("/v1/recover", response_model=None, responses={200: {"model": RecoverResponse}}, tags=["gemify"])
+async def recover(body: RecoverRequest, request: Request) -> Response:
+    """Generate a text from its special tokens alone."""
+    state = get_state(request)
+    state.require_model(body.model)
+    ids = (await state.tokenizer.tokenize_texts([body.input]))[0]
+    state.rate_limiter.check_tokens(get_key_name(request), len(ids))
+    choice = ChoiceState()
+    with EngineClient() as client:
+        client.submit(partial(state.engine.recover, ids, max_tokens=body.max_tokens))
+        state.rate_limiter.add_tokens(get_key_name(request), len(ids))
+
+        async def collect() -> None:
+            async for _, event in client.events():
+                if not isinstance(event, EmbeddingOutput):
+                    choice.add(event)
+
+        try:
+            await run_until_disconnect(request.receive, collect(), state.settings.timeout)
+        finally:
+            state.rate_limiter.add_tokens(get_key_name(request), choice.completion_tokens)
+            add_log_fields(request, prompt_tokens=len(ids), completion_tokens=choice.completion_tokens)
+    input_ids = await state.tokenizer.tokenize_plain(body.input)
+    output_ids = await state.tokenizer.tokenize_plain(choice.text)
+    return RecoverResponse(
+        object="recovery",
+        model=state.model,
+        input=body.input,
+        output=choice.text,
+        input_tokens=len(input_ids),
+        output_tokens=len(output_ids),
+        matching_tokens=await state.tokenizer.run_in_thread(common_subsequence_length, input_ids, output_ids),
+        usage=build_usage(len(ids), 0, choice.completion_tokens),
     ).to_response()
