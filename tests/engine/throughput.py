@@ -29,7 +29,7 @@ def main(dtype: str = "float32", answers: str = "16", tokens: str = "48") -> Non
     gem = GemModel.from_pretrained("starter", dtype=getattr(torch, dtype))
     lm, count, new = gem.lm, int(answers), int(tokens)
     chat = ChatTemplate(gem.tokenizer)
-    prompts = [list(chat.apply([chat.message("user", r.texts[0])]).ids) for r in traffic(count, chats=1.0)]
+    prompts = [list(chat.apply([{"role": "user", "content": r.texts[0]}])) for r in traffic(count, chats=1.0)]
     options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 2}
     never = SamplingParams(
         max_tokens=new, temperature=0.0, logit_bias={2: -100.0}

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import tiny_models
+from chat_templates import TEMPLATES, TOKENIZERS
 from gemify import GemModel
-from gemify.model.chat_template import ChatTemplate
 from gemify.model.prefill import run_prefill
 from gemify.rag.kv_store import KvStore
-from gemify.rag.pipeline import Conversation, GemRag, RagSettings
+from gemify.rag.pipeline import Conversation, GemRag, RagSettings, _Turn
 from gemify.rag.prompt_cache import ModelRunner, PromptCache
 from tiny_gems import make_gem
 
@@ -58,6 +58,19 @@ def chatty(gem: GemModel) -> GemModel:
     return gem
 
 
+def library(gem: GemModel, messages: Any) -> tuple[int, ...]:
+    """A conversation's ids by transformers alone."""
+    return tuple(gem.tokenizer.apply_chat_template(messages, return_dict=False, add_generation_prompt=True))
+
+
+def place_of_question(gem: GemModel) -> tuple[int, int, tuple[int, ...]]:
+    """Where "who ate?" stands in a first prompt's ids."""
+    ids = library(gem, [{"role": "system", "content": FIRST.system}, {"role": "user", "content": "who ate?"}])
+    asked = tuple(gem.tokenizer("who ate?")["input_ids"])
+    start = next(i for i in range(len(ids)) if ids[i : i + len(asked)] == asked)
+    return start, start + len(asked), ids
+
+
 def run_at_once(conversation: Conversation) -> None:
     """What has run, piece by piece, must be what running it at once gives."""
     prompt = conversation.prompt
@@ -70,11 +83,8 @@ def run_at_once(conversation: Conversation) -> None:
 def test_an_answer_is_generates_answer_to_the_whole_prompt(chatty: GemModel) -> None:
     rag = GemRag(chatty, Shelf(), settings=FIRST)
     answer = rag.ask("who sat on the mat?")
-    form = ChatTemplate(chatty.tokenizer)
-    content = form.encode("who sat on the mat?") + form.encode(
-        "\n\n[1] the cat sat on the mat\n\n[2] dogs: a dog ate the bone\n\n"
-    )
-    ids = form.apply([form.message("system", FIRST.system), type(form.message("user", ""))("user", content)]).ids
+    content = "who sat on the mat?\n\n[1] the cat sat on the mat\n\n[2] dogs: a dog ate the bone\n\n"
+    ids = library(chatty, [{"role": "system", "content": FIRST.system}, {"role": "user", "content": content}])
     out = chatty.generate_ids(None, torch.tensor([ids]), torch.ones(1, len(ids)), max_new_tokens=12, do_sample=False)
     assert answer.text == chatty.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
     assert answer.sources() == ["[1] a.txt (line 1)", "[2] b.txt (page 2)"]
@@ -94,11 +104,9 @@ def test_query_cache_on_and_off_give_the_same(chatty: GemModel) -> None:
 def test_the_question_is_embedded_where_it_stands(chatty: GemModel) -> None:
     shelf = Shelf()
     GemRag(chatty, shelf, settings=FIRST).ask("who ate?")
-    form = ChatTemplate(chatty.tokenizer)
-    layout = form.apply([form.message("system", FIRST.system), form.message("user", "who ate?")])
-    start = layout.content_starts[-1]
-    text = chatty.tokenizer.decode(layout.ids[: start + len(form.encode("who ate?"))])
-    handle = chatty.prefill(text, add_special_tokens=False)
+    start, end, ids = place_of_question(chatty)
+    assert chatty.tokenizer.decode(ids[start:end]) == "who ate?"
+    handle = chatty.prefill(chatty.tokenizer.decode(ids[:end]), add_special_tokens=False)
     np.testing.assert_allclose(shelf.asked[0][3], chatty.embed(handle, start=start).numpy(), rtol=1e-4, atol=1e-5)
     GemRag(chatty, shelf, settings=LAST).ask("who ate?")
     np.testing.assert_allclose(shelf.asked[1][3], chatty.encode_query("who ate?"), rtol=1e-4, atol=1e-5)
@@ -117,10 +125,8 @@ def test_a_template_goes_with_the_question_or_has_it_embedded_apart(base_dir: Pa
     assert answer.text == GemRag(bare, plain, settings=FIRST).ask("who ate?").text  # the words are not in the prompt
     vector = torch.tensor(shelf.asked[0][3])
     if rag.reuses_query_cache:
-        form = ChatTemplate(gem.tokenizer)
-        layout = form.apply([form.message("system", FIRST.system), form.message("user", "who ate?")])
-        start, asked = layout.content_starts[-1], form.encode("who ate?")
-        ids = torch.tensor([[*layout.ids[: start + len(asked)], *form.encode(' is:"')]])
+        start, end, prompt = place_of_question(gem)
+        ids = torch.tensor([[*prompt[:end], *gem.tokenizer(' is:"')["input_ids"]]])
         handle = run_prefill(bare.lm, ids, torch.ones_like(ids).bool(), single=True)
         torch.testing.assert_close(vector, bare.embed(handle, start=start), rtol=1e-4, atol=1e-5)
     else:
@@ -213,8 +219,8 @@ def test_special_documents_take_k_columns_each(chatty: GemModel) -> None:
     special = GemRag(chatty, Shelf(), settings=replace(LAST, context="special")).conversation()
     for conversation in (text, special):
         conversation.ask("who?", max_new_tokens=1)
-    form = ChatTemplate(chatty.tokenizer)
-    saved = sum(len(form.encode(t + "\n\n")) - 1 for t in ("the cat sat on the mat", "dogs: a dog ate the bone"))
+    texts = ("the cat sat on the mat", "dogs: a dog ate the bone")
+    saved = sum(len(chatty.tokenizer(text)["input_ids"]) - 1 for text in texts)
     assert len(text.prompt.ids) - len(special.prompt.ids) == saved
 
 
@@ -235,7 +241,7 @@ def test_a_conversation_too_long_forgets_its_beginning(chatty: GemModel) -> None
     for turn in range(12):
         conversation.ask(f"question {turn} " + "again and " * 30)
     assert len(conversation.prompt.ids) <= 1024
-    assert conversation.messages[0].role == "system"
+    assert conversation.messages[0]["role"] == "system"
     run_at_once(conversation)
 
 
@@ -291,12 +297,17 @@ def test_a_search_for_words_embeds_nothing(chatty: GemModel) -> None:
     assert answer.text == GemRag(chatty, Shelf(), settings=FIRST).ask("who ate?").text
 
 
-def test_control_tokens_in_texts_are_text(chatty: GemModel) -> None:
-    form = ChatTemplate(chatty.tokenizer)
-    special = set(chatty.tokenizer.all_special_ids)
-    for name in [*chatty.tokenizer.all_special_tokens, chatty.config.special_tokens[0]]:
-        assert special.isdisjoint(form.encode(f"a {name} b")), name
-        assert chatty.config.special_ids[0] not in form.encode(f"a {name} b")
+@pytest.mark.parametrize("settings", [FIRST, LAST, replace(FIRST, context="concatenated")])
+def test_control_tokens_in_questions_and_passages_are_text(chatty: GemModel, settings: RagSettings) -> None:
+    names = list(dict.fromkeys([*chatty.tokenizer.all_special_tokens, *chatty.config.special_tokens]))
+    plain = GemRag(chatty, Shelf(), settings=settings).conversation()
+    spelt = GemRag(chatty, Shelf([Passage(" ".join(names)), PASSAGES[1]]), settings=settings).conversation()
+    plain.prepare("who?")
+    ids = spelt.prepare(f"who {''.join(names)}?").ids
+    assert chatty.special_ids[0] not in ids
+    assert sorted(set(chatty.tokenizer.all_special_ids) & set(ids)) == []
+    text = chatty.tokenizer.decode(ids)
+    assert all(text.count(name) == 2 for name in names)
 
 
 def test_a_failed_answer_leaves_the_conversation_as_it_was(chatty: GemModel) -> None:
@@ -326,11 +337,55 @@ def test_what_does_not_fit_together_is_refused(chatty: GemModel, tmp_path: Path)
         GemRag(chatty, None)
 
 
-def test_templates_that_drop_turns_are_refused(chatty: GemModel) -> None:
-    chatty.tokenizer.chat_template = "{{ messages[-1]['content'] }}"
-    form = ChatTemplate(chatty.tokenizer)
-    with pytest.raises(ValueError, match="leaves out or repeats"):
-        form.apply([form.message("user", "a"), form.message("assistant", "b"), form.message("user", "c")])
-    chatty.tokenizer.chat_template = "{{ raise_exception('no system turns') }}"
-    with pytest.raises(ValueError, match="no system turns"):
-        ChatTemplate(chatty.tokenizer).apply([form.message("system", "a")])
+QUESTIONS = ("who sat?", "a", "who ate the bone?")
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("settings", [FIRST, replace(LAST, context="concatenated")])
+def test_every_prompt_is_the_librarys(tmp_path: Path, kind: str, settings: RagSettings) -> None:
+    """Three questions each: ids of the whole conversation, and the state that was carried is that of running them."""
+    gem = gem_with_tokenizer(tmp_path, kind)
+    for name, template in TEMPLATES.items():
+        gem.tokenizer.chat_template = template
+        rag = GemRag(gem, Shelf(), settings=replace(settings, max_new_tokens=4))
+        conversation = rag.conversation()
+        for question in QUESTIONS:
+            ids = conversation.prepare(question).ids
+            assert ids == folded(gem, conversation.messages, settings.system), (name, question)
+            handle = conversation.prompt.extend_to(ids)
+            if settings.context == "text":
+                oracle = gem.lm(input_ids=torch.tensor([ids])).logits[0, -1]
+                torch.testing.assert_close(handle.logits_BV[0], oracle, rtol=1e-4, atol=1e-3)
+            conversation._turns.append(_Turn({"role": "assistant", "content": "a thought</think>on a mat"}))
+
+
+@pytest.mark.parametrize("name", ["plain turns", "trims", "system before the last user turn", "refuses a system turn"])
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_kept_caches_serve_any_template(tmp_path: Path, kind: str, name: str) -> None:
+    gem = gem_with_tokenizer(tmp_path / "model", kind)
+    gem.tokenizer.chat_template = TEMPLATES[name]
+    for settings in (LAST, replace(FIRST, context="concatenated")):
+        kv = KvStore(tmp_path / settings.context, fingerprint="f", bits=32)
+        rag = GemRag(gem, Shelf(), kv=kv, settings=settings)
+        assert rag.keep(PASSAGES) == 2
+        answer = rag.ask("who ate?")
+        assert answer.text == GemRag(gem, Shelf(), settings=settings).ask("who ate?").text
+        assert (kv.hits, kv.misses) == ((1, 0) if settings.context == "text" else (2, 0))
+
+
+def gem_with_tokenizer(directory: Path, kind: str) -> GemModel:
+    base = tiny_models.save(directory / "base", vocab_size=1024)
+    TOKENIZERS[kind]().save_pretrained(base)
+    return make_gem(base)
+
+
+def folded(gem: GemModel, messages: Any, system: str) -> tuple[int, ...]:
+    """The library's ids; our own system message before the first question where the template does not say it."""
+    try:
+        text = gem.tokenizer.apply_chat_template(messages[:2], tokenize=False)
+    except Exception:
+        text = ""
+    if system in text:
+        return library(gem, messages)
+    first = {"role": "user", "content": f"{system}\n\n{messages[1]['content']}"}
+    return library(gem, [first, *messages[2:]])

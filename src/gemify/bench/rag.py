@@ -23,8 +23,9 @@ from gemify.bench.timing import Report, make_report, median_ratio, rows_table, r
 from gemify.io.vectors import normalize
 from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
+from gemify.rag.context import QueryEmbedder
 from gemify.rag.kv_store import KvStore
-from gemify.rag.pipeline import Answer, GemRag, QueryEmbedder, RagSettings
+from gemify.rag.pipeline import Answer, GemRag, RagSettings
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,8 @@ def _settings(
     *,
     query_cache: bool = True,
 ) -> RagSettings:
-    from gemify.rag.pipeline import SYSTEM_PROMPT, RagSettings
+    from gemify.rag.context import SYSTEM_PROMPT
+    from gemify.rag.pipeline import RagSettings
 
     return RagSettings(
         passages=k,

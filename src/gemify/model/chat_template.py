@@ -1,106 +1,205 @@
-r"""Conversations as token ids: the chat template's control tokens are parsed, the messages' contents are plain text.
+"""Conversations as token ids: exactly those of the base model's own `apply_chat_template`.
 
-    <|im_start|>user\n   What is a GEM?   \n\nPassages: ...   <|im_end|>\n<|im_start|>assistant\n
-    template             question         passages            template
-
-Each part is tokenised for itself, so that a prompt that goes on from another one begins with the same ids, and a text
-that spells a control token (``<|im_end|>`` in a document) stays text.
+The whole conversation is rendered and tokenised at once, whatever the template does to contents (trims them, drops
+earlier thoughts, moves the system message) and whatever the tokenizer does at a beginning. Where a content starts and
+ends is then found in the ids: the positions at which they begin to differ from those of another content.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
+import logging
 import re
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gemify.model.kv_cache import common_prefix_length
+
+logger = logging.getLogger(__name__)
+
 Ids = tuple[int, ...]
+Message = Mapping[str, Any]
+"""One message of a conversation: ``role``, ``content``, and what else the template reads."""
 
-_MAX_KEPT = 64  # sequences of roles whose template text is kept
-_MARK = re.compile("\ue000(\\d+)\ue001")  # private-use characters: no template has them
-
-
-@dataclass(frozen=True)
-class TokenizedMessage:
-    """One message; its content as ids."""
-
-    role: str
-    ids: Ids
+_PARAMETERS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+_PROBES = ("a", "Z")  # no text begins, or ends, with both
 
 
-@dataclass(frozen=True)
-class ChatPrompt:
-    """A conversation's ids, and at which position each message's content starts."""
-
-    ids: Ids
-    content_starts: tuple[int, ...]
+def pop_chat_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Take what concerns the prompt of a conversation out of the options of a generation."""
+    names = ("tools", "continue_final_message", "chat_template_kwargs")
+    return {name: options.pop(name) for name in names if name in options}
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, applied to contents that are ids. Several threads may use it.
+    """A tokenizer's chat template. Several threads may use it.
+
+    A control token's name in a message is text. A system message that the template refuses goes before the first user
+    message.
 
     Args:
-        tokenizer: the base model's. Nobody else may use it from another thread at the same time.
+        tokenizer: The base model's. Nobody else may use it from another thread at the same time.
+        own_system: A system message that is this program's, not the user's: it is also kept where the template would
+            drop it, and moved without a word.
+        template_kwargs: Further variables of the template, such as ``enable_thinking``.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: The tokenizer has no chat template, or a variable has a name that is not the template's to read.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        own_system: str = "",
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
         if not tokenizer.chat_template:
             raise ValueError(
                 "the base model has no chat template: take an instruction-tuned one, or generate from a plain prompt"
             )
-        self._tokenizer = tokenizer
+        self._tokenizer, self._own_system = tokenizer, own_system
         self._lock = threading.Lock()  # tokenising a text as plain text flips a switch of the tokenizer
-        self._pieces: OrderedDict[tuple[str, ...], list[Ids]] = OrderedDict()
+        names = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
+        self._control_tokens = re.compile("|".join(map(re.escape, names)) or "(?!)")
+        self._keeps_own_system: bool | None = None
+        self._has_warned = False
+        self._template_kwargs = _require_variables(template_kwargs or {})
 
-    def encode(self, text: str) -> Ids:
-        """Token ids of a text in which control tokens' names are text."""
-        with self._lock:
-            return self._encode(text, split_special_tokens=True)
+    def bind(self, template_kwargs: Mapping[str, Any]) -> ChatTemplate:
+        """Return this template with further variables of its own."""
+        if not template_kwargs:
+            return self
+        bound = copy.copy(self)  # the lock and the tokenizer are shared
+        bound._template_kwargs = {**self._template_kwargs, **_require_variables(template_kwargs)}
+        bound._keeps_own_system = None
+        return bound
 
-    def message(self, role: str, text: str) -> TokenizedMessage:
-        """One message; its content is tokenised with `encode`."""
-        return TokenizedMessage(role, self.encode(text))
+    def reads(self, variable: str) -> bool:
+        """Whether the template reads a variable of this name."""
+        return re.search(rf"\b{re.escape(variable)}\b", str(self._tokenizer.get_chat_template())) is not None
 
-    def apply(self, messages: Sequence[TokenizedMessage]) -> ChatPrompt:
-        """Lay out a conversation, up to where the assistant's next answer starts.
+    def apply(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = True,
+    ) -> Ids:
+        """Token ids of a conversation, up to where the assistant's next answer starts.
+
+        Args:
+            messages: The oldest first.
+            tools: JSON schemas of tools, for templates that name them.
+            continue_final_message: The answer goes on from the last message instead.
+            add_generation_prompt: False: end after the last message.
 
         Raises:
-            ValueError: the template refuses this order of roles, or leaves out or repeats a message.
+            ValueError: The template refuses the conversation.
         """
+        options = {
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+            **self._template_kwargs,
+        }
+        given = [dict(message) for message in messages]
         with self._lock:
-            pieces = self._template_pieces(tuple(message.role for message in messages))
-        ids = list(pieces[0])
-        starts: list[int] = []
-        for message, piece in zip(messages, pieces[1:], strict=True):
-            starts.append(len(ids))
-            ids += message.ids
-            ids += piece
-        return ChatPrompt(tuple(ids), tuple(starts))
-
-    def _template_pieces(self, roles: tuple[str, ...]) -> list[Ids]:
-        """Ids of the template's own text: before the first message, and after each."""
-        if roles not in self._pieces:
-            messages = [{"role": role, "content": f"\ue000{i}\ue001"} for i, role in enumerate(roles)]
+            own = bool(given) and self._own_system and given[0] == self._own_message()
+            if own and not self._keeps(options):
+                return self._tokenize(_fold_system(given), options)
             try:
-                text = str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+                return self._tokenize(given, options)
             except Exception as error:  # templates raise what they like
-                raise ValueError(f"the chat template refuses messages of {', '.join(roles)}: {error}") from error
-            pieces = _MARK.split(text)
-            if pieces[1::2] != [str(i) for i in range(len(roles))]:
-                raise ValueError(
-                    f"the chat template leaves out or repeats messages of {', '.join(roles)}: it cannot be cached"
-                )
-            if len(self._pieces) == _MAX_KEPT:
-                self._pieces.popitem(last=False)
-            self._pieces[roles] = [self._encode(piece, split_special_tokens=False) for piece in pieces[::2]]
-        return self._pieces[roles]
+                return self._tokenize_folded(given, options, error)
 
-    def _encode(self, text: str, *, split_special_tokens: bool) -> Ids:
-        split = {"split_special_tokens": True} if split_special_tokens else {}
-        return tuple(self._tokenizer(text, add_special_tokens=False, verbose=False, **split)["input_ids"])
+    def content_span(self, messages: Sequence[Message]) -> tuple[int, int]:
+        """Start and end position of the last message's content in the ids. An empty span: it cannot be told."""
+        ids = self.apply(messages)
+        others = [self.apply([*messages[:-1], {**messages[-1], "content": probe}]) for probe in _PROBES]
+        start = min(common_prefix_length(ids, other) for other in others)
+        end = len(ids) - min(common_prefix_length(ids[::-1], other[::-1]) for other in others)
+        return (start, end) if start < end else (start, start)
+
+    def stable_prefix(self, messages: Sequence[Message], *, index: int = -1, length: int | None = None) -> Ids:
+        """The ids that a conversation begins with, however message ``index`` goes on.
+
+        Args:
+            messages: The conversation.
+            index: Which message goes on.
+            length: After how many characters of its content. None: after all of it.
+        """
+        content, changed = messages[index]["content"][:length], list(messages)
+        variants: list[Ids] = []
+        for probe in _PROBES:
+            changed[index] = {**messages[index], "content": content + probe}
+            variants.append(self.apply(changed))
+        first, second = variants
+        return first[: common_prefix_length(first, second)]
+
+    def _own_message(self) -> dict[str, Any]:
+        return {"role": "system", "content": self._own_system}
+
+    def _keeps(self, options: Mapping[str, Any]) -> bool:
+        """Whether the template takes our own system message and repeats it."""
+        if self._keeps_own_system is None:
+            messages = [self._own_message(), {"role": "user", "content": "a"}]
+            try:
+                text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+            except Exception:
+                text = ""
+            self._keeps_own_system = self._own_system.strip() in str(text)
+        return self._keeps_own_system
+
+    def _tokenize_folded(self, messages: list[dict[str, Any]], options: dict[str, Any], error: Exception) -> Ids:
+        """Tokenise with the system message in the first user message: the template refused it with ``error``."""
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        refused = ValueError(f"the chat template refuses messages of {roles}: {error}")
+        if not any(message.get("role") == "system" for message in messages):
+            raise refused from error
+        try:
+            ids = self._tokenize(_fold_system(messages), options)
+        except Exception:
+            raise refused from error
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning("the chat template takes no system message: its words go before the first user message")
+        return ids
+
+    def _tokenize(self, messages: list[dict[str, Any]], options: dict[str, Any]) -> Ids:
+        sanitize = {"sanitize_control_tokens": True} if self._spells_control_token([messages, options]) else {}
+        return tuple(self._tokenizer.apply_chat_template(messages, return_dict=False, **options, **sanitize))
+
+    def _spells_control_token(self, given: Any) -> bool:
+        if isinstance(given, str):
+            return self._control_tokens.search(given) is not None
+        if isinstance(given, Mapping):
+            return any(map(self._spells_control_token, given.values()))
+        return isinstance(given, list | tuple) and any(map(self._spells_control_token, given))
+
+
+def _require_variables(template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    if taken := sorted(_PARAMETERS & set(template_kwargs)):
+        raise ValueError(f"chat_template_kwargs must be the template's own variables, got {taken[0]!r}: leave it out")
+    return dict(template_kwargs)
+
+
+def _fold_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """Return the messages with every system message before the content of the user message that follows it."""
+    folded: list[dict[str, Any]] = []
+    words: list[str] = []
+    for message in [*messages, None]:
+        if message is not None and message["role"] == "system":
+            words.append(str(message["content"]))
+        elif words and (message is None or message["role"] == "user"):
+            said = [message["content"]] if message is not None else []
+            folded.append({**(message or {"role": "user"}), "content": "\n\n".join([*words, *said])})
+            words = []
+        elif message is not None:
+            folded.append(dict(message))
+    return folded

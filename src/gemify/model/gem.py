@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gemify.model import prefill as prefilling
 from gemify.model.adapter import Adapter, AdapterSettings
 from gemify.model.base import Loading
-from gemify.model.chat_template import ChatTemplate
+from gemify.model.chat_template import ChatTemplate, Message, pop_chat_options
 from gemify.model.config import GemConfig, Pooling, Tune, pool
 from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.embedding_mixin import EmbeddingMixin, Texts
@@ -23,9 +23,6 @@ from gemify.model.forward import left_pad, special_pass, text_pass
 from gemify.model.prefill import Prefill, find_eos_ids, greedy_from_specials
 from gemify.model.pretrained import GemParts, embedding_fingerprint, load_pretrained, prepare_base, save_parts
 from gemify.model.tokenization import PLAIN, TextTokenizer
-
-Message = Mapping[str, str]
-"""One message of a conversation: ``role`` and ``content``."""
 
 
 class GemModel(EmbeddingMixin):
@@ -198,19 +195,29 @@ class GemModel(EmbeddingMixin):
         ids_BT, mask_BT = self._prompt_ids(texts, add_special_tokens=add_special_tokens)
         return prefilling.run_prefill(self.lm, ids_BT, mask_BT, single=isinstance(texts, str))
 
-    def prefill_chat(self, messages: Sequence[Message]) -> Prefill:
+    def prefill_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Prefill:
         """`prefill` of a conversation, laid out by the tokenizer's chat template up to the answer's start.
 
         Args:
             messages: ``role`` and ``content`` of each message, the oldest first.
+            tools: JSON schemas of tools, for templates that name them.
+            continue_final_message: The answer goes on from the last message.
+            chat_template_kwargs: Further variables of the template, such as ``enable_thinking``.
 
         Raises:
-            ValueError: The base model has no chat template.
+            ValueError: The base model has no chat template, or it refuses the conversation.
         """
         self.lm.eval()
-        template = ChatTemplate(self.tokenizer)
-        prompt = template.apply([template.message(m["role"], m["content"]) for m in messages])
-        ids_BT, mask_BT = (t.to(self.device) for t in left_pad([prompt.ids]))
+        template = ChatTemplate(self.tokenizer, template_kwargs=chat_template_kwargs)
+        ids = template.apply(messages, tools=tools, continue_final_message=continue_final_message)
+        ids_BT, mask_BT = (t.to(self.device) for t in left_pad([ids]))
         return prefilling.run_prefill(self.lm, ids_BT, mask_BT, single=True)
 
     @torch.no_grad()
@@ -317,7 +324,7 @@ class GemModel(EmbeddingMixin):
         Args:
             messages: ``role`` and ``content`` of each message, the oldest first.
             max_new_tokens: Most tokens of the answer.
-            options: Those of transformers' `generate`.
+            options: Those of `prefill_chat` and of transformers' `generate`.
 
         Returns:
             The answer's text.
@@ -325,7 +332,8 @@ class GemModel(EmbeddingMixin):
         Raises:
             ValueError: The base model has no chat template.
         """
-        return str(self.generate(self.prefill_chat(messages), max_new_tokens=max_new_tokens, **options))
+        prefill = self.prefill_chat(messages, **pop_chat_options(options))
+        return str(self.generate(prefill, max_new_tokens=max_new_tokens, **options))
 
     # Recovery
 

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from gemify.model.gem import GemModel, Message
+from gemify.model.chat_template import Message, pop_chat_options
+from gemify.model.gem import GemModel
 from gemify.model.prefill import Prefill, find_eos_ids
 
 _Queue = SimpleQueue[str | BaseException | None]
@@ -103,10 +104,10 @@ def stream_chat(gem: GemModel, messages: Sequence[Message], **options: Any) -> T
     Args:
         gem: The model.
         messages: ``role`` and ``content`` of each message, the oldest first.
-        options: Those of `stream`.
+        options: Those of `GemModel.prefill_chat` and of `stream`.
     """
     with gem.lock:
-        prefill = gem.prefill_chat(messages)
+        prefill = gem.prefill_chat(messages, **pop_chat_options(options))
     return stream(gem, prefill, **options)
 
 

@@ -257,18 +257,18 @@ def parse_bytes(text: str | None) -> int | None:
 
 
 class PassageCache:
-    """KV of passages. A passage runs as the first one of a conversation: ``prefix_ids``, ``label_ids``, passage.
+    """KV of passages. A passage runs as the first one of a conversation.
 
     Args:
         runner: runs what is not kept.
         store: where KV is kept. None: it is computed each time.
         prefix_ids: what every conversation begins with.
-        label_ids: what stands before the first passage.
+        before_ids: what stands before the first passage: the prefix and its number.
     """
 
-    def __init__(self, runner: PromptRunner, store: KvStore | None, prefix_ids: Ids, *, label_ids: Ids) -> None:
+    def __init__(self, runner: PromptRunner, store: KvStore | None, prefix_ids: Ids, *, before_ids: Ids) -> None:
         self._runner, self._store = runner, store
-        self.prefix_ids, self._label_ids = prefix_ids, label_ids
+        self.prefix_ids, self.before_ids = prefix_ids, before_ids
         self.computed = 0
         """Tokens run so far."""
 
@@ -280,9 +280,8 @@ class PassageCache:
             self._put(ids, kept.cache)
         return kept
 
-    def put(self, store: KvStore, passage: Ids) -> tuple[int, bool]:
-        """Compute and keep a passage's KV, unless it is kept already. Return its bytes, and whether it is new."""
-        ids = self.prefix_ids + self._label_ids + passage
+    def put(self, store: KvStore, ids: Ids) -> tuple[int, bool]:
+        """Compute and keep the KV of a prompt's start, unless it is kept. Return its bytes, and whether it is new."""
         if size := store.touch(ids):
             return size, False
         size = store.put(ids, self._run(ids).cache)
@@ -293,8 +292,8 @@ class PassageCache:
         gem = self._runner.gem
         if special:
             return tuple(gem.special_ids), shift_positions(gem.lm, self._special_tokens(passage), to - len(passage))
-        before = len(self.prefix_ids) + len(self._label_ids)
-        text = self.get(self.prefix_ids + self._label_ids + passage)
+        before = len(self.before_ids)
+        text = self.get(self.before_ids + passage)
         own = from_key_values(gem.lm, slice_key_values(text.cache, before, before + len(passage)))
         return passage, shift_positions(gem.lm, own, to - before)
 

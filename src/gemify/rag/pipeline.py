@@ -18,76 +18,25 @@ the runner differs (`gemify.rag.prompt_cache`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, get_args
+from itertools import takewhile
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from gemify.model.base import max_positions
-from gemify.model.chat_template import ChatPrompt, ChatTemplate, TokenizedMessage
+from gemify.model.chat_template import ChatTemplate, Message
 from gemify.model.gem import GemModel
-from gemify.model.kv_cache import CachedText
+from gemify.model.kv_cache import CachedText, common_prefix_length
 from gemify.model.prefill import Prefill
 from gemify.model.rope_shift import require_shiftable
+from gemify.rag.context import SYSTEM_PROMPT, QueryEmbedder, RetrievedPassage, SearchIndex, label, passage_text
 from gemify.rag.kv_store import KvStore, PassageCache
 from gemify.rag.prompt_cache import Ids, ModelRunner, PromptCache, PromptRunner
 
-SYSTEM_PROMPT = "You answer questions from the given passages, in a few words."
-
-
-class RetrievedPassage(Protocol):
-    """A passage that a search returned (`gemify.retrieval.index.Passage`)."""
-
-    @property
-    def text(self) -> str:
-        """The passage itself."""
-
-    @property
-    def title(self) -> str:
-        """Title of its file or row; may be empty."""
-
-    @property
-    def heading(self) -> str:
-        """Heading that it stands under; may be empty."""
-
-    @property
-    def file(self) -> str:
-        """File or row that it comes from."""
-
-    @property
-    def location(self) -> str:
-        """Where in the file, such as a page or a line; may be empty."""
-
-    @property
-    def score(self) -> float:
-        """How well it matches; higher is better."""
-
-
-def passage_text(passage: RetrievedPassage) -> str:
-    """Return a passage as it stands in a prompt: its heading or title, and its text."""
-    about = passage.heading or passage.title
-    return f"{about}: {passage.text}" if about else passage.text
-
-
 PromptOrder = Literal["question-first", "passages-first"]
 ContextMode = Literal["text", "concatenated", "special"]
-
-
-class QueryEmbedder(Protocol):
-    """A model that embeds questions."""
-
-    def encode_query(self, inputs: str) -> Any:
-        """Vector [D] of a question."""
-
-
-class SearchIndex(Protocol):
-    """An index (`gemify.retrieval.index.GemIndex`)."""
-
-    def search(
-        self, query: str, *, k: int = 10, mode: Any = "vector", vector: np.ndarray | None = None
-    ) -> Sequence[Any]:
-        """Return the ``k`` best passages for a question, whose vector [D] may be given."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +147,7 @@ class GemRag:
         apart = embedder is not None or not config.k or bool(prompted) or bool(gem.text_tokenizer.prefix_ids)
         self.reuses_query_cache = self.settings.order == "question-first" and not apart
         self.max_model_len: int | None = max_positions(gem.lm)
-        self.chat_template = chat_template or ChatTemplate(gem.tokenizer)
+        self.chat_template = chat_template or ChatTemplate(gem.tokenizer, own_system=self.settings.system)
         if kv is not None and self.settings.order == "question-first" and self.settings.context == "text":
             raise ValueError(
                 "kept caches need order 'passages-first' (exact) or context 'concatenated' or 'special'"
@@ -208,13 +157,17 @@ class GemRag:
             raise ValueError("this model has no special tokens: choose context text or concatenated")
         if self.settings.context != "text":
             require_shiftable(gem.lm)
-        empty = self.chat_template.apply([*self.system_messages(), TokenizedMessage("user", ())])
-        prefix_ids = empty.ids[: empty.content_starts[-1]]
-        self.passage_cache = PassageCache(self.runner, kv, prefix_ids, label_ids=self.chat_template.encode("[1] "))
+        self.passage_cache = PassageCache(
+            self.runner, kv, self.stable_prefix(""), before_ids=self.stable_prefix(label(1))
+        )
 
-    def system_messages(self) -> list[TokenizedMessage]:
+    def system_messages(self) -> list[Message]:
         """The system message that conversations begin with, if there is one."""
-        return [self.chat_template.message("system", self.settings.system)] if self.settings.system else []
+        return [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+
+    def stable_prefix(self, content: str) -> Ids:
+        """The ids of a conversation whose first question begins with these words."""
+        return self.chat_template.stable_prefix([*self.system_messages(), {"role": "user", "content": content}])
 
     def ask(self, question: str, *, on_text: Callable[[str], None] | None = None, **options: Any) -> Answer:
         """Answer one question.
@@ -237,53 +190,70 @@ class GemRag:
         self.runner.cache_prefix(self.passage_cache.prefix_ids)
         made, held, budget = 0, 0, self.kv.budget_bytes  # caches of other passages give way to these
         for passage in passages:
-            size, new = self.passage_cache.put(self.kv, self.chat_template.encode(passage_text(passage) + "\n\n"))
+            ids = self.stable_prefix(label(1) + passage_text(passage))
+            size, new = self.passage_cache.put(self.kv, ids)
             made, held = made + new, held + size
             if budget is not None and held + size > budget:
                 break
         return made
 
-    def conversation(self, history: Sequence[Mapping[str, str]] = ()) -> Conversation:
+    def conversation(self, history: Sequence[Message] = ()) -> Conversation:
         """Start a conversation, whose cache is carried from question to question.
 
         Args:
             history: messages before the first question, with the keys ``role`` and ``content``. They are never
                 forgotten. A system message among them takes the place of the settings'.
         """
-        return Conversation(self, [self.chat_template.message(m["role"], m["content"]) for m in history])
+        return Conversation(self, history)
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """A message, and where in its content passages stand whose KV is moved there."""
+
+    message: Message
+    passages: tuple[tuple[int, int], ...] = ()
 
 
 class Conversation:
-    """Questions and answers in one growing prompt (`PromptCache`): no message is run twice.
+    """Questions and answers in one growing prompt (`PromptCache`): what of it has run is not run again.
 
     Args:
         rag: what answers.
         history: messages before the first question.
     """
 
-    def __init__(self, rag: GemRag, history: Sequence[TokenizedMessage] = ()) -> None:
+    def __init__(self, rag: GemRag, history: Sequence[Message] = ()) -> None:
         self.rag = rag
         rag.runner.cache_prefix(rag.passage_cache.prefix_ids)
         self.prompt = PromptCache(rag.runner)
-        has_system = any(message.role == "system" for message in history)
-        self.messages = [*([] if has_system else rag.system_messages()), *history]
-        self._num_fixed = len(self.messages)
+        has_system = any(message["role"] == "system" for message in history)
+        self._turns = [_Turn(message) for message in [*([] if has_system else rag.system_messages()), *history]]
+        self._num_fixed = len(self._turns)
         self._max_new_tokens = rag.settings.max_new_tokens
+        self._ids: Ids = ()
+        self._slices: list[tuple[int, int]] = []
+        """Where in ``_ids``, the last prompt as text, the passages of all turns stand."""
+
+    @property
+    def messages(self) -> list[Message]:
+        """The messages so far."""
+        return [turn.message for turn in self._turns]
 
     def ask(self, question: str, *, on_text: Callable[[str], None] | None = None, **options: Any) -> Answer:
         """Answer the next question; see `GemRag.ask`."""
         watch = _Stopwatch()
         generate = {"max_new_tokens": self.rag.settings.max_new_tokens, **self.rag.settings.generate, **options}
-        messages = list(self.messages)
+        turns = list(self._turns)
         prepared = self.prepare(question, max_new_tokens=int(generate["max_new_tokens"]))
         computed = self.prompt.computed
         try:
             prefill = self.prompt.extend_to(prepared.ids)
             answer = self.prompt.generate(prefill, on_text=on_text, on_token=watch.token, **generate)
         except BaseException:
-            self.messages = messages
+            self._turns = turns
             raise
-        self.messages.append(TokenizedMessage("assistant", answer.ids))
+        self._turns.append(_Turn({"role": "assistant", "content": answer.text}))
         computed = prepared.computed + self.prompt.computed - computed
         total = watch.total()
         timing = Timing(prepared.embed_s, prepared.search_s, watch.first_token or total, total, computed)
@@ -304,7 +274,7 @@ class Conversation:
         settings, cache = self.rag.settings, self.rag.passage_cache
         self._max_new_tokens = settings.max_new_tokens if max_new_tokens is None else max_new_tokens
         self._make_room()
-        watch, messages, before = _Stopwatch(), list(self.messages), self.prompt.computed + cache.computed
+        watch, turns, before = _Stopwatch(), list(self._turns), self.prompt.computed + cache.computed
         try:
             vector = None if settings.mode == "fts" else self.embed_question(question)
             embed_s = watch.lap()
@@ -315,20 +285,21 @@ class Conversation:
             ids = self._lay_out(question, passages)
             start = self.prompt.cut_to(ids)
         except BaseException:
-            self.messages = messages
+            self._turns = turns
             raise
         computed = self.prompt.computed + cache.computed - before
         return PreparedPrompt(ids, start, tuple(passages), computed, embed_s, search_s)
 
     def embed_question(self, question: str) -> np.ndarray:
         """Vector [D] of the next question: from the prompt that its answer goes on from, or of the question alone."""
-        if not self.rag.reuses_query_cache:
-            return np.asarray(self.rag.embedder.encode_query(question))
-        question_ids = self.rag.chat_template.encode(question)
-        layout = self._fit(TokenizedMessage("user", question_ids))
-        start = layout.content_starts[-1]
-        vector: np.ndarray = self.prompt.extend_and_embed(layout.ids[: start + len(question_ids)], start=start).numpy()
-        return vector
+        if self.rag.reuses_query_cache:
+            turn = _Turn({"role": "user", "content": question})
+            ids = self._fit(turn)
+            start, end = self.rag.chat_template.content_span([*self.messages, turn.message])
+            if start < end:
+                vector: np.ndarray = self.prompt.extend_and_embed(ids[:end], start=start).numpy()
+                return vector
+        return np.asarray(self.rag.embedder.encode_query(question))
 
     def prefill(self, question: str, passages: Sequence[RetrievedPassage]) -> Prefill:
         """Run the prompt of the next question and its passages, up to where the answer starts.
@@ -347,52 +318,90 @@ class Conversation:
 
     def _lay_out(self, question: str, passages: Sequence[RetrievedPassage]) -> Ids:
         """Add the question to the messages. Return the prompt's ids, of which the prompt cache holds what is kept."""
-        rag, encode = self.rag, self.rag.chat_template.encode
-        question_ids = encode(question)
-        parts = [(encode(f"[{n}] "), encode(passage_text(p) + "\n\n")) for n, p in enumerate(passages, 1)]
-        question_first = rag.settings.order == "question-first"
-        before, after = (question_ids + (encode("\n\n") if parts else ()), ()) if question_first else ((), question_ids)
+        rag, parts = self.rag, [label(n) + passage_text(p) for n, p in enumerate(passages, 1)]
+        if rag.settings.order == "passages-first":
+            before, after = "", question
+        else:
+            before, after = question + ("\n\n" if parts else ""), ""
+        spans, at = [], len(before)
+        for n, part in enumerate(parts, 1):
+            spans.append((at + len(label(n)), at + len(part)))
+            at += len(part) + len("\n\n")
+        message = {"role": "user", "content": before + "".join(part + "\n\n" for part in parts) + after}
         if rag.settings.context != "text":
-            return self._lay_out_moved(before, parts, after)
-        context = tuple(i for label, text in parts for i in label + text)
-        message = TokenizedMessage("user", before + context + after)
-        layout = self._fit(message)
-        self.messages.append(message)
-        if parts and rag.kv is not None and layout.ids[: layout.content_starts[-1]] == rag.passage_cache.prefix_ids:
+            turn = _Turn(message, tuple(spans))
+            self._fit(turn)
+            self._turns.append(turn)
+            return self._move_passages()
+        ids = self._fit(_Turn(message))
+        self._turns.append(_Turn(message))
+        if parts and rag.kv is not None and len(self._turns) == self._num_fixed + 1:
             # the first passage of a conversation: just where its kept cache stood
-            first = rag.passage_cache.prefix_ids + parts[0][0] + parts[0][1]
-            self.prompt.load(first, rag.passage_cache.get(first))
-        return layout.ids
+            first = rag.stable_prefix(parts[0])
+            if ids[: len(first)] == first:
+                self.prompt.load(first, rag.passage_cache.get(first))
+        return ids
 
-    def _lay_out_moved(self, before: Ids, parts: Sequence[tuple[Ids, Ids]], after: Ids) -> Ids:
-        """`_lay_out` with caches that are moved to their positions; what stands before them runs."""
-        rag, prompt = self.rag, self.prompt
-        special = rag.settings.context == "special"
-        num_moved = sum(len(label) + (len(rag.gem.special_ids) if special else len(text)) for label, text in parts)
-        layout = self._fit(TokenizedMessage("user", before + after), num_moved=num_moved)
-        start = layout.content_starts[-1]
-        prompt.extend_to(layout.ids[: start + len(before)])
-        for label, text in parts:
-            prompt.append(label)
-            prompt.concatenate(*rag.passage_cache.moved(text, to=len(prompt.ids), special=special))
-        self.messages.append(TokenizedMessage("user", prompt.ids[start:] + after))
-        return prompt.ids + layout.ids[start + len(before) :]
+    def _move_passages(self) -> Ids:
+        """Put the passages' caches, moved to their positions, into the prompt cache; what stands before them runs."""
+        rag, prompt, special = self.rag, self.prompt, self.rag.settings.context == "special"
+        ids, slices = self._lay_out_slices(self._turns)
+        target: list[int] = []
+        places: list[tuple[int, int, Ids]] = []
+        done = 0
+        for start, end in sorted(slices):
+            if start == end or start < done:
+                continue  # the template left it out, or took it apart: it is text
+            target += ids[done:start]
+            places.append((len(target), len(target) + self._moved_length(start, end), ids[start:end]))
+            target += rag.gem.special_ids if special else ids[start:end]
+            done = end
+        target += ids[done:]
+        known = common_prefix_length(prompt.ids, target)
+        for start, end, passage in places:
+            if end <= known:
+                continue  # stands there already
+            if start <= known:
+                prompt.cut_to(target[: start + 1])
+            if len(prompt.ids) < start:
+                prompt.extend_to(target[:start])
+            prompt.concatenate(*rag.passage_cache.moved(passage, to=start, special=special))
+            known = end
+        self._ids, self._slices = ids, slices
+        return tuple(target)
 
-    def _fit(self, message: TokenizedMessage, *, num_moved: int = 0) -> ChatPrompt:
-        """Lay out the prompt with one more message; forget old ones until further tokens and the answer fit too."""
-        messages, limit = list(self.messages), self.rag.max_model_len
+    def _moved_length(self, start: int, end: int) -> int:
+        """Positions that a passage of these ids takes in the prompt."""
+        special = self.rag.settings.context == "special" and start < end
+        return len(self.rag.gem.special_ids) if special else end - start
+
+    def _lay_out_slices(self, turns: Sequence[_Turn]) -> tuple[Ids, list[tuple[int, int]]]:
+        """The prompt's ids as text, and where in them the passages stand."""
+        template, messages = self.rag.chat_template, [turn.message for turn in turns]
+        ids = template.apply(messages)
+        common = common_prefix_length(self._ids, ids)
+        slices = list(takewhile(lambda place: place[1] <= common, self._slices))
+        for index, span in [(i, span) for i, turn in enumerate(turns) for span in turn.passages][len(slices) :]:
+            prefixes = (template.stable_prefix(messages, index=index, length=length) for length in span)
+            start, end = (common_prefix_length(prefix, ids) for prefix in prefixes)
+            slices.append((start, max(start, end)))
+        return ids, slices
+
+    def _fit(self, turn: _Turn) -> Ids:
+        """Lay out the prompt with one more turn; forget old ones until the answer fits too. Return the ids as text."""
+        turns, limit = list(self._turns), self.rag.max_model_len
         while True:
-            layout = self.rag.chat_template.apply([*messages, message])
-            tokens = len(layout.ids) + num_moved
+            ids, slices = self._lay_out_slices([*turns, turn])
+            tokens = len(ids) + sum(self._moved_length(*place) - (place[1] - place[0]) for place in slices)
             if limit is None or tokens + self._max_new_tokens <= limit:
-                self.messages = messages
-                return layout
-            if len(messages) == self._num_fixed:
+                self._turns = turns
+                return ids
+            if len(turns) == self._num_fixed:
                 raise ValueError(
                     f"the prompt has {tokens} tokens and the answer may have {self._max_new_tokens}, this model takes"
                     f" {limit} in all: use fewer passages, a shorter question or shorter answers"
                 )
-            self._forget(messages)
+            self._forget(turns)
 
     def _make_room(self) -> None:
         """Forget the oldest messages, so that a quarter of the model's positions is left for the next passages."""
@@ -400,12 +409,15 @@ class Conversation:
         if limit is None:
             return
         max_tokens = limit - self._max_new_tokens - limit // 4
-        while len(self.messages) > self._num_fixed and sum(len(m.ids) for m in self.messages) > max_tokens:
-            self._forget(self.messages)
+        while len(self._turns) > self._num_fixed:
+            ids, slices = self._lay_out_slices(self._turns)
+            if len(ids) + sum(self._moved_length(*place) - (place[1] - place[0]) for place in slices) <= max_tokens:
+                return
+            self._forget(self._turns)
 
-    def _forget(self, messages: list[TokenizedMessage]) -> None:
-        """Drop the oldest question and answer; all, where passages are special tokens, whose KV no ids give again."""
-        del messages[self._num_fixed : None if self.rag.settings.context == "special" else self._num_fixed + 2]
+    def _forget(self, turns: list[_Turn]) -> None:
+        """Drop the oldest question and answer; all, where passages are special tokens: their KV is not made again."""
+        del turns[self._num_fixed : None if self.rag.settings.context == "special" else self._num_fixed + 2]
 
 
 class _Stopwatch:

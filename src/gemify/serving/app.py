@@ -18,7 +18,7 @@ from starlette.responses import Response
 
 from gemify import __version__
 from gemify.engine.sampling import SamplingParams
-from gemify.rag.pipeline import SearchIndex
+from gemify.rag.context import SearchIndex
 from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.dispatch import EngineClient
 from gemify.serving.errors import ApiError, bad_request

@@ -33,12 +33,13 @@ from gemify.engine.requests import (
     PrefillOutput,
     PromptStart,
 )
-from gemify.model.chat_template import ChatTemplate
+from gemify.model.chat_template import ChatTemplate, Message
 from gemify.model.forward import special_pass
 from gemify.model.gem import GemModel
 from gemify.model.kv_cache import CachedText
+from gemify.rag.context import SearchIndex
 from gemify.rag.kv_store import KvStore, kv_store_factory
-from gemify.rag.pipeline import GemRag, PreparedPrompt, RagSettings, SearchIndex
+from gemify.rag.pipeline import GemRag, PreparedPrompt, RagSettings
 from gemify.rag.prompt_cache import Ids, PromptRun
 from gemify.serving.dispatch import SubmitFn
 from gemify.serving.settings import ServerSettings
@@ -178,7 +179,9 @@ class RagService:
     def __init__(self, engine: Engine, index: SearchIndex, *, kv: KvStore | None) -> None:
         self._engine, self._index, self._kv = engine, index, kv
         self._settings = RagSettings(order="question-first" if kv is None else "passages-first")
-        self._template = ChatTemplate(copy.deepcopy(engine.gem.tokenizer))  # the model's own is the engine's
+        self._template = ChatTemplate(
+            copy.deepcopy(engine.gem.tokenizer), own_system=self._settings.system
+        )  # the model's own is the engine's
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="gemify-rag")
 
     def close(self) -> None:
@@ -187,8 +190,9 @@ class RagService:
 
     async def prepare(
         self,
-        messages: Sequence[dict[str, str]],
+        messages: Sequence[Message],
         *,
+        bind: Callable[[ChatTemplate], ChatTemplate],
         k: int,
         mode: str,
         max_tokens: int,
@@ -200,6 +204,7 @@ class RagService:
 
         Args:
             messages: the conversation, with the keys ``role`` and ``content``; the last one is the question.
+            bind: gives the chat template the request's variables.
             k: how many passages.
             mode: of the search.
             max_tokens: positions that the answer needs.
@@ -210,7 +215,7 @@ class RagService:
         Raises:
             ValueError: a prompt that does not fit the model, or a search that cannot be made.
         """
-        exact = self._kv is None
+        exact, template = self._kv is None, bind(self._template)
         runner = EngineRunner(
             self._engine, tokenize_query=tokenize_query, charge=charge, cache_salt=cache_salt, is_exact=exact
         )
@@ -222,7 +227,7 @@ class RagService:
                 kv=self._kv,
                 settings=replace(self._settings, passages=k, mode=mode),
                 runner=runner,
-                chat_template=self._template,
+                chat_template=template,
             )
             with torch.inference_mode():
                 conversation = rag.conversation(messages[:-1])

@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from starlette.requests import HTTPConnection, Request
 
 from gemify.engine.engine import EngineStats
-from gemify.rag.pipeline import SearchIndex
+from gemify.rag.context import SearchIndex
 from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.errors import ApiError, too_many_requests
 from gemify.serving.rag import RagService

@@ -20,10 +20,10 @@ from gemify.model.base import max_positions
 from gemify.model.chat_template import ChatTemplate
 from gemify.model.gem import GemModel
 from gemify.model.tokenization import TextTokenizer
-from gemify.serving.errors import bad_request
+from gemify.serving.errors import bad_request, unsupported_parameter
 
 if TYPE_CHECKING:
-    from gemify.serving.protocol.requests import ChatMessage, Input
+    from gemify.serving.protocol.requests import ChatMessage, CreateChatCompletionRequest, Input
 
 T = TypeVar("T")
 _THREADS = 2
@@ -96,10 +96,10 @@ class RequestTokenizer:
                 self._require_fit(item, self._max_model_len)
         return [item if isinstance(item, list) else await self.run_in_thread(self._prompt, item) for item in given]
 
-    async def tokenize_chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    async def tokenize_chat(self, body: CreateChatCompletionRequest) -> tuple[int, ...]:
         """Tokenize a conversation, up to where the answer starts."""
-        self.require_chat(messages)
-        return await self.run_in_thread(self._chat, messages)
+        self.require_chat(body.messages)
+        return await self.run_in_thread(self._chat, body)
 
     def require_chat(self, messages: Sequence[ChatMessage]) -> None:
         """Raise ApiError 400 if there is no chat template, or a message is too long."""
@@ -134,13 +134,32 @@ class RequestTokenizer:
     def _prompt(self, text: str) -> list[int]:
         return self._tokenizer().texts.tokenize_prompts([text], add_special_tokens=True, vocab_size=self._vocab_size)[0]
 
-    def _chat(self, messages: Sequence[ChatMessage]) -> tuple[int, ...]:
+    def _chat(self, body: CreateChatCompletionRequest) -> tuple[int, ...]:
         chat = self._tokenizer().chat
         assert chat is not None
         try:
-            return chat.apply([chat.message(chat_role(m), m.content) for m in messages]).ids
+            return bind_template(chat, body).apply(
+                [{"role": chat_role(m), "content": m.content} for m in body.messages],
+                continue_final_message=bool(body.continue_final_message),
+                add_generation_prompt=body.add_generation_prompt is not False,
+            )
         except ValueError as error:
             raise bad_request(first_line(error), "messages") from error
+
+
+def bind_template(template: ChatTemplate, body: CreateChatCompletionRequest) -> ChatTemplate:
+    """Return the template with the variables that a request sets; ApiError 400 for one that it cannot honour."""
+    variables = dict(body.chat_template_kwargs or {})
+    if body.reasoning_effort is not None:
+        variables["reasoning_effort"] = body.reasoning_effort
+        if not template.reads("reasoning_effort"):
+            raise unsupported_parameter(
+                "reasoning_effort", "this model's chat template reads none: give its own words in chat_template_kwargs"
+            )
+    try:
+        return template.bind(variables)
+    except ValueError as error:
+        raise bad_request(str(error), "chat_template_kwargs") from error
 
 
 def chat_role(message: ChatMessage) -> str:

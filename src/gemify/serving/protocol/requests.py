@@ -287,6 +287,18 @@ class CreateChatCompletionRequest(_GenerationRequest):
     )
     logprobs: bool | None = Field(default=None, description="Log probabilities of the tokens.")
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Of so many others at each place.")
+    continue_final_message: bool | None = Field(
+        default=None, description="The answer goes on from the last message, which should be the assistant's."
+    )
+    add_generation_prompt: bool | None = Field(
+        default=None, description="False: the prompt ends after the last message. Default true."
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="Variables for the model's chat template, such as enable_thinking."
+    )
+    reasoning_effort: str | None = Field(
+        default=None, max_length=100, description="For chat templates that read it; others refuse it."
+    )
     gemify: GemifyOptions | None = None
 
     @model_validator(mode="before")
@@ -311,6 +323,12 @@ class CreateChatCompletionRequest(_GenerationRequest):
     def _require_logprobs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: needs logprobs true")
+        return self
+
+    @model_validator(mode="after")
+    def _require_one_end(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message: needs add_generation_prompt false")
         return self
 
 

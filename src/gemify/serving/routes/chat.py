@@ -21,7 +21,7 @@ from gemify.serving.protocol.responses import CreateChatCompletionResponse, Crea
 from gemify.serving.rag import RagPrompt
 from gemify.serving.request_body import JsonRoute
 from gemify.serving.state import get_key_name, get_state
-from gemify.serving.tokenization import chat_role
+from gemify.serving.tokenization import bind_template, chat_role
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -47,7 +47,7 @@ async def create_chat_completion(body: CreateChatCompletionRequest, request: Req
         ids, start, charged_tokens = prompt.ids, prompt.start, prompt.charged_tokens
         gemify_fields["sources"] = [p.to_json() for p in prompt.passages]
     else:
-        ids = await state.tokenizer.tokenize_chat(body.messages)
+        ids = await state.tokenizer.tokenize_chat(body)
     handler = CompletionHandler(
         request,
         body,
@@ -70,6 +70,8 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
         raise bad_request(
             "gemify.search looks for the last message, which must be the user's and not empty", "messages"
         )
+    if body.continue_final_message or body.add_generation_prompt is False:
+        raise bad_request("gemify.search answers in a new message: leave continue_final_message out", "messages")
     state.tokenizer.require_chat(body.messages)
     assert state.rag is not None
 
@@ -82,6 +84,7 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
 
     work = state.rag.prepare(
         [{"role": chat_role(message), "content": message.content} for message in body.messages],
+        bind=lambda template: bind_template(template, body),
         k=search.k,
         mode=search.mode,
         max_tokens=body.max_completion_tokens or body.max_tokens or 1,
