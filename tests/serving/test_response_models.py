@@ -9,8 +9,8 @@ import pytest
 
 from gemify.engine.requests import Completion, TokenDelta
 from gemify.engine.sampling import TokenLogprob
-from gemify.serving.completion import ChoiceState, Kind, ResponseBuilder, build_usage
 from gemify.serving.protocol.responses import ApiModel, GemifyFields
+from gemify.serving.response_builder import ChoiceState, Kind, ResponseBuilder, build_usage
 
 HEAD = {"chat": "chat.completion.chunk", "completion": "text_completion"}
 TOP = TokenLogprob(6, "\N{REPLACEMENT CHARACTER}", b"\xff", -float("inf"))

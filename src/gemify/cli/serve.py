@@ -53,6 +53,10 @@ def serve(
     served_model_name: Annotated[
         str | None, typer.Option(help="What clients call the model. [default: the directory's name]")
     ] = None,
+    strict: Annotated[
+        bool | None,
+        typer.Option("--strict", help="Refuse requests with unknown fields. [default: a header names them]"),
+    ] = None,
     log_prompts: Annotated[bool | None, typer.Option("--log-prompts", help="Log what clients send.")] = None,
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the base model.")

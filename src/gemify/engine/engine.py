@@ -12,6 +12,7 @@ request is gone by the next one.
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,14 @@ from dataclasses import dataclass
 
 import torch
 
+from gemify.engine.grammar import GrammarCompiler
 from gemify.engine.requests import EmbeddingRequest, GenerationRequest, Listener, PromptStart, QueueFullError
 from gemify.engine.sampling import SamplingParams
 from gemify.engine.scheduler import EmbeddingScheduler, GenerationScheduler
 from gemify.engine.worker import RequestT, Worker, release_threads
 from gemify.model.base import max_positions
 from gemify.model.gem import GemModel
+from gemify.model.prefill import find_eos_ids
 from gemify.model.rope_shift import has_dynamic_rope
 
 
@@ -178,6 +181,9 @@ class Engine:
         self._require_prompt(ids, sampling.max_tokens, embedded=embed_prompt)
         if unknown := [i for i in sampling.logit_bias if not 0 <= i < self._vocabulary]:
             raise ValueError(f"logit_bias must name tokens 0..{self._vocabulary - 1}, got {unknown[0]}")
+        self._require_ids("stop_token_ids", sampling.stop_token_ids)
+        if sampling.prompt_logprobs is not None and start is not None:
+            raise ValueError("prompt_logprobs are those of a whole prompt: leave out the start that has run")
         num_tokens = len(ids) + sampling.max_tokens
         if n > 1 and (needed := self._scheduler.kv_bytes_for(n, num_tokens)) > self._kv_cache_bytes:
             raise ValueError(
@@ -271,6 +277,12 @@ class Engine:
         request = GenerationRequest(ids, sampling, listener, n=1, is_recovery=True)
         self._add_request(self.generation_worker, request)
         return request
+
+    def grammar_compiler(self) -> GrammarCompiler:
+        """Return a compiler of grammars for this model's tokens, with a copy of its tokenizer."""
+        eos_ids = find_eos_ids(self.gem.lm, self.gem.tokenizer)
+        vocab_size = self.gem.lm.get_output_embeddings().weight.shape[0]
+        return GrammarCompiler(copy.deepcopy(self.gem.tokenizer), vocab_size=vocab_size, eos_ids=eos_ids)
 
     def stats(self) -> EngineStats:
         """Counters as of the last steps; the queue's size includes requests accepted since."""

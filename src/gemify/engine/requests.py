@@ -23,6 +23,13 @@ class TokenDelta:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """The prompt's tokens in order, each with its log probability; of the first one, which has none, it is NaN."""
+
+    tokens: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True)
 class Completion:
     """One of the request's ``n`` sequences is complete."""
 
@@ -75,7 +82,7 @@ class Done:
     """The last event of every request, also of a cancelled one."""
 
 
-Event = TokenDelta | Completion | EmbeddingOutput | PrefillOutput | Failed | Done
+Event = TokenDelta | Completion | PromptLogprobs | EmbeddingOutput | PrefillOutput | Failed | Done
 Listener = Callable[[Event], None]
 
 
@@ -176,6 +183,8 @@ class GenerationRequest(EngineRequest):
         self.cached_tokens = 0 if start is None else start.cached_tokens
         self.is_exact = start is None or start.is_exact
         self.num_unfinished = n
+        self.prompt_logprobs: list[TokenLogprob] = []
+        """Of the tokens that have run, if the sampling parameters ask for them."""
 
     @property
     def num_items(self) -> int:

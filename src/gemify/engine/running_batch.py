@@ -27,13 +27,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemify.engine.requests import Completion, Done, GenerationRequest, TokenDelta
-from gemify.engine.sampling import Sampler, TokenBytes, TokenLogprob, top_logprobs
+from gemify.engine.sampling import Sampler, TokenBytes, TokenLogprob, token_logprob
 from gemify.model.forward import left_pad
 from gemify.model.gem import GemModel
 from gemify.model.kv_cache import (
     CachedText,
     RunningCache,
     cache_argument,
+    fork,
     from_key_values,
     keeps_all_positions,
     key_values,
@@ -149,6 +150,17 @@ def prefill_batch(
     return [(_cut_row(lm, handle, row), handle.logits_BV[row : row + 1]) for row in range(len(prefixes))]
 
 
+def prefill_with_logits(lm: PreTrainedModel, prefix: CachedText, ids: Sequence[int]) -> tuple[CachedText, Tensor]:
+    """Run token ids after a prefix. Return the text with its KV, and the logits [T, V] after each of the ids."""
+    cache, start = fork(prefix.cache), prefix.mask_BT.shape[1]
+    position_ids = torch.arange(start, start + len(ids), device=lm.device)[None]
+    ids_1T = torch.tensor([ids], device=lm.device)
+    mask_1T = torch.ones(1, start + len(ids), dtype=torch.bool, device=lm.device)
+    passed = {"attention_mask": mask_1T.long(), "position_ids": position_ids, **cache_argument(cache)}
+    out = lm(input_ids=ids_1T, use_cache=True, **passed)
+    return CachedText(cache, mask_1T), out.logits[0]
+
+
 def _stack(lm: PreTrainedModel, texts: Sequence[CachedText]) -> CachedText:
     """Stack texts of one row each into a batch, padded on the left."""
     lengths = [text.mask_BT.shape[1] for text in texts]
@@ -179,12 +191,21 @@ class GeneratedSequence:
     def __init__(self, gem: GemModel, request: GenerationRequest, index: int, token_bytes: TokenBytes) -> None:
         self.request, self.index = request, index
         self.finished = False
-        self._sampler = Sampler(request.sampling, index=index)
+        params = request.sampling
         self._token_bytes = token_bytes
         self._new_text: list[str] = []
         self._pieces = IncrementalDetokenizer(
-            gem, sink=self._new_text.append, stop=request.sampling.stop, max_new_tokens=request.sampling.max_tokens
+            gem,
+            sink=self._new_text.append,
+            stop=params.stop,
+            max_new_tokens=params.max_tokens,
+            min_new_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
         )
+        if params.ignore_eos:
+            self._pieces.eos_ids = set()
+        self._pieces.eos_ids = self._pieces.eos_ids | set(params.stop_token_ids)
+        self._sampler = Sampler(params, index=index, prompt_ids=request.ids, end_ids=self._pieces.eos_ids)
 
     @property
     def ids(self) -> list[int]:
@@ -203,24 +224,27 @@ class GeneratedSequence:
         """
         params = self.request.sampling
         token = argmax_id if params.is_greedy else self._sampler.sample(logits_V)
-        stopped = self._pieces.append([token])
-        finished = stopped or token in self._pieces.eos_ids or len(self.ids) >= params.max_tokens
-        if finished:
+        if token in params.stop_token_ids:
             self._pieces.finish()
+            self.ids.append(token)  # its text is none of the answer's
+            finished = True
+        else:
+            stopped = self._pieces.append([token])
+            finished = stopped or self._sampler.done or token in self._pieces.eos_ids
+            finished = finished or len(self.ids) >= params.max_tokens
+            if finished:
+                self._pieces.finish()
         text, self._new_text[:] = "".join(self._new_text), []
-        tokens = () if params.top_logprobs is None else (self._logprob(logits_V, token, params.top_logprobs),)
+        tokens: tuple[TokenLogprob, ...] = ()
+        if params.top_logprobs is not None:
+            tokens = (token_logprob(self._token_bytes, logits_V, token, params.top_logprobs),)
         if text or tokens:
             self.request.emit(TokenDelta(self.index, text, tokens))
         if finished:
-            self.request.emit(Completion(self.index, self._pieces.finish_reason, len(self.ids)))
+            reason = "stop" if self._sampler.done else self._pieces.finish_reason
+            self.request.emit(Completion(self.index, reason, len(self.ids)))
             self.request.num_unfinished -= 1
             if not self.request.num_unfinished:
                 self.request.emit(Done())
             self.finished = True
         return finished
-
-    def _logprob(self, logits_V: Tensor, token: int, count: int) -> TokenLogprob:
-        (chosen, *top) = (
-            TokenLogprob(i, *self._token_bytes(i), logprob) for i, logprob in top_logprobs(logits_V, token, count)
-        )
-        return TokenLogprob(chosen.id, chosen.text, chosen.data, chosen.logprob, tuple(top))

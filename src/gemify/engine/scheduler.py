@@ -9,20 +9,36 @@ waiting requests --> schedule --> prefill --> running batch --> decode --> finis
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from gemify.engine.requests import Done, EmbeddingOutput, EmbeddingRequest, GenerationRequest, PrefillOutput
-from gemify.engine.running_batch import GeneratedSequence, RunningBatch, prefill_batch, supports_batched_prefill
-from gemify.engine.sampling import TokenBytes
+from gemify.engine.requests import (
+    Done,
+    EmbeddingOutput,
+    EmbeddingRequest,
+    GenerationRequest,
+    PrefillOutput,
+    PromptLogprobs,
+)
+from gemify.engine.running_batch import (
+    GeneratedSequence,
+    RunningBatch,
+    prefill_batch,
+    prefill_with_logits,
+    supports_batched_prefill,
+)
+from gemify.engine.sampling import TokenBytes, TokenLogprob, token_logprob
 from gemify.model.encode import encode_ids
 from gemify.model.forward import length_groups, special_pass, text_pass
 from gemify.model.gem import GemModel
-from gemify.model.kv_cache import CachedText, PrefixCache, size_in_bytes
+from gemify.model.kv_cache import CachedText, PrefixCache, empty_text, size_in_bytes
 from gemify.model.prefill import Prefill
+
+_MAX_SCORED_TOKENS = 512  # tokens of a prompt whose logits are in memory at a time
 
 
 class GenerationScheduler:
@@ -88,8 +104,13 @@ class GenerationScheduler:
             requests = self._schedule_prefill(budget)
             try:
                 # 2) Prefill: run them; each complete prompt adds its sequences to the running batch.
-                recovery = requests[0].is_recovery
-                budget -= self._prefill_recovery(requests[0]) if recovery else self._run_prefill(requests, budget)
+                first = requests[0]
+                if first.is_recovery:
+                    budget -= self._prefill_recovery(first)
+                elif first.sampling.prompt_logprobs is not None:
+                    budget -= self._prefill_scored(first, first.sampling.prompt_logprobs, budget)
+                else:
+                    budget -= self._run_prefill(requests, budget)
             except Exception as error:
                 for request in requests:
                     self._fail(request, error)
@@ -136,7 +157,9 @@ class GenerationScheduler:
         longest = 0
         for request in self.waiting:
             longest = max(longest, len(request.ids) - request.num_prefilled)
-            alone = request.is_recovery or not self._batched_prefill or longest * (len(chosen) + 1) > budget
+            scored = request.sampling.prompt_logprobs is not None
+            alone = request.is_recovery or scored or not self._batched_prefill
+            alone = alone or longest * (len(chosen) + 1) > budget
             if chosen and (alone or not self._can_allocate([*chosen, request]) or self._must_wait(request, chosen)):
                 break
             chosen.append(request)
@@ -170,6 +193,26 @@ class GenerationScheduler:
                 self._finish_prefill(request, text, logits_BV)
         self._counts["prompt_tokens"] += sum(map(len, parts))
         return len(parts) * max(map(len, parts))
+
+    def _prefill_scored(self, request: GenerationRequest, count: int, budget: int) -> int:
+        """Run as much of a prompt as the budget allows, all of it anew, and keep its tokens' log probabilities."""
+        if request.prefilled is None:
+            request.prefilled = empty_text(self._gem.lm)
+        start = request.num_prefilled
+        ids = request.ids[start : start + min(budget, _MAX_SCORED_TOKENS)]
+        request.prefilled, logits_TV = prefill_with_logits(self._gem.lm, request.prefilled, ids)
+        if not start:
+            first = request.ids[0]
+            request.prompt_logprobs.append(TokenLogprob(first, *self._token_bytes(first), math.nan))
+        request.prompt_logprobs += [
+            token_logprob(self._token_bytes, logits_V, token, count)
+            for logits_V, token in zip(logits_TV, request.ids[start + 1 :], strict=False)
+        ]
+        self._counts["prompt_tokens"] += len(ids)
+        if request.num_prefilled == len(request.ids):
+            request.emit(PromptLogprobs(tuple(request.prompt_logprobs)))
+            self._finish_prefill(request, request.prefilled, logits_TV[-1:])
+        return len(ids)
 
     def _finish_prefill(self, request: GenerationRequest, text: CachedText, logits_BV: torch.Tensor) -> None:
         self.waiting.remove(request)

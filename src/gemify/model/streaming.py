@@ -154,6 +154,8 @@ class IncrementalDetokenizer(StoppingCriteria):
         sink: Called with each piece.
         stop: The text ends before the first of these strings.
         max_new_tokens: When generation ends at the latest, for ``finish_reason``.
+        min_new_tokens: Stop strings that are complete earlier do not count.
+        skip_special_tokens: Leave control tokens out of the text.
         prompt_tokens: How many of the criterion's first ids are the prompt's.
 
     Attributes:
@@ -169,6 +171,8 @@ class IncrementalDetokenizer(StoppingCriteria):
         sink: Callable[[str], None],
         stop: str | Sequence[str] | None = None,
         max_new_tokens: int,
+        min_new_tokens: int = 0,
+        skip_special_tokens: bool = True,
         prompt_tokens: int = 0,
     ) -> None:
         self._stops = [stop] if isinstance(stop, str) else list(stop or ())
@@ -178,6 +182,7 @@ class IncrementalDetokenizer(StoppingCriteria):
         self.prompt_tokens = prompt_tokens
         self.ids: list[int] = []
         self._sink, self._max_new_tokens, self._tokenizer = sink, max_new_tokens, gem.tokenizer
+        self._min_new_tokens, self._skip_special_tokens = min_new_tokens, skip_special_tokens
         self.eos_ids = find_eos_ids(gem.lm, gem.tokenizer)
         # A token may decode differently at the start of a text: new tokens are decoded after those of the last piece.
         self._from = self._read = 0
@@ -220,14 +225,15 @@ class IncrementalDetokenizer(StoppingCriteria):
             self._send(whole[len(self._text) :], last=True)
 
     def _decode(self, start: int, end: int) -> str:
-        return str(self._tokenizer.decode(self.ids[start:end], skip_special_tokens=True))
+        return str(self._tokenizer.decode(self.ids[start:end], skip_special_tokens=self._skip_special_tokens))
 
     def _send(self, new: str, *, last: bool = False) -> None:
         """Give out everything that cannot be the beginning of a stop string."""
         self._text += new
-        found = [at for s in self._stops if (at := self._text.find(s, self._sent)) >= 0]
+        stops = self._stops if len(self.ids) >= self._min_new_tokens else []
+        found = [at for s in stops if (at := self._text.find(s, self._sent)) >= 0]
         self._stopped = bool(found)
-        held = 0 if last else max((_partial_stop(s, self._text[self._sent :]) for s in self._stops), default=0)
+        held = 0 if last else max((_partial_stop(s, self._text[self._sent :]) for s in stops), default=0)
         until = min(found) if found else len(self._text) - held
         if until > self._sent:
             self._sink(self._text[self._sent : until])

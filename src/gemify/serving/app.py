@@ -107,6 +107,7 @@ def create_app(
         rate_limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
         metrics=Metrics(engine.stats),
         tokenizer=tokenizer,
+        grammars=engine.grammar_compiler(),
         rag=rag,
     )
     app = FastAPI(
@@ -134,7 +135,7 @@ def create_app(
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "Retry-After", "X-Gemify-Ignored"],
         )
     return app
 

@@ -17,6 +17,7 @@ from gemify.engine.requests import (
     Event,
     Failed,
     PrefillOutput,
+    PromptLogprobs,
     TokenDelta,
 )
 from gemify.serving.errors import from_engine_error, timeout_error
@@ -70,7 +71,7 @@ class EngineClient:
             raise from_engine_error(error) from error
         self._num_open += 1
 
-    async def events(self) -> AsyncIterator[tuple[int, TokenDelta | Completion | EmbeddingOutput]]:
+    async def events(self) -> AsyncIterator[tuple[int, TokenDelta | Completion | EmbeddingOutput | PromptLogprobs]]:
         """Yield the number of a request and its event, until all requests are done; ApiError if one fails."""
         while self._num_open:
             number, event = await self._events.get()

@@ -131,6 +131,8 @@ class _RequestCycle:
                 (b"x-request-id", self._request.id.encode("ascii")),
                 (b"x-content-type-options", b"nosniff"),
             ]
+            if ignored := self._request.ignored_fields:
+                message["headers"].append((b"x-gemify-ignored", ", ".join(ignored).encode("ascii")))
         await self._wrapped_send(message)
 
     async def _respond(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:

@@ -114,6 +114,8 @@ class ServerSettings(BaseSettings):
     """Seconds after SIGTERM in which /ready answers 503 and everything else is served as before."""
     stop_timeout: Seconds | None = None
     """Seconds accepted requests have to finish after SIGTERM; None: as long as they take."""
+    strict: bool = False
+    """Refuse requests with unknown fields, which are listed in the header X-Gemify-Ignored otherwise."""
     log_prompts: bool = False
     """Log what clients send."""
 

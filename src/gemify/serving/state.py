@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,9 +15,11 @@ from prometheus_client.registry import Collector
 from starlette.requests import HTTPConnection, Request
 
 from gemify.engine.engine import EngineStats
+from gemify.engine.grammar import GrammarCompiler
 from gemify.rag.context import SearchIndex
 from gemify.serving.auth import KeyRing, RateLimiter
-from gemify.serving.errors import ApiError, too_many_requests
+from gemify.serving.errors import ApiError, bad_request, too_many_requests
+from gemify.serving.protocol.requests import ApiRequest
 from gemify.serving.rag import RagService
 from gemify.serving.settings import ServerSettings
 from gemify.serving.tokenization import RequestTokenizer
@@ -102,6 +105,7 @@ class AppState:
     rate_limiter: RateLimiter
     metrics: Metrics
     tokenizer: RequestTokenizer
+    grammars: GrammarCompiler
     rag: RagService | None
     """None: no index, or no chat template."""
     ready: bool = False
@@ -151,16 +155,35 @@ class RequestState:
     key_name: str | None = None
     """The name of its API key, once it is authorized."""
     body_bytes: int = 0
+    ignored_fields: list[str] = field(default_factory=list)
+    """Unknown fields of its body."""
     log_fields: dict[str, Any] = field(default_factory=dict)
     """What the log says of it, beside the usual."""
 
 
 _SCOPE_KEY = "gemify"
+_FIELD = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_MAX_LISTED = 20
 
 
 def get_state(connection: HTTPConnection) -> AppState:
     """Return the state of the application that serves a request."""
     state: AppState = connection.app.state.gemify
+    return state
+
+
+def admit(request: Request, body: ApiRequest) -> AppState:
+    """Return the state of the application, for a request that names its model and has no unknown fields.
+
+    Raises:
+        ApiError: 404, another model; 400, an unknown field and the option ``strict``.
+    """
+    state = get_state(request)
+    state.require_model(body.model)
+    if unknown := [name if _FIELD.fullmatch(name) else "?" for name in body.unknown_fields[:_MAX_LISTED]]:
+        if state.settings.strict:
+            raise bad_request(f"{unknown[0]} is no field of this request: /openapi.json lists them", unknown[0])
+        get_request_state(request.scope).ignored_fields = unknown
     return state
 
 

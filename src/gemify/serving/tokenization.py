@@ -108,6 +108,12 @@ class RequestTokenizer:
         for message in messages:
             self._require_fit(message.content, self._max_model_len)
 
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, control tokens included."""
+        if odd := [i for i in ids if i >= self._vocab_size]:
+            raise bad_request(f"the token id {odd[0]} is none of this model's: 0..{self._vocab_size - 1}")
+        return await self.run_in_thread(lambda: str(self._tokenizer().tokenizer.decode(ids)))
+
     async def tokenize_plain(self, text: str) -> list[int]:
         """Tokenize a text alone, nothing before it."""
         return await self.run_in_thread(lambda: list(self._tokenizer().texts.tokenize_plain([text])[0]))

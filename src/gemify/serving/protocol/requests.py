@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from gemify.serving.errors import json_name, unsupported_parameter
+from gemify.serving.protocol import unsupported
+from gemify.serving.protocol.structured_outputs import StructuredRequest
+from gemify.serving.protocol.unsupported import refuse
 
 _MAX_N = 16
 _MAX_STOPS = 16
@@ -150,16 +153,21 @@ Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 SearchMode = Literal["vector", "fts", "hybrid"]
 
 
-class _Request(BaseModel):
-    """What all requests have. Types are strict (``"1"`` is not a number); unknown fields are ignored."""
+class ApiRequest(BaseModel):
+    """What all requests have. Types are strict (``"1"`` is not a number)."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
 
     model: str | None = Field(default=None, description="As /v1/models names it; left out, the one there is.")
     user: str | None = Field(default=None, description="Taken and ignored.")
 
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Names of fields that mean nothing here."""
+        return [name for name in self.model_extra or {} if name not in unsupported.KNOWN]
 
-class CreateEmbeddingRequest(_Request):
+
+class CreateEmbeddingRequest(ApiRequest):
     """Texts to embed."""
 
     input: Inputs = Field(description="A text, texts, token ids or lists of token ids.")
@@ -179,7 +187,7 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = Field(default=None, description="A last chunk says how many tokens it was.")
 
 
-class _GenerationRequest(_Request):
+class GenerationRequestBody(ApiRequest, StructuredRequest):
     """What chats and completions have in common."""
 
     max_tokens: int | None = Field(default=None, ge=1, le=_MAX_INT, description="Longest answer.")
@@ -193,6 +201,20 @@ class _GenerationRequest(_Request):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases = Field(default_factory=dict, description="Added to tokens' logits, by token id.")
+    top_k: int | None = Field(
+        default=None, ge=-1, le=_MAX_INT, description="Draw from so many of the most likely tokens."
+    )
+    min_p: Unit | None = Field(default=None, description="Draw from tokens of this part of the largest probability.")
+    typical_p: Annotated[float, Field(ge=1e-6, le=1.0)] | None = Field(default=None, description="Typical sampling.")
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = Field(
+        default=None, description="Above 1: tokens of the prompt and the answer are less likely to come again."
+    )
+    min_tokens: int | None = Field(default=None, ge=0, le=_MAX_INT, description="Shortest answer.")
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=_MAX_INT)]] | None = Field(
+        default=None, max_length=_MAX_BIASES, description="Tokens that end the answer."
+    )
+    ignore_eos: bool | None = Field(default=None, description="The model's end tokens do not end the answer.")
+    skip_special_tokens: bool | None = Field(default=None, description="Leave out control tokens. Default true.")
     stream: bool | None = Field(default=None, description="Server-sent events, the last of them [DONE].")
     stream_options: StreamOptions | None = None
 
@@ -203,21 +225,7 @@ class _GenerationRequest(_Request):
         return self
 
 
-def refuse(given: Any, *names: tuple[str, tuple[Any, ...], str]) -> Any:
-    """Refuse unsupported parameters.
-
-    Args:
-        given: the request's body.
-        names: for each parameter its name, the values that ask for nothing, and what the error says.
-    """
-    if isinstance(given, dict):
-        for name, harmless, message in names:
-            if name in given and given[name] is not None and given[name] not in harmless:
-                raise unsupported_parameter(name, message)
-    return given
-
-
-class CreateCompletionRequest(_GenerationRequest):
+class CreateCompletionRequest(GenerationRequestBody):
     """Prompts to continue as they are, without a chat template."""
 
     prompt: Inputs = Field(description="A prompt, prompts, token ids or lists of token ids.")
@@ -225,15 +233,21 @@ class CreateCompletionRequest(_GenerationRequest):
         default=None, ge=0, le=20, description="Log probabilities of the tokens, and of so many others at their place."
     )
     best_of: int | None = Field(default=None, ge=1, le=_MAX_N, description="Only as many as n.")
+    max_tokens: int | None = Field(
+        default=None, ge=0, le=_MAX_INT, description="Longest answer. 0, with echo: the prompt alone."
+    )
+    echo: bool | None = Field(default=None, description="Put the prompt before the answer, with its logprobs.")
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, given: Any) -> Any:
-        return refuse(
-            given,
-            ("suffix", ("",), "this model writes forwards: put everything before the answer into the prompt"),
-            ("echo", (False,), "put the prompt before the answer yourself"),
-        )
+        return refuse(given, unsupported.GENERATION, unsupported.COMPLETION)
+
+    @model_validator(mode="after")
+    def _require_echo(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: must be at least 1 without echo, got 0")
+        return self
 
     @model_validator(mode="after")
     def _require_best_of(self) -> Self:
@@ -254,10 +268,9 @@ class ChatMessage(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, given: Any) -> Any:
-        why = "this model reads and writes text only"
         if isinstance(given, dict) and given.get("role") in ("tool", "function"):
             raise unsupported_parameter("messages", f"no role {given['role']!r}: this model calls no tools")
-        return refuse(given, ("tool_calls", ([],), why), ("function_call", (), why), ("audio", (), why))
+        return refuse(given, unsupported.MESSAGE)
 
 
 class ChatSearch(BaseModel):
@@ -278,7 +291,7 @@ class GemifyOptions(BaseModel):
     search: ChatSearch | None = Field(default=None, description="Answer the last message from the index.")
 
 
-class CreateChatCompletionRequest(_GenerationRequest):
+class CreateChatCompletionRequest(GenerationRequestBody):
     """A conversation to answer."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
@@ -304,20 +317,7 @@ class CreateChatCompletionRequest(_GenerationRequest):
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, given: Any) -> Any:
-        why = "this model calls no tools"
-        return refuse(
-            given,
-            ("tools", ([],), why),
-            ("functions", ([],), why),
-            ("tool_choice", ("none", "auto"), why),
-            ("function_call", ("none", "auto"), why),
-            ("response_format", ({"type": "text"},), "answers are plain text"),
-            ("modalities", (["text"],), "answers are text"),
-            ("audio", (), "answers are text"),
-            ("prediction", (), "leave it out"),
-            ("web_search_options", (), "gemify.search searches the server's own index"),
-            ("store", (False,), "nothing is stored"),
-        )
+        return refuse(given, unsupported.GENERATION, unsupported.CHAT)
 
     @model_validator(mode="after")
     def _require_logprobs(self) -> Self:
@@ -332,7 +332,7 @@ class CreateChatCompletionRequest(_GenerationRequest):
         return self
 
 
-class SearchRequest(_Request):
+class SearchRequest(ApiRequest):
     """A question to the index."""
 
     query: str = Field(min_length=1, max_length=100_000)
@@ -340,7 +340,7 @@ class SearchRequest(_Request):
     mode: SearchMode = Field(default="hybrid", description="vector: meaning; fts: words (BM25); hybrid: both.")
 
 
-class RecoverRequest(_Request):
+class RecoverRequest(ApiRequest):
     """A text to write back from its special tokens alone."""
 
     input: str = Field(min_length=1)

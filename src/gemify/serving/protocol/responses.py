@@ -101,8 +101,9 @@ class CompletionLogprobs(ApiModel):
     """Log probabilities of a completion."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    """None: the first token of a prompt has none."""
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 

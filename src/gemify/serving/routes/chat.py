@@ -20,7 +20,7 @@ from gemify.serving.protocol.requests import (
 from gemify.serving.protocol.responses import CreateChatCompletionResponse, CreateCompletionResponse
 from gemify.serving.rag import RagPrompt
 from gemify.serving.request_body import JsonRoute
-from gemify.serving.state import get_key_name, get_state
+from gemify.serving.state import admit, get_key_name, get_state
 from gemify.serving.tokenization import bind_template, chat_role
 
 router = APIRouter(route_class=JsonRoute)
@@ -37,8 +37,7 @@ async def create_chat_completion(body: CreateChatCompletionRequest, request: Req
 
     ``gemify`` asks for the prompt's embedding from the same run, or for passages of the index to answer from.
     """
-    state = get_state(request)
-    state.require_model(body.model)
+    state = admit(request, body)
     options = body.gemify or GemifyOptions()
     gemify_fields: dict[str, Any] = {}
     start, charged_tokens = None, 0
@@ -58,6 +57,7 @@ async def create_chat_completion(body: CreateChatCompletionRequest, request: Req
         start=start,
         charged_tokens=charged_tokens,
         gemify_fields=gemify_fields,
+        grammar=body.grammar(),
     )
     return await handler.respond()
 
@@ -106,12 +106,17 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
 )
 async def create_completion(body: CreateCompletionRequest, request: Request) -> Response:
     """Continue prompts as they are, several at a time if asked; with ``stream`` in server-sent events."""
-    state = get_state(request)
-    state.require_model(body.model)
+    state = admit(request, body)
     limit = state.settings.max_prompts
     if len(body.prompt) > limit:
         raise bad_request(
             f"prompt must hold at most {limit} prompts, got {len(body.prompt)}: send several requests", "prompt"
         )
     rows = await state.tokenizer.tokenize_prompts(body.prompt)
-    return await CompletionHandler(request, body, "completion", rows, top_logprobs=body.logprobs).respond()
+    echoed = None
+    if body.echo:
+        echoed = [text if isinstance(text, str) else await state.tokenizer.detokenize(text) for text in body.prompt]
+    handler = CompletionHandler(
+        request, body, "completion", rows, top_logprobs=body.logprobs, echoed=echoed, grammar=body.grammar()
+    )
+    return await handler.respond()

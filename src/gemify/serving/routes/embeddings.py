@@ -15,11 +15,10 @@ import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gemify.engine.requests import EmbeddingOutput
+from gemify.engine.requests import EmbeddingOutput, PromptLogprobs
 from gemify.io.tables import first_line
 from gemify.io.vectors import normalize
 from gemify.model.prefill import common_subsequence_length
-from gemify.serving.completion import ChoiceState, build_usage
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.errors import bad_request
 from gemify.serving.protocol.requests import CreateEmbeddingRequest, RecoverRequest, SearchRequest
@@ -32,7 +31,8 @@ from gemify.serving.protocol.responses import (
     SearchResponse,
 )
 from gemify.serving.request_body import JsonRoute
-from gemify.serving.state import add_log_fields, get_key_name, get_state
+from gemify.serving.response_builder import ChoiceState, build_usage
+from gemify.serving.state import add_log_fields, admit, get_key_name, get_state
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -42,8 +42,7 @@ router = APIRouter(route_class=JsonRoute)
 )
 async def create_embeddings(body: CreateEmbeddingRequest, request: Request) -> Response:
     """Embed texts, or the token ids of texts (special tokens not among them). Vectors have length 1."""
-    state = get_state(request)
-    state.require_model(body.model)
+    state = admit(request, body)
     limit = state.settings.max_texts
     if len(body.input) > limit:
         raise bad_request(
@@ -101,8 +100,7 @@ def _build_response(vectors_ND: np.ndarray, body: CreateEmbeddingRequest, model:
 @router.post("/v1/search", response_model=None, responses={200: {"model": SearchResponse}}, tags=["gemify"])
 async def search(body: SearchRequest, request: Request) -> Response:
     """Find the passages that fit a question best, best first."""
-    state = get_state(request)
-    state.require_model(body.model)
+    state = admit(request, body)
     index = state.require_index()
     if not body.query.strip():
         raise bad_request("the query is empty: give some words", "query")
@@ -125,8 +123,7 @@ async def search(body: SearchRequest, request: Request) -> Response:
 @router.post("/v1/recover", response_model=None, responses={200: {"model": RecoverResponse}}, tags=["gemify"])
 async def recover(body: RecoverRequest, request: Request) -> Response:
     """Generate a text from its special tokens alone."""
-    state = get_state(request)
-    state.require_model(body.model)
+    state = admit(request, body)
     ids = (await state.tokenizer.tokenize_texts([body.input]))[0]
     state.rate_limiter.check_tokens(get_key_name(request), len(ids))
     choice = ChoiceState()
@@ -136,7 +133,7 @@ async def recover(body: RecoverRequest, request: Request) -> Response:
 
         async def collect() -> None:
             async for _, event in client.events():
-                if not isinstance(event, EmbeddingOutput):
+                if not isinstance(event, EmbeddingOutput | PromptLogprobs):
                     choice.add(event)
 
         try:

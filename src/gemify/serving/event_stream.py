@@ -1,0 +1,71 @@
+"""A response in server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gemify.serving.dispatch import ClientDisconnectedError, EngineClient, run_until_disconnect
+from gemify.serving.errors import ApiError, error_body, from_engine_error
+from gemify.serving.protocol.responses import ApiModel
+from gemify.serving.state import get_request_state
+
+logger = logging.getLogger("gemify.serving")
+
+
+class EventStreamResponse(Response):
+    """Server-sent events: chunks, then ``[DONE]``. However it ends, the engine's requests are cancelled then.
+
+    Args:
+        client: the engine's requests.
+        chunks: what is sent.
+        timeout_s: seconds that the response may take.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, client: EngineClient, chunks: AsyncGenerator[ApiModel, None], *, timeout_s: float) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._client, self._chunks, self._timeout_s = client, chunks, timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response."""
+        with self._client:
+            try:
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await run_until_disconnect(receive, self._send_chunks(send), self._timeout_s)
+            except ClientDisconnectedError:
+                get_request_state(scope).log_fields["disconnected"] = True
+            except Exception as error:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1):  # do not wait for a client that reads nothing
+                        await _send_event(send, _to_error_body(error, scope), last=True)
+            finally:
+                await self._chunks.aclose()
+
+    async def _send_chunks(self, send: Send) -> None:
+        async for chunk in self._chunks:
+            await _send_event(send, chunk.to_json())
+        await _send_event(send, b"[DONE]", last=True)
+
+
+async def _send_event(send: Send, data: bytes, *, last: bool = False) -> None:
+    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": not last})
+
+
+def _to_error_body(error: Exception, scope: Scope) -> bytes:
+    """Return the event of an error; the response's status has been sent already."""
+    request = get_request_state(scope)
+    with contextlib.suppress(Exception):
+        error = from_engine_error(error)
+    if not isinstance(error, ApiError):
+        logger.error("stream failed", exc_info=error, extra={"fields": {"request": request.id}})
+        return error_body(500, "the server failed at this request: see its log", code="internal_error")
+    request.log_fields["error"] = error.code or error.status_code
+    return error.body

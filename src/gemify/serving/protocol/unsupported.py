@@ -1,0 +1,113 @@
+"""Well-known fields that this server does not have: asking something of them is a 400 that names the field."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from gemify.serving.errors import unsupported_parameter
+
+Fields = Mapping[str, tuple[tuple[Any, ...], str]]
+"""For each field the values that ask for nothing, and what the error says."""
+
+_MAX_TOKENS = "it is max_tokens here"
+_ONE_AT_A_TIME = "tokens are sampled one at a time: leave it out"
+_TEXT_ONLY = "this model reads and writes text"
+
+GENERATION: Fields = {
+    # vLLM
+    "use_beam_search": ((False,), _ONE_AT_A_TIME),
+    "length_penalty": ((1,), "there is no beam search: leave it out"),
+    "include_stop_str_in_output": ((False,), "add the stop string yourself"),
+    "spaces_between_special_tokens": ((True,), "leave it out"),
+    "truncate_prompt_tokens": ((), "cut the prompt yourself"),
+    "prompt_logprobs": ((), "use echo and logprobs of /v1/completions"),
+    "allowed_token_ids": (([],), "use structured_outputs"),
+    "bad_words": (([],), "use logit_bias"),
+    "logits_processors": (([],), "the server runs no code of clients"),
+    "vllm_xargs": (({},), "leave it out"),
+    "kv_transfer_params": ((), "leave it out"),
+    "cache_salt": ((), "each API key has a prefix cache of its own"),
+    "priority": ((0,), "requests are answered in their order"),
+    "return_token_ids": ((False,), "POST the answer to /tokenize"),
+    "return_tokens_as_token_ids": ((False,), "logprobs have each token's bytes"),
+    "mm_processor_kwargs": (({},), _TEXT_ONLY),
+    "guided_decoding_backend": ((), "it is llguidance here: leave it out"),
+    "guided_whitespace_pattern": ((), "leave it out"),
+    # SGLang, TGI and transformers
+    "regex": ((), "use structured_outputs"),
+    "ebnf": ((), "use structured_outputs"),
+    "lora_path": ((), "adapters are not swapped"),
+    "max_new_tokens": ((), _MAX_TOKENS),
+    "min_new_tokens": ((0,), "it is min_tokens here"),
+    "num_beams": ((1,), _ONE_AT_A_TIME),
+    "no_repeat_ngram_size": ((0,), "use repetition_penalty"),
+    "do_sample": ((), "temperature 0 is greedy"),
+    "watermark": ((False,), "leave it out"),
+    # llama.cpp and Ollama
+    "n_predict": ((), _MAX_TOKENS),
+    "num_predict": ((), _MAX_TOKENS),
+    "repeat_penalty": ((1,), "it is repetition_penalty here"),
+    "grammar": (("",), "use structured_outputs"),
+    "json_schema": ((), "use response_format"),
+    "format": (("",), "use response_format"),
+    "mirostat": ((0,), "use temperature, top_p, top_k, min_p or typical_p"),
+    "tfs_z": ((1,), "use temperature, top_p, top_k, min_p or typical_p"),
+    "top_a": ((0,), "use min_p"),
+    "top_n_sigma": ((-1, 0), "use min_p"),
+    "dry_multiplier": ((0,), "use repetition_penalty"),
+    "xtc_probability": ((0,), "leave it out"),
+    "dynatemp_range": ((0,), "leave it out"),
+    "options": (({},), "give each option as a field of the request"),
+}
+COMPLETION: Fields = {
+    "suffix": (("",), "this model writes forwards: put everything before the answer into the prompt"),
+    "add_special_tokens": ((True,), "give token ids as the prompt"),
+}
+CHAT: Fields = {
+    "tools": (([],), "this model calls no tools"),
+    "tool_choice": (("none", "auto"), "this model calls no tools"),
+    "parallel_tool_calls": ((True, False), "this model calls no tools"),
+    "best_of": ((1,), "ask for n answers and choose one"),
+    "echo": ((False,), "put the message before the answer yourself"),
+    "add_special_tokens": ((False,), "the chat template writes them"),
+    "documents": (([],), "gemify.search searches the server's own index"),
+    "chat_template": ((), "the model's own is used"),
+    "functions": (([],), "use tools"),
+    "function_call": (("none", "auto"), "use tool_choice"),
+    "modalities": ((["text"],), "answers are text"),
+    "audio": ((), "answers are text"),
+    "prediction": ((), "leave it out"),
+    "verbosity": (("medium",), "ask for it in a message"),
+    "web_search_options": ((), "gemify.search searches the server's own index"),
+    "store": ((False,), "nothing is stored"),
+}
+MESSAGE: Fields = {
+    "tool_calls": (([],), "this model calls no tools"),
+    "function_call": ((), "use tool_calls"),
+    "audio": ((), _TEXT_ONLY),
+}
+IGNORED = frozenset(
+    {
+        "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
+        "request_id", "cache_prompt", "keep_alive",
+    }
+)  # fmt: skip
+"""Well-known fields that change no answer."""
+KNOWN = IGNORED.union(GENERATION, COMPLETION, CHAT)
+"""Fields that need no mention when they come: they change nothing, or have been refused if they would."""
+
+
+def refuse(given: Any, *tables: Fields) -> Any:
+    """Return a request's body, or raise ApiError 400 if it asks something of an unsupported field."""
+    if isinstance(given, dict):
+        for table in tables:
+            for name in [name for name in given if name in table]:
+                harmless, message = table[name]
+                if given[name] is not None and not any(_is_equal(given[name], value) for value in harmless):
+                    raise unsupported_parameter(name, message)
+    return given
+
+
+def _is_equal(given: Any, value: Any) -> bool:
+    return given == value and isinstance(given, bool) == isinstance(value, bool)

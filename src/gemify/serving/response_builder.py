@@ -1,0 +1,206 @@
+"""Builds the responses of chats and completions: whole ones, and the chunks of a stream."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gemify.engine.requests import Completion, TokenDelta
+from gemify.engine.sampling import TokenLogprob
+from gemify.serving.protocol.responses import (
+    ApiModel,
+    AssistantMessage,
+    ChatChoice,
+    ChatChunkChoice,
+    ChatCompletionChunk,
+    ChatLogprobs,
+    ChatTokenLogprob,
+    ChoiceDelta,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionUsage,
+    CreateChatCompletionResponse,
+    CreateCompletionResponse,
+    PromptTokensDetails,
+    TopLogprob,
+)
+
+Kind = Literal["chat", "completion"]
+_MIN_LOGPROB = -9999.0  # JSON has no -infinity
+
+
+@dataclass
+class ChoiceState:
+    """One answer, as far as it has been generated."""
+
+    texts: list[str] = field(default_factory=list)
+    tokens: list[TokenLogprob] = field(default_factory=list)
+    num_deltas: int = 0
+    completion: Completion | None = None
+
+    def add(self, event: TokenDelta | Completion) -> None:
+        """Add what the engine has emitted."""
+        if isinstance(event, Completion):
+            self.completion = event
+        else:
+            self.texts.append(event.text)
+            self.tokens += event.tokens
+            self.num_deltas += 1
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self.texts)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens so far; of an unfinished answer a lower bound."""
+        return self.completion.completion_tokens if self.completion else self.num_deltas
+
+
+class ResponseBuilder:
+    """Builds the objects of one response.
+
+    Args:
+        kind: a chat's or a completion's.
+        model: the name in the response.
+        logprobs: whether the request asked for log probabilities.
+        include_usage: whether chunks have a field ``usage``, which is null in all but the last.
+    """
+
+    def __init__(self, kind: Kind, model: str, *, logprobs: bool, include_usage: bool = False) -> None:
+        self.kind, self.include_usage = kind, include_usage
+        self._logprobs = logprobs
+        self._header: dict[str, Any] = {
+            "id": f"{'chatcmpl' if kind == 'chat' else 'cmpl'}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": None,
+        }
+        self._offsets: dict[int, int] = {}
+
+    def full(self, choices: Sequence[ChoiceState], usage: CompletionUsage, **fields: Any) -> ApiModel:
+        """Build the whole response; ``fields`` are further fields of it."""
+        fields |= {"usage": usage, **self._header}
+        if self.kind == "chat":
+            chat_choices = [
+                ChatChoice(
+                    index=index,
+                    message=AssistantMessage(role="assistant", content=choice.text, refusal=None),
+                    logprobs=self._chat_logprobs(choice.tokens),
+                    finish_reason=_finish_reason(choice),
+                )
+                for index, choice in enumerate(choices)
+            ]
+            return CreateChatCompletionResponse(object="chat.completion", choices=chat_choices, **fields)
+        completion_choices = [
+            CompletionChoice(
+                index=index,
+                text=choice.text,
+                logprobs=self._completion_logprobs(choice.tokens, 0),
+                finish_reason=_finish_reason(choice),
+            )
+            for index, choice in enumerate(choices)
+        ]
+        return CreateCompletionResponse(object="text_completion", choices=completion_choices, **fields)
+
+    def first_chunk(self, index: int, **fields: Any) -> ApiModel:
+        """Build a chat's chunk that names the role of an answer."""
+        delta = ChoiceDelta(role="assistant", content="", refusal=None)
+        return self._chunk([ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)], fields)
+
+    def delta_chunk(self, index: int, delta: TokenDelta, **fields: Any) -> ApiModel:
+        """Build a chunk that adds to an answer."""
+        if self.kind == "chat":
+            logprobs = self._chat_logprobs(delta.tokens)
+            added = ChoiceDelta(content=delta.text)
+            return self._chunk(
+                [ChatChunkChoice(index=index, delta=added, logprobs=logprobs, finish_reason=None)], fields
+            )
+        offset = self._offsets.get(index, 0)
+        self._offsets[index] = offset + sum(len(token.text) for token in delta.tokens)
+        logprobs_of_text = self._completion_logprobs(delta.tokens, offset)
+        return self._chunk(
+            [CompletionChoice(index=index, text=delta.text, logprobs=logprobs_of_text, finish_reason=None)], fields
+        )
+
+    def final_chunk(self, index: int, completion: Completion, **fields: Any) -> ApiModel:
+        """Build a chunk that ends an answer."""
+        reason = completion.reason
+        if self.kind == "chat":
+            delta = ChoiceDelta()
+            return self._chunk([ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=reason)], fields)
+        return self._chunk([CompletionChoice(index=index, text="", logprobs=None, finish_reason=reason)], fields)
+
+    def usage_chunk(self, usage: CompletionUsage) -> ApiModel:
+        """Build the last chunk, without answers."""
+        return self._chunk([], {"usage": usage})
+
+    def _chunk(self, choices: list[Any], fields: dict[str, Any]) -> ApiModel:
+        if self.include_usage:
+            fields = {"usage": None} | fields
+        if self.kind == "chat":
+            return ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self._header, **fields)
+        return CreateCompletionResponse(object="text_completion", choices=choices, **self._header, **fields)
+
+    def _chat_logprobs(self, tokens: Iterable[TokenLogprob]) -> ChatLogprobs | None:
+        if not self._logprobs:
+            return None
+        content = [
+            ChatTokenLogprob(
+                **_logprob_fields(token), top_logprobs=[TopLogprob(**_logprob_fields(t)) for t in token.top]
+            )
+            for token in tokens
+        ]
+        return ChatLogprobs(content=content, refusal=None)
+
+    def _completion_logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> CompletionLogprobs | None:
+        if not self._logprobs:
+            return None
+        offsets = [offset]
+        for token in tokens:
+            offsets.append(offsets[-1] + len(token.text))
+        return CompletionLogprobs(
+            tokens=[_unique_name(token) for token in tokens],
+            token_logprobs=[None if math.isnan(token.logprob) else _to_finite(token.logprob) for token in tokens],
+            top_logprobs=[
+                None if math.isnan(token.logprob) else {_unique_name(t): _to_finite(t.logprob) for t in token.top}
+                for token in tokens
+            ],
+            text_offset=offsets[:-1],
+        )
+
+
+def build_usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> CompletionUsage:
+    """Build the usage of a request that generated text."""
+    return CompletionUsage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+    )
+
+
+def _finish_reason(choice: ChoiceState) -> Literal["stop", "length"]:
+    return choice.completion.reason if choice.completion else "length"
+
+
+def _logprob_fields(token: TokenLogprob) -> dict[str, Any]:
+    return {"token": token.text, "logprob": _to_finite(token.logprob), "bytes": list(token.data)}
+
+
+def _unique_name(token: TokenLogprob) -> str:
+    """Return a token's text; its bytes if it is a part of a character; its id if it has no text."""
+    if not token.data:
+        return f"token_id:{token.id}"
+    if "\N{REPLACEMENT CHARACTER}" not in token.text:
+        return token.text
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
+
+
+def _to_finite(logprob: float) -> float:
+    return logprob if math.isfinite(logprob) else _MIN_LOGPROB
