@@ -17,6 +17,7 @@ MMLU is five-shot, scored on the likelihood of the choice's letter; its macro av
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import logging
@@ -26,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemify.evaluation.task_suites import TASKS
 from gemify.io.rows import load_rows
 from gemify.io.tables import first_line
 
@@ -54,49 +56,10 @@ class _Local:
     stock: str
 
 
-_TWO_SPACES = {"target_delimiter": "  "}
-"""lm-eval's COPA and WSC273 have a space of their own after the usual one."""
-
-
-def _choice(file: str, ask: str, main: str, stock: str, **more: Any) -> _Local:
-    config = {"doc_to_text": ask, "doc_to_choice": "choices", "doc_to_target": "gold", **more}
-    return _Local(f"lm/lm_eval/{file}.jsonl.gz", {"query": str, "choices": list, "gold": int}, config, main, stock)
-
-
-def _contexts(file: str, stock: str, **more: Any) -> _Local:
-    """Two contexts, one continuation (partial evaluation, Trinh and Le 2018), as lm-eval has it."""
-    config = {"doc_to_text": "gold", "doc_to_choice": "context_options", "doc_to_target": "continuation", **more}
-    columns = {"context_options": list, "continuation": str, "gold": int}
-    return _Local(f"lm/lm_eval/{file}.jsonl.gz", columns, config, "acc", stock)
-
-
+_TYPES = {"str": str, "list": list, "int": int}
 _LOCAL: dict[str, _Local] = {
-    "hellaswag": _Local(
-        "lm/hellaswag/val.jsonl.gz",
-        {"ctx": str, "endings": list, "gold": int},
-        {"doc_to_text": "{{ctx}}", "doc_to_choice": "endings", "doc_to_target": "gold"},
-        "acc_norm",
-        "hellaswag",
-    ),
-    "lambada": _Local(
-        "lm/lambada/test.jsonl.gz",
-        {"text": str},
-        {
-            "output_type": "loglikelihood",
-            "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
-            "doc_to_target": "{{' '+text.split(' ')[-1]}}",
-        },
-        "acc",
-        "lambada_openai",
-    ),
-    "arc_easy": _choice("arc_easy.test", "{{query}}\nAnswer:", "acc_norm", "arc_easy"),
-    "arc_challenge": _choice("arc_challenge.test", "{{query}}\nAnswer:", "acc_norm", "arc_challenge"),
-    "piqa": _choice("piqa.val", "{{query}}Answer:", "acc_norm", "piqa"),
-    "boolq": _choice("boolq.val", "{{query}}\nAnswer:", "acc", "boolq"),
-    "openbookqa": _choice("openbookqa.test", "{{query}}", "acc_norm", "openbookqa"),
-    "copa": _choice("copa.val", "{{query}}", "acc", "copa", **_TWO_SPACES),
-    "winogrande": _contexts("winogrande.val", "winogrande"),
-    "wsc273": _contexts("winograd_wsc.val", "wsc273", **_TWO_SPACES),
+    name: _Local(**{**task, "columns": {column: _TYPES[kind] for column, kind in task["columns"].items()}})
+    for name, task in TASKS["lm_eval"].items()
 }
 LANGUAGE_TASKS: tuple[str, ...] = (HELD_OUT, "mmlu", *_LOCAL)
 _MMLU_FILE = "lm/mmlu/mmlu.jsonl.gz"
@@ -170,14 +133,8 @@ def _mmlu(data: Path) -> list[LanguageTask]:
 def _mmlu_subject(subject: str, splits: dict[str, list[dict[str, Any]]]) -> LanguageTask:
     topic = " ".join(subject.split("_"))
     config = {
-        "output_type": "multiple_choice",
+        **copy.deepcopy(TASKS["mmlu"]),
         "description": f"The following are multiple choice questions (with answers) about {topic}.\n\n",
-        "fewshot_split": "dev",
-        "fewshot_config": {"sampler": "first_n"},
-        "doc_to_text": "{{question.strip()}}\nA. {{choices[0]}}\nB. {{choices[1]}}\nC. {{choices[2]}}"
-        "\nD. {{choices[3]}}\nAnswer:",
-        "doc_to_choice": ["A", "B", "C", "D"],
-        "doc_to_target": "{{['A', 'B', 'C', 'D'].index(answer)}}",
         **_common(f"mmlu_{subject}", lambda: splits, ["acc"]),
     }
     return LanguageTask(f"mmlu_{subject}", "mmlu", "acc", config, num_fewshot=_SHOTS)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gemify.evaluation.task_suites import TASKS
 from gemify.io.rows import load_lines, load_rows
 from gemify.io.tables import first_line
 
@@ -320,53 +321,17 @@ def _many_labels(data: Any, label: str, count: int) -> Any:
     return data.select(sorted(range(len(ranks)), key=ranks.__getitem__)[: max(3, count)])
 
 
-_BANKING = ("mteb/banking77/train.jsonl.gz", "mteb/banking77/test.jsonl.gz")
-_SIMILAR = "Retrieve semantically similar text"
+_READERS: dict[str, Callable[[list[Path]], Any]] = {
+    "sts": _sts,
+    "classification": _classification,
+    "held_out_classification": _held_out_classification,
+    "pairs": _pairs,
+    "clustering": _clustering,
+    "reranking": _reranking,
+    "beir": _beir,
+}
 LOCAL_TASKS: dict[str, LocalTask] = {
-    **{
-        name: LocalTask((f"mteb/sts/{name}.test.jsonl.gz",), _sts)
-        for name in ("STSBenchmark", "STS12", "STS13", "STS14")
-    },
-    "STSBenchmarkDev": LocalTask(("mteb/sts/STSBenchmark.dev.jsonl.gz",), _sts, "STS", _SIMILAR, "cosine_spearman"),
-    "Banking77Classification": LocalTask(_BANKING, _classification),
-    "Banking77Dev": LocalTask(
-        _BANKING[:1],
-        _held_out_classification,
-        "Classification",
-        "Given a online banking query, find the corresponding intents",
-        "accuracy",
-    ),
-    "CLINC150": LocalTask(
-        ("mteb/clinc150/train.jsonl.gz", "mteb/clinc150/test.jsonl.gz"),
-        _classification,
-        "Classification",
-        "Given a user utterance as query, find the user intents",
-        "accuracy",
-    ),
-    "MRPC": LocalTask(("mteb/mrpc/test.jsonl.gz",), _pairs, "PairClassification", _SIMILAR, "max_ap"),
-    "WikiQAReranking": LocalTask(
-        ("mteb/wikiqa_rerank/test.jsonl.gz",),
-        _reranking,
-        "Reranking",
-        "Given a question, retrieve sentences that answer the question",
-        "map_at_1000",
-    ),
-    **{
-        name: LocalTask(
-            (f"mteb/stc2/{file}.jsonl.gz",),
-            _clustering,
-            "Clustering",
-            f"Identify the topic of {what}",
-            "v_measure",
-        )
-        for name, file, what in (
-            ("STC2Biomedical", "biomedical_titles", "biomedical paper titles"),
-            ("STC2SearchSnippets", "searchsnippets", "search engine snippets"),
-            ("STC2StackOverflow", "stackoverflow_titles", "Stack Overflow question titles"),
-        )
-    },
-    "NFCorpus": LocalTask(
-        ("mteb/nfcorpus/corpus.jsonl.gz", "mteb/nfcorpus/queries.jsonl.gz", "mteb/nfcorpus/qrels.test.tsv"), _beir
-    ),
+    name: LocalTask(**{**task, "files": tuple(task["files"]), "read": _READERS[task["read"]]})
+    for name, task in TASKS["mteb"].items()
 }
 """Tasks that can be read from local files. Those with a ``type`` are not mteb's own."""

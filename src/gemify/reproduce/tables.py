@@ -1,33 +1,29 @@
-"""The paper's tables as plain data: which models each is made of, and the two scales. Nothing is run here.
-
-    table1   main results: each base mean-pooled, and its GEM, by task type and MMLU
-    table2   the share p of raw rows, next-token prediction only
-    table3   what each objective adds
-    table4   1, 2, 5 and 10 special tokens
-    table5   size of the base
-    table6   recovery by length (Appendix B: the paper prints examples, and no figures)
-
-Rows that are ours and not the paper's have no ``paper`` label.
+"""The paper's tables: which models each is made of, and the two scales (``tables.yaml``). Nothing is run here.
 
 A scale says which base models, how many steps and which tasks. ``paper`` is the paper's size and needs a GPU and the
 hub. ``starter`` is the smallest at which every table can be run on two CPU cores: it shows that the commands work and
-which way a setting pulls, not the paper's scores.
+which way a setting pulls, not the paper's scores. Rows that are ours and not the paper's have no ``paper`` label.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal
+
+import yaml
 
 from gemify.evaluation.report.published import TABLES
 from gemify.evaluation.task_suites import GEM16
 from gemify.training.recipe import PRESETS
 
-TABLE_NAMES = ("table1", "table2", "table3", "table4", "table5", "table6")
+_DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+TABLE_NAMES: tuple[str, ...] = tuple(_DATA["tables"])
+GATED: dict[str, Any] = _DATA["gated"]
+"""What the gated rows change: no raw rows, and learning rates for a rank-16 adapter (recipes/starter-gated.yaml)."""
 
 
 @dataclass(frozen=True)
@@ -90,65 +86,22 @@ class Scale:
         }
 
 
-GATED: dict[str, Any] = {
-    "tune": "gated",
-    "mix": None,
-    "append_end": True,
-    "lr": 1e-3,
-    "contrastive_lr": 2e-3,
-    "warmup_steps": 5,
-}
-"""What the gated rows change: no raw rows, and learning rates for a rank-16 adapter (recipes/starter-gated.yaml)."""
+def _base(values: Mapping[str, Any]) -> Base:
+    return Base(**{**values, "tables": tuple(values.get("tables", TABLE_NAMES))})
 
-_LLAMA_1B = Base("meta-llama/Llama-3.2-1B", "Llama-3.2-1B", tables=("table1", "table2", "table3", "table4", "table5"))
-PAPER_BASES = (
-    _LLAMA_1B,
-    Base(
-        "meta-llama/Llama-3.2-3B",
-        "Llama-3.2-3B",
-        "Llama-3.2-3B",
-        "GEM Llama-3.2-3B",
-        "3B",
-        tables=("table1", "table5"),
-    ),
-    Base(
-        "meta-llama/Meta-Llama-3-8B",
-        "Llama-3-8B",
-        "Llama-3-8B",
-        "GEM Llama-3-8B",
-        "8B",
-        tables=("table1", "table5", "table6"),
-    ),
-    Base("mistralai/Mistral-7B-v0.1", "Mistral-7B", "Mistral-7B", "GEM Mistral-7B", "7B", tables=("table1",)),
-)
 
+PAPER_BASES: tuple[Base, ...] = tuple(map(_base, _DATA["bases"]))
 SCALES: dict[str, Scale] = {
-    "starter": Scale(
-        "starter",
-        bases=(Base("starter", "starter"),),
-        steps=20,
-        ntp_steps=10,
-        vectors=("STSBenchmark", "Banking77Classification"),
-        language=("held_out", "mmlu"),
-        recovery=100,
-        limit=10,
-        instructions=False,
-        gated=True,
-        # Ten steps at the paper's 1e-5 would move nothing; six special rows in 32 leave next to no negatives.
-        recipe={"max_length": 64, "contrastive_batch_size": 32, "contrastive_lr": 1e-4},
-    ),
-    "paper": Scale(
-        "paper",
-        bases=PAPER_BASES,
-        steps=1000,
-        ntp_steps=100,
-        vectors=GEM16,
-        language=("mmlu",),
-        recovery=500,
-        limit=None,
-        instructions=True,
-        gated=False,
-    ),
+    name: Scale(
+        **{
+            "name": name,
+            **values,
+            "bases": tuple(map(_base, values["bases"])) if "bases" in values else PAPER_BASES,
+            "vectors": tuple(values.get("vectors", GEM16)),
+            "language": tuple(values["language"]),
+        }
+    )
+    for name, values in _DATA["scales"].items()
 }
 
 
@@ -211,9 +164,10 @@ class TableCell:
 
 def cells_of(table: str, scale: Scale) -> tuple[TableCell, ...]:
     """The cells of a table at a scale; ValueError for a table the paper does not have."""
-    if table not in _CELLS:
+    if table not in TABLE_NAMES:
         raise ValueError(f"unknown table {table!r}: choose one of {', '.join(TABLE_NAMES)}")
-    return tuple(cell for base in scale.bases_of(table) for cell in _CELLS[table](scale, base))
+    rows = [row for row in _DATA["tables"][table] if scale.gated or not row["kind"].startswith("gated")]
+    return tuple(_cell(scale, base, **row) for base in scale.bases_of(table) for row in rows)
 
 
 def title_of(table: str) -> str:
@@ -221,98 +175,20 @@ def title_of(table: str) -> str:
     return TABLES[table].title if table in TABLES else "Recovery of a text from its special token, by length"
 
 
-def _table1(scale: Scale, base: Base) -> list[TableCell]:
-    ours = [_gated(scale, base, f"gated {base.short}")] if scale.gated else []
-    vanilla = _vanilla(base, f"{base.short}, mean-pooled", paper=base.vanilla)
-    return [vanilla, _gem(scale, base, f"GEM {base.short}", paper=base.gem), *ours]
-
-
-def _table2(scale: Scale, base: Base) -> list[TableCell]:
-    rates = (0.0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.99)
-    ours = [_gated(scale, base, "gated, no raw rows", ntp_only=True)] if scale.gated else []
-    return [*(_ntp(scale, base, str(p), paper=str(p), p=p) for p in rates), *ours]
-
-
-def _table3(scale: Scale, base: Base) -> list[TableCell]:
-    paper = [
-        _vanilla(base, "vanilla", paper="vanilla"),
-        _ntp(scale, base, "+ mixed NTP", paper="+ mixed NTP"),
-        _gem(scale, base, "+ contrastive", paper="+ contrastive"),
-    ]
-    ours = [_gated(scale, base, "gated NTP", ntp_only=True), _gated(scale, base, "gated NTP + contrastive")]
-    return paper + (ours if scale.gated else [])
-
-
-def _table4(scale: Scale, base: Base) -> list[TableCell]:
-    counts = (1, 2, 5, 10)
-    paper = [_gem(scale, base, str(k), paper=str(k), k=k) for k in counts]
-    return paper + ([_gated(scale, base, f"gated, {k}", k=k) for k in counts] if scale.gated else [])
-
-
-def _table5(scale: Scale, base: Base) -> list[TableCell]:
-    label = base.short
-    return [
-        _vanilla(base, label, paper=base.size, part=", vanilla"),
-        _gem(scale, base, label, paper=base.size, part=", GEM"),
-    ]
-
-
-def _table6(scale: Scale, base: Base) -> list[TableCell]:
-    """Recovery of texts of rising length from one special token's KV alone (Appendix B).
-
-    The paper shows examples from an 8B model (verbatim up to about 30 tokens, then a paraphrase) and gives no figures,
-    so these rows have none of the paper's below them. Rows with next-token steps only are there too, as the contrastive
-    steps train no recovery.
-    """
-    full = [
-        _ntp(scale, base, "mixed NTP", measure="recovery"),
-        _gem(scale, base, "GEM", measure="recovery"),
-    ]
-    ours = [
-        _gated(scale, base, "gated NTP", ntp_only=True, measure="recovery"),
-        _gated(scale, base, "gated", measure="recovery"),
-    ]
-    return full + (ours if scale.gated else [])
-
-
-_CELLS: dict[str, Callable[[Scale, Base], list[TableCell]]] = {
-    "table1": _table1,
-    "table2": _table2,
-    "table3": _table3,
-    "table4": _table4,
-    "table5": _table5,
-    "table6": _table6,
-}
-
-
-def _vanilla(base: Base, label: str, *, paper: str, part: str = "") -> TableCell:
-    return TableCell(f"{base.short}-vanilla", label, base.name, paper=paper, part=part)
-
-
-def _ntp(
-    scale: Scale, base: Base, label: str, *, paper: str | None = None, p: float = 0.8, measure: Measure = "scores"
-) -> TableCell:
-    recipe = scale.values(base, ntp_only=True, mix=p)
-    return TableCell(f"{base.short}-ntp-p{p}", label, base.name, recipe, paper, measure=measure)
-
-
-def _gem(
+def _cell(
     scale: Scale,
     base: Base,
-    label: str,
     *,
+    kind: str,
+    label: str,
     paper: str | None = None,
+    p: float = 0.8,
     k: int = 1,
-    part: str = "",
-    measure: Measure = "scores",
+    **more: Any,
 ) -> TableCell:
-    recipe = scale.values(base, special_tokens=k)
-    return TableCell(f"{base.short}-gem-k{k}", label, base.name, recipe, paper, part, measure)
-
-
-def _gated(
-    scale: Scale, base: Base, label: str, *, k: int = 1, ntp_only: bool = False, measure: Measure = "scores"
-) -> TableCell:
-    recipe = scale.values(base, gated=True, ntp_only=ntp_only, special_tokens=k)
-    name = f"{base.short}-gated-ntp" if ntp_only else f"{base.short}-gated-k{k}"
-    return TableCell(name, label, base.name, recipe, measure=measure)
+    number = {"ntp": f"-p{p}", "gem": f"-k{k}", "gated": f"-k{k}"}.get(kind, "")
+    changes = {"mix": p} if kind == "ntp" else {"special_tokens": k}
+    ntp_only, gated = kind.endswith("ntp"), kind.startswith("gated")
+    recipe = None if kind == "vanilla" else scale.values(base, ntp_only=ntp_only, gated=gated, **changes)
+    label, paper = label.format(**vars(base)), paper and paper.format(**vars(base))
+    return TableCell(f"{base.short}-{kind}{number}", label, base.name, recipe, paper, **more)
