@@ -123,7 +123,7 @@ def train_gem(sentences: list[str]) -> GemModel:
 
 def require_unchanged(gem: GemModel, held_out: list[str]) -> None:
     """Compare the language model with the base model, to the bit."""
-    from gemify.evaluation.language_model import PROBES, language_loss, same_logits
+    from gemify.evaluation.models import PROBES, language_loss, same_logits
     from gemify.model.base import load_base
 
     base, tokenizer = load_base("starter", dtype=gem.lm.dtype)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from gemify import GemModel
-from gemify.evaluation.language_model import PROBES, compare_logits, language_loss, same_logits
+from gemify.evaluation.models import PROBES, compare_logits, language_loss, same_logits
 from gemify.model.base import load_base
 from gemify.model.config import SHIPPED, resolve_directory
 from gemify.model.kv_cache import output_cache

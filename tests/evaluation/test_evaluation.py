@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tiny_models
-from gemify.evaluation.language_model import language_loss, same_logits
+from gemify.evaluation.models import language_loss, same_logits
 from gemify.io.vectors import write_vectors
 from gemify.training.callbacks import Pair, read_pairs, spearman
 

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 import tiny_models
-from gemify.evaluation.language_model import compare_logits, compute_text_losses
 from gemify.evaluation.lm_eval_prefix_cache import share_prefixes
 from gemify.evaluation.lm_eval_tasks import (
     LANGUAGE_TASKS,
@@ -24,6 +23,7 @@ from gemify.evaluation.lm_eval_tasks import (
     make_language_tasks,
     run_language_task,
 )
+from gemify.evaluation.models import compare_logits, compute_text_losses
 from gemify.io.rows import load_rows
 
 pytest.importorskip("lm_eval")

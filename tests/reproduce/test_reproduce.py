@@ -11,7 +11,7 @@ import pytest
 
 import gemify.reproduce.run
 from gemify import GemModel
-from gemify.evaluation.report.published import TABLES
+from gemify.evaluation.report.comparison import TABLES
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.task_suites import task_type
 from gemify.io.signals import StopRequestedError

@@ -1,16 +1,22 @@
-"""`gemify bench retrieval`: recall and mean reciprocal rank of a store on questions whose passage is known."""
+"""`gemify bench retrieval` and `gemify bench search`.
+
+The first measures recall and mean reciprocal rank of a store on questions whose passage is known, the second the
+milliseconds that a search takes, apart from embedding the query.
+"""
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from gemify.bench.timing import Report, make_report, rows_table
+from gemify.bench.timing import Report, make_report, peak_memory_mb, percentiles, rows_table, run_in_turn
 from gemify.io.rows import find_row_file, load_rows
 from gemify.model.gem import GemModel
 from gemify.rag.pipeline import GemRag
@@ -109,3 +115,57 @@ COLUMNS = {
 def to_markdown(report: Report) -> str:
     """The report as Markdown."""
     return rows_table(report["rows"], COLUMNS)
+
+
+_WARMUP = 5
+
+
+def bench_search(
+    gem: GemModel, index: GemIndex, *, queries: int = 200, k: int = 10, show_progress_bar: bool = True
+) -> Report:
+    """Search in every mode with the beginnings of stored passages. ValueError for an empty store."""
+    step = max(1, len(index) // queries)
+    texts = [p.text for p in itertools.islice(index.passages(), 0, None, step)][:queries]
+    if not texts:
+        raise ValueError("the store is empty: index something")
+    words = [" ".join(text.split()[:8]) for text in texts]
+    start = time.perf_counter()
+    vectors_ND = np.asarray(gem.encode_query(words))
+    embed_seconds = time.perf_counter() - start
+    asked = list(zip(words, vectors_ND, strict=True))
+    asked = asked[:_WARMUP] + asked
+
+    def search(number: int, mode: Mode) -> None:
+        text, vector = asked[number]
+        index.search(text, k=k, mode=mode, vector=vector)
+
+    runs = run_in_turn(
+        {mode: lambda number, mode=mode: search(number, mode) for mode in get_args(Mode)},  # type: ignore[misc]
+        rounds=len(words),
+        warmup=len(asked) - len(words),
+        description="search",
+        show_progress_bar=show_progress_bar,
+    )
+    settings = {"passages": len(index), "precision": index.store.meta.precision, "queries": len(words), "k": k}
+    figures = {
+        mode: {key: round(1000 * s, 1) for key, s in percentiles(run.seconds).items()} for mode, run in runs.items()
+    }
+    return make_report(
+        settings,
+        [{"name": mode, **{f"{key}_ms": ms for key, ms in row.items()}} for mode, row in figures.items()],
+        embed_ms_per_query=round(1000 * embed_seconds / len(words), 1),
+        peak_memory_mb=peak_memory_mb(),
+    )
+
+
+SEARCH_COLUMNS = {"name": ("search", ""), **{f"p{p}_ms": (f"p{p} (ms)", "") for p in (50, 95, 99)}}
+
+
+def search_table(report: Report) -> str:
+    """The report as Markdown."""
+    s = report["settings"]
+    head = (
+        f"{s['passages']:,} passages ({s['precision']}), {s['queries']} queries; embedding"
+        f" {report['embed_ms_per_query']} ms per query (in batches); peak memory {report['peak_memory_mb']:,} MB"
+    )
+    return f"{head}\n\n{rows_table(report['rows'], SEARCH_COLUMNS)}"

@@ -128,11 +128,11 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Time vector, full-text and hybrid search without the embedding of the query."""
-    from gemify.bench.search import bench_search, to_markdown
+    from gemify.bench.retrieval import bench_search, search_table
 
     gem, index = _open_index(store, model, dtype, device)
     report = bench_search(gem, index, queries=num_queries, k=k, show_progress_bar=not quiet)
-    write_report(report, to_markdown(report), output, as_json)
+    write_report(report, search_table(report), output, as_json)
 
 
 @bench.command()

@@ -220,7 +220,7 @@ def export(
 
 
 def _logits_equal_base(model: str, base: str, revision: str | None, device: str | None) -> bool:
-    from gemify.evaluation.language_model import PROBES, same_logits
+    from gemify.evaluation.models import PROBES, same_logits
     from gemify.model.base import load_base
 
     gem = load_gem(model, base, "auto", device)

@@ -32,7 +32,7 @@ from gemify.io.rows import load_rows
 from gemify.io.tables import first_line
 
 HELD_OUT = "held_out"
-"""Held-out next-token loss: not a task of lm-eval's, see `gemify.evaluation.language_model`."""
+"""Held-out next-token loss: not a task of lm-eval's, see `gemify.evaluation.models`."""
 
 
 @dataclass(frozen=True)

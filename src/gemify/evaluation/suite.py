@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 
 from gemify.evaluation.baselines import BASELINES, Baseline
 from gemify.evaluation.cost import estimate_language_tokens, estimate_vector_tokens, measure_encoding_cost
-from gemify.evaluation.language_model import compare_logits, compute_text_losses, numerics_signature
 from gemify.evaluation.lm_eval_prefix_cache import share_prefixes
 from gemify.evaluation.lm_eval_tasks import (
     HELD_OUT,
@@ -28,7 +27,15 @@ from gemify.evaluation.lm_eval_tasks import (
     make_language_tasks,
     run_language_task,
 )
-from gemify.evaluation.models import EvalModels, EvalSettings, encoder_entry, load_encoder
+from gemify.evaluation.models import (
+    EvalModels,
+    EvalSettings,
+    compare_logits,
+    compute_text_losses,
+    encoder_entry,
+    load_encoder,
+    numerics_signature,
+)
 from gemify.evaluation.mteb_runner import is_finished, run_task
 from gemify.evaluation.mteb_tasks import LOCAL_TASKS, make_task
 from gemify.evaluation.recovery import attack_vectors, measure_recovery, select_texts_by_length

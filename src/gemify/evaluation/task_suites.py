@@ -20,7 +20,7 @@ GEM16: tuple[str, ...] = tuple(TASKS["GEM16"])
 LLM2VEC15: tuple[str, ...] = tuple(task for task in GEM16 if task != "ClimateFEVER")
 """The 15 tasks of LLM2Vec (BehnamGhader et al. 2024), which the paper follows."""
 NINE: tuple[str, ...] = tuple(TASKS["NINE"])
-"""Nine small tasks of GEM16 for which means of many peers are published, see `report.published.NINE_MEANS`."""
+"""Nine small tasks of GEM16 for which means of many peers are published, see `report.comparison.NINE_MEANS`."""
 SUITES: dict[str, tuple[str, ...]] = {"GEM16": GEM16, "LLM2VEC15": LLM2VEC15, "NINE": NINE}
 """Named suites. Their means are of all their tasks or are not given."""
 

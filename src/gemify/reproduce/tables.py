@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
-from gemify.evaluation.report.published import TABLES
+from gemify.evaluation.report.comparison import TABLES
 from gemify.evaluation.task_suites import GEM16
 from gemify.training.recipe import PRESETS
 

@@ -19,7 +19,7 @@ pytest.importorskip("markdown_it")
 from PIL import Image
 
 from gemify.evaluation import task_suites
-from gemify.evaluation.report import comparison, plots, published
+from gemify.evaluation.report import comparison, plots
 from gemify.evaluation.report.comparison import SUBSET, language_rows, load_models
 from gemify.evaluation.report.render import card_section, eval_results, write_report
 from gemify.evaluation.report.sections import PUBLISHED, write_sections
@@ -440,12 +440,12 @@ def test_eval_results_are_arguments_of_the_hubs(store: ResultStore) -> None:
 
 
 def test_published_figures_are_the_papers() -> None:
-    tables = published.TABLES
+    tables = comparison.TABLES
     assert [tables[f"table{n}"].number for n in range(1, 6)] == [1, 2, 3, 4, 5]
     assert tables["table1"].value("GEM Llama-3.2-1B", "STS") == 68.42
     assert tables["table1"].value("LLM2Vec (unsup.) Sheared-Llama-1.3B", "MMLU") is None
     assert tables["table1"].value("GritLM-7B (supervised)", "Classification") == 79.5
-    assert tables["table2"].rows[4] == published.PaperRow("0.8", (48.11, 27.72))
+    assert tables["table2"].rows[4] == comparison.PaperRow("0.8", (48.11, 27.72))
     assert tables["table3"].value("vanilla", "MTEB subset") == 18.29
     assert tables["table4"].value("5", "MMLU") == 29.81
     assert tables["table5"].value("8B", "MMLU, GEM") == 57.24

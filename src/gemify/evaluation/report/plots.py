@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemify.evaluation.report.comparison import (
+    PAPER_ROWS,
     SUBSET,
+    TABLES,
     EvaluatedModel,
     language_rows,
     mean_score,
@@ -17,7 +19,6 @@ from gemify.evaluation.report.comparison import (
     tasks_by_type,
     without_development,
 )
-from gemify.evaluation.report.published import PAPER_ROWS, TABLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

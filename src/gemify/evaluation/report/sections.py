@@ -10,7 +10,11 @@ from itertools import groupby
 from typing import Any
 
 from gemify.evaluation.report.comparison import (
+    NINE_MEANS,
+    PAPER_ROWS,
+    PEERS,
     SUBSET,
+    TABLES,
     CellResult,
     DiffWord,
     EvaluatedModel,
@@ -24,7 +28,6 @@ from gemify.evaluation.report.comparison import (
     tasks_by_type,
     without_development,
 )
-from gemify.evaluation.report.published import NINE_MEANS, PAPER_ROWS, PEERS, TABLES
 from gemify.evaluation.task_suites import DEVELOPMENT_TASKS, NINE, SUITES, TYPES
 from gemify.io.tables import escape_markdown, format_number, markdown_table
 
