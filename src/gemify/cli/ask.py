@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,7 +33,7 @@ from gemify.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from gemify.rag.pipeline import Answer, ContextMode, GemRag, PromptOrder, RagSettings
+    from gemify.rag.pipeline import Answer, GemRag
 
 Passages = Annotated[int, typer.Option("-k", min=0, help="Number of passages to retrieve; 0 answers without any.")]
 OrderOption = Annotated[
@@ -82,48 +81,23 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answer a question from the passages of a store, with sources."""
+    options = locals()
     asked = question if question is not None else sys.stdin.read()
     if not asked.strip():
         raise ValueError("no question given: pass one as an argument or on stdin")
-    settings = _settings(k, mode, order, context, keep_kv, system, max_new_tokens, query_cache=query_cache)
-    loading = _Loading(store, model, base, dtype, device)
-    rag = _open_rag(settings, loading, _Kept(keep_kv, kv_bits, kv_budget, kv_store))
-    options = _generate_options(temperature, top_p, seed, stop)
-    answer = rag.ask(clean_text(asked), on_text=None if as_json else _write, **options)
+    rag = _open_rag(options)
+    answer = rag.ask(clean_text(asked), on_text=None if as_json else _write, **_generate_options(options))
     _finish(answer, as_json=as_json)
 
 
-def chat(
-    store: StoreUri,
-    k: Passages = 3,
-    mode: SearchMode = "hybrid",
-    order: OrderOption = None,
-    context: ContextOption = "text",
-    keep_kv: KeepKv = False,
-    kv_bits: KvBits = 16,
-    kv_budget: KvBudget = None,
-    kv_store: KvStoreDir = None,
-    system: SystemPrompt = None,
-    max_new_tokens: MaxNewTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    stop: Stop = None,
-    model: StoreModel = None,
-    base: Base = None,
-    dtype: Dtype = "auto",
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
+def chat(**options: Any) -> None:
     """A conversation over a store, a question a line; its cache is carried over the turns. /quit or Ctrl-D ends it."""
-    settings = _settings(k, mode, order, context, keep_kv, system, max_new_tokens)
-    loading = _Loading(store, model, base, dtype, device)
-    rag = _open_rag(settings, loading, _Kept(keep_kv, kv_bits, kv_budget, kv_store))
-    options = _generate_options(temperature, top_p, seed, stop)
+    rag, as_json = _open_rag(options), options["as_json"]
+    generate_options = _generate_options(options)
     conversation = rag.conversation()
     for question in _questions():
         try:
-            answer = conversation.ask(question, on_text=None if as_json else _write, **options)
+            answer = conversation.ask(question, on_text=None if as_json else _write, **generate_options)
         except KeyboardInterrupt:  # ends the answer, not the conversation
             typer.echo()
             continue
@@ -133,77 +107,46 @@ def chat(
         _finish(answer, as_json=as_json)
 
 
-@dataclass(frozen=True)
-class _Loading:
-    """Which index and model answer."""
-
-    store: str
-    model: str | None
-    base: str | None
-    dtype: str
-    device: str | None
+_options = [p for name, p in inspect.signature(ask, eval_str=True).parameters.items() if name not in ("question", "query_cache")]
+chat.__signature__ = inspect.Signature(_options)  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """What the options say of kept caches."""
-
-    keep_kv: bool
-    bits: int
-    budget: str | None
-    directory: Path | None
-
-
-def _settings(
-    k: int,
-    mode: str,
-    order: str | None,
-    context: str,
-    keep_kv: bool,
-    system: str | None,
-    max_new_tokens: int,
-    *,
-    query_cache: bool = True,
-) -> RagSettings:
-    from gemify.rag.context import SYSTEM_PROMPT
-    from gemify.rag.pipeline import RagSettings
-
-    return RagSettings(
-        passages=k,
-        mode=mode,
-        order=cast("PromptOrder", order or ("passages-first" if keep_kv else "question-first")),
-        context=cast("ContextMode", context),  # both are checked there
-        query_cache=query_cache,
-        system=SYSTEM_PROMPT if system is None else system,
-        max_new_tokens=max_new_tokens,
-    )
-
-
-def _open_rag(settings: RagSettings, loading: _Loading, kept: _Kept) -> GemRag:
+def _open_rag(options: Mapping[str, Any]) -> GemRag:
+    """Load the index and the model that the options name."""
     from gemify.rag.kv_store import kv_store_factory
-    from gemify.rag.pipeline import GemRag
+    from gemify.rag.context import SYSTEM_PROMPT
+    from gemify.rag.pipeline import GemRag, RagSettings
     from gemify.retrieval.index import GemIndex
 
-    open_kv_store = kv_store_factory(
-        loading.store, keep_kv=kept.keep_kv, bits=kept.bits, budget=kept.budget, directory=kept.directory
+    store, keep_kv, system = options["store"], options["keep_kv"], options["system"]
+    settings = RagSettings(
+        passages=options["k"],
+        mode=options["mode"],
+        order=options["order"] or ("passages-first" if keep_kv else "question-first"),
+        context=options["context"],
+        query_cache=options.get("query_cache", True),
+        system=SYSTEM_PROMPT if system is None else system,
+        max_new_tokens=options["max_new_tokens"],
     )
-    name = store_model_name(loading.store, loading.model)
-    gem = load_gem(name, loading.base, loading.dtype, loading.device)
+    open_kv_store = kv_store_factory(
+        store, keep_kv=keep_kv, bits=options["kv_bits"], budget=options["kv_budget"], directory=options["kv_store"]
+    )
+    name = store_model_name(store, options["model"])
+    gem = load_gem(name, options["base"], options["dtype"], options["device"])
     kv = open_kv_store(gem) if open_kv_store is not None else None
-    index = GemIndex.open(loading.store, gem, create=False)
+    index = GemIndex.open(store, gem, create=False)
     index.require_text()
     return GemRag(gem, index, kv=kv, settings=settings)
 
 
-def _generate_options(temperature: float, top_p: float, seed: int | None, stop: list[str] | None) -> dict[str, Any]:
+def _generate_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of transformers' `generate`."""
-    if seed is not None:
+    if options["seed"] is not None:
         import torch
 
-        torch.manual_seed(seed)
-    if temperature > 0:
-        return {"do_sample": True, "temperature": temperature, "top_p": top_p, "stop": stop or None}
-    return {"do_sample": False, "stop": stop or None}
+        torch.manual_seed(options["seed"])
+    sampling = {name: options[name] for name in ("temperature", "top_p")} if options["temperature"] > 0 else {}
+    return {"do_sample": bool(sampling), **sampling, "stop": options["stop"] or None}
 
 
 def _questions() -> Iterator[str]:
