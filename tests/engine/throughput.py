@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from engine_client import running
 
 from gemify import GemModel
-from gemify.bench.servers import traffic
+from gemify.bench.serve import traffic
 from gemify.engine.sampling import SamplingParams
 from gemify.model.chat_template import ChatTemplate
 from gemify.model.forward import left_pad

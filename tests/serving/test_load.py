@@ -12,7 +12,7 @@ import pytest
 
 import tiny_models
 from gemify import GemModel
-from gemify.bench.servers import MemoryWatch, Reply, Request, Server, running, send, traffic
+from gemify.bench.serve import MemoryWatch, Reply, Request, Server, running, send, traffic
 from tiny_gems import make_gem
 
 

@@ -107,14 +107,15 @@ def chat(**options: Any) -> None:
         _finish(answer, as_json=as_json)
 
 
-_options = [p for name, p in inspect.signature(ask, eval_str=True).parameters.items() if name not in ("question", "query_cache")]
+_asked = inspect.signature(ask, eval_str=True).parameters
+_options = [p for name, p in _asked.items() if name not in ("question", "query_cache")]
 chat.__signature__ = inspect.Signature(_options)  # type: ignore[attr-defined]
 
 
 def _open_rag(options: Mapping[str, Any]) -> GemRag:
     """Load the index and the model that the options name."""
-    from gemify.rag.kv_store import kv_store_factory
     from gemify.rag.context import SYSTEM_PROMPT
+    from gemify.rag.kv_store import kv_store_factory
     from gemify.rag.pipeline import GemRag, RagSettings
     from gemify.retrieval.index import GemIndex
 

@@ -25,7 +25,7 @@ from gemify.serving.errors import ApiError, bad_request
 from gemify.serving.middleware import RequestMiddleware
 from gemify.serving.protocol.responses import ErrorResponse
 from gemify.serving.rag import RagService, kv_store_of
-from gemify.serving.routes import chat, embeddings, health, ui
+from gemify.serving.routes import chat, embeddings, health
 from gemify.serving.settings import ServerSettings
 from gemify.serving.state import AppState, Metrics
 from gemify.serving.tokenization import RequestTokenizer
@@ -124,7 +124,7 @@ def create_app(
         app.include_router(route.router, responses=_ERRORS)
     app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)
-    app.include_router(ui.router)
+    app.include_router(health.page_router)
     app.openapi = correct_openapi(app, with_keys=len(state.keys) > 0)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _respond_to_http_error)
     app.add_exception_handler(RequestValidationError, _respond_to_invalid_body)

@@ -1,14 +1,21 @@
-"""GET /health, /ready, /metrics and /v1/stats, for orchestrators, Prometheus and the page; GET /v1/models."""
+"""GET /health, /ready, /metrics and /v1/stats, for orchestrators, Prometheus and the page; GET /v1/models; the page.
+
+GET / and /page/* are a small web page that uses the routes. It loads nothing from anywhere else.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
+from importlib.resources import files
+from pathlib import PurePosixPath
 from typing import Any
 
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
+from gemify.serving.errors import ApiError
 from gemify.serving.protocol.responses import HealthResponse, ListModelsResponse, Model
 from gemify.serving.state import AppState, get_state
 
@@ -83,3 +90,44 @@ async def retrieve_model(name: str, request: Request) -> Model:
 
 def _build_model(state: AppState) -> Model:
     return Model(id=state.model, object="model", created=state.started, owned_by="gemify")
+
+
+page_router = APIRouter(include_in_schema=False)
+
+_CONTENT_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none';"
+    " form-action 'none'; frame-ancestors 'none'"
+)
+_FILES = files("gemify.serving") / "page"
+
+
+@page_router.get("/")
+async def page(request: Request) -> Response:
+    """Return the page."""
+    return _page_file("index.html")
+
+
+@page_router.get("/page/{name}")
+async def page_part(name: str, request: Request) -> Response:
+    """Return a script, a style or a picture of the page."""
+    return _page_file(name)
+
+
+def _page_file(name: str) -> Response:
+    content_type = _CONTENT_TYPES.get(PurePosixPath(name).suffix)
+    if content_type is None or name not in _page_names():
+        raise ApiError(404, f"there is no {name[:80]!r} in the page", code="not_found")
+    headers = {
+        "Content-Security-Policy": _CONTENT_SECURITY_POLICY,
+        "Referrer-Policy": "no-referrer",
+        "Cross-Origin-Opener-Policy": "same-origin",
+        "Cache-Control": "no-cache",
+    }
+    return Response((_FILES / name).read_bytes(), media_type=f"{content_type}; charset=utf-8", headers=headers)
+
+
+@cache
+def _page_names() -> frozenset[str]:
+    """Return the names of the page's files. No other name becomes a path."""
+    return frozenset(path.name for path in _FILES.iterdir())
