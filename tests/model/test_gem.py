@@ -336,3 +336,11 @@ def test_stop_strings_and_streaming_pass_through(gem: GemModel) -> None:
     assert len(streamer.ids) >= 3 + 1
     assert full is not None
     assert isinstance(gem.generate("abc", max_new_tokens=6, do_sample=False, stop_strings=["e"]), str)
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"num_beams": 3}, {"do_sample": False}])
+def test_a_prefills_growing_cache_gives_the_text_of_a_plain_run(gem: GemModel, options: dict[str, Any]) -> None:
+    """transformers crops, repeats or reorders the cache it was given; the text stays that of its own cache."""
+    prompt = "a b a b a b a b a"
+    text = gem.generate(gem.prefill(prompt), max_new_tokens=90, min_new_tokens=90, **options)
+    assert text == gem.generate(prompt, max_new_tokens=90, min_new_tokens=90, **options)

@@ -153,6 +153,16 @@ class RunningCache(DynamicCache):
         self.layers: list[Any] = [_GrowingLayer() for _ in new_cache(lm).layers]
         self.rows = self.length = 0
 
+    @classmethod
+    def continuing(cls, lm: PreTrainedModel, cache: DynamicCache) -> RunningCache:
+        """Return a copy of a cache that keeps all positions, with room for more of them."""
+        running = cls(lm)
+        for layer, filled in zip(running.layers, cache.layers, strict=True):
+            if filled.is_initialized and filled.keys.numel():
+                layer.fill((filled.keys, filled.values))
+                running.rows, running.length = filled.keys.shape[0], filled.keys.shape[-2]
+        return running
+
     def add_row(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Add a row, given by its `key_values`: [1, heads, its length, head_dim] each."""
         row_length = pairs[0][0].shape[-2]
@@ -198,6 +208,14 @@ class RunningCache(DynamicCache):
 class _GrowingLayer(DynamicLayer):
     """Buffers [rows, heads, positions, head_dim] with spare capacity. ``keys`` and ``values`` are the parts in use."""
 
+    def fill(self, pair: tuple[Tensor, Tensor]) -> None:
+        rows, _, length, _ = pair[0].shape
+        self.lazy_initialization(*pair)
+        self.buffers = [_buffer(t, rows, _capacity(length)) for t in pair]
+        for buffer, new in zip(self.buffers, pair, strict=True):
+            buffer[:, :, :length] = new
+        self.update_views(rows, length)
+
     def add_row(self, pair: tuple[Tensor, Tensor], rows: int, old_length: int, length: int) -> None:
         if not self.is_initialized:
             self.lazy_initialization(*pair)
@@ -234,6 +252,8 @@ class _GrowingLayer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         rows, old_length = self.keys.shape[0], self.keys.shape[-2]
+        if self.keys.data_ptr() != self.buffers[0].data_ptr():  # rows chosen or repeated by transformers: no view
+            self.fill((self.keys, self.values))
         length = old_length + key_states.shape[-2]
         for index, new in enumerate((key_states, value_states)):
             if length > self.buffers[index].shape[2]:
