@@ -19,6 +19,7 @@ from gemify.cli.options import (
     KvBudget,
     KvStoreDir,
     MaxNewTokens,
+    Quantize,
     SearchMode,
     Seed,
     StoreModel,
@@ -77,6 +78,7 @@ def ask(
     model: StoreModel = None,
     base: Base = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = "none",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -133,7 +135,7 @@ def _open_rag(options: Mapping[str, Any]) -> GemRag:
         store, keep_kv=keep_kv, bits=options["kv_bits"], budget=options["kv_budget"], directory=options["kv_store"]
     )
     name = store_model_name(store, options["model"])
-    gem = load_gem(name, options["base"], options["dtype"], options["device"])
+    gem = load_gem(name, options["base"], options["dtype"], options["device"], options["quantize"])
     kv = open_kv_store(gem) if open_kv_store is not None else None
     index = GemIndex.open(store, gem, create=False)
     index.require_text()

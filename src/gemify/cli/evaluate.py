@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gemify.cli.options import Base, BatchSize, Device, ExactDtype, Quiet, echo_err, print_json
+from gemify.cli.options import Base, BatchSize, Device, ExactDtype, Quantize, Quiet, echo_err, print_json
 
 Limit = Annotated[int | None, typer.Option(min=2, help="Rows per task: a subset run, labelled as such in all results.")]
 Data = Annotated[
@@ -39,6 +39,7 @@ def evaluate(
     ] = False,
     limit: Limit = None,
     dtype: ExactDtype = "float32",
+    quantize: Quantize = "none",
     batch_size: BatchSize = 64,
     card: Annotated[
         bool, typer.Option("--card", help="Write the results into the GEM's model card (README.md).")
@@ -69,6 +70,7 @@ def evaluate(
             base=base,
             limit=limit,
             dtype=dtype,
+            quantize=quantize,
             device=device,
             instructions=instructions,
             batch_size=batch_size,

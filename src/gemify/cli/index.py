@@ -20,6 +20,7 @@ from gemify.cli.options import (
     KvBudget,
     KvStoreDir,
     NewStoreModel,
+    Quantize,
     Quiet,
     SearchMode,
     StoreModel,
@@ -71,6 +72,7 @@ def index(
     kv_store: KvStoreDir = None,
     base: Base = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = "none",
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -90,7 +92,7 @@ def index(
     from gemify.rag.kv_store import kv_store_factory
 
     open_kv_store = kv_store_factory(store, keep_kv=keep_kv, bits=kv_bits, budget=kv_budget, directory=kv_store)
-    gem = load_gem(name, base, dtype, device)
+    gem = load_gem(name, base, dtype, device, quantize)
     opened = GemIndex.open(
         store if existing is None else existing, gem, model_name=absolute_model_name(name), **options
     )
@@ -142,6 +144,7 @@ def search(
     model: StoreModel = None,
     base: Base = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = "none",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -154,7 +157,7 @@ def search(
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
     name = store_model_name(store, model)
-    gem = None if mode == "fts" and model is None else load_gem(name, base, dtype, device)
+    gem = None if mode == "fts" and model is None else load_gem(name, base, dtype, device, quantize)
     passages = GemIndex.open(store, gem, create=False).search(replace_surrogates(query), k=k, mode=mode)  # type: ignore[arg-type]
     for number, passage in enumerate(passages, start=1):
         if as_json:

@@ -21,6 +21,7 @@ from gemify.cli.options import (
     MaxNewTokens,
     Model,
     OutputDirectory,
+    Quantize,
     Quiet,
     Seed,
     SystemPrompt,
@@ -51,6 +52,7 @@ def embed(
     batch_size: BatchSize = 64,
     base: Base = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = "none",
     device: Device = None,
     compile: Annotated[
         bool, typer.Option("--compile", help="Compile the layers first: pays off for thousands of texts.")
@@ -68,7 +70,7 @@ def embed(
     listed = list(texts) if texts else list(_read_texts(input, text_column))
     if not listed:
         raise ValueError("no text given: pass texts as arguments, --input FILE, or lines on stdin")
-    gem = load_gem(model, base, dtype, device)
+    gem = load_gem(model, base, dtype, device, quantize)
     vectors = gem.encode(
         listed,
         prompt_name=prompt_name,
@@ -104,6 +106,7 @@ def generate(
     ] = False,
     base: Base = None,
     dtype: Dtype = "auto",
+    quantize: Quantize = "none",
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -116,7 +119,7 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    gem = load_gem(model, base, dtype, device)
+    gem = load_gem(model, base, dtype, device, quantize)
     if seed is not None:
         torch.manual_seed(seed)
     options: dict[str, Any] = {"do_sample": temperature > 0}

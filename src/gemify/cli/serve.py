@@ -63,6 +63,9 @@ def serve(
     ] = None,
     base: Annotated[str | None, typer.Option("--base", help="Look for the base model here instead.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32]")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Bits of the weights on a CPU: int8 or int4, which write faster. [default: none]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... [default: the accelerator if any]")] = None,
 ) -> None:
     """Serve chat and embeddings at once from one model, in OpenAI's API, with a web page at /."""

@@ -71,7 +71,7 @@ class GenerationScheduler:
         self._token_bytes = TokenBytes(gem.tokenizer)
         self._batched_prefill = supports_batched_prefill(gem.lm)
         self._kv_bytes_per_token = 0
-        vocabulary = gem.lm.get_output_embeddings().weight.shape[0]
+        vocabulary = gem.lm.get_output_embeddings().out_features
         self._suppressed_ids = [i for i in gem.config.special_ids if i < vocabulary]
         self._counts = dict.fromkeys(
             ("prompt_tokens", "cached_tokens", "generation_tokens", "finished_seqs", "cancelled", "failed"), 0

@@ -12,18 +12,18 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from gemify.evaluation.lm_eval_tasks import HELD_OUT, local_file
 from gemify.evaluation.mteb_tasks import LOCAL_TASKS
 from gemify.io.rows import read_rows
-from gemify.model.base import parse_dtype
+from gemify.model.base import Loading
 
 _QUERIES = 30
 
 
 def measure_encoding_cost(
-    model: str, texts: Sequence[str], *, base: str | None, dtype: str, device: str | None
+    model: str, texts: Sequence[str], *, base: str | None, **loading: Unpack[Loading]
 ) -> dict[str, Any]:
     """Encode texts in bulk and some of them one by one, in a process of its own.
 
@@ -32,7 +32,7 @@ def measure_encoding_cost(
     """
     context = multiprocessing.get_context("spawn")
     results = context.SimpleQueue()
-    worker = context.Process(target=_measure, args=(results, model, list(texts), base, dtype, device))
+    worker = context.Process(target=_measure, args=(results, model, list(texts), base, loading))
     worker.start()
     worker.join()
     if worker.exitcode:
@@ -41,12 +41,12 @@ def measure_encoding_cost(
     return value
 
 
-def _measure(results: Any, model: str, texts: list[str], base: str | None, dtype: str, device: str | None) -> None:
+def _measure(results: Any, model: str, texts: list[str], base: str | None, loading: Loading) -> None:
     import torch
 
     from gemify.model.gem import GemModel
 
-    gem = GemModel.from_pretrained(model, base=base, dtype=parse_dtype(dtype), device=device)
+    gem = GemModel.from_pretrained(model, base=base, **loading)
     gem.encode(texts[:8])  # the first calls set things up
     gem.encode(texts)
     report = gem.meter.report()

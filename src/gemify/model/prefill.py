@@ -165,7 +165,7 @@ def generate_ids(
     Returns:
         What `generate` returns.
     """
-    vocab_size = lm.get_output_embeddings().weight.shape[0]
+    vocab_size = lm.get_output_embeddings().out_features
     if suppressed := [i for i in suppressed_ids if i < vocab_size]:
         processors = [_Suppress(suppressed), *(options.pop("logits_processor", None) or ())]
         options["logits_processor"] = LogitsProcessorList(processors)

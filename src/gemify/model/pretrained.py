@@ -34,9 +34,11 @@ from gemify.model.base import (
     initial_rows,
     load_base,
     max_positions,
+    pop_quantization,
     special_token_ids,
 )
 from gemify.model.config import CONFIG_FILE, GemConfig, Pooling, Tune, require_special_tokens, resolve_directory
+from gemify.model.quantization import quantize_layers, require_unquantized
 from gemify.model.tokenization import PLAIN, require_template
 
 logger = logging.getLogger(__name__)
@@ -71,6 +73,7 @@ def prepare_base(
     require_special_tokens(k, tune=tune, pooling=pooling)
     require_template(template, k=k)
     require_kernel(loading.get("attn_implementation"))
+    quantization = pop_quantization(loading)
     lm, tokenizer = load_base(base, **loading)
     require_maskable(lm)
     ends = lm.generation_config.eos_token_id if lm.generation_config is not None else None
@@ -94,7 +97,9 @@ def prepare_base(
     rows = initial_rows(lm, ids)
     if tune in ("lora", "full"):
         grow_table(lm, ids, rows)
-    return GemParts(lm, tokenizer, config, attach_adapter(lm, config, rows, adapter))
+    attached = attach_adapter(lm, config, rows, adapter)
+    quantize_layers(lm, quantization)
+    return GemParts(lm, tokenizer, config, attached)
 
 
 def load_pretrained(path: str | Path, *, base: str | None, **loading: Unpack[Loading]) -> GemParts:
@@ -109,8 +114,10 @@ def load_pretrained(path: str | Path, *, base: str | None, **loading: Unpack[Loa
     require_kernel(loading.get("attn_implementation"))
     if not full and base is None and config.base_revision is not None:
         loading.setdefault("revision", config.base_revision)
+    quantization = pop_quantization(loading)
     lm, tokenizer = load_base(str(directory) if full else base or config.base, **loading)
     if full:
+        quantize_layers(lm, quantization)
         return GemParts(lm, tokenizer, config, None)
     if (found := weights_fingerprint(lm)) != config.base_fingerprint:
         logger.warning(
@@ -134,6 +141,7 @@ def load_pretrained(path: str | Path, *, base: str | None, **loading: Unpack[Loa
         raise ValueError(f"{directory / ADAPTER_FILE} is damaged: {error}") from error
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"cannot load the adapter in {directory}: {first_line(error)}") from error
+    quantize_layers(lm, quantization)
     lm.eval()
     return GemParts(lm, tokenizer, config, adapter)
 
@@ -143,6 +151,8 @@ def save_parts(parts: GemParts, path: str | Path, *, merge: bool, weights: dict[
     target = Path(path)
     if merge and parts.config.tune != "lora":
         raise ValueError(f"only a `lora` GEM can be merged, this one is {parts.config.tune!r}: train with --tune lora")
+    if merge or parts.adapter is None:
+        require_unquantized(parts.lm)
     with atomic_directory(target, last=CONFIG_FILE) as stage:
         if parts.adapter is not None and not merge:
             parts.adapter.save(stage)

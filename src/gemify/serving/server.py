@@ -303,6 +303,7 @@ def _load(settings: ServerSettings) -> GemModel:
     from gemify.model.gem import GemModel
 
     loading = {"device": settings.device, "trust_remote_code": settings.trust_remote_code}
+    loading["quantize"] = settings.quantize
     if settings.dtype is not None:
         loading["dtype"] = settings.dtype
     return GemModel.from_pretrained(settings.model, base=settings.base, **loading)  # type: ignore[arg-type]

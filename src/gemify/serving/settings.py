@@ -51,6 +51,8 @@ class ServerSettings(BaseSettings):
     """Where the base model is, if not where the GEM says."""
     dtype: str | None = None
     """float32, bfloat16 or float16."""
+    quantize: str | None = None
+    """Bits of the weights on a CPU: int8 or int4; None: none."""
     device: str | None = None
     """cpu, cuda, mps, ..."""
     trust_remote_code: bool = False
