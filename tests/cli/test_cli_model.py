@@ -230,3 +230,47 @@ def test_a_full_disk_while_writing(saved: Path) -> None:
     assert done.returncode == 1
     assert "No space left" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["embed", "generate", "recover", "ask", "search"])
+def test_bytes_that_are_not_utf8_are_one_line(saved: Path, fails: Fails, tmp_path: Path, command: str) -> None:
+    argument = b"\xfcber".decode("utf-8", "surrogateescape")
+    where = ("-s", tmp_path) if command in ("ask", "search") else ("-m", saved)
+    assert "not UTF-8 text: convert it (iconv -f latin1 -t utf-8)" in fails(command, argument, *where)
+
+
+@pytest.mark.parametrize("raw", [b"gr\xfc\xdfe\n", "grüße".encode("utf-16"), b"a\0b\n"])
+@pytest.mark.parametrize("command", ["embed", "generate", "recover"])
+def test_stdin_that_is_not_utf8_is_one_line(
+    saved: Path, fails: Fails, monkeypatch: pytest.MonkeyPatch, command: str, raw: bytes
+) -> None:
+    monkeypatch.setattr(io, "StringIO", lambda _: io.TextIOWrapper(io.BytesIO(raw), "utf-8", "surrogateescape"))
+    assert "stdin" in (error := fails(command, "-m", saved))
+    assert "UTF-" in error
+
+
+def test_stdin_is_read_as_a_file_is(saved: Path, tmp_path: Path) -> None:
+    raw = "\ufeffthe cat\r\n  sat \r\nüber\r\n".encode()
+    (tmp_path / "texts.txt").write_bytes(raw)
+    out = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    subprocess.run(
+        [sys.executable, "-m", "gemify", "embed", "-m", saved, "-q", "-o", out[0]], input=raw, check=True, env=QUIETLY
+    )
+    assert gemify("embed", "-m", saved, "-q", "-i", tmp_path / "texts.txt", "-o", out[1]).returncode == 0
+    np.testing.assert_array_equal(np.load(out[0]), np.load(out[1]))
+    assert len(np.load(out[0])) == 3
+
+
+def test_long_texts_follow_the_policy(saved: Path, fails: Fails) -> None:
+    long = "x" * 600
+    cut = gemify("embed", "-m", saved, "-q", long, "a cat")
+    assert cut.returncode == 0
+    assert "1 of 2 texts were longer than the 511 tokens that this model embeds: cut at the end" in cut.stderr
+    assert "a text has 600 tokens, this model embeds up to 511" in fails(
+        "embed", "-m", saved, "--truncate", "error", long
+    )
+    whole = gemify("embed", "-m", saved, "-q", "--max-length", 1024, long)
+    assert whole.returncode == 0
+    assert not whole.stderr
+    assert "unknown truncate 'left'" in fails("embed", "-m", saved, "--truncate", "left", long)
+    assert "max_length must lie in 2..1024, got 9999" in fails("embed", "-m", saved, "--max-length", 9999, long)

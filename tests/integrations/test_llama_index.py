@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -202,3 +203,52 @@ def test_the_starter_finds_and_answers(shipped: GemModel, monkeypatch: pytest.Mo
     answer = engine.query("When does the museum open?")
     assert answer.source_nodes[0].text == texts[1]
     assert "noon" in str(answer)
+
+
+@pytest.mark.parametrize("method", ["achat", "acomplete", "astream_chat", "astream_complete", "aget_text_embedding"])
+def test_the_event_loop_is_free_while_an_answer_is_made(shared_gem: GemModel, llm: GemLLM, method: str) -> None:
+    """The model is lent to another thread until the event loop has run something else."""
+    lent, free = threading.Event(), threading.Event()
+    in_time = []
+
+    def borrow() -> None:
+        with shared_gem.lock:
+            lent.set()
+            in_time.append(free.wait(30))
+
+    async def ask() -> Any:
+        asked = asyncio.create_task(answer())
+        await asyncio.sleep(0.01)  # the answer has begun, and waits for the model
+        free.set()
+        return await asked
+
+    async def answer() -> Any:
+        if method == "aget_text_embedding":
+            return await GemEmbedding(gem=shared_gem).aget_text_embedding("cat")
+        given = [ChatMessage(role="user", content="hi")] if "chat" in method else "the cat"
+        got = await getattr(llm, method)(given)
+        return [piece async for piece in got][-1] if "stream" in method else got
+
+    other = threading.Thread(target=borrow)
+    other.start()
+    lent.wait()
+    got = asyncio.run(ask())
+    other.join()
+    assert in_time == [True], "the event loop stood still"
+    if "chat" in method:
+        assert got.message.content == llm.chat([ChatMessage(role="user", content="hi")]).message.content
+    elif "complete" in method:
+        assert got.text == llm.complete("the cat").text
+
+
+def test_an_asynchronous_stream_that_is_dropped_ends(shared_gem: GemModel) -> None:
+    async def take_one() -> None:
+        llm = GemLLM(gem=shared_gem, temperature=0, max_tokens=400)
+        pieces = await llm.astream_complete("the cat")
+        async for _ in pieces:
+            break
+        await pieces.aclose()
+
+    asyncio.run(take_one())
+    with shared_gem.lock:
+        pass

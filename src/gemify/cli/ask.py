@@ -30,6 +30,8 @@ from gemify.cli.options import (
     echo_err,
     load_gem,
     print_json,
+    read_stdin,
+    require_utf8,
     store_model_name,
 )
 
@@ -84,7 +86,7 @@ def ask(
 ) -> None:
     """Answer a question from the passages of a store, with sources."""
     options = locals()
-    asked = question if question is not None else sys.stdin.read()
+    asked = require_utf8(question) if question is not None else read_stdin()
     if not asked.strip():
         raise ValueError("no question given: pass one as an argument or on stdin")
     rag = _open_rag(options)

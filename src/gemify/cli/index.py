@@ -32,6 +32,7 @@ from gemify.cli.options import (
     echo_err,
     load_gem,
     print_json,
+    require_utf8,
     store_model_name,
 )
 
@@ -151,14 +152,14 @@ def search(
     """Retrieve the passages of a store that match a question best."""
     from typing import get_args
 
-    from gemify.io.rows import replace_surrogates
     from gemify.retrieval.index import GemIndex, Mode
 
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
+    require_utf8(query)
     name = store_model_name(store, model)
     gem = None if mode == "fts" and model is None else load_gem(name, base, dtype, device, quantize)
-    passages = GemIndex.open(store, gem, create=False).search(replace_surrogates(query), k=k, mode=mode)  # type: ignore[arg-type]
+    passages = GemIndex.open(store, gem, create=False).search(query, k=k, mode=mode)  # type: ignore[arg-type]
     for number, passage in enumerate(passages, start=1):
         if as_json:
             print_json(passage.to_json())

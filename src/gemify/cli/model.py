@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,6 +19,7 @@ from gemify.cli.options import (
     Dtype,
     Json,
     MaxNewTokens,
+    MaxTextLength,
     Model,
     OutputDirectory,
     Quantize,
@@ -28,10 +29,17 @@ from gemify.cli.options import (
     Temperature,
     TextColumn,
     TopP,
+    TruncateOption,
     echo_err,
     load_gem,
     print_json,
+    read_stdin,
+    require_utf8,
+    stdin_lines,
 )
+
+if TYPE_CHECKING:
+    from gemify.model.tokenization import Truncate
 
 
 def embed(
@@ -49,6 +57,8 @@ def embed(
     prompt: Annotated[str | None, typer.Option(help="Prompt to put before each text.")] = None,
     normalize: Annotated[bool, typer.Option("--normalize", help="Scale vectors to length 1.")] = False,
     truncate_dim: Annotated[int | None, typer.Option(help="Keep only the first N dimensions.")] = None,
+    truncate: TruncateOption = "end",
+    max_length: MaxTextLength = None,
     batch_size: BatchSize = 64,
     base: Base = None,
     dtype: Dtype = "auto",
@@ -62,15 +72,17 @@ def embed(
     """Embed texts."""
     from gemify.io.vectors import check_format, write_vectors
     from gemify.model.encode import format_summary
+    from gemify.model.tokenization import require_truncate
 
     if texts and input is not None:
         raise typer.BadParameter("give texts or --input, not both")
     if output is not None:
         check_format(output)
-    listed = list(texts) if texts else list(_read_texts(input, text_column))
+    require_truncate(truncate)
+    listed = [require_utf8(text) for text in texts or ()] or list(_read_texts(input, text_column))
     if not listed:
         raise ValueError("no text given: pass texts as arguments, --input FILE, or lines on stdin")
-    gem = load_gem(model, base, dtype, device, quantize)
+    gem = load_gem(model, base, dtype, device, quantize, max_length=max_length)
     vectors = gem.encode(
         listed,
         prompt_name=prompt_name,
@@ -78,6 +90,7 @@ def embed(
         batch_size=batch_size,
         normalize_embeddings=normalize,
         truncate_dim=truncate_dim,
+        truncate=cast("Truncate", truncate),
         compile=compile,
         show_progress_bar=not quiet and len(listed) > batch_size,
     )
@@ -111,7 +124,7 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Answer a prompt, as the base model does."""
-    text = prompt if prompt is not None else sys.stdin.read()
+    text = require_utf8(prompt) if prompt is not None else read_stdin()
     if not text.strip():
         raise ValueError("no prompt given: pass one as an argument or on stdin")
     if embedding and not as_json:
@@ -148,7 +161,7 @@ def recover(
     as_json: Json = False,
 ) -> None:
     """Decode texts from the KV cache of their special tokens alone."""
-    listed = list(texts) if texts else list(_read_texts(None, "text"))
+    listed = [require_utf8(text) for text in texts or ()] or list(_read_texts(None, "text"))
     if not listed:
         raise ValueError("no text given: pass texts as arguments, or lines on stdin")
     gem = load_gem(model, base, dtype, device)
@@ -240,7 +253,7 @@ def _read_texts(path: Path | None, column: str) -> Iterator[str]:
                 raise ValueError(f"{path} row {row + 1}: no column {column!r}: set --text-column")
             yield example.text
     elif not sys.stdin.isatty():
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        yield from stdin_lines()
 
 
 def cache(

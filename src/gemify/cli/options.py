@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -60,6 +61,21 @@ KvBudget = Annotated[
 ]
 KvStoreDir = Annotated[Path | None, typer.Option("--kv-store", help="Directory of kept caches. [default: STORE/kv]")]
 
+# Length.
+TruncateOption = Annotated[
+    str,
+    typer.Option(
+        "--truncate",
+        help="Of a text that is too long: end or start (cut there), mean (of its parts) or error.",
+    ),
+]
+MaxTextLength = Annotated[
+    int | None,
+    typer.Option(
+        "--max-length", help="Most tokens of a text, up to the base's positions. [default: as the model was saved]"
+    ),
+]
+
 # Generation.
 SystemPrompt = Annotated[str | None, typer.Option("--system-prompt", help="System message of the chat.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Maximum tokens to generate.")]
@@ -76,13 +92,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")]
 
 
-def load_gem(model: str, base: str | None, dtype: str, device: str | None, quantize: str = "none") -> GemModel:
+def load_gem(
+    model: str,
+    base: str | None,
+    dtype: str,
+    device: str | None,
+    quantize: str = "none",
+    *,
+    max_length: int | None = None,
+) -> GemModel:
     """Load a GEM as the options name it."""
     from gemify.model.base import parse_dtype
     from gemify.model.gem import GemModel
 
     precision = "auto" if dtype == "auto" else parse_dtype(dtype)
-    return GemModel.from_pretrained(model, base=base, dtype=precision, device=device, quantize=quantize)
+    return GemModel.from_pretrained(
+        model, base=base, max_length=max_length, dtype=precision, device=device, quantize=quantize
+    )
 
 
 def store_model_name(store: str, model: str | None) -> str:
@@ -95,6 +121,38 @@ def store_model_name(store: str, model: str | None) -> str:
 def absolute_model_name(model: str) -> str:
     """A model's name that is valid in any working directory."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def require_utf8(text: str) -> str:
+    """Return an argument's text.
+
+    Raises:
+        ValueError: It holds bytes that are not UTF-8.
+    """
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        raise ValueError("an argument is not UTF-8 text: convert it (iconv -f latin1 -t utf-8), or give it as a file")
+    return text
+
+
+def read_stdin() -> str:
+    """Return all of stdin as text. Raises ValueError if it is not UTF-8."""
+    return "\n".join(stdin_lines())
+
+
+def stdin_lines() -> Iterator[str]:
+    """Yield the lines of stdin as those of a text file are read."""
+    from gemify.io.rows import line_row
+
+    raw = getattr(sys.stdin, "buffer", None)  # a replaced stdin may have none
+    lines = raw if raw is not None else (line.encode("utf-8", "surrogateescape") for line in sys.stdin)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = line_row(number, line, "stdin", "text", "text")
+            assert row is not None
+            yield str(row.parse()["text"])
+        except ValueError as error:
+            where = "" if str(error).startswith("stdin") else f"stdin row {number}: "
+            raise ValueError(f"{where}{error}") from error
 
 
 def parse_lengths(text: str) -> list[int]:

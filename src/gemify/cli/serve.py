@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gemify.cli.options import KvBudget, KvStoreDir
+from gemify.cli.options import KvBudget, KvStoreDir, MaxTextLength
 
 
 def serve(
@@ -33,6 +33,11 @@ def serve(
     ] = None,
     allow_no_key: Annotated[
         bool | None, typer.Option("--allow-no-key", help="Serve other machines without keys.")
+    ] = None,
+    max_length: MaxTextLength = None,
+    truncate: Annotated[
+        str | None,
+        typer.Option(help="Of a text that is too long: error, end, start or mean, unless it says. [default: error]"),
     ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key. [default: no limit]")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key. [default: no limit]")] = None,

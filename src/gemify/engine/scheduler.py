@@ -32,6 +32,7 @@ from gemify.engine.running_batch import (
     supports_batched_prefill,
 )
 from gemify.engine.sampling import TokenBytes, TokenLogprob, token_logprob
+from gemify.model.config import require_finite
 from gemify.model.encode import encode_ids
 from gemify.model.forward import length_groups, special_pass, text_pass
 from gemify.model.gem import GemModel
@@ -363,7 +364,8 @@ class EmbeddingScheduler:
 
     def _embed(self, scheduled: list[_Scheduled]) -> None:
         try:
-            vectors_BD = encode_ids(self._gem.lm, self._gem.config, [row for _, row in scheduled]).cpu().numpy()
+            vectors = encode_ids(self._gem.lm, self._gem.config, [row for _, row in scheduled])
+            vectors_BD = require_finite(vectors.cpu()).numpy()
         except Exception as error:
             for request in dict.fromkeys(request for request, _ in scheduled):
                 self._fail(request, error)

@@ -40,6 +40,7 @@ from gemify.integrations.shared_model import (
     join_text_blocks,
 )
 from gemify.model.streaming import TextStream, stream_chat
+from gemify.model.tokenization import Truncate
 
 
 class GemEmbeddings(SharedModelMixin, BaseModel, Embeddings):
@@ -50,6 +51,7 @@ class GemEmbeddings(SharedModelMixin, BaseModel, Embeddings):
         batch_size: Most texts of a batch.
         normalize_embeddings: Scale vectors to length 1, for stores that compare by inner product.
         truncate_dim: Keep only the first dimensions. None: all.
+        truncate: What becomes of a text that is too long: see `GemModel.encode`.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
@@ -58,6 +60,7 @@ class GemEmbeddings(SharedModelMixin, BaseModel, Embeddings):
     batch_size: int = 32
     normalize_embeddings: bool = False
     truncate_dim: int | None = None
+    truncate: Truncate = "end"
 
     def embed_documents(self, texts: list[str]) -> list[list[float]]:
         """Embed N documents: N vectors."""
@@ -69,7 +72,7 @@ class GemEmbeddings(SharedModelMixin, BaseModel, Embeddings):
 
     @property
     def _options(self) -> dict[str, Any]:
-        return self.model_dump(include={"batch_size", "normalize_embeddings", "truncate_dim"})
+        return self.model_dump(include={"batch_size", "normalize_embeddings", "truncate_dim", "truncate"})
 
 
 class ChatGem(SharedModelMixin, GenerationSettings, BaseChatModel):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 try:
@@ -22,8 +22,10 @@ from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
+    ChatResponseAsyncGen,
     ChatResponseGen,
     CompletionResponse,
+    CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
     MessageRole,
@@ -41,6 +43,7 @@ from gemify.integrations.shared_model import (
 )
 from gemify.model.base import max_positions
 from gemify.model.streaming import TextStream, stream, stream_chat
+from gemify.model.tokenization import Truncate
 
 _ROLES = {
     MessageRole.SYSTEM: "system",
@@ -60,12 +63,14 @@ class GemEmbedding(SharedModelMixin, BaseEmbedding):
         embed_batch_size: Texts of one call.
         normalize_embeddings: Scale vectors to length 1, for stores that compare by inner product.
         truncate_dim: Keep only the first dimensions. None: all.
+        truncate: What becomes of a text that is too long: see `GemModel.encode`.
     """
 
     gem: SharedGem
     embed_batch_size: int = 32
     normalize_embeddings: bool = False
     truncate_dim: int | None = None
+    truncate: Truncate = "end"
 
     def __init__(self, **settings: Any) -> None:
         if "gem" in settings:
@@ -78,7 +83,7 @@ class GemEmbedding(SharedModelMixin, BaseEmbedding):
         return "GemEmbedding"
 
     def _embed(self, texts: Sequence[str], *, query: bool = False) -> list[list[float]]:
-        options = self.model_dump(include={"normalize_embeddings", "truncate_dim"})
+        options = self.model_dump(include={"normalize_embeddings", "truncate_dim", "truncate"})
         options.pop("class_name")
         return embed_texts(self.gem, texts, query=query, batch_size=self.embed_batch_size, **options)
 
@@ -174,12 +179,63 @@ class GemLLM(SharedModelMixin, GenerationSettings, CustomLLM):
 
         return responses()
 
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Continue a prompt, in a thread: the event loop stays free."""
+        pieces = self._continue(prompt, formatted, kwargs)
+        text = await asyncio.to_thread("".join, pieces)
+        return CompletionResponse(text=text, **_usage(pieces))
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        """Continue a prompt in pieces; the event loop stays free."""
+        pieces = self._continue(prompt, formatted, kwargs)
+
+        async def responses() -> CompletionResponseAsyncGen:
+            text = ""
+            async for piece in _in_thread(pieces):
+                text += piece
+                yield CompletionResponse(text=text, delta=piece)
+            yield CompletionResponse(text=text, delta="", **_usage(pieces))
+
+        return responses()
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer a conversation, in a thread: the event loop stays free."""
+        pieces = await asyncio.to_thread(self._answer, messages, kwargs)
+        text = await asyncio.to_thread("".join, pieces)
+        return ChatResponse(message=_assistant_message(text), **_usage(pieces))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """Answer a conversation in pieces; the event loop stays free."""
+        pieces = await asyncio.to_thread(self._answer, messages, kwargs)
+
+        async def responses() -> ChatResponseAsyncGen:
+            text = ""
+            async for piece in _in_thread(pieces):
+                text += piece
+                yield ChatResponse(message=_assistant_message(text), delta=piece)
+            yield ChatResponse(message=_assistant_message(text), delta="", **_usage(pieces))
+
+        return responses()
+
     def _answer(self, messages: Sequence[ChatMessage], options: dict[str, Any]) -> TextStream:
         plain = [_message(m) for m in messages]
         if not self.metadata.is_chat_model:
             assert self.messages_to_prompt is not None
             return self._continue(self.messages_to_prompt(messages), True, options)
         return stream_chat(self.gem, plain, **self._stream_options(options))
+
+
+async def _in_thread(pieces: TextStream) -> AsyncGenerator[str, None]:
+    """The pieces of a stream, each awaited in a thread. The stream is closed when no more are wanted."""
+    try:
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
+    finally:
+        pieces.close()
 
 
 def _assistant_message(text: str) -> ChatMessage:

@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from gemify.io.rows import replace_surrogates
 from gemify.model.kv_cache import common_prefix_length
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class ChatTemplate:
             "continue_final_message": continue_final_message,
             **self._template_kwargs,
         }
-        given = [dict(message) for message in messages]
+        given: list[dict[str, Any]] = _replace_surrogates([dict(message) for message in messages])
         with self._lock:
             own = bool(given) and self._own_system and given[0] == self._own_message()
             if own and not self._keeps(options):
@@ -181,6 +182,15 @@ class ChatTemplate:
         if isinstance(given, Mapping):
             return any(map(self._spells_control_token, given.values()))
         return isinstance(given, list | tuple) and any(map(self._spells_control_token, given))
+
+
+def _replace_surrogates(given: Any) -> Any:
+    """Return messages without lone surrogates, which no tokenizer takes."""
+    if isinstance(given, str):
+        return replace_surrogates(given)
+    if isinstance(given, Mapping):
+        return {name: _replace_surrogates(value) for name, value in given.items()}
+    return [_replace_surrogates(item) for item in given] if isinstance(given, list | tuple) else given
 
 
 def _require_variables(template_kwargs: Mapping[str, Any]) -> dict[str, Any]:

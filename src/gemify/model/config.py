@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from gemify.model.tokenization import PLAIN, require_template
@@ -24,6 +25,20 @@ POOLINGS: tuple[Pooling, ...] = get_args(Pooling)
 def pool(hidden_BKD: Tensor, pooling: Pooling) -> Tensor:
     """Pool the special tokens' states [B, K, D] to [B, D] (``mean``) or [B, K * D] (``concat``)."""
     return hidden_BKD.mean(dim=1) if pooling == "mean" else hidden_BKD.flatten(1)
+
+
+def require_finite(vectors: Tensor) -> Tensor:
+    """Return vectors.
+
+    Raises:
+        FloatingPointError: One of them is not finite.
+    """
+    if not bool(torch.isfinite(vectors).all()):
+        raise FloatingPointError(
+            "the model's vectors are not finite (do its activations overflow in float16?): load it with float32 or"
+            " bfloat16 (--dtype)"
+        )
+    return vectors
 
 
 def pool_hidden_states(hidden_BTD: Tensor, segments_BT: Tensor, pooling: Pooling) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import numpy as np
@@ -12,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gemify.model.base import max_positions
 from gemify.model.config import GemConfig
 from gemify.model.encode import ThroughputMeter, compile_layers, encode_texts
-from gemify.model.tokenization import TextTokenizer
+from gemify.model.tokenization import TextTokenizer, Truncate, require_truncate
 
+logger = logging.getLogger(__name__)
 Texts = str | Sequence[str]
 Vector = np.ndarray[tuple[int], np.dtype[np.float32]]
 """One embedding, [D]."""
@@ -34,6 +38,7 @@ class EncodeOptions(TypedDict, total=False):
     show_progress_bar: bool
     normalize_embeddings: bool
     truncate_dim: int | None
+    truncate: Truncate
 
 
 class EmbeddingMixin:
@@ -43,6 +48,31 @@ class EmbeddingMixin:
     config: GemConfig
     text_tokenizer: TextTokenizer
     meter: ThroughputMeter
+
+    @property
+    def max_seq_length(self) -> int:
+        """Most tokens of a text that are read, template and special tokens not counted. Set it to read longer texts.
+
+        Raises:
+            ValueError: (when set) less than 1, or more than the base has positions for.
+        """
+        return self.config.max_text_tokens - len(self.text_tokenizer.prefix_ids) - len(self.text_tokenizer.suffix_ids)
+
+    @max_seq_length.setter
+    def max_seq_length(self, tokens: int) -> None:
+        self.set_max_length(tokens + self.config.max_length - self.max_seq_length)
+
+    def set_max_length(self, max_length: int) -> None:
+        """Set the most tokens of a text, template and special tokens included. It may exceed what was trained.
+
+        Raises:
+            ValueError: No text fits, or the base has fewer positions.
+        """
+        limit = max_positions(self.lm)
+        least = self.config.max_length - self.max_seq_length + len(self.text_tokenizer.bos_ids) + 1
+        if max_length < least or (limit is not None and max_length > limit):
+            raise ValueError(f"max_length must lie in {least}..{limit or 'any number'}, got {max_length}")
+        self.config = replace(self.config, max_length=max_length)
 
     def get_embedding_dim(self) -> int:
         """Return D, the length of the vectors."""
@@ -74,6 +104,7 @@ class EmbeddingMixin:
         convert_to_tensor: bool = False,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
+        truncate: Truncate = "end",
     ) -> np.ndarray | Tensor:
         """Embed texts (GEM, Section 3.1), with sentence-transformers' names and defaults.
 
@@ -88,13 +119,17 @@ class EmbeddingMixin:
             convert_to_tensor: Return a tensor on the CPU instead of a NumPy array.
             normalize_embeddings: Scale vectors to length 1.
             truncate_dim: Keep only the first dimensions.
+            truncate: What becomes of a text longer than `max_seq_length`: ``end`` cuts it there, ``start`` keeps its
+                end, ``mean`` averages the vectors of its parts, weighted by their tokens, ``error`` refuses it. What is
+                cut is counted in one warning.
 
         Returns:
             float32 vectors: [D] for one text, [N, D] for N texts, in their order. ``meter`` has the counts and the
             speed.
 
         Raises:
-            ValueError: A text is no string, the prompt is unknown, or a number is out of its range.
+            ValueError: A text is no string or too long, the prompt is unknown, or a number is out of its range.
+            FloatingPointError: A vector is not finite, as where float16 overflows.
         """
         single = isinstance(inputs, str)
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
@@ -105,6 +140,7 @@ class EmbeddingMixin:
             raise ValueError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}")
         if truncate_dim is not None and not 1 <= truncate_dim <= self.get_embedding_dim():
             raise ValueError(f"truncate_dim must lie in 1..{self.get_embedding_dim()}, got {truncate_dim}")
+        require_truncate(truncate)
         prompt_text = self.config.resolve_prompt(prompt_name, prompt)
         self.meter = ThroughputMeter()
         vectors_ND = torch.empty(0, self.get_embedding_dim())
@@ -115,17 +151,31 @@ class EmbeddingMixin:
                     self.lm,
                     self.text_tokenizer,
                     self.config,
-                    [prompt_text + t for t in texts],
+                    texts,
                     batch_size=batch_size,
                     max_tokens=max_tokens,
                     show_progress_bar=show_progress_bar,
                     meter=self.meter,
+                    truncate=truncate,
+                    prompt=prompt_text,
                 )
+            self._warn_of_cut_texts(len(texts), truncate)
         vectors_ND = vectors_ND[:, :truncate_dim]
         if normalize_embeddings:
             vectors_ND = F.normalize(vectors_ND, dim=-1)
         result = vectors_ND[0] if single else vectors_ND
         return result if convert_to_tensor else result.numpy()
+
+    def _warn_of_cut_texts(self, texts: int, truncate: Truncate) -> None:
+        if self.meter.long_texts and truncate in ("end", "start"):
+            logger.warning(
+                "%s of %s texts were longer than the %s tokens that this model embeds: cut at the %s (truncate=mean"
+                " embeds all of a text)",
+                f"{self.meter.long_texts:,}",
+                f"{texts:,}",
+                f"{self.max_seq_length:,}",
+                truncate,
+            )
 
     @overload
     def encode_query(self, inputs: str, *, convert_to_tensor: Literal[False] = False, **options: Any) -> Vector: ...

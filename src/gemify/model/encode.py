@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from gemify.model.adapter import current_gate, with_gate
-from gemify.model.config import GemConfig, pool_hidden_states
+from gemify.model.config import GemConfig, pool_hidden_states, require_finite
 from gemify.model.early_exit import early_exit, layers_of
 from gemify.model.forward import MaskedBatch, length_groups, masked_pass
-from gemify.model.tokenization import TextTokenizer
+from gemify.model.tokenization import TextTokenizer, Truncate
 from gemify.paper.tokens import Row, build_inputs
 
 POOL_SIZE = 4096  # texts tokenised and sorted at a time
@@ -71,6 +72,8 @@ def encode_texts(
     max_tokens: int | None = None,
     show_progress_bar: bool,
     meter: ThroughputMeter,
+    truncate: Truncate = "end",
+    prompt: str = "",
 ) -> Tensor:
     """Embed texts.
 
@@ -86,19 +89,29 @@ def encode_texts(
         max_tokens: Most tokens of a batch, padding included. None: what suits the device.
         show_progress_bar: Show a progress bar on stderr.
         meter: Where to count.
+        truncate: What becomes of a text that is too long.
+        prompt: What stands before every text.
 
     Returns:
         float32 vectors [N, D] on the CPU, in the order of the texts.
+
+    Raises:
+        ValueError: A text is too long, and ``truncate`` is ``error``.
+        FloatingPointError: A vector is not finite.
     """
     batch_tokens = max_tokens or default_batch_tokens(lm.device)
     out: Tensor | None = None
     bar = tqdm(total=len(texts), desc="encode", unit="text", disable=not show_progress_bar)
     pools = [list(texts[start : start + POOL_SIZE]) for start in range(0, len(texts), POOL_SIZE)]
-    with contextlib.closing(_tokenised(tokenize, config, pools)) as tokenised:
-        for number, (pool, rows) in enumerate(zip(pools, tokenised, strict=True)):
+    split = partial(tokenize.split, max_tokens=config.max_text_tokens, truncate=truncate, prompt=prompt)
+    with contextlib.closing(_tokenised(split, pools)) as tokenised:
+        for number, (pool, (rows, long)) in enumerate(zip(pools, tokenised, strict=True)):
             place = {text: i for i, text in enumerate(rows)}
-            vectors = _encode_rows(lm, config, list(rows.values()), batch_size, batch_tokens, meter, bar)
-            bar.update(len(pool) - len(rows))
+            parts = [part for some in rows.values() for part in some]
+            vectors = _encode_rows(lm, config, parts, batch_size, batch_tokens, meter, bar)
+            vectors = mean_of_parts(vectors, list(rows.values()), overhead=tokenize.overhead)
+            meter.long_texts += sum(text in long for text in pool)
+            bar.update(len(pool) - len(parts))
             if out is None:
                 out = torch.empty(len(texts), vectors.shape[1])
             out[number * POOL_SIZE : number * POOL_SIZE + len(pool)] = vectors[[place[t] for t in pool]]
@@ -107,14 +120,37 @@ def encode_texts(
     return out
 
 
-def _tokenised(
-    tokenize: TextTokenizer, config: GemConfig, pools: Sequence[Sequence[str]]
-) -> Generator[dict[str, list[int]], None, None]:
-    """The ids of every pool's distinct texts. A pool is tokenised while the pool before it is computed."""
+def mean_of_parts(vectors_PD: Tensor, parts: Sequence[Sequence[Sequence[int]]], *, overhead: int) -> Tensor:
+    """Give each text the mean of its parts' vectors, weighted by their tokens.
 
-    def ids(pool: Sequence[str]) -> dict[str, list[int]]:
+    Args:
+        vectors_PD: Vectors of all parts, one text after the other.
+        parts: Token ids of each text's parts.
+        overhead: How many of a part's tokens are not the text's (`TextTokenizer.overhead`).
+
+    Returns:
+        [N, D]. A text of one part keeps its vector to the bit.
+    """
+    if len(vectors_PD) == len(parts):
+        return vectors_PD
+    rows, at = [], 0
+    for some in parts:
+        weights_P = torch.tensor([float(len(part) - overhead) for part in some]).to(vectors_PD)
+        mean_D = (vectors_PD[at : at + len(some)] * (weights_P / weights_P.sum())[:, None]).sum(0)
+        rows.append(vectors_PD[at] if len(some) == 1 else mean_D)
+        at += len(some)
+    return torch.stack(rows)
+
+
+def _tokenised(
+    split: Callable[[Sequence[str]], tuple[list[list[list[int]]], list[bool]]], pools: Sequence[Sequence[str]]
+) -> Generator[tuple[dict[str, list[list[int]]], set[str]], None, None]:
+    """The rows of every pool's distinct texts, and the long ones. A pool is tokenised while another is computed."""
+
+    def ids(pool: Sequence[str]) -> tuple[dict[str, list[list[int]]], set[str]]:
         distinct = list(dict.fromkeys(pool))
-        return dict(zip(distinct, tokenize(distinct, max_tokens=config.max_text_tokens), strict=True))
+        rows, long = split(distinct)
+        return dict(zip(distinct, rows, strict=True)), {t for t, is_long in zip(distinct, long, strict=True) if is_long}
 
     if len(pools) == 1:  # a thread would only be waited for
         yield ids(pools[0])
@@ -142,7 +178,7 @@ def _encode_rows(
     for group in length_groups([len(r) + config.k for r in rows], max_tokens=max_tokens):
         for first in range(0, len(group), batch_size):
             some = group[first : first + batch_size]
-            got_BD = encode_ids(lm, config, [rows[i] for i in some]).cpu()
+            got_BD = require_finite(encode_ids(lm, config, [rows[i] for i in some]).cpu())
             if vectors is None:
                 vectors = torch.empty(len(rows), got_BD.shape[1])
             vectors[some] = got_BD
@@ -202,6 +238,8 @@ class ThroughputMeter:
     padding: int = 0
     """How many of them were padding."""
     texts: int = 0
+    long_texts: int = 0
+    """How many were longer than the model embeds."""
     started: float = field(default_factory=time.perf_counter)
     """When it was made, in seconds of `time.perf_counter`."""
 

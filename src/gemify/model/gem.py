@@ -15,7 +15,7 @@ from gemify.model import prefill as prefilling
 from gemify.model.adapter import Adapter, AdapterSettings
 from gemify.model.base import Loading
 from gemify.model.chat_template import ChatTemplate, Message, pop_chat_options
-from gemify.model.config import GemConfig, Pooling, Tune, pool
+from gemify.model.config import GemConfig, Pooling, Tune, pool, require_finite
 from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.embedding_mixin import EmbeddingMixin, Texts
 from gemify.model.encode import ThroughputMeter
@@ -115,7 +115,9 @@ class GemModel(EmbeddingMixin):
         return cls(*parts)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, base: str | None = None, **loading: Unpack[Loading]) -> GemModel:
+    def from_pretrained(
+        cls, path: str | Path, *, base: str | None = None, max_length: int | None = None, **loading: Unpack[Loading]
+    ) -> GemModel:
         """Load a saved GEM.
 
         A base with other weights than the GEM was trained on is used, with a warning.
@@ -123,6 +125,8 @@ class GemModel(EmbeddingMixin):
         Args:
             path: A directory, a Hugging Face repo id, or a GEM that comes with gemify (``starter``, ``starter-multi``).
             base: Where to look for the base model. None: where the configuration says.
+            max_length: Most tokens of a text, template and special tokens included, up to the base's positions. None:
+                what the GEM was saved with.
             loading: dtype, device, attn_implementation, revision, trust_remote_code and quantize (int8, int4).
 
         Returns:
@@ -131,7 +135,10 @@ class GemModel(EmbeddingMixin):
         Raises:
             ValueError: No GEM is there, it is damaged, or its base is not found.
         """
-        return cls(*load_pretrained(path, base=base, **loading))
+        gem = cls(*load_pretrained(path, base=base, **loading))
+        if max_length is not None:
+            gem.set_max_length(max_length)
+        return gem
 
     def save_pretrained(
         self, path: str | Path, *, merge: bool = False, weights: dict[str, torch.Tensor] | None = None
@@ -164,11 +171,6 @@ class GemModel(EmbeddingMixin):
     def special_ids(self) -> list[int]:
         """Token ids of the special tokens."""
         return list(self.config.special_ids)
-
-    @property
-    def max_seq_length(self) -> int:
-        """Most tokens of a text that are read, template and special tokens not counted."""
-        return self.config.max_text_tokens - len(self.text_tokenizer.prefix_ids) - len(self.text_tokenizer.suffix_ids)
 
     @property
     def fingerprint(self) -> str:
@@ -245,7 +247,7 @@ class GemModel(EmbeddingMixin):
                 start=start,
                 suffix_ids=self.text_tokenizer.suffix_ids,
             )
-        vectors_BD = pool(hidden_BKD, self.config.pooling).float().cpu()
+        vectors_BD = require_finite(pool(hidden_BKD, self.config.pooling).float().cpu())
         return vectors_BD[0] if prefill.single else vectors_BD
 
     def require_embeddable_prefill(self) -> None:

@@ -37,8 +37,10 @@ class TextStream(Iterator[str]):
         return next(self._pieces)
 
     def close(self) -> None:
-        """Stop generating after the token that is being computed."""
-        self._pieces.close()
+        """Stop generating after the token that is being computed. Another thread may be waiting for a piece."""
+        self._detokenizer.closed.set()
+        with contextlib.suppress(ValueError):  # that thread is inside the generator, which then ends by itself
+            self._pieces.close()
 
     @property
     def prompt_tokens(self) -> int:

@@ -12,11 +12,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
+
+from gemify.io.rows import replace_surrogates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Truncate = Literal["error", "end", "start", "mean"]
+"""What becomes of a text that is too long: an error, cut at its end or its start, or the mean of its parts' vectors."""
+TRUNCATIONS: tuple[Truncate, ...] = get_args(Truncate)
 TEXT = "{text}"
 PLAIN = TEXT
 """The template without words, as in the paper."""
@@ -40,15 +45,51 @@ def require_template(template: str, *, k: int) -> None:
         raise ValueError(f"template {template!r} needs special tokens to read it, there are 0: leave it out")
 
 
+def require_truncate(truncate: str) -> None:
+    """Raise ValueError for an unknown policy."""
+    if truncate not in TRUNCATIONS:
+        raise ValueError(f"unknown truncate {truncate!r}: choose one of {', '.join(TRUNCATIONS)}")
+
+
+def truncate_row(row: Sequence[int], limit: int, truncate: Truncate, *, head: int = 0) -> list[list[int]]:
+    """Make a text fit.
+
+    Args:
+        row: Its token ids.
+        limit: Most tokens.
+        truncate: How. ``mean`` gives several parts; ``error`` leaves the row as it is.
+        head: So many first tokens (those of a prompt) stand before every part.
+
+    Returns:
+        Token ids of each part: one, but with ``mean``.
+    """
+    if len(row) <= limit or truncate == "error":
+        return [list(row)]
+    if truncate == "end" or limit <= head:
+        return [list(row[:limit])]
+    first, rest, size = list(row[:head]), row[head:], limit - head
+    if truncate == "start":
+        return [first + list(rest[-size:])]
+    return [first + list(rest[at : at + size]) for at in range(0, len(rest), size)]
+
+
 def split_template(template: str) -> tuple[str, str]:
     """Return a template's prefix and suffix: the words before the text and after it."""
     prefix, suffix = template.split(TEXT)
     return prefix, suffix
 
 
+def too_long(tokens: int, limit: int) -> str:
+    """Say that a text is too long."""
+    return (
+        f"a text has {tokens:,} tokens, this model embeds up to {limit:,}: cut it up, or set truncate to end, start or"
+        " mean"
+    )
+
+
 @dataclass(frozen=True)
 class TextTokenizer:
-    """A tokenizer for texts to embed. A special token's name in a user's text is read as text, not as the token.
+    """A tokenizer for texts to embed. A control token's name in a user's text is read as text, not as the token.
 
     Template and text are tokenised apart, so that a text has the same ids under every template.
 
@@ -82,6 +123,11 @@ class TextTokenizer:
                 return full[:start]
         return []
 
+    @property
+    def overhead(self) -> int:
+        """How many tokens of a row are not the text's."""
+        return len(self.bos_ids) + len(self.prefix_ids) + len(self.suffix_ids)
+
     def __call__(self, texts: Sequence[str], *, max_tokens: int | None) -> list[list[int]]:
         """Tokenise texts to embed: BOS, prefix, text, suffix.
 
@@ -98,6 +144,34 @@ class TextTokenizer:
         limit = None if max_tokens is None else max(0, max_tokens - len(start) - len(self.suffix_ids))
         return [start + row + self.suffix_ids for row in self.tokenize_plain(texts, max_tokens=limit)]
 
+    def split(
+        self, texts: Sequence[str], *, max_tokens: int, truncate: Truncate, prompt: str = ""
+    ) -> tuple[list[list[list[int]]], list[bool]]:
+        """Tokenise texts to embed, and make them fit.
+
+        Args:
+            texts: The texts.
+            max_tokens: Most tokens of a row.
+            truncate: What becomes of a longer text.
+            prompt: What the texts begin with; it stands before every part.
+
+        Returns:
+            The rows of each text (several with ``mean``, else one), and which texts were too long.
+
+        Raises:
+            ValueError: A text is too long, and ``truncate`` is ``error``.
+        """
+        require_truncate(truncate)
+        start = self.bos_ids + self.prefix_ids
+        limit = max(0, max_tokens - len(start) - len(self.suffix_ids))
+        plain = self.tokenize_plain([prompt + text for text in texts])
+        head = len(self.tokenize_plain([prompt])[0]) if prompt else 0
+        long = [len(row) > limit for row in plain]
+        if truncate == "error" and any(long):
+            raise ValueError(too_long(len(plain[long.index(True)]), limit))
+        parts = [truncate_row(row, limit, truncate, head=head) for row in plain]
+        return [[start + part + self.suffix_ids for part in rows] for rows in parts], long
+
     def tokenize_plain(self, texts: Sequence[str], *, max_tokens: int | None = None) -> list[list[int]]:
         """Tokenise texts alone, without BOS and template.
 
@@ -110,12 +184,12 @@ class TextTokenizer:
         """
         if not texts:
             return []
-        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        for index, row in enumerate(rows):
-            if not self.special_ids.isdisjoint(row):
-                rows[index] = self.tokenizer(texts[index], add_special_tokens=False, split_special_tokens=True)[
-                    "input_ids"
-                ]
+        rows: list[list[int]] = self.tokenizer(
+            [replace_surrogates(text) for text in texts],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            verbose=False,
+        )["input_ids"]
         return [row[:max_tokens] for row in rows]
 
     def tokenize_prompts(self, texts: Sequence[str], *, add_special_tokens: bool, vocab_size: int) -> list[list[int]]:
@@ -130,13 +204,17 @@ class TextTokenizer:
         Returns:
             Ids of each prompt.
         """
-        rows: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False)[
-            "input_ids"
-        ]
+        rows: list[list[int]] = self.tokenizer(
+            [replace_surrogates(text) for text in texts], add_special_tokens=add_special_tokens, verbose=False
+        )["input_ids"]
         for index, row in enumerate(rows):
             if any(i >= vocab_size for i in row):
                 rows[index] = (self.bos_ids if add_special_tokens else []) + self.tokenize_plain([texts[index]])[0]
         return rows
 
     def _template_ids(self, words: str) -> list[int]:
-        return self.tokenize_plain([words])[0] if words else []
+        """Ids of the template's own words. Control tokens in it are control tokens, but for the special tokens."""
+        if not words:
+            return []
+        ids: list[int] = self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids if self.special_ids.isdisjoint(ids) else self.tokenize_plain([words])[0]

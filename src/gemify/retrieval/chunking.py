@@ -129,7 +129,9 @@ def split_section(section: Section, tokenizer: Any, settings: ChunkSettings, *, 
     """
     if not section.text.strip():
         return
-    encoding = tokenizer(section.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoding = tokenizer(
+        section.text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, verbose=False
+    )
     heading = " > ".join(section.headings)
     path = [section.title] if section.title and section.title not in section.headings else []
     context = " > ".join([*path, *section.headings])[:_CONTEXT] if settings.context else ""

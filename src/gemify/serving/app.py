@@ -161,7 +161,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _warm_up(state: AppState) -> None:
     """Embed and generate something, so that the first client does not wait for one-time work; then be ready."""
     try:
-        rows = await state.tokenizer.tokenize_texts(["ready"])
+        rows = (await state.tokenizer.tokenize_texts(["ready"])).rows
         with EngineClient() as client:
             client.submit(partial(state.engine.embed, rows))
             if rows[0]:

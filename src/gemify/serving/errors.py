@@ -98,6 +98,8 @@ def from_engine_error(error: Exception) -> ApiError:
         return service_stopping()
     if isinstance(error, ValueError):
         return bad_request(str(error))
+    if isinstance(error, FloatingPointError):
+        return ApiError(500, str(error), code="not_finite")
     raise error
 
 

@@ -306,7 +306,7 @@ def _load(settings: ServerSettings) -> GemModel:
     loading["quantize"] = settings.quantize
     if settings.dtype is not None:
         loading["dtype"] = settings.dtype
-    return GemModel.from_pretrained(settings.model, base=settings.base, **loading)  # type: ignore[arg-type]
+    return GemModel.from_pretrained(settings.model, base=settings.base, max_length=settings.max_length, **loading)  # type: ignore[arg-type]
 
 
 def _open_index(settings: ServerSettings, gem: GemModel) -> GemIndex | None:

@@ -12,6 +12,8 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from gemify.model.tokenization import Truncate
+
 PREFIX = "GEMIFY_"
 KEYS_VARIABLE = "GEMIFY_API_KEYS"
 """Holds the keys themselves; ``GEMIFY_API_KEYS_FILE`` is the option ``api_keys``, the path of a file."""
@@ -80,6 +82,11 @@ class ServerSettings(BaseSettings):
     """Serve other machines without keys."""
     cors_origins: Origins = ()
     """Origins of web pages that may call."""
+
+    max_length: Count | None = None
+    """Most tokens of a text to embed, up to the base's positions; None: as the model was saved."""
+    truncate: Truncate = "error"
+    """Of a text to embed that is too long: error, end or start (cut there), or mean (of its parts)."""
 
     requests_per_minute: Count | None = None
     """Limit of each key."""

@@ -19,7 +19,7 @@ from gemify.io.tables import first_line
 from gemify.model.base import max_positions
 from gemify.model.chat_template import ChatTemplate
 from gemify.model.gem import GemModel
-from gemify.model.tokenization import TextTokenizer
+from gemify.model.tokenization import TextTokenizer, Truncate, truncate_row
 from gemify.serving.errors import bad_request, unsupported_parameter
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _THREADS = 2
+_SPARE = 1024  # characters kept beyond those that the model can read: tokens depend on what is beside them
 _MAX_CHARACTERS = 1 << 16  # that a thread tokenizes at a time, so that other requests come in between
 
 
@@ -37,6 +38,41 @@ class _ThreadTokenizer:
     tokenizer: Any
     texts: TextTokenizer
     chat: ChatTemplate | None
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """What a request asks of its texts."""
+
+    truncate: Truncate = "error"
+    max_tokens: int | None = None
+    """Most tokens of a text. None: what the model embeds."""
+    prompt: str | None = None
+    """What stands before every text. None: the model's default."""
+
+
+@dataclass(frozen=True)
+class TokenizedTexts:
+    """Texts to embed, as token ids."""
+
+    parts: list[list[list[int]]]
+    """Rows of each text: one, or several whose vectors are averaged."""
+    truncated: int
+    """How many texts were cut."""
+    overhead: int
+    """Tokens of a row that are not the text's."""
+
+    @property
+    def rows(self) -> list[list[int]]:
+        """All rows, one text after the other."""
+        return [row for rows in self.parts for row in rows]
+
+
+def _shorten(text: str, characters: int, truncate: Truncate) -> str:
+    """Drop what cannot be among a text's first or last tokens, so that megabytes are not tokenized."""
+    if truncate == "end":
+        return text[: characters + _SPARE]
+    return text[-characters - _SPARE :] if truncate == "start" else text
 
 
 class RequestTokenizer:
@@ -55,9 +91,10 @@ class RequestTokenizer:
         self._local = threading.local()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="gemify-prompts")
         self.has_chat = bool(gem.tokenizer.chat_template)
-        prompts = gem.config.prompts
-        self._default_prompt = prompts.get(gem.config.default_prompt_name or "", "")
-        self._query_prompt = prompts.get("query", self._default_prompt)
+        self._overhead = gem.text_tokenizer.overhead
+        self._prompts = gem.config.prompts
+        self._default_prompt = self._prompts.get(gem.config.default_prompt_name or "", "")
+        self._query_prompt = self._prompts.get("query", self._default_prompt)
 
     def close(self) -> None:
         """End the threads."""
@@ -67,22 +104,53 @@ class RequestTokenizer:
         """Run something short in a tokenizing thread."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
 
-    async def tokenize_texts(self, given: Input) -> list[list[int]]:
-        """Tokenize texts to embed; token ids stay as they are. Control tokens that a text spells are text."""
-        rows: list[list[int]] = []
+    async def tokenize_texts(self, given: Input, options: TextOptions | None = None) -> TokenizedTexts:
+        """Tokenize texts to embed, and make them fit. Control tokens that a text spells are text."""
+        options = options or TextOptions()
+        limit = min(options.max_tokens or self._max_text_tokens, self._max_text_tokens)
+        characters = limit * self._max_token_length
+        parts: list[list[list[int]]] = []
+        long = 0
         batch: list[str] = []
         size = 0
+
+        async def flush() -> None:
+            nonlocal long, batch, size
+            if batch:
+                made, are_long = await self.run_in_thread(self._split, batch, limit, options)
+                parts.extend(made)
+                long += sum(are_long)
+            batch, size = [], 0
+
         for item in given:
-            if isinstance(item, list):
-                rows.append(item)
+            if isinstance(item, list):  # token ids run as they are
+                await flush()
+                parts.append(truncate_row(item, limit, options.truncate))
+                long += len(item) > limit
                 continue
-            self._require_fit(item, self._max_seq_length)
-            batch.append(self._default_prompt + item)
-            size += len(item)
+            if options.truncate == "error":
+                self._require_fit(item, self._max_seq_length)
+            batch.append(_shorten(item, characters, options.truncate))
+            size += len(batch[-1])
             if size > _MAX_CHARACTERS:
-                rows += await self.run_in_thread(self._texts, batch)
-                batch, size = [], 0
-        return rows + (await self.run_in_thread(self._texts, batch) if batch else [])
+                await flush()
+        await flush()
+        return TokenizedTexts(parts, long if options.truncate in ("end", "start") else 0, self._overhead)
+
+    def prompt_of(self, prompt_name: str | None, input_type: str | None) -> str:
+        """Return the prompt that a request names, or the default; ApiError 400 for one that the model has not."""
+        name = prompt_name
+        if input_type is not None:
+            kind = {"passage": "document"}.get(input_type.removeprefix("search_"), input_type.removeprefix("search_"))
+            if kind not in self._prompts and kind in ("query", "document"):
+                return self._default_prompt
+            name = kind
+        if name is None:
+            return self._default_prompt
+        if name not in self._prompts:
+            param = "input_type" if input_type is not None else "prompt_name"
+            raise bad_request(f"no prompt named {name!r}: this model has {sorted(self._prompts) or 'none'}", param)
+        return self._prompts[name]
 
     async def tokenize_query(self, text: str) -> list[int]:
         """Tokenize a question to an index, cut at the end as the library does."""
@@ -136,6 +204,12 @@ class RequestTokenizer:
 
     def _texts(self, texts: list[str], max_tokens: int | None = None) -> list[list[int]]:
         return self._tokenizer().texts(texts, max_tokens=max_tokens)
+
+    def _split(self, texts: list[str], limit: int, options: TextOptions) -> tuple[list[list[list[int]]], list[bool]]:
+        prompt = self._default_prompt if options.prompt is None else options.prompt
+        if options.truncate == "error":  # the engine refuses the long ones, by their number
+            return [[row] for row in self._texts([prompt + text for text in texts])], [False] * len(texts)
+        return self._tokenizer().texts.split(texts, max_tokens=limit, truncate=options.truncate, prompt=prompt)
 
     def _prompt(self, text: str) -> list[int]:
         return self._tokenizer().texts.tokenize_prompts([text], add_special_tokens=True, vocab_size=self._vocab_size)[0]

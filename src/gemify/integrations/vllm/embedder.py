@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemify.integrations.vllm.config import MARK
-from gemify.model.config import GemConfig, pool
+from gemify.model.config import GemConfig, pool, require_finite
 from gemify.model.tokenization import TextTokenizer
 
 
@@ -87,7 +87,8 @@ class Embedder:
 
     def vectors(self, rows_ND: Tensor, *, normalize: bool, truncate_dim: int | None) -> Tensor:
         """Pool the engine's hidden states [N * k, D] to vectors [N, D] or [N, k * D]."""
-        pooled = pool(rows_ND.view(-1, self.config.k, rows_ND.shape[-1]), self.config.pooling)[:, :truncate_dim]
+        whole = require_finite(pool(rows_ND.view(-1, self.config.k, rows_ND.shape[-1]), self.config.pooling))
+        pooled = whole[:, :truncate_dim]
         return F.normalize(pooled, dim=-1) if normalize else pooled
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
+from gemify.model.tokenization import TRUNCATIONS
 from gemify.serving.errors import json_name, unsupported_parameter
 from gemify.serving.protocol import unsupported
 from gemify.serving.protocol.structured_outputs import StructuredRequest
@@ -167,6 +168,20 @@ class ApiRequest(BaseModel):
         return [name for name in self.model_extra or {} if name not in unsupported.KNOWN]
 
 
+def _truncate(value: Any) -> Any:
+    """Return a policy by gemify's name, or as text-embeddings-inference (a boolean) and others (NONE, END) say it."""
+    if isinstance(value, bool):
+        return "end" if value else "error"
+    if not isinstance(value, str) or (name := {"none": "error"}.get(value.lower(), value.lower())) not in TRUNCATIONS:
+        raise ValueError(f"must be one of {', '.join(TRUNCATIONS)}, or true or false, got {str(value)[:40]!r}")
+    return name
+
+
+Truncation = Annotated[
+    Any, BeforeValidator(_truncate), WithJsonSchema({"anyOf": [{"enum": list(TRUNCATIONS)}, {"type": "boolean"}]})
+]
+
+
 class CreateEmbeddingRequest(ApiRequest):
     """Texts to embed."""
 
@@ -177,6 +192,33 @@ class CreateEmbeddingRequest(ApiRequest):
     dimensions: int | None = Field(
         default=None, ge=1, le=_MAX_INT, description="Keep so many numbers of each vector, and scale it to length 1."
     )
+    truncate: Truncation | None = Field(
+        default=None,
+        description="Of a text that is too long: error (the default), end or start (cut there), mean (of its parts).",
+    )
+    truncation_direction: Literal["left", "right", "Left", "Right"] | None = Field(
+        default=None, description="With truncate true: left cuts at the start."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        default=None, ge=-1, le=_MAX_INT, description="Keep a text's last so many tokens; -1: as many as fit."
+    )
+    normalize: bool | None = Field(default=None, description="False: vectors as the model gives them.")
+    prompt_name: str | None = Field(default=None, max_length=100, description="A prompt of the model, by its name.")
+    input_type: str | None = Field(
+        default=None, max_length=100, description="query or document: the model's prompt of this name, if it has one."
+    )
+
+    @model_validator(mode="after")
+    def _require_one_policy(self) -> Self:
+        if self.truncate_prompt_tokens is not None and self.truncate not in (None, "start"):
+            raise ValueError("truncate_prompt_tokens: cuts at the start, leave truncate out")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens: must be -1 or at least 1")
+        if self.truncation_direction is not None and self.truncate not in ("end", "start"):
+            raise ValueError("truncation_direction: needs truncate true")
+        if self.prompt_name is not None and self.input_type is not None:
+            raise ValueError("prompt_name: give it or input_type, not both")
+        return self
 
 
 class StreamOptions(BaseModel):
@@ -338,6 +380,7 @@ class SearchRequest(ApiRequest):
     query: str = Field(min_length=1, max_length=100_000)
     k: int = Field(default=5, ge=1, le=100)
     mode: SearchMode = Field(default="hybrid", description="vector: meaning; fts: words (BM25); hybrid: both.")
+    truncate: Truncation | None = Field(default=None, description="Of a query that is too long. Default end.")
 
 
 class RecoverRequest(ApiRequest):

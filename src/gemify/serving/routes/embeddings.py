@@ -12,13 +12,16 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from gemify.engine.requests import EmbeddingOutput, PromptLogprobs
 from gemify.io.tables import first_line
 from gemify.io.vectors import normalize
+from gemify.model.encode import mean_of_parts
 from gemify.model.prefill import common_subsequence_length
+from gemify.model.tokenization import Truncate
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.errors import bad_request
 from gemify.serving.protocol.requests import CreateEmbeddingRequest, RecoverRequest, SearchRequest
@@ -33,6 +36,7 @@ from gemify.serving.protocol.responses import (
 from gemify.serving.request_body import JsonRoute
 from gemify.serving.response_builder import ChoiceState, build_usage
 from gemify.serving.state import add_log_fields, admit, get_key_name, get_state
+from gemify.serving.tokenization import TextOptions
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -51,9 +55,26 @@ async def create_embeddings(body: CreateEmbeddingRequest, request: Request) -> R
     width = state.engine.gem.get_embedding_dim()
     if body.dimensions is not None and body.dimensions > width:
         raise bad_request(f"dimensions must lie in 1..{width}, got {body.dimensions}", "dimensions")
-    rows = await state.tokenizer.tokenize_texts(body.input)
-    vectors_ND, num_tokens = await embed(request, rows)
-    return await asyncio.to_thread(_build_response, vectors_ND, body, state.model, num_tokens)
+    texts = await state.tokenizer.tokenize_texts(body.input, _text_options(body, request))
+    vectors_PD, num_tokens = await embed(request, texts.rows)
+    vectors_ND = mean_of_parts(torch.from_numpy(vectors_PD), texts.parts, overhead=texts.overhead).numpy()
+    response = await asyncio.to_thread(_build_response, vectors_ND, body, state.model, num_tokens)
+    if texts.truncated:
+        add_log_fields(request, truncated=texts.truncated)
+        response.headers["X-Gemify-Truncated"] = str(texts.truncated)
+    return response
+
+
+def _text_options(body: CreateEmbeddingRequest, request: Request) -> TextOptions:
+    """Return what a request asks of its texts."""
+    state = get_state(request)
+    truncate: Truncate = body.truncate or state.settings.truncate
+    if body.truncation_direction is not None:
+        truncate = "start" if body.truncation_direction.lower() == "left" else "end"
+    if body.truncate_prompt_tokens is not None:
+        truncate = "start"
+    most = body.truncate_prompt_tokens if (body.truncate_prompt_tokens or -1) > 0 else None
+    return TextOptions(truncate, most, state.tokenizer.prompt_of(body.prompt_name, body.input_type))
 
 
 async def embed(request: Request, rows: list[list[int]]) -> tuple[np.ndarray, int]:
@@ -83,7 +104,9 @@ async def embed(request: Request, rows: list[list[int]]) -> tuple[np.ndarray, in
 
 
 def _build_response(vectors_ND: np.ndarray, body: CreateEmbeddingRequest, model: str, num_tokens: int) -> Response:
-    vectors_ND = normalize(vectors_ND[:, : body.dimensions])
+    vectors_ND = vectors_ND[:, : body.dimensions]
+    if body.normalize is not False:
+        vectors_ND = normalize(vectors_ND)
     listed: list[Any]
     if body.encoding_format == "base64":
         listed = [base64.b64encode(v.astype("<f4").tobytes()).decode("ascii") for v in vectors_ND]
@@ -106,8 +129,10 @@ async def search(body: SearchRequest, request: Request) -> Response:
         raise bad_request("the query is empty: give some words", "query")
     vector, tokens = None, 0
     if body.mode != "fts":
-        vectors_ND, tokens = await embed(request, [await state.tokenizer.tokenize_query(body.query)])
-        vector = vectors_ND[0]
+        options = TextOptions(body.truncate or "end", prompt=state.tokenizer.prompt_of(None, "query"))
+        texts = await state.tokenizer.tokenize_texts([body.query], options)
+        vectors_PD, tokens = await embed(request, texts.rows)
+        vector = mean_of_parts(torch.from_numpy(vectors_PD), texts.parts, overhead=texts.overhead)[0].numpy()
     try:
         found = await asyncio.to_thread(partial(index.search, body.query, k=body.k, mode=body.mode, vector=vector))
     except ValueError as error:
@@ -124,7 +149,7 @@ async def search(body: SearchRequest, request: Request) -> Response:
 async def recover(body: RecoverRequest, request: Request) -> Response:
     """Generate a text from its special tokens alone."""
     state = admit(request, body)
-    ids = (await state.tokenizer.tokenize_texts([body.input]))[0]
+    ids = (await state.tokenizer.tokenize_texts([body.input])).rows[0]
     state.rate_limiter.check_tokens(get_key_name(request), len(ids))
     choice = ChoiceState()
     with EngineClient() as client:
