@@ -20,9 +20,8 @@ from threadpoolctl import threadpool_limits
 
 import tiny_data
 from gemify.evaluation.mteb_runner import instruction_of, is_finished, run_task
-from gemify.evaluation.mteb_tasks import LOCAL_TASKS, make_task
+from gemify.evaluation.mteb_tasks import LOCAL_TASKS, TASK_TYPES, make_task
 from gemify.evaluation.results import ModelEntry, ResultStore
-from gemify.evaluation.task_suites import TASK_TYPES
 from tiny_data import Topics, Trigrams
 
 SUBJECT = ModelEntry("toy/encoder", "r1")

@@ -22,10 +22,9 @@ from gemify import GemModel
 from gemify.evaluation.baselines import BaselineEncoder
 from gemify.evaluation.models import encoder_entry
 from gemify.evaluation.mteb_runner import run_task
-from gemify.evaluation.mteb_tasks import LOCAL_TASKS
+from gemify.evaluation.mteb_tasks import GEM16, LLM2VEC15, LOCAL_TASKS
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.suite import SUITES, Plan, evaluate
-from gemify.evaluation.task_suites import GEM16, LLM2VEC15
 from gemify.model.base import load_base
 from tiny_gems import save_gem
 

@@ -11,9 +11,9 @@ import pytest
 
 import gemify.reproduce.run
 from gemify import GemModel
+from gemify.evaluation.mteb_tasks import task_type
 from gemify.evaluation.report.comparison import TABLES
 from gemify.evaluation.results import ModelEntry, ResultStore
-from gemify.evaluation.task_suites import task_type
 from gemify.io.signals import StopRequestedError
 from gemify.reproduce.run import TABLE_NAMES, estimate_seconds, plan_cells, reproduce
 from gemify.reproduce.tables import SCALES, cells_of, scale_of

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemify.evaluation.task_suites import TASKS
+from gemify.evaluation.mteb_tasks import TASKS
 from gemify.io.rows import load_rows
 from gemify.io.tables import first_line
 

@@ -37,10 +37,9 @@ from gemify.evaluation.models import (
     numerics_signature,
 )
 from gemify.evaluation.mteb_runner import is_finished, run_task
-from gemify.evaluation.mteb_tasks import LOCAL_TASKS, make_task
+from gemify.evaluation.mteb_tasks import GEM16, LLM2VEC15, LOCAL_TASKS, make_task
 from gemify.evaluation.recovery import attack_vectors, measure_recovery, select_texts_by_length
 from gemify.evaluation.results import ModelEntry, ResultStore
-from gemify.evaluation.task_suites import GEM16, LLM2VEC15
 from gemify.io.rows import load_lines
 from gemify.io.tables import first_line
 from gemify.model.quantization import parse_quantization

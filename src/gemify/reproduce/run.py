@@ -25,9 +25,9 @@ from typing import Any
 import torch
 
 from gemify.evaluation import suite
+from gemify.evaluation.mteb_tasks import task_type
 from gemify.evaluation.report.comparison import TABLES, macro_mean, mean_score, recovery_buckets
 from gemify.evaluation.results import ModelEntry, ResultStore, read_json
-from gemify.evaluation.task_suites import task_type
 from gemify.io.atomic import atomic_file
 from gemify.io.tables import format_number, markdown_table
 from gemify.reproduce.tables import GATED, TABLE_NAMES, Scale, TableCell, cells_of, scale_of, title_of

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
+from gemify.evaluation.mteb_tasks import GEM16
 from gemify.evaluation.report.comparison import TABLES
-from gemify.evaluation.task_suites import GEM16
 from gemify.training.recipe import PRESETS
 
 _DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))

@@ -18,7 +18,7 @@ pytest.importorskip("markdown_it")
 
 from PIL import Image
 
-from gemify.evaluation import task_suites
+from gemify.evaluation import mteb_tasks
 from gemify.evaluation.report import comparison, plots
 from gemify.evaluation.report.comparison import SUBSET, language_rows, load_models
 from gemify.evaluation.report.render import card_section, eval_results, write_report
@@ -187,7 +187,7 @@ def test_embedding_means_and_published_rows(store: ResultStore, tmp_path: Path) 
 
 def test_a_suites_mean_needs_all_its_tasks(store: ResultStore) -> None:
     gem = gem_entry()
-    for at, task in enumerate(task_suites.GEM16[1:]):
+    for at, task in enumerate(mteb_tasks.GEM16[1:]):
         score(store, gem, **{task.replace("-", "_"): at / 100})
     score(store, gem, ClimateFEVER=0.5)
 
@@ -455,11 +455,11 @@ def test_published_figures_are_the_papers() -> None:
 
 
 def test_suites_and_types_are_mteb_s() -> None:
-    assert len(task_suites.GEM16) == 16
-    assert len(task_suites.LLM2VEC15) == 15
-    assert set(task_suites.NINE) < set(task_suites.LLM2VEC15) < set(task_suites.GEM16) < set(task_suites.TASK_TYPES)
-    assert task_suites.task_type("no such task") == "Other"
+    assert len(mteb_tasks.GEM16) == 16
+    assert len(mteb_tasks.LLM2VEC15) == 15
+    assert set(mteb_tasks.NINE) < set(mteb_tasks.LLM2VEC15) < set(mteb_tasks.GEM16) < set(mteb_tasks.TASK_TYPES)
+    assert mteb_tasks.task_type("no such task") == "Other"
     mteb = pytest.importorskip("mteb")
-    assert task_suites.task_type("STS15") == "STS"
-    for task in task_suites.GEM16:
-        assert mteb.get_task(task).metadata.type == task_suites.TASK_TYPES[task]
+    assert mteb_tasks.task_type("STS15") == "STS"
+    for task in mteb_tasks.GEM16:
+        assert mteb.get_task(task).metadata.type == mteb_tasks.TASK_TYPES[task]

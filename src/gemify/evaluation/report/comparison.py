@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from gemify.evaluation.mteb_tasks import DEVELOPMENT_TASKS, TYPES, task_type
 from gemify.evaluation.results import KINDS, Kind, ModelEntry, ResultStore
-from gemify.evaluation.task_suites import DEVELOPMENT_TASKS, TYPES, task_type
 
 CellResult = Mapping[str, Any]
 """What the store holds of one model on one task."""

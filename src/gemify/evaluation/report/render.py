@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gemify import __version__
+from gemify.evaluation.mteb_tasks import task_type
 from gemify.evaluation.report.comparison import (
     SUBSET,
     EvaluatedModel,
@@ -30,7 +31,6 @@ from gemify.evaluation.report.comparison import (
 from gemify.evaluation.report.plots import PLOTS
 from gemify.evaluation.report.sections import PUBLISHED, mark_subset, write_sections
 from gemify.evaluation.results import ModelEntry, ResultStore
-from gemify.evaluation.task_suites import task_type
 from gemify.io.atomic import atomic_file
 from gemify.io.tables import MISSING, escape_markdown
 from gemify.model.base import STARTER, STARTER_REPO

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from gemify.evaluation.mteb_tasks import DEVELOPMENT_TASKS, NINE, SUITES, TYPES
 from gemify.evaluation.report.comparison import (
     NINE_MEANS,
     PAPER_ROWS,
@@ -28,7 +29,6 @@ from gemify.evaluation.report.comparison import (
     tasks_by_type,
     without_development,
 )
-from gemify.evaluation.task_suites import DEVELOPMENT_TASKS, NINE, SUITES, TYPES
 from gemify.io.tables import escape_markdown, format_number, markdown_table
 
 PUBLISHED = "published, not measured here"
