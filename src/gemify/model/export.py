@@ -249,6 +249,7 @@ def _forget_names(directory: Path, names: Sequence[str]) -> None:
     if extra := values.get("extra_special_tokens"):
         values["extra_special_tokens"] = [name for name in extra if name not in names]
     values.pop("added_tokens_decoder", None)
+    values["split_special_tokens"] = True  # a control token's name in a text is text
     _write_json(path, values)
 
 
