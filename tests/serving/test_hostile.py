@@ -17,15 +17,28 @@ from pydantic import BaseModel
 
 from gemify.serving import server
 from gemify.serving.protocol import requests
+from gemify.serving.routes import tokenize
 from running_server import Served, serving, tiny_gem
 
-PATHS = ("/v1/embeddings", "/v1/chat/completions", "/v1/completions", "/v1/search", "/v1/recover")
+PATHS = (
+    "/v1/embeddings",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/search",
+    "/v1/recover",
+    "/v1/rerank",
+    "/tokenize",
+    "/detokenize",
+)
 GOOD: dict[str, Any] = {
     "/v1/embeddings": {"input": "a"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
     "/v1/completions": {"prompt": "a", "max_tokens": 2},
     "/v1/search": {"query": "a"},
     "/v1/recover": {"input": "a", "max_tokens": 2},
+    "/v1/rerank": {"query": "a", "documents": ["a", "b"]},
+    "/tokenize": {"prompt": "a"},
+    "/detokenize": {"tokens": [5, 6]},
 }
 REQUESTS: dict[str, type[BaseModel]] = {
     "/v1/embeddings": requests.CreateEmbeddingRequest,
@@ -33,6 +46,9 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "/v1/completions": requests.CreateCompletionRequest,
     "/v1/search": requests.SearchRequest,
     "/v1/recover": requests.RecoverRequest,
+    "/v1/rerank": requests.RerankRequest,
+    "/tokenize": tokenize.TokenizeRequest,
+    "/detokenize": tokenize.DetokenizeRequest,
 }
 HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 

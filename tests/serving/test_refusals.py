@@ -45,12 +45,9 @@ def error(response: httpx.Response, status: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("path", "body", "param", "words"),
     [
-        (CHAT, {"messages": ASK, "tools": [{"type": "function"}]}, "tools", "calls no tools"),
         (CHAT, {"messages": ASK, "functions": [{}]}, "functions", "use tools"),
-        (CHAT, {"messages": ASK, "tool_choice": "required"}, "tool_choice", "calls no tools"),
         (CHAT, {"messages": ASK, "modalities": ["audio"]}, "modalities", "text"),
         (CHAT, {"messages": ASK, "audio": {"voice": "x"}}, "audio", "text"),
-        (CHAT, {"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}, "messages", "calls no tools"),
         (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
@@ -116,7 +113,14 @@ def test_what_cannot_be_done_is_said(served: Served, path: str, body: Any, param
 
 
 def test_what_asks_for_nothing_is_taken(served: Served) -> None:
-    harmless = {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "store": False, "stop": None}
+    harmless = {
+        "tools": [],
+        "tool_choice": "none",
+        "response_format": {"type": "text"},
+        "store": False,
+        "stop": None,
+        "parallel_tool_calls": True,
+    }
     unknown = {"user": "ann", "metadata": {"a": 1}, "chat_template_kwargs": {}, "parallel_tool_calls": True}
     body = {"messages": ASK, "max_tokens": 2, "n": None, "seed": None, **harmless, **unknown}
     assert served.post(CHAT, body).status_code == 200

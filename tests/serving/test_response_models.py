@@ -9,6 +9,7 @@ import pytest
 
 from gemify.engine.requests import Completion, TokenDelta
 from gemify.engine.sampling import TokenLogprob
+from gemify.serving.answer_parser import AnswerDelta
 from gemify.serving.protocol.responses import ApiModel, GemifyFields
 from gemify.serving.response_builder import ChoiceState, Kind, ResponseBuilder, build_usage
 
@@ -37,10 +38,10 @@ def test_chunks_of_a_chat() -> None:
     assert json.dumps(written(builder.first_chunk(0, gemify=gemify))) == chunk(
         "chat", {"index": 0, "delta": role, **none}, usage=None, gemify={"object": "gemify", "embedding": [1.0]}
     )
-    assert json.dumps(written(builder.delta_chunk(1, TokenDelta(1, "a")))) == chunk(
+    assert json.dumps(written(builder.delta_chunk(1, AnswerDelta("a")))) == chunk(
         "chat", {"index": 1, "delta": {"content": "a"}, **none}, usage=None
     )
-    assert json.dumps(written(builder.final_chunk(1, Completion(1, "stop", 3)))) == chunk(
+    assert json.dumps(written(builder.final_chunk(1, "stop"))) == chunk(
         "chat", {"index": 1, "delta": {}, "logprobs": None, "finish_reason": "stop"}, usage=None
     )
     usage = {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}
@@ -53,7 +54,7 @@ def test_chunks_of_a_chat() -> None:
 def test_log_probabilities(kind: Kind) -> None:
     builder = ResponseBuilder(kind, "tiny", logprobs=True)
     for offset in (0, 2):
-        (choice,) = written(builder.delta_chunk(0, TokenDelta(0, TOKEN.text, (TOKEN,))))["choices"]
+        (choice,) = written(builder.delta_chunk(0, AnswerDelta(TOKEN.text, tokens=(TOKEN,))))["choices"]
         top = [
             {"token": "\N{REPLACEMENT CHARACTER}", "logprob": -9999.0, "bytes": [255]},
             {"token": "", "logprob": -2.0, "bytes": []},

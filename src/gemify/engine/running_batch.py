@@ -224,13 +224,14 @@ class GeneratedSequence:
         """
         params = self.request.sampling
         token = argmax_id if params.is_greedy else self._sampler.sample(logits_V)
-        if token in params.stop_token_ids:
+        is_end = token in self._pieces.eos_ids
+        if token in params.stop_token_ids or (is_end and not params.skip_special_tokens):
             self._pieces.finish()
             self.ids.append(token)  # its text is none of the answer's
             finished = True
         else:
             stopped = self._pieces.append([token])
-            finished = stopped or self._sampler.done or token in self._pieces.eos_ids
+            finished = stopped or self._sampler.done or is_end
             finished = finished or len(self.ids) >= params.max_tokens
             if finished:
                 self._pieces.finish()

@@ -302,7 +302,7 @@ class GenerationScheduler:
             self.waiting.remove(request)
 
     def _fail(self, request: GenerationRequest, error: Exception) -> None:
-        self._counts["failed"] += not request.done
+        self._counts["failed"] += not request.done and not isinstance(error, ValueError)  # which is the client's fault
         if request in self.waiting:
             self.waiting.remove(request)
         request.fail(error)
@@ -364,8 +364,7 @@ class EmbeddingScheduler:
 
     def _embed(self, scheduled: list[_Scheduled]) -> None:
         try:
-            rows = [row for _, row in scheduled]
-            vectors = encode_ids(self._gem.lm, self._gem.config, rows, self._gem.projection)
+            vectors = encode_ids(self._gem.lm, self._gem.config, [row for _, row in scheduled])
             vectors_BD = require_finite(vectors.cpu()).numpy()
         except Exception as error:
             for request in dict.fromkeys(request for request, _ in scheduled):

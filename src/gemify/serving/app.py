@@ -25,7 +25,7 @@ from gemify.serving.errors import ApiError, bad_request
 from gemify.serving.middleware import RequestMiddleware
 from gemify.serving.protocol.responses import ErrorResponse
 from gemify.serving.rag import RagService, kv_store_of
-from gemify.serving.routes import chat, embeddings, health
+from gemify.serving.routes import chat, embeddings, health, rerank, tokenize
 from gemify.serving.settings import ServerSettings
 from gemify.serving.state import AppState, Metrics
 from gemify.serving.tokenization import RequestTokenizer
@@ -120,7 +120,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.gemify = state
-    for route in (chat, embeddings):
+    for route in (chat, embeddings, rerank, tokenize):
         app.include_router(route.router, responses=_ERRORS)
     app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)

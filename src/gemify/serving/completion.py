@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from gemify.engine.grammar import Grammar
 from gemify.engine.requests import Completion, EmbeddingOutput, PromptLogprobs, PromptStart, TokenDelta
 from gemify.engine.sampling import SamplingParams, TokenLogprob
 from gemify.io.vectors import normalize
+from gemify.serving.answer_parser import AnswerDelta, AnswerParser
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.errors import bad_request
 from gemify.serving.event_stream import EventStreamResponse
@@ -54,6 +55,8 @@ class CompletionHandler:
     """The response's field ``gemify``."""
     grammar: str | None = None
     """What the answers follow, as llguidance writes it."""
+    parser: Callable[[], AnswerParser | None] | None = None
+    """Makes a parser for each answer."""
     echoed: Sequence[str] | None = None
     """Text of each prompt, to be put before its answers."""
 
@@ -69,7 +72,10 @@ class CompletionHandler:
         self._n = self.body.n or 1
         self._choices = [ChoiceState() for _ in range(len(self.prompts) * self._n)]
         self._awaits_embedding = self.return_embedding
-        self._held: list[tuple[int, TokenDelta | Completion | None]] = []
+        if self.parser is not None:
+            for choice in self._choices:
+                choice.parser = self.parser()
+        self._held: list[tuple[int, AnswerDelta | Completion | None]] = []
         """Events that no chunk has been built of; None: the start of an answer."""
         if self.echoed is not None and self.top_logprobs is None:
             for number in range(len(self.prompts)):
@@ -108,12 +114,16 @@ class CompletionHandler:
             raise bad_request(str(error)) from error
 
     def _submit(self, client: EngineClient, grammar: Grammar | None) -> None:
+        parsed = any(choice.parser is not None for choice in self._choices)
         for ids in self.prompts:
+            params = self._sampling_params(len(ids))
+            if parsed:
+                params = replace(params, skip_special_tokens=False)
             client.submit(
                 partial(
                     self.state.engine.generate,
                     ids,
-                    replace(self._sampling_params(len(ids)), grammar=grammar),
+                    replace(params, grammar=grammar),
                     n=self._n,
                     embed_prompt=self.return_embedding,
                     cache_salt=get_key_name(self.request),
@@ -133,9 +143,9 @@ class CompletionHandler:
         """Put prompt ``number`` before its answers."""
         assert self.echoed is not None
         for index in range(number * self._n, (number + 1) * self._n):
-            self._choices[index].texts.append(self.echoed[number])
-            self._choices[index].tokens += tokens
-            self._held.append((index, TokenDelta(index, self.echoed[number], tokens)))
+            delta = AnswerDelta(self.echoed[number], tokens=tokens)
+            self._choices[index].add_delta(delta)
+            self._held.append((index, delta))
 
     def on_event(self, number: int, event: TokenDelta | Completion | EmbeddingOutput | PromptLogprobs) -> None:
         """Keep what the engine has emitted for prompt ``number``, for the response and for the next `flush`."""
@@ -153,8 +163,9 @@ class CompletionHandler:
             if isinstance(event, TokenDelta):
                 return
             event = Completion(event.index, "length", 0)
-        self._choices[index].add(event)
-        self._held.append((index, event))
+        self._held += [(index, delta) for delta in self._choices[index].add(event)]
+        if isinstance(event, Completion):
+            self._held.append((index, event))
 
     async def _stream(self, client: EngineClient) -> AsyncGenerator[ApiModel, None]:
         """Yield chunks; none before the prompt's embedding, which the first one carries."""
@@ -182,7 +193,7 @@ class CompletionHandler:
             if event is None:
                 chunks.append(self._builder.first_chunk(index, **fields))
             elif isinstance(event, Completion):
-                chunks.append(self._builder.final_chunk(index, event, **fields))
+                chunks.append(self._builder.final_chunk(index, self._choices[index].finish_reason, **fields))
             else:
                 chunks.append(self._builder.delta_chunk(index, event, **fields))
         self._held.clear()

@@ -6,26 +6,31 @@ import math
 import secrets
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from gemify.engine.requests import Completion, TokenDelta
 from gemify.engine.sampling import TokenLogprob
+from gemify.serving.answer_parser import AnswerDelta, AnswerParser, ToolCall
 from gemify.serving.protocol.responses import (
     ApiModel,
     AssistantMessage,
+    CalledFunction,
     ChatChoice,
     ChatChunkChoice,
     ChatCompletionChunk,
     ChatLogprobs,
     ChatTokenLogprob,
+    ChatToolCall,
     ChoiceDelta,
     CompletionChoice,
     CompletionLogprobs,
     CompletionUsage,
     CreateChatCompletionResponse,
     CreateCompletionResponse,
+    FinishReason,
     PromptTokensDetails,
+    ToolCallDelta,
     TopLogprob,
 )
 
@@ -41,15 +46,38 @@ class ChoiceState:
     tokens: list[TokenLogprob] = field(default_factory=list)
     num_deltas: int = 0
     completion: Completion | None = None
+    thoughts: list[str] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    parser: AnswerParser | None = None
+    """None: all of the answer is text."""
 
-    def add(self, event: TokenDelta | Completion) -> None:
-        """Add what the engine has emitted."""
+    def add(self, event: TokenDelta | Completion) -> list[AnswerDelta]:
+        """Add what the engine has emitted. Return what it adds to the answer."""
         if isinstance(event, Completion):
             self.completion = event
+            deltas = [] if self.parser is None else self.parser.finish()
         else:
-            self.texts.append(event.text)
-            self.tokens += event.tokens
             self.num_deltas += 1
+            parsed = [AnswerDelta(event.text)] if self.parser is None else self.parser.feed(event.text)
+            deltas = parsed or ([AnswerDelta()] if event.tokens else [])
+            if event.tokens:
+                deltas[0] = replace(deltas[0], tokens=event.tokens)
+        for delta in deltas:
+            self.add_delta(delta)
+        return deltas
+
+    def add_delta(self, delta: AnswerDelta) -> None:
+        """Add a part of the answer."""
+        self.texts.append(delta.text)
+        self.thoughts.append(delta.reasoning)
+        self.tool_calls += delta.tool_calls
+        self.tokens += delta.tokens
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the answer ended."""
+        reason = self.completion.reason if self.completion is not None else "length"
+        return "tool_calls" if self.tool_calls and reason == "stop" else reason
 
     @property
     def text(self) -> str:
@@ -82,6 +110,7 @@ class ResponseBuilder:
             "system_fingerprint": None,
         }
         self._offsets: dict[int, int] = {}
+        self._num_calls: dict[int, int] = {}
 
     def full(self, choices: Sequence[ChoiceState], usage: CompletionUsage, **fields: Any) -> ApiModel:
         """Build the whole response; ``fields`` are further fields of it."""
@@ -90,9 +119,9 @@ class ResponseBuilder:
             chat_choices = [
                 ChatChoice(
                     index=index,
-                    message=AssistantMessage(role="assistant", content=choice.text, refusal=None),
+                    message=_message(choice),
                     logprobs=self._chat_logprobs(choice.tokens),
-                    finish_reason=_finish_reason(choice),
+                    finish_reason=choice.finish_reason,
                 )
                 for index, choice in enumerate(choices)
             ]
@@ -102,7 +131,7 @@ class ResponseBuilder:
                 index=index,
                 text=choice.text,
                 logprobs=self._completion_logprobs(choice.tokens, 0),
-                finish_reason=_finish_reason(choice),
+                finish_reason=choice.finish_reason,
             )
             for index, choice in enumerate(choices)
         ]
@@ -113,11 +142,11 @@ class ResponseBuilder:
         delta = ChoiceDelta(role="assistant", content="", refusal=None)
         return self._chunk([ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)], fields)
 
-    def delta_chunk(self, index: int, delta: TokenDelta, **fields: Any) -> ApiModel:
+    def delta_chunk(self, index: int, delta: AnswerDelta, **fields: Any) -> ApiModel:
         """Build a chunk that adds to an answer."""
         if self.kind == "chat":
             logprobs = self._chat_logprobs(delta.tokens)
-            added = ChoiceDelta(content=delta.text)
+            added = self._chat_delta(index, delta)
             return self._chunk(
                 [ChatChunkChoice(index=index, delta=added, logprobs=logprobs, finish_reason=None)], fields
             )
@@ -128,9 +157,8 @@ class ResponseBuilder:
             [CompletionChoice(index=index, text=delta.text, logprobs=logprobs_of_text, finish_reason=None)], fields
         )
 
-    def final_chunk(self, index: int, completion: Completion, **fields: Any) -> ApiModel:
+    def final_chunk(self, index: int, reason: FinishReason, **fields: Any) -> ApiModel:
         """Build a chunk that ends an answer."""
-        reason = completion.reason
         if self.kind == "chat":
             delta = ChoiceDelta()
             return self._chunk([ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=reason)], fields)
@@ -146,6 +174,18 @@ class ResponseBuilder:
         if self.kind == "chat":
             return ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self._header, **fields)
         return CreateCompletionResponse(object="text_completion", choices=choices, **self._header, **fields)
+
+    def _chat_delta(self, index: int, delta: AnswerDelta) -> ChoiceDelta:
+        added: dict[str, Any] = {}
+        if delta.reasoning:
+            added["reasoning_content"] = delta.reasoning
+        if delta.tool_calls:
+            number = self._num_calls.get(index, 0)
+            self._num_calls[index] = number + len(delta.tool_calls)
+            added["tool_calls"] = [
+                ToolCallDelta(index=at, **_call_fields(call)) for at, call in enumerate(delta.tool_calls, number)
+            ]
+        return ChoiceDelta(**added) if added and not delta.text else ChoiceDelta(content=delta.text, **added)
 
     def _chat_logprobs(self, tokens: Iterable[TokenLogprob]) -> ChatLogprobs | None:
         if not self._logprobs:
@@ -185,8 +225,19 @@ def build_usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) 
     )
 
 
-def _finish_reason(choice: ChoiceState) -> Literal["stop", "length"]:
-    return choice.completion.reason if choice.completion else "length"
+def _message(choice: ChoiceState) -> AssistantMessage:
+    fields: dict[str, Any] = {"content": choice.text}
+    if any(choice.thoughts):
+        fields["reasoning_content"] = "".join(choice.thoughts)
+    if choice.tool_calls:
+        fields["content"] = choice.text or None
+        fields["tool_calls"] = [ChatToolCall(**_call_fields(call)) for call in choice.tool_calls]
+    return AssistantMessage(role="assistant", refusal=None, **fields)
+
+
+def _call_fields(call: ToolCall) -> dict[str, Any]:
+    function = CalledFunction(name=call.name, arguments=call.arguments)
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _logprob_fields(token: TokenLogprob) -> dict[str, Any]:

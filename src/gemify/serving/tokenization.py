@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +22,7 @@ from gemify.model.base import max_positions
 from gemify.model.chat_template import ChatTemplate
 from gemify.model.gem import GemModel
 from gemify.model.tokenization import TextTokenizer, Truncate, truncate_row
+from gemify.serving.answer_parser import AnswerFormat
 from gemify.serving.errors import bad_request, unsupported_parameter
 
 if TYPE_CHECKING:
@@ -91,6 +94,10 @@ class RequestTokenizer:
         self._local = threading.local()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="gemify-prompts")
         self.has_chat = bool(gem.tokenizer.chat_template)
+        self._answer_format = None
+        if self.has_chat:
+            tokenizer = copy.deepcopy(gem.tokenizer)
+            self._answer_format = AnswerFormat(gem.lm, tokenizer, ChatTemplate(tokenizer))
         self._overhead = gem.text_tokenizer.overhead
         self._prompts = gem.config.prompts
         self._default_prompt = self._prompts.get(gem.config.default_prompt_name or "", "")
@@ -157,12 +164,13 @@ class RequestTokenizer:
         cut = text[: self._max_seq_length * self._max_token_length]
         return (await self.run_in_thread(self._texts, [self._query_prompt + cut], self._max_text_tokens))[0]
 
-    async def tokenize_prompts(self, given: Input) -> list[list[int]]:
+    async def tokenize_prompts(self, given: Input, *, add_special_tokens: bool = True) -> list[list[int]]:
         """Tokenize prompts to continue, as the base model's own tokenizer does."""
         for item in given:
             if isinstance(item, str):
                 self._require_fit(item, self._max_model_len)
-        return [item if isinstance(item, list) else await self.run_in_thread(self._prompt, item) for item in given]
+        work = partial(self._prompt, add_special_tokens=add_special_tokens)
+        return [item if isinstance(item, list) else await self.run_in_thread(work, item) for item in given]
 
     async def tokenize_chat(self, body: CreateChatCompletionRequest) -> tuple[int, ...]:
         """Tokenize a conversation, up to where the answer starts."""
@@ -176,11 +184,21 @@ class RequestTokenizer:
         for message in messages:
             self._require_fit(message.content, self._max_model_len)
 
+    @property
+    def answer_format(self) -> AnswerFormat:
+        """How the model writes thoughts and calls of tools."""
+        assert self._answer_format is not None
+        return self._answer_format
+
     async def detokenize(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, control tokens included."""
         if odd := [i for i in ids if i >= self._vocab_size]:
             raise bad_request(f"the token id {odd[0]} is none of this model's: 0..{self._vocab_size - 1}")
         return await self.run_in_thread(lambda: str(self._tokenizer().tokenizer.decode(ids)))
+
+    async def token_strings(self, ids: Sequence[int]) -> list[str]:
+        """Return the tokenizer's names of tokens."""
+        return await self.run_in_thread(lambda: list(self._tokenizer().tokenizer.convert_ids_to_tokens(list(ids))))
 
     async def tokenize_plain(self, text: str) -> list[int]:
         """Tokenize a text alone, nothing before it."""
@@ -211,15 +229,22 @@ class RequestTokenizer:
             return [[row] for row in self._texts([prompt + text for text in texts])], [False] * len(texts)
         return self._tokenizer().texts.split(texts, max_tokens=limit, truncate=options.truncate, prompt=prompt)
 
-    def _prompt(self, text: str) -> list[int]:
-        return self._tokenizer().texts.tokenize_prompts([text], add_special_tokens=True, vocab_size=self._vocab_size)[0]
+    def _prompt(self, text: str, add_special_tokens: bool) -> list[int]:
+        return self._tokenizer().texts.tokenize_prompts(
+            [text], add_special_tokens=add_special_tokens, vocab_size=self._vocab_size
+        )[0]
 
     def _chat(self, body: CreateChatCompletionRequest) -> tuple[int, ...]:
         chat = self._tokenizer().chat
         assert chat is not None
         try:
+            messages = [message.for_template() for message in body.messages]
+            tools = [tool.model_dump(exclude_none=True) for tool in body.offered_tools]
+            if not self.answer_format.reads_tools:
+                messages, tools = describe_tools(messages, tools), []
             return bind_template(chat, body).apply(
-                [{"role": chat_role(m), "content": m.content} for m in body.messages],
+                messages,
+                tools=tools,
                 continue_final_message=bool(body.continue_final_message),
                 add_generation_prompt=body.add_generation_prompt is not False,
             )
@@ -242,6 +267,28 @@ def bind_template(template: ChatTemplate, body: CreateChatCompletionRequest) -> 
         raise bad_request(str(error), "chat_template_kwargs") from error
 
 
-def chat_role(message: ChatMessage) -> str:
-    """Return the role as chat templates name it: OpenAI's ``developer`` is ``system``."""
-    return "system" if message.role == "developer" else message.role
+_TOOLS = """You can call these functions:
+{tools}
+To call one, answer with nothing but
+<tool_call>
+{{"name": NAME, "arguments": {{...}}}}
+</tool_call>"""
+
+
+def describe_tools(messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a conversation in which tools, calls and their results are plain words, for templates that know none."""
+    plain: list[dict[str, Any]] = []
+    if tools:
+        listed = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
+        plain.append({"role": "system", "content": _TOOLS.format(tools=listed)})
+    for message in messages:
+        calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls", ())]
+        said = [message["content"]] * bool(message["content"] or not calls)
+        content = "\n".join([*said, *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)])
+        if message["role"] == "tool":
+            plain.append({"role": "user", "content": f"<tool_response>\n{content}\n</tool_response>"})
+        elif message["role"] == "system" and tools and len(plain) == 1:
+            plain[0]["content"] = f"{content}\n\n{plain[0]['content']}"
+        else:
+            plain.append({"role": message["role"], "content": content})
+    return plain

@@ -11,13 +11,14 @@ from gemify.model.tokenization import TRUNCATIONS
 from gemify.serving.errors import json_name, unsupported_parameter
 from gemify.serving.protocol import unsupported
 from gemify.serving.protocol.structured_outputs import StructuredRequest
+from gemify.serving.protocol.tools import MessageToolCall, ToolRequest
 from gemify.serving.protocol.unsupported import refuse
 
 _MAX_N = 16
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 1000  # each token's text is compared with all of their beginnings
 _MAX_BIASES = 1024
-_MAX_INT = 2**63 - 1
+MAX_INT = 2**63 - 1
 _STRING: dict[str, Any] = {"type": "string"}
 _IDS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"type": "integer", "minimum": 0}}
 _TEXTS: dict[str, Any] = {"type": "array", "minItems": 1, "items": _STRING}
@@ -63,7 +64,7 @@ def _require_all(values: list[Any], fits: Callable[[Any], bool], what: str) -> N
 
 
 def _is_id(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MAX_INT
+    return type(value) is int and 0 <= value <= MAX_INT
 
 
 def _listed(value: Any) -> Any:
@@ -115,6 +116,17 @@ def _content(value: Any) -> str:
     return "".join(texts)
 
 
+def _documents(value: Any) -> list[str]:
+    """Return documents, strings or objects with a text, as strings."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"must be an array of texts that is not empty, got {json_name(value)}")
+    texts: list[Any] = [item.get("text") if isinstance(item, dict) else item for item in value]
+    _require_all(texts, lambda text: isinstance(text, str), "a string, or an object with a text")
+    return texts
+
+
+_WITH_TEXT: dict[str, Any] = {"type": "object", "properties": {"text": _STRING}, "required": ["text"]}
+_DOCUMENTS: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": [_STRING, _WITH_TEXT]}}
 Inputs = Annotated[Any, BeforeValidator(texts_or_ids), WithJsonSchema({"anyOf": [_STRING | {}, _TEXTS, _IDS, _ROWS]})]
 Stops = Annotated[
     Any,
@@ -186,11 +198,12 @@ class CreateEmbeddingRequest(ApiRequest):
     """Texts to embed."""
 
     input: Inputs = Field(description="A text, texts, token ids or lists of token ids.")
-    encoding_format: Literal["float", "base64"] | None = Field(
-        default=None, description="base64: little-endian float32."
+    encoding_format: Literal["float", "base64", "int8", "uint8", "binary", "ubinary"] | None = Field(
+        default=None,
+        description="base64: little-endian float32. int8: the largest number is 127. binary: the signs, 8 in a number.",
     )
     dimensions: int | None = Field(
-        default=None, ge=1, le=_MAX_INT, description="Keep so many numbers of each vector, and scale it to length 1."
+        default=None, ge=1, le=MAX_INT, description="Keep so many numbers of each vector, and scale it to length 1."
     )
     truncate: Truncation | None = Field(
         default=None,
@@ -200,7 +213,7 @@ class CreateEmbeddingRequest(ApiRequest):
         default=None, description="With truncate true: left cuts at the start."
     )
     truncate_prompt_tokens: int | None = Field(
-        default=None, ge=-1, le=_MAX_INT, description="Keep a text's last so many tokens; -1: as many as fit."
+        default=None, ge=-1, le=MAX_INT, description="Keep a text's last so many tokens; -1: as many as fit."
     )
     normalize: bool | None = Field(default=None, description="False: vectors as the model gives them.")
     prompt_name: str | None = Field(default=None, max_length=100, description="A prompt of the model, by its name.")
@@ -232,27 +245,27 @@ class StreamOptions(BaseModel):
 class GenerationRequestBody(ApiRequest, StructuredRequest):
     """What chats and completions have in common."""
 
-    max_tokens: int | None = Field(default=None, ge=1, le=_MAX_INT, description="Longest answer.")
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_INT, description="Longest answer.")
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
         default=None, description="0: greedy. Default 1."
     )
     top_p: Unit | None = Field(default=None, description="Nucleus sampling. Default 1.")
-    seed: int | None = Field(default=None, ge=-_MAX_INT - 1, le=_MAX_INT, description="Same seed, same answer.")
+    seed: int | None = Field(default=None, ge=-MAX_INT - 1, le=MAX_INT, description="Same seed, same answer.")
     stop: Stops = Field(default=(), description="The answer ends before the first of these.")
     n: int | None = Field(default=None, ge=1, le=_MAX_N, description="How many answers.")
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Biases = Field(default_factory=dict, description="Added to tokens' logits, by token id.")
     top_k: int | None = Field(
-        default=None, ge=-1, le=_MAX_INT, description="Draw from so many of the most likely tokens."
+        default=None, ge=-1, le=MAX_INT, description="Draw from so many of the most likely tokens."
     )
     min_p: Unit | None = Field(default=None, description="Draw from tokens of this part of the largest probability.")
     typical_p: Annotated[float, Field(ge=1e-6, le=1.0)] | None = Field(default=None, description="Typical sampling.")
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100.0)] | None = Field(
         default=None, description="Above 1: tokens of the prompt and the answer are less likely to come again."
     )
-    min_tokens: int | None = Field(default=None, ge=0, le=_MAX_INT, description="Shortest answer.")
-    stop_token_ids: list[Annotated[int, Field(ge=0, le=_MAX_INT)]] | None = Field(
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_INT, description="Shortest answer.")
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_INT)]] | None = Field(
         default=None, max_length=_MAX_BIASES, description="Tokens that end the answer."
     )
     ignore_eos: bool | None = Field(default=None, description="The model's end tokens do not end the answer.")
@@ -276,7 +289,7 @@ class CreateCompletionRequest(GenerationRequestBody):
     )
     best_of: int | None = Field(default=None, ge=1, le=_MAX_N, description="Only as many as n.")
     max_tokens: int | None = Field(
-        default=None, ge=0, le=_MAX_INT, description="Longest answer. 0, with echo: the prompt alone."
+        default=None, ge=0, le=MAX_INT, description="Longest answer. 0, with echo: the prompt alone."
     )
     echo: bool | None = Field(default=None, description="Put the prompt before the answer, with its logprobs.")
 
@@ -303,16 +316,38 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content = ""
     name: str | None = Field(default=None, description="Taken and ignored.")
+    tool_calls: list[MessageToolCall] | None = Field(default=None, max_length=128)
+    tool_call_id: str | None = Field(default=None, max_length=256, description="Which call a tool's message answers.")
+    reasoning_content: str | None = Field(default=None, description="Thoughts, for chat templates that read them.")
 
     @model_validator(mode="before")
     @classmethod
     def _refuse(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("role") in ("tool", "function"):
-            raise unsupported_parameter("messages", f"no role {given['role']!r}: this model calls no tools")
+        if isinstance(given, dict) and given.get("role") == "assistant" and given.get("content", 0) is None:
+            given = given | {"content": ""}
         return refuse(given, unsupported.MESSAGE)
+
+    @model_validator(mode="after")
+    def _require_content(self) -> Self:
+        if "content" not in self.model_fields_set and not self.tool_calls:
+            raise ValueError("content: the field is required")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: only the assistant's messages have them")
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        """Return the message as chat templates read it."""
+        fields: dict[str, Any] = {"role": "system" if self.role == "developer" else self.role, "content": self.content}
+        if self.tool_calls:
+            fields["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.reasoning_content:
+            fields["reasoning_content"] = self.reasoning_content
+        if self.tool_call_id is not None:
+            fields["tool_call_id"] = self.tool_call_id
+        return fields
 
 
 class ChatSearch(BaseModel):
@@ -333,12 +368,12 @@ class GemifyOptions(BaseModel):
     search: ChatSearch | None = Field(default=None, description="Answer the last message from the index.")
 
 
-class CreateChatCompletionRequest(GenerationRequestBody):
+class CreateChatCompletionRequest(GenerationRequestBody, ToolRequest):
     """A conversation to answer."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(
-        default=None, ge=1, le=_MAX_INT, description="Longest answer; beats max_tokens."
+        default=None, ge=1, le=MAX_INT, description="Longest answer; beats max_tokens."
     )
     logprobs: bool | None = Field(default=None, description="Log probabilities of the tokens.")
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="Of so many others at each place.")
@@ -388,3 +423,12 @@ class RecoverRequest(ApiRequest):
 
     input: str = Field(min_length=1)
     max_tokens: int = Field(default=64, ge=1, le=1024)
+
+
+class RerankRequest(ApiRequest):
+    """A query and documents."""
+
+    query: str = Field(min_length=1)
+    documents: Annotated[Any, BeforeValidator(_documents), WithJsonSchema(_DOCUMENTS)]
+    top_n: int | None = Field(default=None, ge=1, le=MAX_INT, description="How many of the best. Default all.")
+    return_documents: bool | None = Field(default=None, description="Default true; in /v2/rerank false.")

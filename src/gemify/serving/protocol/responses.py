@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "tool_calls"]
 
 
 class ApiModel(BaseModel):
@@ -64,7 +64,7 @@ class Embedding(ApiModel):
 
     object: Literal["embedding"]
     index: int
-    embedding: list[float] | str
+    embedding: list[float] | list[int] | str
 
 
 class CreateEmbeddingResponse(ApiModel):
@@ -107,12 +107,35 @@ class CompletionLogprobs(ApiModel):
     text_offset: list[int]
 
 
+class CalledFunction(ApiModel):
+    """A function, and the JSON of its arguments."""
+
+    name: str
+    arguments: str
+
+
+class ChatToolCall(ApiModel):
+    """A call in an answer."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ToolCallDelta(ChatToolCall):
+    """A call in a chunk; each comes whole."""
+
+    index: int
+
+
 class AssistantMessage(ApiModel):
     """The answer of a chat."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    tool_calls: list[ChatToolCall] | None = None
 
 
 class ChoiceDelta(ApiModel):
@@ -121,6 +144,8 @@ class ChoiceDelta(ApiModel):
     role: Literal["assistant"] | None = None
     content: str | None = None
     refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChoice(ApiModel):
@@ -251,3 +276,36 @@ class HealthResponse(ApiModel):
     """The server's condition."""
 
     status: Literal["ok", "ready", "starting", "stopping", "failed"]
+
+
+class RerankResult(ApiModel):
+    """A document, and the cosine of its vector and the query's."""
+
+    index: int
+    relevance_score: float
+    document: dict[str, str] | None = None
+
+
+class RerankResponse(ApiModel):
+    """Documents, the best first."""
+
+    id: str
+    object: Literal["list"]
+    model: str
+    results: list[RerankResult]
+    usage: CompletionUsage
+
+
+class TokenizeResponse(ApiModel):
+    """Token ids of a prompt."""
+
+    count: int
+    max_model_len: int | None
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeResponse(ApiModel):
+    """The text of token ids."""
+
+    prompt: str

@@ -106,8 +106,13 @@ def json_grammar(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
     """
     from llguidance import LLMatcher
 
+    return LLMatcher.grammar_from_json_schema(inline_schema(schema, lenient=lenient))
+
+
+def inline_schema(schema: Mapping[str, Any], *, lenient: bool) -> dict[str, Any]:
+    """Return a schema with llguidance's options in it, as it may stand inside another grammar."""
     options = {"whitespace_pattern": _WHITESPACE, "lenient": lenient, "coerce_one_of": lenient}
-    return LLMatcher.grammar_from_json_schema(dict(schema), overrides=options)  # type: ignore[arg-type]
+    return {**schema, "x-guidance": options}
 
 
 def _grammar(kind: str, value: Any) -> str:

@@ -65,9 +65,6 @@ COMPLETION: Fields = {
     "add_special_tokens": ((True,), "give token ids as the prompt"),
 }
 CHAT: Fields = {
-    "tools": (([],), "this model calls no tools"),
-    "tool_choice": (("none", "auto"), "this model calls no tools"),
-    "parallel_tool_calls": ((True, False), "this model calls no tools"),
     "best_of": ((1,), "ask for n answers and choose one"),
     "echo": ((False,), "put the message before the answer yourself"),
     "add_special_tokens": ((False,), "the chat template writes them"),
@@ -83,7 +80,6 @@ CHAT: Fields = {
     "store": ((False,), "nothing is stored"),
 }
 MESSAGE: Fields = {
-    "tool_calls": (([],), "this model calls no tools"),
     "function_call": ((), "use tool_calls"),
     "audio": ((), _TEXT_ONLY),
 }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from gemify.serving.answer_parser import AnswerParser
 from gemify.serving.completion import CompletionHandler
 from gemify.serving.dispatch import run_until_disconnect
-from gemify.serving.errors import bad_request, from_engine_error
+from gemify.serving.errors import bad_request, from_engine_error, unsupported_parameter
 from gemify.serving.protocol.requests import (
     ChatSearch,
     CreateChatCompletionRequest,
@@ -18,12 +21,14 @@ from gemify.serving.protocol.requests import (
     GemifyOptions,
 )
 from gemify.serving.protocol.responses import CreateChatCompletionResponse, CreateCompletionResponse
+from gemify.serving.protocol.tools import NamedToolChoice
 from gemify.serving.rag import RagPrompt
 from gemify.serving.request_body import JsonRoute
-from gemify.serving.state import admit, get_key_name, get_state
-from gemify.serving.tokenization import bind_template, chat_role
+from gemify.serving.state import AppState, admit, get_key_name, get_state
+from gemify.serving.tokenization import bind_template
 
 router = APIRouter(route_class=JsonRoute)
+_MAX_BEGUN = 256  # tokens of the prompt that may be the beginning of the answer
 
 
 @router.post(
@@ -57,9 +62,42 @@ async def create_chat_completion(body: CreateChatCompletionRequest, request: Req
         start=start,
         charged_tokens=charged_tokens,
         gemify_fields=gemify_fields,
-        grammar=body.grammar(),
+        grammar=await _grammar(state, body),
+        parser=await _parser(state, body, ids) if state.tokenizer.has_chat else None,
     )
     return await handler.respond()
+
+
+async def _grammar(state: AppState, body: CreateChatCompletionRequest) -> str | None:
+    """Return the grammar of the answer: of its calls, or of its text."""
+    wanted, form = body.grammar(), state.tokenizer.answer_format
+    if not body.offered_tools:
+        return wanted
+    if wanted is not None:
+        raise bad_request("response_format and tools go together only with tool_choice none", "response_format")
+    if not body.must_call and not form.reads_tools:
+        raise unsupported_parameter(
+            "tool_choice", "this model's chat template reads no tools, so auto finds none: say required, or a name"
+        )
+    if not body.must_call and not form.follows_grammar:
+        return None
+    named = isinstance(body.tool_choice, NamedToolChoice)
+    return form.tools.grammar(
+        body.must_call or body.offered_tools,
+        required=bool(body.must_call),
+        parallel=body.parallel_tool_calls is not False and not named,
+        control_tokens=form.control_tokens,
+    )
+
+
+async def _parser(
+    state: AppState, body: CreateChatCompletionRequest, ids: Sequence[int]
+) -> Callable[[], AnswerParser | None]:
+    """Return what makes a parser for each answer to a prompt."""
+    form = state.tokenizer.answer_format
+    has_tools = bool(body.offered_tools)
+    prompt = await state.tokenizer.detokenize(ids[-_MAX_BEGUN:]) if has_tools or form.thinks else ""
+    return partial(form.parser, prompt, has_tools=has_tools, must_call=bool(body.must_call))
 
 
 async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, request: Request) -> RagPrompt:
@@ -83,7 +121,7 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
         state.rate_limiter.add_tokens(key, tokens)
 
     work = state.rag.prepare(
-        [{"role": chat_role(message), "content": message.content} for message in body.messages],
+        [message.for_template() for message in body.messages],
         bind=lambda template: bind_template(template, body),
         k=search.k,
         mode=search.mode,

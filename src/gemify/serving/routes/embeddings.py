@@ -41,6 +41,24 @@ from gemify.serving.tokenization import TextOptions
 router = APIRouter(route_class=JsonRoute)
 
 
+def quantize(vectors_ND: np.ndarray, encoding: str) -> np.ndarray:
+    """Return vectors as numbers of an encoding: as they are, in 8 bits each, or their signs, 8 in a number.
+
+    Args:
+        vectors_ND: the vectors.
+        encoding: float; int8, the largest number of a vector at 127; uint8, 128 more; binary or ubinary, the bits of
+            the signs as sentence-transformers packs them.
+    """
+    if encoding in ("int8", "uint8"):
+        largest_N1 = np.abs(vectors_ND).max(axis=1, keepdims=True)
+        scaled_ND = np.round(vectors_ND / np.where(largest_N1 == 0, 1, largest_N1) * 127).astype(np.int16)
+        return scaled_ND + 128 * (encoding == "uint8")
+    if encoding in ("binary", "ubinary"):
+        packed_ND: np.ndarray = np.packbits(vectors_ND > 0, axis=1).astype(np.int16)
+        return packed_ND - 128 * (encoding == "binary")
+    return vectors_ND
+
+
 @router.post(
     "/v1/embeddings", response_model=None, responses={200: {"model": CreateEmbeddingResponse}}, tags=["OpenAI"]
 )
@@ -111,7 +129,7 @@ def _build_response(vectors_ND: np.ndarray, body: CreateEmbeddingRequest, model:
     if body.encoding_format == "base64":
         listed = [base64.b64encode(v.astype("<f4").tobytes()).decode("ascii") for v in vectors_ND]
     else:
-        listed = vectors_ND.tolist()
+        listed = quantize(vectors_ND, body.encoding_format or "float").tolist()
     return CreateEmbeddingResponse(
         object="list",
         data=[Embedding(object="embedding", index=i, embedding=v) for i, v in enumerate(listed)],

@@ -1,0 +1,93 @@
+"""Reranking by the Cohere client and in Jina's form, embeddings in other clients' words, and vLLM's token routes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import cohere
+import numpy as np
+import pytest
+
+from gemify import GemModel
+from running_server import Served, serving, tiny_gem
+
+TEXTS = ["a cat on a mat", "rain in Rome", "the weather of tomorrow", "wörds 猫"]
+PROMPTS = {"query": "find: ", "document": "text: "}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Served]:
+    gem = tiny_gem(tmp_path_factory.mktemp("model"))
+    gem.config = replace(gem.config, prompts=PROMPTS)
+    with serving(gem) as running:
+        yield running
+
+
+@pytest.fixture
+def gem(served: Served) -> GemModel:
+    return served.gem
+
+
+def unit(gem: GemModel, texts: list[str], prompt: str = "") -> np.ndarray:
+    return gem.encode(texts, prompt=prompt, normalize_embeddings=True)
+
+
+def test_cohere_ranks_as_the_vectors_do(served: Served, gem: GemModel) -> None:
+    scores = unit(gem, TEXTS, "text: ") @ unit(gem, ["weather?"], "find: ")[0]
+    client = cohere.ClientV2(api_key="any", base_url=served.url)
+    got = client.rerank(model="tiny", query="weather?", documents=TEXTS, top_n=3)
+    assert [r.index for r in got.results] == np.argsort(-scores)[:3].tolist()
+    assert [r.relevance_score for r in got.results] == pytest.approx(np.sort(scores)[::-1][:3].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/rerank"])
+def test_jinas_form(served: Served, gem: GemModel, path: str) -> None:
+    body = {"query": "weather?", "documents": [{"text": t} for t in TEXTS]}
+    got = served.post(path, body).json()
+    assert [r["document"]["text"] for r in got["results"]] == [TEXTS[r["index"]] for r in got["results"]]
+    assert len(got["results"]) == 4
+    assert got["usage"]["total_tokens"] > 20
+    bare = served.post(path, body | {"return_documents": False, "top_n": 1}).json()["results"]
+    assert bare == [{k: v for k, v in got["results"][0].items() if k != "document"}]
+    long = served.post(path, {"query": "a " * 900, "documents": ["word " * 900, "b"]})
+    assert long.status_code == 200  # cut, as both services do
+    assert served.post(path, {"query": "a", "documents": []}).status_code == 400
+    assert served.post(path, {"query": "a", "documents": [1]}).status_code == 400
+    assert served.post(path, {"query": "", "documents": ["a"]}).status_code == 400
+
+
+def test_numbers_of_eight_bits_and_signs(served: Served, gem: GemModel) -> None:
+    def numbers(encoding: str) -> np.ndarray:
+        got = served.post("/v1/embeddings", {"input": TEXTS, "encoding_format": encoding}).json()
+        return np.array([d["embedding"] for d in got["data"]])
+
+    vectors = unit(gem, TEXTS)
+    small = numbers("int8")
+    assert np.abs(small).max(axis=1).tolist() == [127] * 4
+    np.testing.assert_allclose(small / np.linalg.norm(small, axis=1, keepdims=True), vectors, atol=1e-2)
+    assert (numbers("uint8") - 128 == small).all()
+    signs = np.unpackbits(numbers("ubinary").astype(np.uint8), axis=1)
+    assert (signs == (vectors > 0)).all()
+    assert (numbers("binary") + 128 == numbers("ubinary")).all()
+    assert numbers("binary").shape == (4, 4)
+
+
+def test_tokens_there_and_back(served: Served, gem: GemModel) -> None:
+    for text in TEXTS:
+        got = served.post("/tokenize", {"prompt": text, "return_token_strs": True}).json()
+        assert got["tokens"] == gem.tokenizer(text)["input_ids"]
+        assert (got["count"], got["max_model_len"]) == (len(got["tokens"]), 1024)
+        assert got["token_strs"] == gem.tokenizer.convert_ids_to_tokens(got["tokens"])
+        bare = served.post("/tokenize", {"prompt": text, "add_special_tokens": False}).json()["tokens"]
+        assert bare == gem.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert served.post("/detokenize", {"tokens": bare}).json() == {"prompt": text}
+    messages: list[Any] = [{"role": "user", "content": "hello </s>"}]
+    ids = served.post("/tokenize", {"messages": messages}).json()["tokens"]
+    used = served.client().chat.completions.create(model="tiny", messages=messages, max_tokens=1).usage
+    assert used is not None
+    assert used.prompt_tokens == len(ids)
+    for body in ({}, {"prompt": "a", "messages": messages}, {"messages": []}):
+        assert served.post("/tokenize", body).status_code == 400
+    assert served.post("/detokenize", {"tokens": [320]}).status_code == 400
