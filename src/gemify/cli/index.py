@@ -41,13 +41,17 @@ if TYPE_CHECKING:
     from gemify.rag.kv_store import KvStore
     from gemify.retrieval.bulk.run import EmbedReport as CorpusReport
     from gemify.retrieval.index import GemIndex
+    from gemify.retrieval.ingest import IndexReport
 
 _MAX_SKIPPED_LINES = 20
 
 
 def index(
     paths: Annotated[
-        list[Path], typer.Argument(help="Files and directories: text, Markdown, HTML, PDF, Word, JSON lines, source.")
+        list[Path],
+        typer.Argument(
+            help="Files and directories: text, Markdown, HTML, PDF, Office, e-books, mail, JSON lines, source."
+        ),
     ],
     store: StoreUri,
     model: NewStoreModel = None,
@@ -65,6 +69,10 @@ def index(
     ] = None,
     text_column: TextColumn = "text",
     title_column: TitleColumn = "title",
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Leave out what matches, such as '*.log' or 'drafts/*'; may be repeated."),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum new or changed files to index now.")] = None,
     batch_size: BatchSize = 32,
     keep_kv: KeepKv = False,
@@ -87,7 +95,8 @@ def index(
 
     refuse_corpus(store)
     existing = Store.open(store) if Store.exists(store) else None
-    files = find_files(paths, known=() if existing is None else existing.files())  # before a model is loaded
+    known = () if existing is None else existing.files()
+    files = find_files(paths, known=known, exclude=exclude or ())  # before a model is loaded
     name = model or (existing.meta.model if existing is not None else "") or "starter"
     options: Any = {"tokens": chunk_tokens, "overlap": chunk_overlap, "context": context, "precision": precision}
     from gemify.rag.kv_store import kv_store_factory
@@ -114,6 +123,12 @@ def index(
         facts = {**dataclasses.asdict(report), **caches}
         print_json({"store": store, "passages": len(opened), **facts, "tokens_per_second": report.tokens_per_second})
         return
+    _echo_report(report, caches)
+    typer.echo(f"{len(opened):,} passages in {store}")
+
+
+def _echo_report(report: IndexReport, caches: dict[str, int]) -> None:
+    """Say what a run did, on stderr."""
     echo_err(
         f"{len(report.added):,} files added, {len(report.changed):,} changed, {len(report.removed):,} removed,"
         f" {report.unchanged:,} unchanged; {report.chunks:,} passages embedded"
@@ -122,7 +137,32 @@ def index(
     if caches:
         kept = f"{caches['kv_files']:,} kept, {caches['kv_bytes'] / 1e6:,.0f} MB"
         echo_err(f"{caches['kv_added']:,} caches added; {kept}")
-    typer.echo(f"{len(opened):,} passages in {store}")
+    if report.unread:
+        echo_err("not read: " + ", ".join(f"{count:,} {kind}" for kind, count in report.unread.items()))
+
+
+def forget(
+    paths: Annotated[list[Path], typer.Argument(help="Files and directories, there or not.")],
+    store: StoreUri,
+    as_json: Json = False,
+) -> None:
+    """Remove files from a store; what lies in a directory goes with it. The files themselves stay."""
+    import os
+
+    from gemify.retrieval.document_store import Store
+
+    opened = Store.open(store)
+    wanted = [Path(os.path.abspath(path)) for path in paths]
+    with opened.write_lock():
+        gone = [known for known in opened.files() if any(Path(known).is_relative_to(path) for path in wanted)]
+        if not gone:
+            raise ValueError(f"{store} holds no file of {paths[0]}: `gemify index --json` lists what it adds")
+        opened.remove(gone)
+        opened.optimize()
+    if as_json:
+        print_json({"store": store, "removed": gone, "passages": len(opened)})
+        return
+    typer.echo(f"{len(gone):,} files forgotten, {len(opened):,} passages in {store}")
 
 
 def _store_caches(gem: GemModel, index: GemIndex, kv: KvStore, quiet: bool) -> dict[str, int]:

@@ -14,7 +14,7 @@ from gemify import __version__
 from gemify.cli.ask import ask, chat
 from gemify.cli.bench import bench
 from gemify.cli.evaluate import evaluate, report, reproduce
-from gemify.cli.index import embed_corpus, index, search
+from gemify.cli.index import embed_corpus, forget, index, search
 from gemify.cli.model import cache, embed, export, generate, info, recover
 from gemify.cli.options import fail
 from gemify.cli.serve import serve
@@ -33,6 +33,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "reproduce": reproduce,
     "embed-corpus": embed_corpus,
     "index": index,
+    "forget": forget,
     "search": search,
     "ask": ask,
     "chat": chat,

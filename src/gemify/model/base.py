@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -64,6 +65,13 @@ def enable_activation_checkpointing(lm: PreTrainedModel) -> None:
     """Let a model recompute its layers' activations in the backward pass instead of keeping them."""
     enable = getattr(lm, "activation_checkpointing_enable", None)  # the name from transformers 5.24 on
     (enable or lm.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+_DAMAGED = (struct.error, EOFError, LookupError, UnicodeDecodeError, OverflowError, AttributeError, TypeError)
+"""What readers of model files raise on damaged ones."""
+_BROKEN = "the file is damaged or cut off, get it again"
+_QUANTIZATION_PACKAGES = {"gptq": "gptqmodel", "awq": "gptqmodel", "hqq": "hqq", "quanto": "optimum-quanto"}
+"""Packages that read a format of weights, where the format has another name."""
 
 
 class Loading(TypedDict, total=False):
@@ -164,12 +172,14 @@ def _load(
     """Load with transformers' options of where the files are (``source``) and of how the weights are read."""
     try:
         config = AutoConfig.from_pretrained(name, **source)
-    except (OSError, ValueError) as error:
-        raise BaseNotFoundError(f"cannot load the model {name!r}: {first_line(error)}") from error
+    except (OSError, ValueError, *_DAMAGED) as error:
+        shown = str(Path(name) / source["gguf_file"]) if "gguf_file" in source else name
+        reason = f"{_BROKEN} ({first_line(error)})" if isinstance(error, _DAMAGED) else first_line(error)
+        raise BaseNotFoundError(f"cannot load the model {shown!r}: {reason}") from error
     _require_causal_lm(name, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, *_DAMAGED) as error:
         raise ValueError(f"{name} has no tokenizer that loads: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ValueError(
@@ -180,10 +190,37 @@ def _load(
     try:
         with hide_progress_bars():
             lm = AutoModelForCausalLM.from_pretrained(name, **source, **weights)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise BaseNotFoundError(f"cannot load the weights of {name!r}: {first_line(error)}") from error
+    except ImportError as error:
+        raise ValueError(_missing_package(name, config, error)) from error
+    except (OSError, ValueError, SafetensorError, *_DAMAGED) as error:
+        raise BaseNotFoundError(_unreadable(name, error)) from error
     device = loading.get("device")
     return lm.to(default_device() if device is None else device).eval(), tokenizer
+
+
+def _missing_package(name: str, config: PretrainedConfig, error: ImportError) -> str:
+    """Say which package reads the format of a model's weights."""
+    stored = getattr(config, "quantization_config", None) or {}
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if method is None:
+        return f"cannot load the weights of {name!r}: {first_line(error)}"
+    word = str(getattr(method, "value", method))
+    package = _QUANTIZATION_PACKAGES.get(word, word)
+    return (
+        f"the weights of {name!r} are stored as {word}, which needs {package}: pip install {package}, or take the model"
+        " before it was quantized"
+    )
+
+
+def _unreadable(name: str, error: Exception) -> str:
+    """Say why weights do not load."""
+    path = Path(name)
+    if path.is_dir() and not any(path.glob("*.safetensors")) and (old := [p.name for p in path.glob("*.bin")]):
+        return (
+            f"the weights of {name!r} are in {sorted(old)[0]}, a pickle that may run code: convert them to safetensors"
+            " (from_pretrained and save_pretrained of transformers, where you trust them)"
+        )
+    return f"cannot load the weights of {name!r}: {first_line(error) or type(error).__name__}: {_BROKEN}"
 
 
 def _require_causal_lm(name: str, config: PretrainedConfig) -> None:

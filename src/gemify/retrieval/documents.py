@@ -25,14 +25,14 @@ class Section:
     """The document's title, if it has one."""
     headings: tuple[str, ...] = ()
     """The headings above the text, the outermost first."""
-    unit: Literal["", "line", "page", "row"] = ""
+    unit: Literal["", "line", "page", "row", "slide", "sheet", "chapter", "cell"] = ""
     """The unit of locations in this file. A .docx file has none."""
     first: int = 1
     """The line or page on which the text begins."""
     starts: tuple[int, ...] = ()
     """For pages: the offset at which each begins."""
     name: str = ""
-    """For rows: the row's id, or its number."""
+    """Of a row, slide, sheet, chapter or cell: its id or number."""
 
     def location(self, start: int, end: int) -> str:
         """Return where a run of characters stands, such as ``lines 3-9``, ``page 2`` or ``row q17``.
@@ -41,8 +41,8 @@ class Section:
             start: Offset of the first character.
             end: Offset behind the last one.
         """
-        if self.unit == "row":
-            return f"row {self.name}"
+        if self.name:
+            return f"{self.unit} {self.name}"
         if not self.unit:
             return ""
         first, last = self._number(start), self._number(max(start, end - 1))
@@ -69,6 +69,9 @@ _BLOCK = re.compile(
     "|header|hr|html|li|main|nav|ol|p|pre|section|summary|table|tbody|td|tfoot|th|thead|tr|ul)$"
 )
 _HEADING = re.compile(r"h([1-6])$")
+_HIDDEN = re.compile(r"(^|[;\s])(display\s*:\s*none|visibility\s*:\s*hidden)", re.IGNORECASE)
+_LAYOUT = ["table", "pre", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6"]
+"""In a cell these mean that the table lays out a page."""
 
 
 def _by_heading(blocks: Iterable[tuple[int, str]], *, title: str) -> Iterator[Section]:
@@ -108,6 +111,7 @@ def read_markdown(path: Path) -> Iterator[Section | Skipped]:
     from markdown_it import MarkdownIt
 
     text = _utf8(path)
+    keys, text = _front_matter(text)
     lines = [line for line in re.split(r"(?<=\n)", text) if line]  # the parser's: str.splitlines knows more line ends
     tokens = MarkdownIt("commonmark").parse(text)
     starts: list[tuple[int, int, str]] = []
@@ -115,7 +119,9 @@ def read_markdown(path: Path) -> Iterator[Section | Skipped]:
         if token.type == "heading_open" and token.level == 0 and token.map is not None:
             starts.append((token.map[0], int(token.tag[1:]), tokens[at + 1].content))
     outline = _Outline()
-    title = next((heading for _, level, heading in starts if level == 1), "")
+    title = str(keys.get("title") or "") or next((heading for _, level, heading in starts if level == 1), "")
+    if said := "\n".join(f"{name}: {_plain(value)}" for name, value in keys.items() if name != "title" and value):
+        yield Section(said, title=title, unit="line", first=2)
     bounds = [0, *(line for line, _, _ in starts), len(lines)]
     for number, (first, last) in enumerate(pairwise(bounds)):
         if number:
@@ -123,6 +129,26 @@ def read_markdown(path: Path) -> Iterator[Section | Skipped]:
         if first < last:
             body = "".join(lines[first:last])
             yield Section(body, title=title, headings=outline.path, unit="line", first=first + 1)
+
+
+def _front_matter(text: str) -> tuple[dict[str, Any], str]:
+    """The keys of YAML front matter, and the text with empty lines in its place."""
+    found = re.match(r"---[ \t]*\n(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text, re.DOTALL)
+    if found is None:
+        return {}, text
+    import yaml
+
+    try:
+        keys = yaml.safe_load(found[1])
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}, text
+    if not isinstance(keys, dict):
+        return {}, text
+    return {str(name): value for name, value in keys.items()}, "\n" * found[0].count("\n") + text[found.end() :]
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _utf8(path: Path) -> str:
@@ -139,20 +165,41 @@ def _utf8(path: Path) -> str:
 
 def read_html(path: Path) -> Iterator[Section | Skipped]:
     """A section a heading, of what a reader of the page sees."""
+    yield from sections_of_html(path.read_bytes())
+
+
+def sections_of_html(raw: bytes, *, title: str | None = None) -> Iterator[Section]:
+    """A section a heading, of what a reader of the page sees; a table's row is a line.
+
+    Args:
+        raw: The page.
+        title: None: the page's own.
+    """
     from bs4 import BeautifulSoup
 
-    raw = path.read_bytes()
     if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("a binary file: give HTML")
     try:
         soup = BeautifulSoup(raw, "html.parser")
-        title = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
-        for unseen in soup(_UNSEEN):
-            unseen.decompose()
+        own = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
+        for unseen in [*soup(_UNSEEN), *soup(hidden=True), *soup(style=_HIDDEN)]:
+            if unseen.name not in ("html", "body"):
+                unseen.extract()
+        for row in soup("tr"):
+            _join_cells(row)
         blocks = list(_blocks(soup))
     except (RecursionError, AssertionError, LookupError) as error:
         raise ValueError(f"cannot be read as HTML ({type(error).__name__}): restore the file") from error
-    yield from _by_heading(blocks, title=title)
+    yield from _by_heading(blocks, title=own if title is None else title)
+
+
+def _join_cells(row: Any) -> None:
+    """Make a table's row one line, unless the table lays out a page."""
+    cells = row(["td", "th"], recursive=False)
+    if len(cells) > 1 and row.find(_LAYOUT) is None:
+        texts = [_SPACE.sub(" ", cell.get_text(" ")).strip() for cell in cells]
+        row.clear()
+        row.append(" | ".join(texts))
 
 
 def _blocks(soup: Any) -> Iterator[tuple[int, str]]:
@@ -212,36 +259,80 @@ def read_pdf(path: Path) -> Iterator[Section | Skipped]:
     except pypdf.errors.DependencyError as error:
         raise ValueError("an encrypted PDF: pip install cryptography, or remove the encryption") from error
     except Exception as error:
-        raise ValueError(f"cannot be read as PDF ({_named(error)}): restore the file") from error
+        raise ValueError(f"cannot be read as PDF ({named(error)}): restore the file") from error
     text, starts = "", []
     for number, page in enumerate(pages, start=1):
         starts.append(len(text))
         try:
             text += page.extract_text().replace("\0", "").encode("utf-8", "ignore").decode() + "\n"
         except Exception as error:
-            yield Skipped(str(path), f"page {number} cannot be read ({_named(error)}): restore the file")
+            yield Skipped(str(path), f"page {number} cannot be read ({named(error)}): restore the file")
     if not text.strip():
         raise ValueError("a PDF without text (scanned pages?): run text recognition (OCR) on it")
     yield Section(text, title=title if isinstance(title, str) else "", unit="page", starts=tuple(starts))
 
 
 def read_docx(path: Path) -> Iterator[Section | Skipped]:
-    """A section a heading; a table is a line a row, its cells between bars."""
+    """A section a heading; a table is a line a row, its cells between bars. Headers and footers come once."""
     import docx
-    from docx.table import Table
 
     try:
         document = docx.Document(str(path))
         title = document.core_properties.title or ""
-        parts = [
-            (0, _table(item)) if isinstance(item, Table) else (_level(item), item.text)
-            for item in document.iter_inner_content()
-        ]
+        parts = list(_docx_blocks(document.element.body, document))
+        around = [part for s in document.sections for part in (s.header, s.footer, s.first_page_header)]
+        texts = ("\n".join(t for _, t in _docx_blocks(p._element, document) if t.strip()) for p in around)
+        parts += [(0, text) for text in dict.fromkeys(texts) if text]
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"cannot be read as a Word file ({_named(error)}): restore the file") from error
+        raise ValueError(f"cannot be read as a Word file ({named(error)}): restore the file") from error
     yield from _by_heading(parts, title=title)
+
+
+_WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
+_NOT_TEXT = (f"{_WORD}del", f"{_WORD}moveFrom", "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback")
+_BREAKS = {f"{_WORD}tab": "\t", f"{_WORD}br": "\n", f"{_WORD}cr": "\n", f"{_WORD}noBreakHyphen": "-"}
+
+
+def _docx_blocks(parent: Any, document: Any) -> Iterator[tuple[int, str]]:
+    """Paragraphs and tables with heading levels; also those in content controls, insertions and text boxes."""
+    from docx.text.paragraph import Paragraph
+
+    for child in parent:
+        if child.tag == f"{_WORD}p":
+            yield _level(Paragraph(child, document)), _run_text(child)
+            for box in child.iter(f"{_WORD}txbxContent"):
+                if not any(above.tag in _NOT_TEXT for above in box.iterancestors()):
+                    yield from _docx_blocks(box, document)
+        elif child.tag == f"{_WORD}tbl":
+            yield 0, "\n".join(_table_rows(child, document))
+        elif child.tag not in _NOT_TEXT and isinstance(child.tag, str):
+            yield from _docx_blocks(child, document)
+
+
+def _run_text(element: Any) -> str:
+    """The text of a paragraph as it reads with all changes accepted, without that of its text boxes."""
+    parts = []
+    for child in element:
+        if child.tag == f"{_WORD}t":
+            parts.append(child.text or "")
+        elif child.tag in _BREAKS:
+            parts.append(_BREAKS[child.tag])
+        elif child.tag not in (*_NOT_TEXT, f"{_WORD}txbxContent", f"{_WORD}pPr", f"{_WORD}rPr"):
+            parts.append(_run_text(child))
+    return "".join(parts)
+
+
+def _table_rows(table: Any, document: Any) -> Iterator[str]:
+    """A line a row. A cell that goes on from the one above is empty."""
+    for row in table.iter(f"{_WORD}tr"):
+        if next(row.iterancestors(f"{_WORD}tbl")) is not table:
+            continue  # a table in a cell: it stands in that cell
+        cells = [c for c in row.iter(f"{_WORD}tc") if next(c.iterancestors(f"{_WORD}tr")) is row]
+        yield " | ".join(
+            " ".join(t.replace("\n", "; ") for _, t in _docx_blocks(c, document) if t).strip() for c in cells
+        )
 
 
 def _level(paragraph: Any) -> int:
@@ -252,10 +343,7 @@ def _level(paragraph: Any) -> int:
     return int(number) if style.startswith("Heading ") and number.isdigit() else 0
 
 
-def _table(table: Any) -> str:
-    return "\n".join(" | ".join(cell.text.strip() for cell in row.cells) for row in table.rows)
-
-
-def _named(error: Exception) -> str:
+def named(error: Exception) -> str:
+    """An error's kind and its first words."""
     first = (str(error).strip().splitlines() or [""])[0][:80]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

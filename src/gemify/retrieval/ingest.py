@@ -7,6 +7,7 @@ the next one the files that are complete. Memory holds one such portion, and one
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -70,6 +71,8 @@ class IndexReport:
     tokens: int
     seconds: float
     """Time spent embedding."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """How many files were passed by, by their kind (`FileListing.unread`)."""
 
     @property
     def tokens_per_second(self) -> float:
@@ -127,6 +130,7 @@ class IndexRun:
             chunks=self.chunks,
             tokens=self.tokens,
             seconds=self.seconds,
+            unread=listing.unread,
         )
 
     def _add_file(self, path: Path, old: FileRecord | None, pending: dict[str, int]) -> None:

@@ -5,12 +5,14 @@ The formats with a structure of their own are read in `documents.py`.
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,10 @@ from gemify.io.rows import (
     require_text,
     row_id,
 )
+from gemify.retrieval import office
 from gemify.retrieval.documents import Section, Skipped, read_docx, read_html, read_markdown, read_pdf
 
-READING_VERSION = 1
+READING_VERSION = 2
 """Counted up when a reader changes what it yields: files read by an older one are then read again."""
 
 _SOURCE = (
@@ -41,11 +44,14 @@ _WHOLE: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {
     ".htm": read_html,
     ".pdf": read_pdf,
     ".docx": read_docx,
+    **office.READERS,
 }
 _ROWS = frozenset([".jsonl", ".ndjson", ".parquet"])
 _MAYBE_ROWS = frozenset([".csv", ".tsv", ".json"])
 _PIECE = 1 << 20
 """Bytes of a plain text after which a section ends, at the next line if it is near: memory stays flat."""
+_PACKAGES = frozenset(["node_modules", "__pycache__", "site-packages", "bower_components"])
+"""Directories that hold what others wrote."""
 _BROKEN_ROWS = 10  # of a file that are named one by one
 
 
@@ -67,6 +73,8 @@ class FileListing:
     """Those that were asked for, and files that are no more: what is known from one of them and not found is gone."""
     skipped: tuple[Skipped, ...]
     """Directories that could not be listed: nothing is known about what lies in them."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """How many files were passed by, by what they are: a suffix, ``excluded`` or ``linked directories``."""
 
     @functools.cached_property
     def _known(self) -> frozenset[Path]:
@@ -81,42 +89,85 @@ class FileListing:
         return not any(path.is_relative_to(s.path) for s in self.skipped)
 
 
-def find_files(paths: Sequence[str | Path], *, known: Container[str] = ()) -> FileListing:
+def find_files(paths: Sequence[str | Path], *, known: Container[str] = (), exclude: Sequence[str] = ()) -> FileListing:
     """The files behind paths: a file as it is, a directory with all it holds of known kinds, hidden ones left out.
 
-    The tables of a store that lies among the documents are left out too. Raises ValueError for a path that does not
-    exist, unless it is one of the files ``known`` from an earlier search: that one is gone. (A directory may be missing
-    because its disk is.)
+    What matches a pattern of ``exclude`` (of names, or of paths from the directory that was given), what .gitignore
+    files name, and directories that packages fill (node_modules) are left out and counted, as are kinds that are not
+    read and links to directories. The tables of a store that lies among the documents are left out too. Raises
+    ValueError for a path that does not exist, unless it is one of the files ``known`` from an earlier search: that one
+    is gone. (A directory may be missing because its disk is.)
     """
     if not paths:
         raise ValueError("no path given: give files or directories to index")
     files: set[Path] = set()
     directories: list[Path] = []
     skipped: list[Skipped] = []
+    unread: Counter[str] = Counter()
     for given in paths:
         path = Path(os.path.abspath(given))
         if path.is_dir():
             directories.append(path)
-            files.update(_walk(path, skipped))
+            files.update(_walk(path, skipped, unread, exclude))
         elif path.is_file():
             files.add(path)
         elif str(path) in known:
             directories.append(path)
         else:
             raise ValueError(f"no such file or directory: {given}")
-    return FileListing(tuple(sorted(files)), tuple(directories), tuple(skipped))
+    return FileListing(tuple(sorted(files)), tuple(directories), tuple(skipped), dict(unread.most_common()))
 
 
-def _walk(root: Path, skipped: list[Skipped]) -> Iterator[Path]:
+def _walk(root: Path, skipped: list[Skipped], unread: Counter[str], exclude: Sequence[str]) -> Iterator[Path]:
+    ignored = [(root, pattern) for pattern in exclude]
+
     def refuse(error: OSError) -> None:
         skipped.append(Skipped(str(error.filename), f"cannot list the directory ({error.strerror}): allow it"))
 
     for directory, inner, names in os.walk(root, onerror=refuse):
-        inner[:] = sorted(n for n in inner if not n.startswith(".") and not n.endswith(".lance"))
-        for name in names:
-            path = Path(directory) / name
-            if not name.startswith(".") and _kind(path) is not None and (path.is_file() or path.is_symlink()):
+        here = Path(directory)
+        if ".gitignore" in names:
+            ignored += [(here, pattern) for pattern in _gitignore(here / ".gitignore")]
+        seen = sorted(n for n in inner if not n.startswith(".") and not n.endswith(".lance"))
+        inner[:] = [n for n in seen if n not in _PACKAGES and not _is_excluded(here / n, ignored, is_dir=True)]
+        unread["excluded"] += len(seen) - len(inner)
+        unread["linked directories"] += sum((here / n).is_symlink() for n in inner)
+        for name in sorted(n for n in names if not n.startswith(".")):
+            path = here / name
+            if _is_excluded(path, ignored, is_dir=False):
+                unread["excluded"] += 1
+            elif _kind(path) is None:
+                unread[path.suffix.lower() or "no suffix"] += 1
+            elif path.is_file() or path.is_symlink():
                 yield path
+    for name in [name for name, count in unread.items() if not count]:
+        del unread[name]
+
+
+def _gitignore(path: Path) -> list[str]:
+    """Patterns of a .gitignore file; those that take something back (``!``) are left out with what they take back."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    kept = {line.strip()[1:] for line in lines if line.startswith("!")}
+    patterns = [line.strip() for line in lines if line.strip() and not line.startswith(("#", "!"))]
+    return [pattern for pattern in patterns if pattern not in kept]
+
+
+def _is_excluded(path: Path, ignored: Sequence[tuple[Path, str]], *, is_dir: bool) -> bool:
+    """Whether a pattern names a file or directory: by its name, or with a slash by its path from where it was given."""
+    for root, given in ignored:
+        pattern = given.rstrip("/")
+        if (given.endswith("/") and not is_dir) or not path.is_relative_to(root):
+            continue
+        relative = path.relative_to(root).as_posix()
+        if "/" not in pattern.strip("/") and not pattern.startswith("/"):
+            if fnmatch.fnmatchcase(path.name, pattern):
+                return True
+        elif fnmatch.fnmatchcase(relative, pattern.lstrip("/").replace("**/", "*")):
+            return True
+    return False
 
 
 def _kind(path: Path) -> str | None:

@@ -1,0 +1,295 @@
+"""Documents as people have them: no text is lost, none is added, and every passage has its place."""
+
+# ruff: noqa: E501  # XML is easier to read in one piece
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from email.message import EmailMessage
+from pathlib import Path
+
+import docx
+import pytest
+from docx.oxml import parse_xml
+
+from gemify.retrieval.documents import Section
+from gemify.retrieval.lance import connect, text_index, text_query
+from gemify.retrieval.loaders import Columns, find_files, read_file
+
+W = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
+
+
+def read(path: Path) -> list[Section]:
+    return [s for s in read_file(path, Columns()) if isinstance(s, Section)]
+
+
+def text_of(path: Path) -> str:
+    return "\n".join(section.text for section in read(path))
+
+
+def zipped(path: Path, **parts: str) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in parts.items():
+            archive.writestr(name.replace("__", "/"), text)
+    return path
+
+
+def word(path: Path, *elements: str) -> Path:
+    document = docx.Document()
+    document.add_paragraph("Before.")
+    for element in elements:
+        document.element.body.insert(-1, parse_xml(element))
+    document.save(str(path))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("element", "seen", "unseen"),
+    [
+        (f"<w:sdt {W}><w:sdtContent><w:p><w:r><w:t>A cover.</w:t></w:r></w:p></w:sdtContent></w:sdt>", "A cover.", ""),
+        (
+            f"<w:p {W}><w:r><w:t>Name: </w:t></w:r><w:sdt><w:sdtContent><w:r><w:t>Ann</w:t></w:r></w:sdtContent></w:sdt>"
+            "</w:p>",
+            "Name: Ann",
+            "",
+        ),
+        (
+            f'<w:p {W}><w:r><w:t xml:space="preserve">The fee is </w:t></w:r><w:ins><w:r><w:t>20</w:t></w:r></w:ins>'
+            '<w:del><w:r><w:delText>30</w:delText></w:r></w:del><w:r><w:t xml:space="preserve"> euros.</w:t></w:r></w:p>',
+            "The fee is 20 euros.",
+            "30",
+        ),
+        (
+            f"<w:p {W}><w:moveFrom><w:r><w:t>old place</w:t></w:r></w:moveFrom><w:moveTo><w:r><w:t>new place</w:t></w:r>"
+            "</w:moveTo></w:p>",
+            "new place",
+            "old place",
+        ),
+        (
+            f"<w:tbl {W}><w:tr><w:tc><w:p><w:r><w:t>outer</w:t></w:r></w:p><w:tbl><w:tr><w:tc><w:p><w:r><w:t>inner</w:t>"
+            "</w:r></w:p></w:tc></w:tr></w:tbl><w:p/></w:tc><w:tc><w:p><w:r><w:t>right</w:t></w:r></w:p></w:tc></w:tr>"
+            "</w:tbl>",
+            "outer inner | right",
+            "",
+        ),
+        (
+            f"<w:p {W}><w:r><w:pict><v:textbox xmlns:v='urn:schemas-microsoft-com:vml'><w:txbxContent><w:p><w:r>"
+            "<w:t>In a box.</w:t></w:r></w:p></w:txbxContent></v:textbox></w:pict></w:r></w:p>",
+            "In a box.",
+            "",
+        ),
+    ],
+)
+def test_word_loses_nothing(tmp_path: Path, element: str, seen: str, unseen: str) -> None:
+    text = text_of(word(tmp_path / "a.docx", element))
+    assert text.count(seen) == 1
+    assert not unseen or unseen not in text
+
+
+def test_words_headers_come_once_and_merged_cells_too(tmp_path: Path) -> None:
+    document = docx.Document()
+    table = document.add_table(2, 3)
+    table.cell(0, 0).merge(table.cell(0, 1)).text = "wide"
+    table.cell(0, 2).merge(table.cell(1, 2)).text = "tall"
+    for _ in range(2):
+        document.add_section().header.is_linked_to_previous = True
+    document.sections[0].header.paragraphs[0].text = "Letterhead"
+    document.save(str(tmp_path / "a.docx"))
+    text = text_of(tmp_path / "a.docx")
+    assert [text.count(word) for word in ("wide", "tall", "Letterhead")] == [1, 1, 1]
+
+
+def test_html_rows_are_lines_and_hidden_text_is_left_out(tmp_path: Path) -> None:
+    rows = "".join(f"<tr><td>a{i}</td><td><b>b{i}</b> x</td><th>c{i}</th></tr>" for i in range(3))
+    page = (
+        f"<table>{rows}</table><p style='DISPLAY : none'>gone</p><p hidden>gone</p><div style='visibility:hidden'>gone"
+        "<p>gone</p></div><p style='color:red'>seen</p><table><tr><td><h2>Layout</h2><p>one</p></td><td>two</td></tr>"
+        "</table>"
+    )
+    (tmp_path / "a.html").write_text(page)
+    text = text_of(tmp_path / "a.html")
+    assert "a0 | b0 x | c0\na1" in text or "a0 | b0 x | c0\n\na1" in text
+    assert "gone" not in text
+    assert "seen" in text
+    assert [s.headings for s in read(tmp_path / "a.html")] == [(), ("Layout",)]
+
+
+@pytest.mark.parametrize("end", ["---", "..."])
+def test_front_matter_is_no_heading(tmp_path: Path, end: str) -> None:
+    (tmp_path / "a.md").write_text(
+        f"---\ntitle: Owls\ndate: 2026-01-02\ntags: [birds, night]\n{end}\nThey hunt.\n\n# Food\n\nMice.\n"
+    )
+    first, second, third = read(tmp_path / "a.md")
+    assert {s.title for s in (first, second, third)} == {"Owls"}
+    assert first.text == "date: 2026-01-02\ntags: birds, night"
+    assert "They hunt." in second.text
+    assert "title" not in second.text
+    assert (second.headings, third.headings) == ((), ("Food",))
+    at = second.text.index("They")
+    assert second.location(at, at + 5) == "line 6"
+
+
+@pytest.mark.parametrize("text", ["---\nno: [yaml\n---\nbody\n", "---\njust words\n---\nbody\n", "---\nnever ends\n"])
+def test_what_is_no_front_matter_is_text(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.md").write_text(text)
+    assert text.split()[1] in text_of(tmp_path / "a.md")
+
+
+P = 'xmlns:a="http://schemas.openxmlformats.org/drawingml/2006/main" xmlns:p="http://x/presentationml"'
+RELS = 'xmlns="http://schemas.openxmlformats.org/package/2006/relationships"'
+R = 'xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"'
+
+
+def slide(*lines: str) -> str:
+    return f"<p:sld {P}>" + "".join(f"<a:p><a:r><a:t>{line}</a:t></a:r></a:p>" for line in lines) + "</p:sld>"
+
+
+def test_slides_have_their_numbers_tables_and_notes(tmp_path: Path) -> None:
+    table = f"<p:sld {P}><a:tbl><a:tr><a:tc><a:p><a:r><a:t>x</a:t></a:r></a:p></a:tc><a:tc><a:p><a:r><a:t>y</a:t></a:r></a:p></a:tc></a:tr></a:tbl></p:sld>"
+    path = zipped(
+        tmp_path / "a.pptx",
+        ppt__presentation=f'<p:presentation {P} {R}><p:sldId r:id="r2"/><p:sldId r:id="r1"/></p:presentation>',
+    )
+    path = tmp_path / "b.pptx"
+    with zipfile.ZipFile(path, "w") as archive:
+        main = f'<p:presentation {P} {R}><p:sldId r:id="r2"/><p:sldId r:id="r1"/></p:presentation>'
+        archive.writestr("ppt/presentation.xml", main)
+        links = "".join(f'<Relationship Id="r{i}" Target="slides/slide{i}.xml"/>' for i in (1, 2))
+        archive.writestr("ppt/_rels/presentation.xml.rels", f"<Relationships {RELS}>{links}</Relationships>")
+        archive.writestr("ppt/slides/slide1.xml", slide("Second", "more"))
+        archive.writestr("ppt/slides/slide2.xml", table)
+        note = '<Relationship Id="n" Target="../notesSlides/notesSlide1.xml"/>'
+        archive.writestr("ppt/slides/_rels/slide1.xml.rels", f"<Relationships {RELS}>{note}</Relationships>")
+        archive.writestr("ppt/notesSlides/notesSlide1.xml", slide("Say it.", "7"))
+    first, second = read(path)
+    assert (first.text, first.location(0, 1)) == ("x | y", "slide 1")
+    assert (second.text, second.location(0, 1)) == ("Second\n\nmore\n\nSay it.", "slide 2")
+
+
+def test_a_sheets_rows_have_their_columns_names(tmp_path: Path) -> None:
+    cells = "".join(
+        f'<row r="{r}"><c r="A{r}" t="s"><v>{r % 2}</v></c><c r="B{r}"><v>{r}</v></c></row>' for r in range(3, 40)
+    )
+    head = '<row r="2"><c r="A2" t="inlineStr"><is><t>Name</t></is></c><c r="B2" t="str"><v>Count</v></c></row>'
+    with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as archive:
+        archive.writestr("xl/workbook.xml", f'<workbook {R}><sheet name="2026" r:id="r1"/></workbook>')
+        link = '<Relationship Id="r1" Target="worksheets/sheet1.xml"/>'
+        archive.writestr("xl/_rels/workbook.xml.rels", f"<Relationships {RELS}>{link}</Relationships>")
+        archive.writestr(
+            "xl/sharedStrings.xml", "<sst><si><t>owl</t></si><si><r><t>la</t></r><r><t>rk</t></r></si></sst>"
+        )
+        archive.writestr("xl/worksheets/sheet1.xml", f"<worksheet>{head}{cells}</worksheet>")
+    first, second = read(tmp_path / "a.xlsx")
+    assert first.text.splitlines()[:2] == ["Name: lark | Count: 3", "Name: owl | Count: 4"]
+    assert first.location(0, 1) == 'sheet "2026" rows 3-27'
+    assert second.location(0, 1) == 'sheet "2026" rows 28-39'
+
+
+def test_open_document_text(tmp_path: Path) -> None:
+    body = (
+        '<o xmlns:t="urn:t"><body><t:tracked-changes><t:p>deleted</t:p></t:tracked-changes><t:h t:outline-level="1">Owls</t:h>'
+        "<t:p>They<t:s t:c='2'/>hunt<t:span> at</t:span> night.</t:p><t:table><t:table-row><t:table-cell><t:p>a</t:p>"
+        "</t:table-cell><t:table-cell><t:p>b</t:p></t:table-cell></t:table-row></t:table><t:list><t:list-item><t:p>item"
+        "</t:p></t:list-item></t:list></body></o>"
+    )
+    with zipfile.ZipFile(tmp_path / "a.odt", "w") as archive:
+        archive.writestr("content.xml", body)
+    (section,) = read(tmp_path / "a.odt")
+    assert section.text == "Owls\n\nThey  hunt at night.\n\na | b\n\nitem"
+    assert section.headings == ("Owls",)
+
+
+def test_an_e_books_chapters_come_in_their_order(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.epub", "w") as archive:
+        archive.writestr("META-INF/container.xml", '<c><rootfile full-path="OPS/book.opf"/></c>')
+        package = (
+            '<package><title>Birds</title><item id="b" href="b%20c.xhtml"/><item id="a" href="a.xhtml"/>'
+            '<itemref idref="b"/><itemref idref="a"/></package>'
+        )
+        archive.writestr("OPS/book.opf", package)
+        archive.writestr("OPS/a.xhtml", "<html><body><h1>Larks</h1><p>They sing.</p></body></html>")
+        archive.writestr("OPS/b c.xhtml", "<html><body><p>Owls hunt.</p></body></html>")
+    first, second = read(tmp_path / "a.epub")
+    assert (first.text, first.location(0, 1), first.title) == ("Owls hunt.", "chapter 1", "Birds")
+    assert (second.headings, second.location(0, 1)) == (("Larks",), "chapter 2")
+
+
+def test_notebooks_mail_and_rtf(tmp_path: Path) -> None:
+    cells = [
+        {"cell_type": "markdown", "source": ["# Owls\n", "hunt"]},
+        {"cell_type": "code", "source": "print(1)", "outputs": [{"text": ["1\n"]}, {"data": {"text/plain": "2"}}]},
+    ]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells, "nbformat": 4}))
+    first, second = read(tmp_path / "a.ipynb")
+    assert (first.text, first.location(0, 1)) == ("# Owls\nhunt", "cell 1")
+    assert second.text.split() == ["print(1)", "1", "2"]
+    message = EmailMessage()
+    message["From"], message["To"], message["Subject"] = "Ann <ann@a.example>", "b@b.example", "Owls für Bob"
+    message.set_content("They hunt.\n")
+    message.add_alternative("<p>They <b>hunt</b>.</p>", subtype="html")
+    message.add_attachment(b"x", maintype="image", subtype="png", filename="owl.png")
+    (tmp_path / "a.eml").write_bytes(bytes(message))
+    (mail,) = read(tmp_path / "a.eml")
+    assert mail.title == "Owls für Bob"
+    assert all(part in mail.text for part in ("From: Ann <ann@a.example>", "They hunt.", "Attached: owl.png"))
+    raw = rb"{\rtf1\ansi\ansicpg1252{\fonttbl{\f0 Arial;}}{\*\generator X;}\pard Gr\'fc\'dfe \u8364?20, \{x\}\par Z\b eile\b0\par}"
+    (tmp_path / "a.rtf").write_bytes(raw)
+    assert text_of(tmp_path / "a.rtf").split() == ["Grüße", "€20,", "{x}", "Zeile"]
+
+
+@pytest.mark.parametrize("suffix", [".pptx", ".xlsx", ".odt", ".epub", ".ipynb", ".eml", ".rtf", ".docx"])
+@pytest.mark.parametrize("raw", [b"", b"PK\3\4", b"\0\1\2" * 50, b"{}", None])
+def test_a_broken_file_is_one_line(tmp_path: Path, suffix: str, raw: bytes | None) -> None:
+    path = tmp_path / f"a{suffix}"
+    if raw is None:  # an archive of something else
+        held = io.BytesIO()
+        zipfile.ZipFile(held, "w").close()
+        raw = held.getvalue()
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
+        list(read_file(path, Columns()))
+
+
+def test_what_is_not_read_is_counted_and_may_be_excluded(tmp_path: Path) -> None:
+    for name in (
+        "a.md",
+        "b.odp",
+        "c.pages",
+        "d.odp",
+        "node_modules/x.md",
+        "drafts/e.md",
+        "build/f.md",
+        "g.log",
+        "keep/h.log",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / ".gitignore").write_text("# made\nbuild/\n/g.log\n")
+    (tmp_path / "link").symlink_to(tmp_path / "drafts", target_is_directory=True)
+    found = find_files([tmp_path], exclude=["drafts/*"])
+    assert [p.relative_to(tmp_path).as_posix() for p in found.files] == ["a.md", "keep/h.log"]
+    assert found.unread == {"excluded": 4, ".odp": 2, ".pages": 1, "linked directories": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "query"),
+    [
+        ("昨天我去图书馆借了一本关于猫头鹰的书。", "图书馆"),
+        ("昨日、図書館でフクロウの本を借りました。", "図書館"),
+        ("เมื่อวานฉันไปห้องสมุดเพื่อยืมหนังสือ", "ห้องสมุด"),
+        ("어제 도서관에서 책을 빌렸다.", "도서관에서"),
+        ("ذهبت أمس إلى المكتبة", "المكتبة"),
+        ("The Who played in Leeds.", "The Who"),
+        ("Error E1234-X in version 2.0.1", "E1234"),
+        ("commit 9f8e7d6c fixes it", "9f8e7d6c"),
+    ],
+)
+def test_words_of_any_script_are_found(tmp_path: Path, text: str, query: str) -> None:
+    table = connect(str(tmp_path)).create_table(
+        "t", [{"words": t} for t in (text, "nothing of that", "owls hunt at night")]
+    )
+    table.create_index("words", config=text_index())
+    found = table.search(text_query(query, ["words"]), query_type="fts").limit(1).to_list()
+    assert [row["words"] for row in found] == [text]
