@@ -166,14 +166,14 @@ def test_the_precision_asked_for(base_dir: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"special_tokens": 0}, "no special tokens"),
+        ({"tune": "embedding_lora", "special_tokens": 2}, "see each other"),
         ({"special_tokens": 2, "shared_position": False}, "positions of their own"),
     ],
 )
 def test_what_no_other_engine_can_do_is_refused(
     base_dir: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
-    gem = GemModel.from_base(str(base_dir), tune="full", **settings)
+    gem = GemModel.from_base(str(base_dir), **{"tune": "full", **settings})
     with pytest.raises(ValueError, match=message):
         export(gem, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tiny_models
 from gemify import GemModel
 from gemify.model.export import export
+from gemify.model.projection import Projection
 from gemify.model.tokenization import PROMPTEOL
 from tiny_gems import make_gem
 
@@ -39,6 +42,31 @@ def test_vectors_equal_the_librarys(tmp_path: Path, tune: str, reserved: int) ->
     model, vectors = exported(tiny_models.save(tmp_path / "base", reserved=reserved), tmp_path / "out", tune)
     np.testing.assert_allclose(model.encode(TEXTS), vectors, atol=2e-5)
     np.testing.assert_allclose(model.encode(TEXTS, batch_size=1), vectors, atol=2e-5)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "mistral-window"])
+@pytest.mark.parametrize(("attention", "k", "layer"), [("bidirectional", 0, None), ("causal", 1, 1)])
+def test_an_embedding_pass_of_its_own(tmp_path: Path, arch: str, attention: str, k: int, layer: int | None) -> None:
+    """The projection comes along, and the language model beside it is the base."""
+    base = tiny_models.save(tmp_path / "base", arch)
+    options: dict[str, Any] = {"attention": attention, "special_tokens": k, "layer": layer, "max_length": 64}
+    gem = make_gem(base, tune="embedding_lora", **options)
+    gem.config, gem.projection = replace(gem.config, projection_dim=7), Projection(torch.randn(7, 32))
+    texts = [text for text in TEXTS if text]
+    vectors = gem.encode(texts)
+    export(gem, tmp_path / "out")
+    model = sentence_transformers.SentenceTransformer(str(tmp_path / "out" / "embedding"), device="cpu")
+    np.testing.assert_allclose(model.encode(texts), vectors, atol=3e-5)
+    plain, ours = (AutoModelForCausalLM.from_pretrained(d) for d in (base, tmp_path / "out"))
+    ids = torch.tensor([[40, 41, 42, 43]])
+    assert torch.equal(ours(input_ids=ids).logits[..., :320], plain(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_no_special_tokens_is_mean_pooling(base_dir: Path, tmp_path: Path, tune: str) -> None:
+    model, vectors = exported(base_dir, tmp_path / "out", tune, special_tokens=0)
+    filled = [i for i, text in enumerate(TEXTS) if text]
+    np.testing.assert_allclose(model.encode([TEXTS[i] for i in filled]), vectors[filled], atol=2e-5)
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "opt", "gemma3", "phi3-window", "falcon"])

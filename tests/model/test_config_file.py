@@ -62,7 +62,7 @@ def test_the_shipped_gems_are_read(name: str) -> None:
         ({"readout": 3, "gate": True}, "unknown entries ['gate', 'readout']"),
         ({"format_version": 2}, "format version 2, this gemify reads 1"),
         ({"format_version": None}, "is damaged"),
-        ({"tune": "gate"}, "unknown tune 'gate': choose one of gated, tokens, lora, full"),
+        ({"tune": "gate"}, "unknown tune 'gate': choose one of gated, tokens, embedding_lora, lora, full"),
     ],
 )
 def test_an_entry_of_another_gemify_is_a_line(tmp_path: Path, changed: dict[str, Any], said: str) -> None:

@@ -107,7 +107,7 @@ def test_it_generates_and_says_what_it_cannot_do(base_dir: Path) -> None:
     assert gem.generate(prefill, **options) == gem.generate("a prompt", **options)
     with pytest.raises(ValueError, match="to embed use encode"):
         gem.embed(prefill)
-    with pytest.raises(ValueError, match="no special tokens: nothing to recover"):
+    with pytest.raises(ValueError, match="no special tokens in a text's cache: nothing to recover"):
         gem.recover("a text")
 
 
@@ -120,7 +120,7 @@ def test_info_shows_it(base_dir: Path, tmp_path: Path) -> None:
 
 def test_what_leaves_nothing_to_train_or_pool_is_refused(base_dir: Path) -> None:
     for tune in ("gated", "tokens"):
-        with pytest.raises(ValueError, match="needs tune lora or full"):
+        with pytest.raises(ValueError, match="needs tune embedding_lora, lora or full"):
             simcse(base_dir, tune)
     with pytest.raises(ValueError, match="set pooling to mean"):
         simcse(base_dir, pooling="concat")

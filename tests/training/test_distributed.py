@@ -28,10 +28,11 @@ import tiny_models
 from gemify.paper.tokens import reconstruction_row, split_row
 from gemify.paper.views import View, full_view
 from gemify.training.batches import Batches, Source
+from gemify.training.checkpoints import last_checkpoint
 from gemify.training.distributed import RankShard
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
-from gemify.training.trainer import last_checkpoint, train
+from gemify.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[2]

@@ -108,8 +108,8 @@ def test_every_way_of_making_views_runs(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tune": "gated"}, "needs tune lora or full"),
-        ({"tune": "tokens"}, "needs tune lora or full"),
+        ({"tune": "gated"}, "needs tune embedding_lora, lora or full"),
+        ({"tune": "tokens"}, "needs tune embedding_lora, lora or full"),
         ({"special_tokens": -1}, "k must be at least 1"),
         ({"pooling": "concat"}, "set pooling to mean"),
         ({"mix": 0.8}, "leave mix out"),

@@ -22,9 +22,10 @@ import tiny_models
 from gemify import GemModel
 from gemify.io.signals import StopRequestedError
 from gemify.training.batches import Batches
+from gemify.training.checkpoints import last_checkpoint
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
-from gemify.training.trainer import last_checkpoint, train
+from gemify.training.trainer import train
 
 
 def recipe(base_dir: Path, texts_file: Path, **options: Any) -> Recipe:

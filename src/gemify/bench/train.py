@@ -121,8 +121,8 @@ def _row(kind: str, plain: Runs[Tokens], ours: Runs[Tokens]) -> dict[str, Any]:
 def _pair(recipe: Recipe, device: str | None) -> tuple[Step, Step]:
     """The plain step and ours. Where both train every weight they share the weights and the optimizer's state."""
     gem, objective = build_objective(recipe, device)
-    source = Source(recipe.data, recipe.text_column, recipe.split)
-    batches = Batches(recipe, source, gem.text_tokenizer, end_id=gem.tokenizer.eos_token_id)
+    sources = [(Source(d.path, recipe.text_column, recipe.split), d) for d in recipe.sources]
+    batches = Batches(recipe, sources, gem.text_tokenizer, end_id=gem.tokenizer.eos_token_id)
     micro_batches = [b["batch"] for b in islice(iter(batches), recipe.max_steps)]
     bf16 = uses_bf16(recipe, device)
     take_ours = take_plain = _stepper(objective.train(), bf16=bf16 and not recipe.frozen_base)

@@ -35,7 +35,7 @@ def train(
         str | None,
         typer.Option("--base", "--model", "-m", help="Model to convert: directory, repo id, .gguf file, or starter."),
     ] = None,
-    tune: Annotated[str | None, typer.Option(help="What to train: gated, tokens, lora or full.")] = None,
+    tune: Annotated[str | None, typer.Option(help="gated, tokens, embedding_lora, lora or full.")] = None,
     preset: Annotated[str, typer.Option(help="default, or paper (GEM, Section 4.2).")] = "default",
     config: Annotated[Path | None, typer.Option(help="YAML recipe; flags win over it.")] = None,
     resume: Resume = False,
@@ -47,9 +47,7 @@ def train(
     alpha_final: Annotated[float | None, typer.Option(help="Final weight of the contrastive loss.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a next-token batch.")] = None,
     contrastive_batch_size: Annotated[int | None, typer.Option(help="Rows of a contrastive batch.")] = None,
-    contrastive_chunk_size: Annotated[
-        int | None, typer.Option(help="Rows of it in memory at a time (GradCache).")
-    ] = None,
+    contrastive_chunk_size: Annotated[int | None, typer.Option(help="Rows of it at a time (GradCache).")] = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Batches per optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate while alpha is 0.")] = None,
     contrastive_lr: Annotated[float | None, typer.Option(help="Learning rate after that.")] = None,
@@ -57,6 +55,9 @@ def train(
         int | None, typer.Option("--special-tokens", "-k", help="Number of special tokens.")
     ] = None,
     pooling: Annotated[str | None, typer.Option(help="mean or concat, over the special tokens.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Of the embedding pass: causal or bidirectional.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Embedding model to learn from: st:DIR or st:NAME.")] = None,
+    projection: Annotated[str | None, typer.Option(help="The map into the teacher's space: keep or drop.")] = None,
     template: Annotated[str | None, typer.Option(help="Template of texts to embed, with {text} for the text.")] = None,
     layer: Annotated[int | None, typer.Option(help="Layer to read vectors from. [default: the last]")] = None,
     mix: Annotated[float | None, typer.Option(help="p, the share of raw rows (lora, full).")] = None,

@@ -265,8 +265,8 @@ class Engine:
         Returns:
             The request, which can be cancelled.
         """
-        if not self.gem.config.k:
-            raise ValueError("this model has no special tokens: nothing remembers a text")
+        if not self.gem.config.embeds_from_cache:
+            raise ValueError("this model has no special tokens in a text's cache: nothing remembers a text")
         self._require_text("the text", ids)
         if self.max_model_len is not None and len(ids) + self.gem.config.k + max_tokens > self.max_model_len:
             raise ValueError(

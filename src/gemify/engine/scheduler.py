@@ -364,7 +364,8 @@ class EmbeddingScheduler:
 
     def _embed(self, scheduled: list[_Scheduled]) -> None:
         try:
-            vectors = encode_ids(self._gem.lm, self._gem.config, [row for _, row in scheduled])
+            rows = [row for _, row in scheduled]
+            vectors = encode_ids(self._gem.lm, self._gem.config, rows, self._gem.projection)
             vectors_BD = require_finite(vectors.cpu()).numpy()
         except Exception as error:
             for request in dict.fromkeys(request for request, _ in scheduled):

@@ -216,7 +216,7 @@ class _Planner:
         self.entries.append(entry)
         assert models.config is not None
         self._add_vectors(entry, lambda: models.gem)
-        with_specials = models.config.k > 0
+        with_specials = models.config.embeds_from_cache
         if self.plan.recovery and with_specials:
             for k in sorted({1, models.config.k}):
                 task = "special_tokens" if k == models.config.k else f"special_tokens_first{k}"

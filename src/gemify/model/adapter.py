@@ -1,8 +1,9 @@
-"""Weights that act at special-token positions only: the only file that knows PEFT's LoRA internals.
+"""Weights that act at gated positions only: the only file that knows PEFT's LoRA internals.
 
 Two parts, both switched by one context, `gate(gated_BT)`:
 
-- `GatedLora`: a PEFT LoRA variant. In every adapted linear layer it adds the low-rank term at gated positions alone.
+- `GatedLora`: a PEFT LoRA variant. In every adapted linear layer it adds the low-rank term at gated positions alone:
+  the special tokens of a ``gated`` GEM, every token of an ``embedding_lora`` GEM's embedding pass.
 - `SpecialRows`: the special tokens' own input embeddings. At gated positions they replace the embedding table's rows.
 
 Without an open gate, or with no gated position in the batch, every layer returns what the base layer returned: the base
@@ -59,6 +60,8 @@ class AdapterSettings(TypedDict, total=False):
 class _Gate:
     gated_BT: Tensor
     """True where the trained weights act."""
+    special_BT: Tensor
+    """True at the special tokens."""
     special_index_BT: Tensor
     """Which special token stands there (0 elsewhere)."""
     flat_index_N: Tensor
@@ -97,15 +100,18 @@ def with_gate(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def gate(gated_BT: Tensor) -> Iterator[None]:
+def gate(gated_BT: Tensor, *, special_BT: Tensor | None = None) -> Iterator[None]:
     """Let the trained weights act at some positions, inside this context and in this thread.
 
     Args:
-        gated_BT: True at the special tokens, which stand there in order, once per row.
+        gated_BT: True where they act.
+        special_BT: True at the special tokens, which stand there in order, once per row. None: the gated positions.
     """
-    special_index_BT = (gated_BT.long().cumsum(-1) - 1).clamp_(min=0)
+    special_BT = gated_BT if special_BT is None else special_BT
+    special_index_BT = (special_BT.long().cumsum(-1) - 1).clamp_(min=0)
     flat_index_N = gated_BT.flatten().nonzero()[:, 0]  # once per pass: every layer would wait for it otherwise
-    token = _open.set(_Gate(gated_BT, special_index_BT, flat_index_N, flat_index_N.numel() == gated_BT.numel()))
+    everywhere = flat_index_N.numel() == gated_BT.numel()
+    token = _open.set(_Gate(gated_BT, special_BT, special_index_BT, flat_index_N, everywhere))
     try:
         yield
     finally:
@@ -168,8 +174,26 @@ def _forward_unless_gated(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> A
     return type(layer).forward(layer, x, *args, **kwargs)
 
 
+class EmbeddingLora(GatedLora):
+    """LoRA at every token of an embedding pass, in the precision of the base layer.
+
+    The trained matrices may be float32 beside a bfloat16 base: they are rounded, not the layer's whole input widened.
+    """
+
+    @staticmethod
+    def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
+        """Add the low-rank term to the base layer's output, in one product."""
+        if current_gate() is None:
+            return result
+        a_RD, b_OR = (m[active_adapter].weight.to(result.dtype) for m in (module.lora_A, module.lora_B))
+        x_ND = module.lora_dropout[active_adapter](x.to(result.dtype)).flatten(0, -2)
+        low_NR = nn.functional.linear(x_ND, a_RD)
+        scaling = module.scaling[active_adapter]
+        return torch.addmm(result.flatten(0, -2), low_NR, b_OR.T, alpha=scaling).view_as(result)
+
+
 class SpecialRows(nn.Module):
-    """The special tokens' input embeddings, [k, D], which replace the table's rows at gated positions."""
+    """The special tokens' input embeddings, [k, D], which replace the table's rows where these stand."""
 
     def __init__(self, rows_KD: Tensor) -> None:
         super().__init__()
@@ -177,32 +201,34 @@ class SpecialRows(nn.Module):
 
     def attach(self, lm: PreTrainedModel) -> None:
         """Hook the rows into a model's embedding table."""
+        if not len(self.rows_KD):
+            return
         table = lm.get_input_embeddings()
         scale = getattr(table, "embed_scale", None)  # Gemma-like tables scale in their forward
 
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             opened = _open.get()
-            if opened is None or args[0].shape != opened.gated_BT.shape:
+            if opened is None or args[0].shape != opened.special_BT.shape:
                 return args
             # An added token may have no row in the table: any valid id does, its row is replaced below.
-            return (args[0].masked_fill(opened.gated_BT.to(args[0].device), 0), *args[1:])
+            return (args[0].masked_fill(opened.special_BT.to(args[0].device), 0), *args[1:])
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             opened = _open.get()
-            if opened is None or args[0].shape != opened.gated_BT.shape:
+            if opened is None or args[0].shape != opened.special_BT.shape:
                 return output
-            gated_BT = opened.gated_BT.to(output.device)
-            rows = self.rows_KD[opened.special_index_BT.to(output.device)[gated_BT]]
+            special_BT = opened.special_BT.to(output.device)
+            rows = self.rows_KD[opened.special_index_BT.to(output.device)[special_BT]]
             if scale is not None:
                 rows = rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
-            return output.index_put(torch.where(gated_BT), rows.to(output.dtype))
+            return output.index_put(torch.where(special_BT), rows.to(output.dtype))
 
         table.register_forward_pre_hook(before)
         table.register_forward_hook(after)
 
 
 class Adapter(nn.Module):
-    """The trained weights of a ``gated``, ``tokens`` or ``lora`` GEM, attached to a base model in place.
+    """The trained weights of a GEM that is not ``full``, attached to a base model in place.
 
     Args:
         lm: The base model. Its weights are frozen.
@@ -237,7 +263,7 @@ class Adapter(nn.Module):
         lm.requires_grad_(False)
         speed_up_frozen_head(lm)
         self._peft: list[PeftModel] = []  # in a list, so that the language model's parameters are not registered here
-        if tune in ("gated", "lora"):
+        if tune in ("gated", "lora", "embedding_lora"):
             config = LoraConfig(
                 task_type="CAUSAL_LM",
                 r=rank,
@@ -249,9 +275,9 @@ class Adapter(nn.Module):
             with warnings.catch_warnings():  # PEFT asks models for a property that transformers 5.24 has renamed
                 warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
                 self._peft.append(get_peft_model(lm, config))
-            if tune == "gated":
+            if tune != "lora":
                 for layer in self._lora_layers(lm):
-                    layer.lora_variant[_NAME] = GatedLora()
+                    layer.lora_variant[_NAME] = GatedLora() if tune == "gated" else EmbeddingLora()
                     layer.cast_input_dtype_enabled = False  # it would cast the layer's whole input
                     layer.forward = types.MethodType(_forward_unless_gated, layer)
         self.rows = SpecialRows(rows_KD)
@@ -352,6 +378,12 @@ class Adapter(nn.Module):
         with torch.no_grad():
             lm.get_input_embeddings().weight[self.special_ids] = self.rows.rows_KD.to(lm.get_input_embeddings().weight)
         return lm
+
+
+def merge_adapter(lm: PreTrainedModel, directory: Path) -> PreTrainedModel:
+    """Return a plain language model with a saved LoRA folded into its weights. Ends the use of ``lm``."""
+    merged: PreTrainedModel = PeftModel.from_pretrained(lm, str(directory)).merge_and_unload()
+    return merged
 
 
 def attach_adapter(

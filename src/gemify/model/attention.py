@@ -5,6 +5,9 @@ wraps the built-in builders once, under their own names. Inside `gem_mask` the w
 to the model's own mask (causal, sliding window, chunks, packing, padding). Outside it calls the built-in with the
 arguments it got, so that a plain forward pass is unchanged.
 
+Inside `bidirectional_mask` the wrapper makes the model's own mask symmetric: every token sees the whole text, or what
+its sliding window or chunk reaches on both sides.
+
 `require_maskable` refuses models that cannot carry the mask: flash-attention (its builder ignores mask functions) and
 models with a recurrent or convolutional state (text reaches the suffix past any mask).
 """
@@ -41,6 +44,8 @@ class _Request:
 
 
 _open: ContextVar[_Request | None] = ContextVar("gemify_mask", default=None)
+_bidirectional: ContextVar[list[bool] | None] = ContextVar("gemify_bidirectional_mask", default=None)
+"""Inside `bidirectional_mask`: filled once a layer's mask was built."""
 
 
 @contextlib.contextmanager
@@ -63,6 +68,40 @@ def gem_mask(segments_BT: Tensor, *, shared_position: bool = True) -> Iterator[N
         _open.reset(token)
     if not request.consumed:
         raise MaskNotUsedError("the GEM mask reached no attention layer: use attn_implementation='sdpa' or 'eager'")
+
+
+@contextlib.contextmanager
+def bidirectional_mask() -> Iterator[None]:
+    """Run forward passes over whole rows with bidirectional attention, inside this context and in this thread.
+
+    Raises:
+        MaskNotUsedError: No mask was built: the pass ran in another thread, or with another attention kernel.
+    """
+    _install()
+    consumed: list[bool] = []
+    token = _bidirectional.set(consumed)
+    try:
+        yield
+    finally:
+        _bidirectional.reset(token)
+    if not consumed:
+        raise MaskNotUsedError("no bidirectional mask was built: use attn_implementation='sdpa' or 'eager'")
+
+
+def _symmetric(model_function: Callable[..., Any], local_size: int | None) -> Callable[..., Any]:
+    """What one of two positions may see, both see: causal gives all, a window or a chunk both of its sides.
+
+    transformers counts a window of n tokens as n - 1 to the left of a causal token, and as n on each side of a
+    bidirectional one. So does this function, that a plain engine with ``is_causal: false`` gives the same vectors.
+    """
+    far, near = torch.tensor(local_size or 0), torch.tensor(1)
+    window = local_size if local_size and bool(model_function(0, 0, far, near)) else None  # else chunks, or neither
+
+    def function(batch: Any, head: Any, query: Any, key: Any) -> Any:
+        seen = model_function(batch, head, query, key) | model_function(batch, head, key, query)
+        return seen if window is None else seen | ((query - key).abs() == window)
+
+    return function
 
 
 def _anchors(segments_BT: Tensor) -> Tensor:
@@ -90,11 +129,15 @@ def _gem_function(model_function: Callable[..., Any], request: _Request, device:
 
 def _wrap(build: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        request = _open.get()
-        if request is None:
+        request, bidirectional = _open.get(), _bidirectional.get()
+        if request is not None:
+            request.consumed = True
+            kwargs["mask_function"] = _gem_function(kwargs["mask_function"], request, kwargs.get("device", "cpu"))
+        elif bidirectional is not None:
+            bidirectional.append(True)
+            kwargs["mask_function"] = _symmetric(kwargs["mask_function"], kwargs.get("local_size"))
+        else:
             return build(*args, **kwargs)
-        request.consumed = True
-        kwargs["mask_function"] = _gem_function(kwargs["mask_function"], request, kwargs.get("device", "cpu"))
         kwargs["allow_is_causal_skip"] = False
         return build(*args, **kwargs)
 

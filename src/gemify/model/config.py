@@ -61,10 +61,13 @@ def pool_hidden_states(hidden_BTD: Tensor, segments_BT: Tensor, pooling: Pooling
     return total_BD / text_BT.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-Tune = Literal["gated", "tokens", "lora", "full"]
-"""Which weights are trained: LoRA at the special tokens and their rows, the rows alone, LoRA everywhere, or all
-weights."""
+Tune = Literal["gated", "tokens", "embedding_lora", "lora", "full"]
+"""Which weights are trained: LoRA at the special tokens and their rows, the rows alone, LoRA in an embedding pass of
+its own, LoRA everywhere, or all weights. The first three leave the language model's outputs unchanged to the bit."""
+Attention = Literal["causal", "bidirectional"]
+"""What a token of the embedding pass sees: the tokens before it, or all of its text (``embedding_lora`` only)."""
 TUNES: tuple[Tune, ...] = get_args(Tune)
+ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
 CONFIG_FILE = "config_gemify.json"
 FORMAT_VERSION = 1
 SHIPPED = ("starter", "starter-multi")
@@ -91,6 +94,9 @@ class GemConfig:
     """Words around every text that is embedded (`gemify.model.tokenization`)."""
     layer: int | None = None
     """The layer whose state, after the final norm, is the embedding. 1 is the first, None the last."""
+    attention: Attention = "causal"
+    projection_dim: int | None = None
+    """Width of the linear map that is applied to the pooled state (`gemify.model.projection`). None: there is none."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     format_version: int = FORMAT_VERSION
@@ -103,6 +109,7 @@ class GemConfig:
         require_special_tokens(len(self.special_ids), tune=self.tune, pooling=self.pooling)
         require_template(self.template, k=len(self.special_ids))
         require_layer(self.layer)
+        require_attention(self.attention, tune=self.tune)
         if len(set(self.special_ids)) != len(self.special_ids) or len(self.special_ids) != len(self.special_tokens):
             raise ValueError(
                 f"special tokens must be distinct, got {list(self.special_tokens)} = {list(self.special_ids)}"
@@ -124,8 +131,13 @@ class GemConfig:
 
     @property
     def frozen_base(self) -> bool:
-        """Whether the base model's weights act unchanged at ordinary positions."""
-        return self.tune in ("gated", "tokens")
+        """Whether the language model computes what its base computes, to the bit."""
+        return is_frozen(self.tune)
+
+    @property
+    def embeds_from_cache(self) -> bool:
+        """Whether a text's vector is a function of the KV cache that the language model has of it."""
+        return self.k > 0 and self.tune != "embedding_lora"
 
     def resolve_prompt(self, name: str | None, prompt: str | None) -> str:
         """Return the prompt to put before a text: the given one, the named one, or the default; empty if there is none.
@@ -151,6 +163,10 @@ class GemConfig:
             del values["template"]
         if self.layer is None:
             del values["layer"]
+        if self.attention == "causal":
+            del values["attention"]
+        if self.projection_dim is None:
+            del values["projection_dim"]
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
     @staticmethod
@@ -191,13 +207,29 @@ def require_special_tokens(k: int, *, tune: Tune, pooling: Pooling) -> None:
     Raises:
         ValueError: ``k`` leaves nothing to train (``gated``, ``tokens``) or nothing to concatenate.
     """
-    if k < 0 or (k == 0 and tune not in ("lora", "full")):
+    if k < 0 or (k == 0 and tune in ("gated", "tokens")):
         raise ValueError(
             f"k must be at least 1 special token with tune {tune!r}, got {k}: its weights act nowhere else"
-            " (0, the baseline without special tokens, needs tune lora or full)"
+            " (0, the mean over the text, needs tune embedding_lora, lora or full)"
         )
     if k == 0 and pooling != "mean":
         raise ValueError(f"pooling {pooling!r} needs special tokens, there are 0: set pooling to mean")
+
+
+def is_frozen(tune: Tune) -> bool:
+    """Return whether a tuning scope leaves the language model's outputs unchanged to the bit."""
+    return tune in ("gated", "tokens", "embedding_lora")
+
+
+def require_attention(attention: Attention, *, tune: Tune) -> None:
+    """Check the attention of the embedding pass; ValueError if the tuning scope has no embedding pass of its own."""
+    if attention not in ATTENTIONS:
+        raise ValueError(f"unknown attention {attention!r}: choose one of {', '.join(ATTENTIONS)}")
+    if attention == "bidirectional" and tune != "embedding_lora":
+        raise ValueError(
+            f"bidirectional attention needs an embedding pass of its own, tune {tune!r} has none: set tune"
+            " embedding_lora, or attention causal"
+        )
 
 
 def require_layer(layer: int | None) -> None:

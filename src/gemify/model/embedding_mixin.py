@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from gemify.model.base import max_positions
 from gemify.model.config import GemConfig
 from gemify.model.encode import ThroughputMeter, compile_layers, encode_texts
+from gemify.model.projection import Projection
 from gemify.model.tokenization import TextTokenizer, Truncate, require_truncate
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class EmbeddingMixin:
 
     lm: PreTrainedModel
     config: GemConfig
+    projection: Projection | None
     text_tokenizer: TextTokenizer
     meter: ThroughputMeter
 
@@ -76,6 +78,8 @@ class EmbeddingMixin:
 
     def get_embedding_dim(self) -> int:
         """Return D, the length of the vectors."""
+        if self.config.projection_dim is not None:
+            return self.config.projection_dim
         width = int(self.lm.config.get_text_config().hidden_size)
         return width * (self.config.k if self.config.pooling == "concat" else 1)
 
@@ -152,6 +156,7 @@ class EmbeddingMixin:
                     self.text_tokenizer,
                     self.config,
                     texts,
+                    projection=self.projection,
                     batch_size=batch_size,
                     max_tokens=max_tokens,
                     show_progress_bar=show_progress_bar,

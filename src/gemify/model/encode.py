@@ -8,6 +8,7 @@ all of its input; compiled, they are fused into a few. All layers are alike, so 
 from __future__ import annotations
 
 import contextlib
+import functools
 import resource
 import sys
 import time
@@ -26,23 +27,27 @@ from transformers import PreTrainedModel
 from gemify.model.adapter import current_gate, with_gate
 from gemify.model.config import GemConfig, pool_hidden_states, require_finite
 from gemify.model.early_exit import early_exit, layers_of
-from gemify.model.forward import MaskedBatch, length_groups, masked_pass
+from gemify.model.forward import MaskedBatch, embedding_pass, length_groups
+from gemify.model.projection import Projection
 from gemify.model.tokenization import TextTokenizer, Truncate
 from gemify.paper.tokens import Row, build_inputs
 
 POOL_SIZE = 4096  # texts tokenised and sorted at a time
 
 
-def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[int]]) -> Tensor:
+def encode_ids(
+    lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[int]], projection: Projection | None = None
+) -> Tensor:
     """Embed tokenised texts in one forward pass, without the output head and the layers above ``config.layer``.
 
     Args:
         lm: The model.
         config: The GEM's configuration.
         rows: Token ids of each text, without special tokens.
+        projection: Maps the pooled states, if the configuration says so.
 
     Returns:
-        float32 vectors [B, D] ([B, K * D] with ``concat``) on the model's device.
+        float32 vectors [B, D] ([B, K * D] with ``concat``, [B, P] with a projection) on the model's device.
     """
     inputs = [
         build_inputs(Row("split", tuple(r)), config.special_ids, shared_position=config.shared_position) for r in rows
@@ -50,10 +55,11 @@ def encode_ids(lm: PreTrainedModel, config: GemConfig, rows: Sequence[Sequence[i
     device = lm.device
     batch = MaskedBatch.of(inputs, shared_position=config.shared_position, device=device)
     if not batch.ids_BT.numel():  # texts without tokens, and no special tokens either: nothing to run
-        return torch.zeros(len(rows), lm.config.get_text_config().hidden_size)
+        return torch.zeros(len(rows), config.projection_dim or lm.config.get_text_config().hidden_size)
     with early_exit(lm, config.layer):
-        hidden_BTD = masked_pass(lm, batch, body_only=True)
-    return pool_hidden_states(hidden_BTD, batch.segments_BT, config.pooling).float()
+        hidden_BTD = embedding_pass(lm, batch, config)
+    states_BD = pool_hidden_states(hidden_BTD, batch.segments_BT, config.pooling).float()
+    return states_BD if projection is None else projection(states_BD)
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -68,6 +74,7 @@ def encode_texts(
     config: GemConfig,
     texts: Sequence[str],
     *,
+    projection: Projection | None = None,
     batch_size: int,
     max_tokens: int | None = None,
     show_progress_bar: bool,
@@ -85,6 +92,7 @@ def encode_texts(
         tokenize: The GEM's text tokenizer.
         config: The GEM's configuration.
         texts: N texts, at least one.
+        projection: Maps the pooled states, if the configuration says so.
         batch_size: Most texts of a batch.
         max_tokens: Most tokens of a batch, padding included. None: what suits the device.
         show_progress_bar: Show a progress bar on stderr.
@@ -108,7 +116,8 @@ def encode_texts(
         for number, (pool, (rows, long)) in enumerate(zip(pools, tokenised, strict=True)):
             place = {text: i for i, text in enumerate(rows)}
             parts = [part for some in rows.values() for part in some]
-            vectors = _encode_rows(lm, config, parts, batch_size, batch_tokens, meter, bar)
+            run = functools.partial(encode_ids, lm, config, projection=projection)
+            vectors = _encode_rows(run, config.k, parts, batch_size, batch_tokens, meter, bar)
             vectors = mean_of_parts(vectors, list(rows.values()), overhead=tokenize.overhead)
             meter.long_texts += sum(text in long for text in pool)
             bar.update(len(pool) - len(parts))
@@ -165,8 +174,8 @@ def _tokenised(
 
 
 def _encode_rows(
-    lm: PreTrainedModel,
-    config: GemConfig,
+    encode: Callable[[list[Sequence[int]]], Tensor],
+    k: int,
     rows: Sequence[Sequence[int]],
     batch_size: int,
     max_tokens: int,
@@ -175,14 +184,14 @@ def _encode_rows(
 ) -> Tensor:
     """Vectors [N, D] of tokenised texts, in batches of like length."""
     vectors: Tensor | None = None
-    for group in length_groups([len(r) + config.k for r in rows], max_tokens=max_tokens):
+    for group in length_groups([len(r) + k for r in rows], max_tokens=max_tokens):
         for first in range(0, len(group), batch_size):
             some = group[first : first + batch_size]
-            got_BD = require_finite(encode_ids(lm, config, [rows[i] for i in some]).cpu())
+            got_BD = require_finite(encode([rows[i] for i in some]).cpu())
             if vectors is None:
                 vectors = torch.empty(len(rows), got_BD.shape[1])
             vectors[some] = got_BD
-            lengths = [len(rows[i]) + config.k for i in some]
+            lengths = [len(rows[i]) + k for i in some]
             computed = len(some) * max(lengths)
             meter.tokens += computed
             meter.padding += computed - sum(lengths)

@@ -7,6 +7,9 @@ That is the GEM's vector wherever its weights act at every position, or only the
   sentence-transformers'
   layout: the same weights (a hard link; up to the read-out layer, if there is one), a tokenizer that puts the template
   around every text and the special token after it, and last-token pooling.
+- ``embedding_lora``: the base as it is, ``adapter/``, the LoRA as PEFT reads it, and ``embedding/``: the base with the
+  LoRA merged, ``is_causal: false`` in its configuration if the pass is bidirectional, mean or last-token pooling, and
+  the projection as a ``Dense`` module.
 - ``gated``: its LoRA acts at the special token alone, which plain weights cannot express. The language model (the base
   with the special token's row), and ``adapter/``, an aLoRA adapter for it.
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -32,6 +36,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gemify.io.atomic import atomic_directory
+from gemify.model.adapter import merge_adapter
 from gemify.model.base import grow_table, hide_progress_bars, parse_dtype
 from gemify.model.config import CONFIG_FILE, GemConfig
 from gemify.model.early_exit import truncate_layers
@@ -50,7 +55,7 @@ class Exported:
     embedding: tuple[str, ...]
     """Directories for sentence-transformers, one per special token. None of a gated GEM."""
     adapters: tuple[str, ...]
-    """aLoRA adapters, one per special token. Of a gated GEM only."""
+    """aLoRA adapters of a gated GEM, one per special token; the LoRA of an ``embedding_lora`` GEM."""
 
 
 def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported:
@@ -69,29 +74,37 @@ def export(gem: GemModel, output: Path, *, dtype: str | None = None) -> Exported
     """
     config = gem.config
     require_exportable(config, output, dtype)
-    gated = config.tune == "gated"
-    numbers = ["" if config.k == 1 else f"-{n}" for n in range(1, config.k + 1)]
+    gated, apart = config.tune == "gated", config.tune == "embedding_lora"
+    ends: Sequence[int | None] = config.special_ids or (None,)
+    numbers = [""] if len(ends) == 1 else [f"-{n}" for n in range(1, config.k + 1)]
     embedding = () if gated else tuple(f"embedding{n}" for n in numbers)
-    adapters = tuple(f"adapter{n}" for n in numbers) if gated else ()
+    adapters = tuple(f"adapter{n}" for n in numbers) if gated else ("adapter",) if apart else ()
     written = Exported(output, config.special_tokens, embedding, adapters)
     with atomic_directory(output, last="config.json") as stage:
-        for name, special in zip(adapters, config.special_ids, strict=bool(adapters)):
+        for name, special in zip(adapters, ends, strict=bool(adapters)):
             assert gem.adapter is not None
-            gem.adapter.save_without_rows(stage / name, special_id=special)
+            if special is None or apart:
+                gem.adapter.save(stage / name)
+            else:
+                gem.adapter.save_without_rows(stage / name, special_id=special)
         lm = plain_model(gem)
         with hide_progress_bars():
             (lm if dtype is None else lm.to(parse_dtype(dtype))).save_pretrained(stage)
         gem.tokenizer.save_pretrained(stage)
-        if not gated:
+        if not gated and not apart:
             whole = dataclasses.replace(config, tune="full")
             (stage / CONFIG_FILE).write_text(whole.to_json(), encoding="utf-8")
         weights = stage
-        if embedding and config.layer is not None:
+        if embedding and (apart or config.layer is not None):
             weights = stage / "cut"
-            truncate_layers(lm, config.layer)
+            if apart:
+                lm = merge_adapter(lm, stage / "adapter")
+                lm.config.is_causal = config.attention == "causal"
+            if config.layer is not None:
+                truncate_layers(lm, config.layer)
             with hide_progress_bars():
                 lm.save_pretrained(weights)
-        for name, special in zip(embedding, config.special_ids, strict=bool(embedding)):
+        for name, special in zip(embedding, ends, strict=bool(embedding)):
             _write_embedding(gem, lm, weights, stage / name, special)
         if weights != stage:
             shutil.rmtree(weights)
@@ -104,17 +117,22 @@ def require_exportable(config: GemConfig, output: Path, dtype: str | None) -> No
     """Check whether a GEM can be exported, before its model is loaded.
 
     Raises:
-        ValueError: The vectors are not those of ``text S`` (no special token, several at consecutive positions, a gated
-            GEM with a read-out layer), ``output`` holds files, or ``dtype`` is unknown.
+        ValueError: The vectors are not those of ``text S`` (several special tokens at consecutive positions or in a
+            pass of its own, a gated GEM with a read-out layer or a projection), ``output`` holds files, or ``dtype`` is
+            unknown.
     """
     if dtype is not None:
         parse_dtype(dtype)
     if output.is_file() or (output.is_dir() and any(output.iterdir())):
         raise ValueError(f"{output} {'is a file' if output.is_file() else 'holds files'}: give a new --output")
-    if config.k == 0:
+    if config.tune == "gated" and config.projection_dim is not None:
         raise ValueError(
-            "this model has no special tokens, there is nothing to append to a text: load it in sentence-transformers"
-            " with mean pooling"
+            "this gated model projects its vectors, which an adapter for other engines cannot: use `gemify serve`"
+        )
+    if config.tune == "embedding_lora" and config.k > 1:
+        raise ValueError(
+            f"{config.k} special tokens that see each other are no {config.k} texts with one token each: other engines"
+            " cannot embed with this model, use `gemify embed`"
         )
     if config.tune == "gated" and config.layer is not None:
         raise ValueError(
@@ -152,7 +170,7 @@ def plain_model(gem: GemModel) -> PreTrainedModel:
     return lm
 
 
-def _write_embedding(gem: GemModel, lm: PreTrainedModel, model: Path, directory: Path, special: int) -> None:
+def _write_embedding(gem: GemModel, lm: PreTrainedModel, model: Path, directory: Path, special: int | None) -> None:
     """A sentence-transformers directory on the weights beside it, whose tokenizer lays a row out as `encode` does."""
     directory.mkdir()
     for path in [model / "config.json", *model.glob("*.safetensors"), *model.glob("*.safetensors.index.json")]:
@@ -162,14 +180,24 @@ def _write_embedding(gem: GemModel, lm: PreTrainedModel, model: Path, directory:
             shutil.copy2(path, directory / path.name)
     _write_tokenizer(gem, directory, special)
     width = int(lm.config.get_text_config().hidden_size)
+    parts = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    if gem.projection is not None:
+        parts += [("2_Normalize", "Normalize"), ("3_Dense", "Dense")]
+        (directory / "2_Normalize").mkdir()
+        (directory / "3_Dense").mkdir()
+        gem.projection.save(directory / "3_Dense", name="model.safetensors")
+        P, D = gem.projection.weight_PD.shape
+        identity = "torch.nn.modules.linear.Identity"
+        dense = {"in_features": D, "out_features": P, "bias": False, "activation_function": identity}
+        _write_json(directory / "3_Dense" / "config.json", dense)
     modules = [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-        {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        {"idx": i, "name": f"{i}", "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(parts)
     ]
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     pooling = {
         "word_embedding_dimension": width,
-        **{f"pooling_mode_{mode}": mode == "lasttoken" for mode in modes},
+        **{f"pooling_mode_{mode}": mode == ("mean_tokens" if special is None else "lasttoken") for mode in modes},
         "include_prompt": True,
     }
     settings = {
@@ -183,20 +211,21 @@ def _write_embedding(gem: GemModel, lm: PreTrainedModel, model: Path, directory:
     _write_json(directory / "config_sentence_transformers.json", settings)
     _write_json(
         directory / "sentence_bert_config.json",
-        {"max_seq_length": gem.config.max_text_tokens + 1, "do_lower_case": False},
+        {"max_seq_length": gem.config.max_text_tokens + (special is not None), "do_lower_case": False},
     )
 
 
-def _write_tokenizer(gem: GemModel, directory: Path, special: int) -> None:
+def _write_tokenizer(gem: GemModel, directory: Path, special: int | None) -> None:
     """The tokenizer, with template and ``special`` around every text; special tokens' names are ordinary text."""
     tokenizer = copy.deepcopy(gem.tokenizer)
     texts = gem.text_tokenizer
     # BOS and template prefix before a text; template suffix and special token after it.
-    pieces = {"prefix": [*texts.bos_ids, *texts.prefix_ids], "suffix": [*texts.suffix_ids, special]}
-    front = ["prefix"] if pieces["prefix"] else []
+    ends = [] if special is None else [special]
+    pieces = {"prefix": [*texts.bos_ids, *texts.prefix_ids], "suffix": [*texts.suffix_ids, *ends]}
+    front, back = (["prefix"] if pieces["prefix"] else []), (["suffix"] if pieces["suffix"] else [])
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=[*front, "$A", "suffix"],
-        pair=[*front, "$A", "$B:0", "suffix"],
+        single=[*front, "$A", *back],
+        pair=[*front, "$A", "$B:0", *back],
         special_tokens=[
             {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
             for name, ids in pieces.items()
@@ -204,7 +233,7 @@ def _write_tokenizer(gem: GemModel, directory: Path, special: int) -> None:
         ],
     )
     tokenizer.padding_side = tokenizer.truncation_side = "right"
-    tokenizer.model_max_length = gem.config.max_text_tokens + 1
+    tokenizer.model_max_length = gem.config.max_text_tokens + len(ends)
     tokenizer.save_pretrained(directory)
     _forget_names(directory, gem.config.special_tokens)
 
@@ -220,6 +249,7 @@ def _forget_names(directory: Path, names: Sequence[str]) -> None:
     if extra := values.get("extra_special_tokens"):
         values["extra_special_tokens"] = [name for name in extra if name not in names]
     values.pop("added_tokens_decoder", None)
+    values["split_special_tokens"] = True  # a control token's name in a text is text
     _write_json(path, values)
 
 
@@ -237,10 +267,7 @@ def render_card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequen
         "",
         "# A GEM, exported for other engines",
         "",
-        "A language model that also embeds: a text's vector is the last hidden state at its special token.",
-        "",
-        f"- Special token{'s' if config.k > 1 else ''}: {names}",
-        f"- Longest text: {config.max_text_tokens} tokens and the special token",
+        *_card_of_vectors(config, names),
     ]
     prefix, suffix = (json.dumps(words, ensure_ascii=False) for words in split_template(config.template))
     plain = config.template == PLAIN
@@ -253,10 +280,12 @@ def render_card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequen
         default = ", before every text unless another is asked for" if name == config.default_prompt_name else ""
         lines.append(f"- Prompt `{name}`: {json.dumps(prompt, ensure_ascii=False)}{default}")
     lines += ["- This directory: the language model; chat and generate with it as with any other"]
-    lines += [
-        f"- `{name}/`: for sentence-transformers and engines that read its layout; appends `{token}` itself"
-        for name, token in zip(embedding, config.special_tokens, strict=bool(embedding))
-    ]
+    for name, token in itertools.zip_longest(embedding, config.special_tokens[: len(embedding)]):
+        end = f"; appends `{token}` itself" if token else ""
+        lines.append(f"- `{name}/`: for sentence-transformers and engines that read its layout{end}")
+    if config.tune == "embedding_lora":
+        lines.append("- `adapter/`: the embedding pass's LoRA as PEFT reads it, over this directory's model")
+        return "\n".join([*lines, ""])
     lines += [
         f"- `{name}/`: an aLoRA adapter that acts from `{token}` on; without it the vectors are untrained"
         for name, token in zip(adapters, config.special_tokens, strict=bool(adapters))
@@ -276,6 +305,22 @@ def render_card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequen
         "",
     ]
     return "\n".join(lines)
+
+
+def _card_of_vectors(config: GemConfig, names: str) -> list[str]:
+    """The card's lines on where a text's vector is read."""
+    where = "the last hidden state at its special token" if config.k else "the mean of its last hidden states"
+    apart = ""
+    if config.tune == "embedding_lora":
+        sight = ", with bidirectional attention" if config.attention == "bidirectional" else ""
+        apart = f" Vectors come from a pass of their own: the weights in `embedding/`{sight}."
+    ends = " and the special token" if config.k else ""
+    return [
+        f"A language model that also embeds: a text's vector is {where}.{apart}",
+        "",
+        *([f"- Special token{'s' if config.k > 1 else ''}: {names}"] if config.k else []),
+        f"- Longest text: {config.max_text_tokens} tokens{ends}",
+    ]
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -25,7 +25,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gemify.model.adapter import gate
-from gemify.model.attention import gem_mask
+from gemify.model.attention import bidirectional_mask, gem_mask
+from gemify.model.config import GemConfig
 from gemify.model.early_exit import active_layers
 from gemify.model.kv_cache import (
     CachedText,
@@ -287,6 +288,37 @@ def masked_pass(lm: PreTrainedModel, batch: MaskedBatch, *, body_only: bool = Fa
         if body_only:
             return lm.get_decoder()(**inputs).last_hidden_state
         return lm(**inputs).logits
+
+
+def embedding_pass(lm: PreTrainedModel, batch: MaskedBatch, config: GemConfig) -> Tensor:
+    """Run whole rows for their vectors.
+
+    With ``embedding_lora`` the adapter acts at every token of this pass, and at none of any other pass.
+
+    Args:
+        lm: The model.
+        batch: The rows: texts, and special tokens if there are any.
+        config: The GEM's configuration: tuning scope and attention.
+
+    Returns:
+        Last hidden states [B, T, D].
+    """
+    if config.tune != "embedding_lora":
+        return masked_pass(lm, batch, body_only=True)
+    special_BT = batch.segments_BT == Segment.SPECIAL
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(gate(torch.ones_like(special_BT), special_BT=special_BT))
+        if config.attention == "bidirectional":
+            stack.enter_context(bidirectional_mask())
+        elif config.k > 1:
+            stack.enter_context(gem_mask(batch.segments_BT, shared_position=batch.shared_position))
+        hidden_BTD: Tensor = lm.get_decoder()(
+            input_ids=batch.ids_BT,
+            attention_mask=(batch.segments_BT != Segment.PAD).long(),
+            position_ids=batch.positions_BT,
+            use_cache=False,
+        ).last_hidden_state
+    return hidden_BTD
 
 
 def concatenate_specials(lm: PreTrainedModel, parts: Sequence[Specials]) -> Specials:

@@ -15,13 +15,14 @@ from gemify.model import prefill as prefilling
 from gemify.model.adapter import Adapter, AdapterSettings
 from gemify.model.base import Loading
 from gemify.model.chat_template import ChatTemplate, Message, pop_chat_options
-from gemify.model.config import GemConfig, Pooling, Tune, pool, require_finite
+from gemify.model.config import Attention, GemConfig, Pooling, Tune, pool, require_finite
 from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.embedding_mixin import EmbeddingMixin, Texts
 from gemify.model.encode import ThroughputMeter
 from gemify.model.forward import left_pad, special_pass, text_pass
 from gemify.model.prefill import Prefill, find_eos_ids, greedy_from_specials
 from gemify.model.pretrained import GemParts, embedding_fingerprint, load_pretrained, prepare_base, save_parts
+from gemify.model.projection import Projection
 from gemify.model.tokenization import PLAIN, TextTokenizer
 
 
@@ -36,15 +37,22 @@ class GemModel(EmbeddingMixin):
         text_tokenizer: Turns texts to embed into token ids: template, special-token names as text, truncation.
         config: What the directory's ``config_gemify.json`` holds.
         adapter: The trained weights, where they are not the model's own (``full``).
+        projection: The map into a teacher's space, if the GEM has one.
         meter: Token counts and speed of the last `encode`.
         lock: Hold it around each call where threads share this model (``with gem.lock:``). The tokenizer's switches,
             torch's random numbers and ``meter`` belong to the model, not to a thread.
     """
 
     def __init__(
-        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GemConfig, adapter: Adapter | None
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: GemConfig,
+        adapter: Adapter | None,
+        projection: Projection | None = None,
     ) -> None:
         self.lm, self.tokenizer, self.config, self.adapter = lm, tokenizer, config, adapter
+        self.projection = projection
         self.lock = threading.RLock()
         self.meter = ThroughputMeter()
         self.text_tokenizer = TextTokenizer(tokenizer, frozenset(config.special_ids), config.template)
@@ -71,6 +79,7 @@ class GemModel(EmbeddingMixin):
         prompts: Mapping[str, str] | None = None,
         template: str = PLAIN,
         layer: int | None = None,
+        attention: Attention = "causal",
         adapter: AdapterSettings | None = None,
         **loading: Unpack[Loading],
     ) -> GemModel:
@@ -78,10 +87,11 @@ class GemModel(EmbeddingMixin):
 
         Args:
             base: A directory, a GGUF file, a Hugging Face repo id, or ``starter``.
-            tune: Which weights are trained: ``gated``, ``tokens``, ``lora`` or ``full`` (see `gemify.model.adapter`).
+            tune: Which weights are trained: ``gated``, ``tokens``, ``embedding_lora``, ``lora`` or ``full``
+                (`gemify.model.config.Tune`).
             special_tokens: How many special tokens, or their names. A reserved control token that the base does not use
-                is preferred to a new token. 0 is the SimCSE baseline, a mean over the text (``lora`` and ``full``
-                only).
+                is preferred to a new token. 0: the vector is the mean over the text (``embedding_lora``, ``lora`` and
+                ``full``).
             pooling: ``mean`` or ``concat`` over the special tokens (GEM, Section 3.1).
             shared_position: Give all special tokens the same position id.
             max_length: Most tokens of a text, template and special tokens included.
@@ -89,6 +99,7 @@ class GemModel(EmbeddingMixin):
             template: Words around every text that is embedded, such as ``In one word, "{text}" means:``.
             layer: Read the embedding after this layer (the first is 1), through the final norm. The layers above it do
                 not run. None: the last layer.
+            attention: What a token of the embedding pass sees, ``causal`` or ``bidirectional`` (``embedding_lora``).
             adapter: LoRA's rank, lora_alpha, lora_dropout and target_modules.
             loading: dtype, device, attn_implementation, revision, trust_remote_code and quantize (int8, int4).
 
@@ -109,6 +120,7 @@ class GemModel(EmbeddingMixin):
             prompts=prompts or {},
             template=template,
             layer=layer,
+            attention=attention,
             adapter=adapter or {},
             **loading,
         )
@@ -158,7 +170,12 @@ class GemModel(EmbeddingMixin):
         Raises:
             ValueError: ``merge`` with another GEM than a ``lora`` one.
         """
-        save_parts(GemParts(self.lm, self.tokenizer, self.config, self.adapter), path, merge=merge, weights=weights)
+        save_parts(
+            GemParts(self.lm, self.tokenizer, self.config, self.adapter, self.projection),
+            path,
+            merge=merge,
+            weights=weights,
+        )
 
     # Properties
 
@@ -175,7 +192,7 @@ class GemModel(EmbeddingMixin):
     @property
     def fingerprint(self) -> str:
         """A short hash that names this model's vectors: see `embedding_fingerprint`."""
-        return embedding_fingerprint(self.lm, self.config, self.adapter)
+        return embedding_fingerprint(self.lm, self.config, self.adapter, self.projection)
 
     # Generating
 
@@ -247,18 +264,26 @@ class GemModel(EmbeddingMixin):
                 start=start,
                 suffix_ids=self.text_tokenizer.suffix_ids,
             )
-        vectors_BD = require_finite(pool(hidden_BKD, self.config.pooling).float().cpu())
+        vectors_BD = require_finite(self.pool(hidden_BKD).cpu())
         return vectors_BD[0] if prefill.single else vectors_BD
+
+    def pool(self, hidden_BKD: Tensor) -> Tensor:
+        """Return the float32 vectors [B, D] of special tokens' last hidden states, projected if the GEM projects."""
+        states_BD = pool(hidden_BKD, self.config.pooling).float()
+        return states_BD if self.projection is None else self.projection(states_BD)
 
     def require_embeddable_prefill(self) -> None:
         """Refuse to embed a text from its own KV cache where the vector is not a function of that cache.
 
         Raises:
-            ValueError: The model has no special tokens, or its template has words before the text.
+            ValueError: The model has no special tokens, embeds in a pass of its own, or its template has words before
+                the text.
         """
-        if not self.config.k:
+        if not self.config.embeds_from_cache:
             raise ValueError(
-                "this model has no special tokens: nothing to recover a text from, and to embed use encode"
+                "this model embeds in a pass of its own: to embed use encode"
+                if self.config.k
+                else "this model has no special tokens: nothing to recover a text from, and to embed use encode"
             )
         if self.text_tokenizer.prefix_ids:
             raise ValueError(
@@ -362,6 +387,8 @@ class GemModel(EmbeddingMixin):
             ValueError: The model has no special tokens, or `require_embeddable_prefill` refuses a prefill.
         """
         self.lm.eval()
+        if not self.config.embeds_from_cache:
+            raise ValueError("this model has no special tokens in a text's cache: nothing to recover a text from")
         if isinstance(texts, Prefill):
             self.require_embeddable_prefill()
             text, single = prefilling.append_tokens(self.lm, texts.text, self.text_tokenizer.suffix_ids), texts.single

@@ -37,7 +37,17 @@ from gemify.model.base import (
     pop_quantization,
     special_token_ids,
 )
-from gemify.model.config import CONFIG_FILE, GemConfig, Pooling, Tune, require_special_tokens, resolve_directory
+from gemify.model.config import (
+    CONFIG_FILE,
+    Attention,
+    GemConfig,
+    Pooling,
+    Tune,
+    require_attention,
+    require_special_tokens,
+    resolve_directory,
+)
+from gemify.model.projection import Projection
 from gemify.model.quantization import quantize_layers, require_unquantized
 from gemify.model.tokenization import PLAIN, require_template
 
@@ -51,6 +61,7 @@ class GemParts(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     config: GemConfig
     adapter: Adapter | None
+    projection: Projection | None = None
 
 
 def prepare_base(
@@ -64,6 +75,7 @@ def prepare_base(
     prompts: Mapping[str, str],
     template: str,
     layer: int | None,
+    attention: Attention,
     adapter: AdapterSettings,
     **loading: Unpack[Loading],
 ) -> GemParts:
@@ -72,6 +84,7 @@ def prepare_base(
     k = special_tokens if isinstance(special_tokens, int) else len(special_tokens)
     require_special_tokens(k, tune=tune, pooling=pooling)
     require_template(template, k=k)
+    require_attention(attention, tune=tune)
     require_kernel(loading.get("attn_implementation"))
     quantization = pop_quantization(loading)
     lm, tokenizer = load_base(base, **loading)
@@ -93,6 +106,7 @@ def prepare_base(
         prompts=dict(prompts),
         template=template,
         layer=layer,
+        attention=attention,
     )
     rows = initial_rows(lm, ids)
     if tune in ("lora", "full"):
@@ -116,9 +130,13 @@ def load_pretrained(path: str | Path, *, base: str | None, **loading: Unpack[Loa
         loading.setdefault("revision", config.base_revision)
     quantization = pop_quantization(loading)
     lm, tokenizer = load_base(str(directory) if full else base or config.base, **loading)
+    projection = None
+    if config.projection_dim is not None:
+        width = lm.config.get_text_config().hidden_size * (config.k if config.pooling == "concat" else 1)
+        projection = Projection.load(directory, dim=config.projection_dim, width=width).to(lm.device)
     if full:
         quantize_layers(lm, quantization)
-        return GemParts(lm, tokenizer, config, None)
+        return GemParts(lm, tokenizer, config, None, projection)
     if (found := weights_fingerprint(lm)) != config.base_fingerprint:
         logger.warning(
             "%s was trained on other base weights (fingerprint %s) than those loaded from %s (%s): another"
@@ -143,7 +161,7 @@ def load_pretrained(path: str | Path, *, base: str | None, **loading: Unpack[Loa
         raise ValueError(f"cannot load the adapter in {directory}: {first_line(error)}") from error
     quantize_layers(lm, quantization)
     lm.eval()
-    return GemParts(lm, tokenizer, config, adapter)
+    return GemParts(lm, tokenizer, config, adapter, projection)
 
 
 def save_parts(parts: GemParts, path: str | Path, *, merge: bool, weights: dict[str, torch.Tensor] | None) -> None:
@@ -160,6 +178,8 @@ def save_parts(parts: GemParts, path: str | Path, *, merge: bool, weights: dict[
             lm = parts.adapter.merge() if parts.adapter is not None else parts.lm
             with hide_progress_bars():
                 lm.save_pretrained(stage, state_dict=weights)
+        if parts.projection is not None:
+            parts.projection.save(stage)
         parts.tokenizer.save_pretrained(stage)
         (stage / CONFIG_FILE).write_text(parts.config.to_json(), encoding="utf-8")
 
@@ -180,7 +200,9 @@ def weights_fingerprint(lm: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapter | None) -> str:
+def embedding_fingerprint(
+    lm: PreTrainedModel, config: GemConfig, adapter: Adapter | None, projection: Projection | None = None
+) -> str:
     """Return a short hash of everything that shapes a vector: base, adapter and settings.
 
     Weights count in bfloat16, so that loading the same GEM in another precision keeps it. Without an adapter (``full``)
@@ -196,9 +218,13 @@ def embedding_fingerprint(lm: PreTrainedModel, config: GemConfig, adapter: Adapt
         config.default_prompt_name,
         *([config.template] if config.template != PLAIN else []),  # absent by default: older fingerprints stay equal
         *([config.layer] if config.layer is not None else []),
+        *([config.attention] if config.attention != "causal" else []),
     ]
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, tensor in sorted(adapter.state().items()) if adapter is not None else ():
+    trained = {} if adapter is None else adapter.state()
+    if projection is not None:
+        trained["projection"] = projection.weight_PD.detach().cpu()
+    for name, tensor in sorted(trained.items()):
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(tensor.to(torch.bfloat16).float().numpy().tobytes())
     return digest.hexdigest()[:16]

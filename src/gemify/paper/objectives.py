@@ -124,6 +124,33 @@ def info_nce(
         return F.cross_entropy(logits_BN, target_B) if len(target_B) else logits_BN.sum()
 
 
+def cosine_loss(vectors_NP: Tensor, targets_NP: Tensor) -> Tensor:
+    """Return the mean over N texts of 1 - cosine between vectors and a teacher's vectors."""
+    return 1.0 - F.cosine_similarity(vectors_NP.float(), targets_NP.float(), dim=-1).mean()
+
+
+def similarity_loss(vectors_NP: Tensor, targets_NP: Tensor, *, scale: float = 1.0 / 0.05) -> Tensor:
+    """Return the mean KL divergence of in-batch similarity rows from a teacher's.
+
+    A row holds the softmax over the other N - 1 texts of ``scale`` times the cosines. Fewer than three texts give 0.
+
+    Args:
+        vectors_NP: The vectors that learn.
+        targets_NP: The teacher's vectors of the same texts.
+        scale: The inverse of the temperature.
+    """
+    N = len(vectors_NP)
+    if N < 3:
+        return vectors_NP.sum() * 0.0
+    others_NN = ~torch.eye(N, dtype=torch.bool, device=vectors_NP.device)
+
+    def rows(x_NP: Tensor) -> Tensor:
+        unit_NP = F.normalize(x_NP.float(), dim=-1)
+        return (scale * (unit_NP @ unit_NP.T))[others_NN].view(N, N - 1).log_softmax(-1)
+
+    return F.kl_div(rows(vectors_NP), rows(targets_NP), reduction="batchmean", log_target=True)
+
+
 def total_loss(ntp: Tensor | None, contrastive: Tensor | None, alpha: float) -> Tensor:
     """Return ``(1 - alpha) L_ntp + alpha L_cl``.
 

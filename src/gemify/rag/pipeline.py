@@ -144,7 +144,12 @@ class GemRag:
         config = gem.config
         prompted = config.prompts.get("query", config.prompts.get(config.default_prompt_name or "", ""))
         # Where a question's vector is not in the chat's cache, the question is run for it apart.
-        apart = embedder is not None or not config.k or bool(prompted) or bool(gem.text_tokenizer.prefix_ids)
+        apart = (
+            embedder is not None
+            or not config.embeds_from_cache
+            or bool(prompted)
+            or bool(gem.text_tokenizer.prefix_ids)
+        )
         self.reuses_query_cache = self.settings.order == "question-first" and not apart
         self.max_model_len: int | None = max_positions(gem.lm)
         self.chat_template = chat_template or ChatTemplate(gem.tokenizer, own_system=self.settings.system)
@@ -153,8 +158,8 @@ class GemRag:
                 "kept caches need order 'passages-first' (exact) or context 'concatenated' or 'special'"
                 " (approximations): behind a question, a passage's cache is another one"
             )
-        if self.settings.context == "special" and not config.k:
-            raise ValueError("this model has no special tokens: choose context text or concatenated")
+        if self.settings.context == "special" and not config.embeds_from_cache:
+            raise ValueError("this model has no special tokens in a chat's cache: choose context text or concatenated")
         if self.settings.context != "text":
             require_shiftable(gem.lm)
         self.passage_cache = PassageCache(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
-from gemify.model.config import pool, require_finite
+from gemify.model.config import require_finite
 from gemify.model.forward import special_pass, text_and_special_pass
 from gemify.model.gem import GemModel
 from gemify.model.kv_cache import (
@@ -112,7 +112,7 @@ class ModelRunner:
                 shared_position=config.shared_position,
                 suffix_ids=gem.text_tokenizer.suffix_ids,
             )
-            vector_D = require_finite(pool(hidden_BKD, config.pooling)[0].float().cpu())
+            vector_D = require_finite(gem.pool(hidden_BKD)[0].cpu())
             return PromptRun(text, None, vector_D, len(ids) - done)
         prefill = extend(gem.lm, start, before_BT, new_BT, mask_BT, single=True)
         embedding = None if embed_from is None else gem.embed(prefill, start=embed_from)

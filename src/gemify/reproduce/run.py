@@ -31,8 +31,9 @@ from gemify.evaluation.results import ModelEntry, ResultStore, read_json
 from gemify.io.atomic import atomic_file
 from gemify.io.tables import format_number, markdown_table
 from gemify.reproduce.tables import GATED, TABLE_NAMES, Scale, TableCell, cells_of, scale_of, title_of
+from gemify.training.checkpoints import CHECKPOINTS
 from gemify.training.recipe import PRESETS, Recipe
-from gemify.training.trainer import CHECKPOINTS, train
+from gemify.training.trainer import train
 
 MMLU_SUBJECTS = 57
 

@@ -5,27 +5,30 @@ Examples come from files read as a stream (any size), or from a Hugging Face dat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 from torch.utils.data import IterableDataset
 
 from gemify.io.rows import COMPRESSIONS, has_row_suffix, read_values, require_text
 from gemify.io.tables import first_line
 from gemify.model.tokenization import TextTokenizer
 from gemify.paper.tokens import Row, random_split, raw_row, reconstruction_row, soft_prompt_row, split_row, summary_row
-from gemify.paper.views import View
+from gemify.paper.views import View, full_view
 from gemify.training.distributed import RankShard
 from gemify.training.objective import MicroBatch, target_count
-from gemify.training.recipe import Recipe
+from gemify.training.recipe import DataSource, Recipe
+from gemify.training.teacher import Teacher
 
 
 def shard_batch(whole: MicroBatch, rank: int, world: int) -> MicroBatch:
     """Return the part of a micro-batch that one process works on."""
     rows, views = RankShard.of(whole.rows, rank, world), RankShard.of(whole.views, rank, world)
+    targets = None if whole.targets is None else RankShard.of(whole.targets, rank, world).items
     return replace(
         whole,
         rows=rows.items,
@@ -34,6 +37,7 @@ def shard_batch(whole: MicroBatch, rank: int, world: int) -> MicroBatch:
         own_rows=rows.own,
         own_pairs=views.own,
         pairs=views.total,
+        targets=targets,
     )
 
 
@@ -44,11 +48,16 @@ class TokenizedExample:
     ids: tuple[int, ...]
     second: tuple[int, ...] = ()
     kind: str = "text"
+    texts: tuple[str, ...] = ()
+    """The texts themselves, if there is a teacher."""
 
     @property
     def length(self) -> int:
         """Tokens of both texts."""
         return len(self.ids) + len(self.second)
+
+
+Stream = Iterator[TokenizedExample]
 
 
 class Batches(IterableDataset):  # type: ignore[type-arg]
@@ -60,9 +69,10 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
     Args:
         recipe: The run's choices.
-        source: The examples.
+        sources: The examples; of several sources also how often each is chosen, and its rows.
         tokenize: The GEM's text tokenizer.
         end_id: The end-of-text token, which ends rows if the recipe says so.
+        teacher: Gives the vectors to learn.
         rank: Number of this process.
         world: Number of processes.
 
@@ -73,33 +83,54 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
     def __init__(
         self,
         recipe: Recipe,
-        source: Source,
+        sources: Source | Sequence[tuple[Source, DataSource]],
         tokenize: TextTokenizer,
         *,
         end_id: int | None,
+        teacher: Teacher | None = None,
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        self.recipe, self.source, self.tokenize = recipe, source, tokenize
+        self.recipe, self.tokenize, self.teacher = recipe, tokenize, teacher
+        chosen = [(sources, DataSource(sources.name))] if isinstance(sources, Source) else sources
+        self.sources, self.choices = [source for source, _ in chosen], [choice for _, choice in chosen]
         self.end_ids = (end_id,) if recipe.append_end and end_id is not None else ()
         self.bos_ids = tuple(tokenize.bos_ids)
         self.rank, self.world = rank, world
         self.start_step = 0
         contrastive = recipe.contrastive_batch_size
-        smallest = recipe.batch_size if contrastive is None else min(recipe.batch_size, contrastive)
+        sizes = [recipe.batch_size, contrastive, *(choice.batch_size for choice in self.choices)]
+        smallest = min(size for size in sizes if size is not None)
         if world > smallest:
             raise ValueError(
                 f"a batch of {smallest} rows cannot be shared by {world} processes: start fewer, or set a larger"
                 " batch_size and contrastive_batch_size (they are those of all processes together)"
             )
 
+    def sample(self, num_texts: int) -> Iterator[tuple[list[View], np.ndarray]]:
+        """Draw texts as the steps do, and give them in blocks with the teacher's vectors [N, P]."""
+        streams = [self._examples(source) for source in self.sources]
+        rng = Random(f"{self.recipe.seed} sample")
+        while num_texts > 0:
+            stream, size = self._choose(streams, rng)
+            examples = [next(stream) for _ in range(size or self.recipe.batch_size)]
+            views = [view for e in examples for view in self._texts(e)]
+            yield views, np.concatenate(self._teach(examples))
+            num_texts -= len(views)
+
     def __iter__(self) -> Iterator[dict[str, MicroBatch]]:
-        stream = self._examples()
+        streams = [self._examples(source) for source in self.sources]
         for step in range(self.recipe.max_steps):
-            size = self._rows_needed(step)
+            stream, size = self._choose(streams, Random(f"{self.recipe.seed} source {step}"))
+            size = size or self._rows_needed(step)
             micro = [[next(stream) for _ in range(size)] for _ in range(self.recipe.gradient_accumulation_steps)]
             if step >= self.start_step:
                 yield from self._step(step, micro)
+
+    def _choose(self, streams: Sequence[Stream], rng: Random) -> tuple[Stream, int | None]:
+        """A source's stream by weight, and the rows of its batches if it has a number of its own."""
+        [index] = rng.choices(range(len(streams)), [choice.weight for choice in self.choices])
+        return streams[index], self.choices[index].batch_size
 
     def _rows_needed(self, step: int) -> int:
         alpha = self.recipe.schedule.alpha(step)
@@ -116,12 +147,37 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             rng = Random(f"{self.recipe.seed} {step} {index}")
             rows = [self._row(e, rng) for e in examples[: self.recipe.batch_size]] if with_rows else []
             chosen = self._select_contrastive(examples, rows) if alpha > 0.0 else []
-            views = [self._views(e, rng) for e in chosen]
-            made.append((rows if alpha < 1.0 else [], views))
-        targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, _ in made for r in rows)
-        for rows, views in made:
-            whole = MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made))
+            if self.teacher is not None and len({len(e.texts) for e in chosen}) > 1:
+                chosen = [single for e in chosen for single in self._singles(e)]
+            views = [self._texts(e) if self.teacher is not None else self._views(e, rng) for e in chosen]
+            made.append(
+                (
+                    rows if alpha < 1.0 else [],
+                    views,
+                    self._teach(chosen) if self.teacher is not None and chosen else None,
+                )
+            )
+        targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, *_ in made for r in rows)
+        for rows, views, vectors in made:
+            whole = MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made), targets=vectors)
             yield {"batch": shard_batch(whole, self.rank, self.world)}
+
+    def _singles(self, example: TokenizedExample) -> list[TokenizedExample]:
+        """The texts of an example as examples of their own, for a batch that mixes texts and pairs."""
+        parts = [example.ids, *([(*self.bos_ids, *example.second)] if example.second else [])]
+        return [TokenizedExample(ids, texts=(text,)) for ids, text in zip(parts, example.texts, strict=True)]
+
+    def _texts(self, example: TokenizedExample) -> tuple[View, ...]:
+        """The text of an example, or the two texts of a pair, each with BOS and template."""
+        texts = [example.ids[len(self.bos_ids) :], *([example.second] if example.second else [])]
+        return tuple(self.add_template(full_view(text)) for text in texts)
+
+    def _teach(self, examples: list[TokenizedExample]) -> list[np.ndarray]:
+        """The teacher's vectors [1 or 2, P] of each example."""
+        assert self.teacher is not None
+        vectors_NP = self.teacher.vectors([text for e in examples for text in e.texts])
+        ends = np.cumsum([len(e.texts) for e in examples])
+        return np.split(vectors_NP, ends[:-1])
 
     def _views(self, example: TokenizedExample, rng: Random) -> tuple[View, View]:
         """Two views of a text or of a pair, each with BOS and template."""
@@ -155,12 +211,12 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             return reconstruction_row(example.ids[len(self.bos_ids) :], bos_ids=self.bos_ids, end_ids=self.end_ids)
         return split_row(example.ids, len(self.bos_ids) + random_split(len(example.ids) - len(self.bos_ids), rng))
 
-    def _examples(self) -> Iterator[TokenizedExample]:
+    def _examples(self, source: Source) -> Iterator[TokenizedExample]:
         block = self.recipe.batch_size
         epoch = 0
         while True:
             seen = 0
-            for number, pool in enumerate(self._pools()):
+            for number, pool in enumerate(self._pools(source)):
                 seen += len(pool)
                 rng = Random(f"{self.recipe.seed} epoch {epoch} pool {number}")
                 rng.shuffle(pool)  # texts of equal length keep a random order in the sort
@@ -171,15 +227,15 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
                     yield from some
             if seen < max(2, self.recipe.batch_size, self.recipe.contrastive_batch_size or 0):
                 raise ValueError(
-                    f"{self.source.name} holds {seen} texts of at least {self.recipe.min_length} tokens, too few for"
+                    f"{source.name} holds {seen} texts of at least {self.recipe.min_length} tokens, too few for"
                     f" its batches: give more text, or a smaller batch_size, contrastive_batch_size or min_length"
                 )
             epoch += 1
 
-    def _pools(self) -> Iterator[list[TokenizedExample]]:
+    def _pools(self, source: Source) -> Iterator[list[TokenizedExample]]:
         pool: list[TokenizedExample] = []
         waiting: list[Example] = []
-        for example in self.source:
+        for example in source:
             waiting.append(example)
             if len(waiting) == 1024:
                 pool += self._tokens(waiting)
@@ -198,7 +254,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         made = []
         for example, ids, more in zip(examples, first, second, strict=True):
             if len(ids) >= self.recipe.min_length and (example.second is None or more):
-                made.append(TokenizedExample((*self.bos_ids, *ids), tuple(more), example.kind))
+                texts = (example.text, *([example.second] if example.second else [])) if self.teacher else ()
+                made.append(TokenizedExample((*self.bos_ids, *ids), tuple(more), example.kind, texts))
         return made
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from gemify.model.forward import (
     MaskedBatch,
     Specials,
     concatenate_specials,
+    embedding_pass,
     left_pad,
     length_groups,
     masked_pass,
@@ -43,6 +45,7 @@ from gemify.paper.objectives import Temperature, info_nce, next_token_loss, tota
 from gemify.paper.tokens import IGNORED, Row, RowInputs, Segment, build_inputs
 from gemify.paper.views import View
 from gemify.training.distributed import all_reduce_max, gather, rank, world_size
+from gemify.training.teacher import Distillation
 
 _CPU_CHUNK = 256
 """Targets at a time on a CPU; PyTorch's own choice is far slower there."""
@@ -55,7 +58,8 @@ class MicroBatch:
     alpha: float
     """Weight of the contrastive loss, in [0, 1]."""
     rows: list[Row] = field(default_factory=list)
-    views: list[tuple[View, View]] = field(default_factory=list)
+    views: list[tuple[View, ...]] = field(default_factory=list)
+    """Two views of each text or pair; with a teacher one view of a text, or the two texts of a pair."""
     step_targets: int = 1
     """Next-token targets of the whole optimizer step, over all micro-batches and processes."""
     micro_batches: int = 1
@@ -66,6 +70,8 @@ class MicroBatch:
     """How many of the first pairs count. None: all."""
     pairs: int | None = None
     """Pairs of views of all processes together, sharded as `RankShard` does. None: those here."""
+    targets: list[np.ndarray] | None = None
+    """The teacher's vectors [1 or 2, P] of each entry of ``views``. None: there is no teacher."""
 
 
 @dataclass
@@ -88,6 +94,7 @@ class Losses:
     total: Tensor
     ntp: Tensor | None
     contrastive: Tensor | None
+    distillation: Tensor | None
     scale: float
     counts: TokenCounts
 
@@ -110,6 +117,7 @@ class Objective(nn.Module):
         pass_overhead_tokens: What a pass costs beside its tokens, in tokens (`length_groups`).
         contrastive_chunk_size: Views whose activations are held at a time (GradCache). None: all.
         sharded: Every process holds a part of the weights.
+        distillation: The linear map into a teacher's space, and the weights of the losses. None: there is no teacher.
     """
 
     def __init__(
@@ -122,8 +130,10 @@ class Objective(nn.Module):
         pass_overhead_tokens: float = PASS_OVERHEAD_TOKENS,
         contrastive_chunk_size: int | None = None,
         sharded: bool = False,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
+        self.distillation = distillation
         self.lm, self.adapter, self.temperature, self.gem_config = lm, adapter, Temperature(), config
         self.group_tokens, self.pass_overhead_tokens = group_tokens, pass_overhead_tokens
         self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
@@ -150,24 +160,43 @@ class Objective(nn.Module):
         """Compute the losses whose weight is not 0."""
         counts = TokenCounts()
         temperature = self.temperature()
-        ntp = contrastive = None
+        ntp = contrastive = distillation = None
         if batch.alpha < 1.0:
             loss = self._ntp_frozen if self.gem_config.frozen_base else self._ntp_masked
             own = len(batch.rows) if batch.own_rows is None else batch.own_rows
             ntp = loss(batch.rows, own, counts) * (batch.micro_batches / max(1, batch.step_targets))
         if batch.alpha > 0.0:
-            contrastive = self._contrastive(batch, counts, temperature)
+            both_BD = self.embed([v for views in batch.views for v in views], counts)
+            if self.distillation is None:
+                contrastive = self._contrastive(batch, both_BD, temperature)
+                embedding = contrastive
+            else:
+                embedding, contrastive, distillation = self._distill(self.distillation, batch, both_BD, temperature)
+        else:
+            embedding = None
         return Losses(
-            total_loss(ntp, contrastive, batch.alpha),
+            total_loss(ntp, embedding, batch.alpha),
             ntp,
             contrastive,
+            distillation,
             float(temperature.detach()),
             counts,
         )
 
-    def _contrastive(self, batch: MicroBatch, counts: TokenCounts, temperature: Tensor) -> Tensor:
+    def _distill(
+        self, distillation: Distillation, batch: MicroBatch, states_ND: Tensor, temperature: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The sum of the teacher's losses and the contrastive one, and both apart."""
+        assert batch.targets is not None
+        own = len(batch.views) if batch.own_pairs is None else batch.own_pairs
+        vectors_ND, loss = distillation(states_ND, batch.targets, own=own, total=batch.pairs)
+        if len(batch.views[0]) == 1 or not distillation.contrastive_weight:
+            return loss, None, loss
+        contrastive = self._contrastive(batch, vectors_ND, temperature)
+        return loss + distillation.contrastive_weight * contrastive, contrastive, loss
+
+    def _contrastive(self, batch: MicroBatch, both_BD: Tensor, temperature: Tensor) -> Tensor:
         """This process's rows against the positives of all processes' rows; the mean over processes is the loss."""
-        both_BD = self.embed([v for pair in batch.views for v in pair], counts)
         query_BD, positive_BD = both_BD[0::2], both_BD[1::2]
         own = len(batch.views) if batch.own_pairs is None else batch.own_pairs
         pairs = len(batch.views) if batch.pairs is None else batch.pairs
@@ -185,7 +214,8 @@ class Objective(nn.Module):
         Returns:
             [N, D] in the order of the views, with gradients.
         """
-        embed = self._embed_frozen if self.gem_config.frozen_base else self._embed_masked
+        on_cache = self.gem_config.tune in ("gated", "tokens")
+        embed = self._embed_frozen if on_cache else self._embed_masked
         return embed(views, TokenCounts() if counts is None else counts)
 
     def _groups(self, lengths: list[int], *, rows: int | None = None) -> list[list[int]]:
@@ -344,7 +374,7 @@ class Objective(nn.Module):
 
     def _embed_rows(self, batch: MaskedBatch) -> Tensor:
         with early_exit(self.lm, self.gem_config.layer):
-            hidden_BTD = masked_pass(self.lm, batch, body_only=True)
+            hidden_BTD = embedding_pass(self.lm, batch, self.gem_config)
         return pool_hidden_states(hidden_BTD, batch.segments_BT, self.gem_config.pooling)
 
     def _masked_batches(

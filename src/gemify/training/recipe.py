@@ -15,7 +15,17 @@ from huggingface_hub.dataclasses import type_validator
 
 from gemify.io.tables import first_line
 from gemify.model.attention import require_kernel
-from gemify.model.config import POOLINGS, TUNES, Pooling, Tune, require_layer, require_special_tokens
+from gemify.model.config import (
+    POOLINGS,
+    TUNES,
+    Attention,
+    Pooling,
+    Tune,
+    is_frozen,
+    require_attention,
+    require_layer,
+    require_special_tokens,
+)
 from gemify.model.tokenization import PLAIN, require_template
 from gemify.paper.objectives import Schedule
 from gemify.paper.views import VIEW_KINDS, ViewKind, Views
@@ -25,13 +35,43 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 @dataclass(frozen=True)
+class DataSource:
+    """One of several files or data sets of a recipe. Each step's batch comes from one of them."""
+
+    path: str
+    weight: float = 1.0
+    """How often it is chosen, relative to the others."""
+    batch_size: int | None = None
+    """Rows of its batches. None: the recipe's."""
+
+    @staticmethod
+    def from_value(value: object) -> DataSource:
+        """Read an entry of a recipe's list: a name, or ``path`` with ``weight`` and ``batch_size``.
+
+        Raises:
+            ValueError: It is neither, or a number is not positive.
+        """
+        entry = {"path": value} if isinstance(value, str) else value
+        known = {"path", "weight", "batch_size"}
+        if not isinstance(entry, dict) or not isinstance(entry.get("path"), str) or set(entry) - known:
+            raise ValueError(f"an entry of data must be a name, or path with weight and batch_size, got {value!r}")
+        weight, batch_size = entry.get("weight", 1.0), entry.get("batch_size")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            raise ValueError(f"the weight of {entry['path']} must be a positive number, got {weight!r}")
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 2):
+            raise ValueError(f"the batch_size of {entry['path']} must be a whole number from 2 on, got {batch_size!r}")
+        return DataSource(entry["path"], float(weight), batch_size)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All choices of a run. Contradictions raise ValueError, in one line."""
 
     base: str = "starter"
     tune: Tune = "gated"
-    data: str = ""
-    """A .txt (a row a line) or .jsonl file (also .gz), a .parquet file, or a Hugging Face data set name."""
+    data: str | tuple[DataSource, ...] = ""
+    """A .txt (a row a line) or .jsonl file (also .gz), a .parquet file, or a Hugging Face data set name. A list of
+    them, or of ``path`` and ``weight``: each batch comes from one of them, chosen by weight."""
     text_column: str = "text"
     split: str = "train"
 
@@ -40,6 +80,8 @@ class Recipe:
     """How many. 0: the SimCSE baseline (``lora``, ``full``): raw rows, and the mean over the text is the embedding."""
     special_names: tuple[str, ...] | None = None
     pooling: Pooling = "mean"
+    attention: Attention = "causal"
+    """What a token of the embedding pass sees: ``causal``, or ``bidirectional`` (``embedding_lora`` only)."""
     shared_position: bool = True
     template: str = PLAIN
     """Words around every text that is embedded, also in the contrastive rows; ``{text}`` is the text. Not in the
@@ -87,6 +129,20 @@ class Recipe:
     drop_rate: float = 0.1
     drop_both: bool = False
 
+    # distillation (not in the paper): these losses join the contrastive one
+    teacher: str | None = None
+    """``st:`` and a sentence-transformers model, whose vectors are learned. None: contrast alone."""
+    cosine_weight: float = 1.0
+    """Weight of 1 - cosine to the teacher's vector, through a linear map."""
+    similarity_weight: float = 0.0
+    """Weight of the KL divergence between in-batch similarities and the teacher's."""
+    contrastive_weight: float = 1.0
+    """Weight of the contrastive loss. With a teacher only pairs are contrasted."""
+    projection: Literal["keep", "drop"] = "keep"
+    """Keep the linear map: the GEM's vectors are then in the teacher's space."""
+    ridge_texts: int = 2048
+    """How many texts the map is first fitted to, by ridge regression."""
+
     # running
     seed: int = 0
     precision: Precision = "auto"
@@ -109,6 +165,7 @@ class Recipe:
         require_special_tokens(self.special_tokens, tune=self.tune, pooling=self.pooling)
         require_template(self.template, k=self.special_tokens)
         require_layer(self.layer)
+        require_attention(self.attention, tune=self.tune)
         if self.special_names is not None and len(self.special_names) != self.special_tokens:
             raise ValueError(f"special_tokens is {self.special_tokens}, but {len(self.special_names)} names are given")
         require_kernel(self.attn_implementation)
@@ -132,7 +189,7 @@ class Recipe:
             raise ValueError(f"contrastive_chunk_size must be at least 1, got {self.contrastive_chunk_size}")
 
     def _check_rows(self) -> None:
-        if self.frozen_base and self.mix:
+        if self.frozen_base and self.special_tokens and self.mix:
             raise ValueError(
                 f"mix = {self.mix} contradicts tune {self.tune!r}: with a frozen base raw rows teach nothing"
             )
@@ -142,13 +199,25 @@ class Recipe:
             raise ValueError(f"mix = {self.mix} contradicts 0 special tokens: all rows are raw then, leave mix out")
         if not self.special_tokens and self.view == "mask":
             raise ValueError("view 'mask' hides text from special tokens, there are 0: choose delete, span or halves")
-        if self.frozen_base and self.gradient_checkpointing:
+        if self.tune in ("gated", "tokens") and self.gradient_checkpointing:
             raise ValueError(
                 f"gradient_checkpointing contradicts tune {self.tune!r}: no gradient runs through the text"
             )
 
     def _check_contrast(self) -> None:
         schedule, _ = self.schedule, self.views  # both check their values
+        if self.tune == "embedding_lora" and schedule.alpha(0) < 1.0:
+            raise ValueError(
+                "tune 'embedding_lora' acts in the embedding pass only, next-token prediction would teach nothing: set"
+                " ntp_steps, ramp_steps to 0 and alpha_final to 1"
+            )
+        for name in ("cosine_weight", "similarity_weight", "contrastive_weight"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.teacher is not None and self.cosine_weight == self.similarity_weight == 0.0:
+            raise ValueError("cosine_weight and similarity_weight are 0: nothing is learned from the teacher")
+        if self.teacher is not None and self.contrastive_batch_size is None:
+            raise ValueError("a teacher needs a batch of its own: set contrastive_batch_size")
         contrastive = schedule.alpha(self.max_steps - 1) > 0.0
         if contrastive and self.contrastive_batch_size is not None and self.contrastive_batch_size < 2:
             raise ValueError(
@@ -160,14 +229,19 @@ class Recipe:
     @property
     def frozen_base(self) -> bool:
         """Whether the base model's weights stay as they are."""
-        return self.tune in ("gated", "tokens")
+        return is_frozen(self.tune)
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """The data with their weights."""
+        return (DataSource(self.data),) if isinstance(self.data, str) else self.data
 
     @property
     def p(self) -> float:
         """The share of raw rows: ``mix``, or its default."""
         if self.mix is not None:
             return self.mix
-        return 0.0 if self.frozen_base else 0.8 if self.special_tokens else 1.0
+        return 1.0 if not self.special_tokens else 0.0 if self.frozen_base else 0.8
 
     @property
     def schedule(self) -> Schedule:
@@ -201,7 +275,9 @@ class Recipe:
             raise ValueError(f"{source} has unknown entries {unknown}: known are {', '.join(hints)}")
         checked = {}
         for name, value in values.items():
-            if isinstance(value, list):
+            if name == "data" and isinstance(value, list):
+                value = tuple(DataSource.from_value(entry) for entry in value)
+            elif isinstance(value, list):
                 value = tuple(value)
             elif type(value) in (int, str) and float in (hints[name], *get_args(hints[name])):
                 with contextlib.suppress(ValueError):

@@ -27,9 +27,12 @@ from gemify.io.atomic import atomic_file, sync
 from gemify.io.signals import StopRequestedError, stop_signals
 from gemify.model.base import enable_activation_checkpointing, max_positions
 from gemify.model.encode import peak_memory_bytes, throughput
+from gemify.model.forward import PASS_OVERHEAD_TOKENS
 from gemify.model.gem import GemModel
+from gemify.model.projection import Projection
 from gemify.training.batches import Batches, Source
 from gemify.training.callbacks import Pair, Progress, StopOnSignal, read_pairs, spearman
+from gemify.training.checkpoints import CHECKPOINTS, RECIPE_FILE, STATE_FILE, prepare_directory
 from gemify.training.distributed import all_reduce_sum, barrier
 from gemify.training.fsdp import (
     ShardedTrainer,
@@ -41,14 +44,15 @@ from gemify.training.fsdp import (
 )
 from gemify.training.objective import Objective
 from gemify.training.recipe import Recipe
+from gemify.training.teacher import Distillation, Teacher
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = "checkpoints"
-RECIPE_FILE = "recipe.yaml"
 SUMMARY_FILE = "summary.json"
 _TEMPERATURE_FILE = "temperature.safetensors"
-_STATE_FILE = "trainer_state.json"
+_LONG_PASS_OVERHEAD = 60.0
+"""What a pass with its way back costs beside its tokens, in tokens: measured in bfloat16 on one CPU core."""
+_LOSSES = ("ntp", "contrastive", "distillation")
 
 
 class _GemTrainer(Trainer):
@@ -81,7 +85,8 @@ class _GemTrainer(Trainer):
                 " learning rate or use --precision fp32; the last checkpoint is untouched"
             )
         share = 1.0 / self.recipe.gradient_accumulation_steps
-        for name, part in (("ntp", losses.ntp), ("contrastive", losses.contrastive)):
+        for name in _LOSSES:
+            part = getattr(losses, name)
             if part is not None:
                 self._parts[name] = self._parts.get(name, 0.0) + float(part.detach()) * share
         self._parts.update(alpha=inputs["batch"].alpha, scale=losses.scale)
@@ -109,7 +114,7 @@ class _GemTrainer(Trainer):
     def _reduce(self, parts: dict[str, float]) -> dict[str, float]:
         """Combine this process's measurements with the others': means of losses, sums of token counts."""
         world = self.args.world_size
-        weights = {"ntp": 1.0 / world, "contrastive": 1.0 / world, "tokens": 1, "padding": 1}
+        weights: dict[str, float] = {**dict.fromkeys(_LOSSES, 1.0 / world), "tokens": 1, "padding": 1}
         names = [name for name in weights if name in parts]
         sums = all_reduce_sum([parts[name] for name in names], self.args.device)
         reduced = {name: total * weights[name] for name, total in zip(names, sums, strict=True)}
@@ -136,10 +141,14 @@ class _GemTrainer(Trainer):
         )
         t = self._objective().temperature.t if state_dict is None else state_dict["temperature.t"]
         save_file({"t": t.detach().cpu().reshape(())}, directory / _TEMPERATURE_FILE)
+        if (distillation := self._objective().distillation) is not None:
+            distillation.projection.save(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         directory = Path(resume_from_checkpoint)
         objective, t = self._objective(), load_file(directory / _TEMPERATURE_FILE)["t"]
+        if objective.distillation is not None:
+            objective.distillation.projection.load_from(directory)
         if self.gem.adapter is not None:
             self.gem.adapter.load(directory)
         else:
@@ -211,13 +220,14 @@ def train(
         StopRequestedError: A signal stopped the run after a checkpoint.
     """
     sharded = is_sharded(recipe, device)
-    checkpoint = _prepare(recipe, output, resume=resume)
+    checkpoint = prepare_directory(recipe, output, resume=resume)
     device = _device(device)
     if resume and (output / SUMMARY_FILE).is_file():  # written last: the run is complete
         return GemModel.from_pretrained(output, device=device), json.loads((output / SUMMARY_FILE).read_text())
-    source = Source(recipe.data, recipe.text_column, recipe.split)
+    sources = [(Source(d.path, recipe.text_column, recipe.split), d) for d in recipe.sources]
+    teacher = Teacher(recipe.teacher, device=device) if recipe.teacher is not None else None
     pairs = read_pairs(Path(recipe.eval_pairs)) if recipe.eval_pairs else None
-    gem, objective = build_objective(recipe, device, sharded=sharded)
+    gem, objective = build_objective(recipe, device, sharded=sharded, teacher_dim=teacher.dim if teacher else None)
     if on_ready is not None:
         on_ready(gem)
     torch.manual_seed(recipe.seed)
@@ -227,9 +237,10 @@ def train(
         arguments._n_gpu = 1  # one process drives one device; several devices are for `accelerate launch`
     batches = Batches(
         recipe,
-        source,
+        sources,
         gem.text_tokenizer,
         end_id=gem.tokenizer.eos_token_id,
+        teacher=teacher,
         rank=arguments.process_index,
         world=arguments.world_size,
     )
@@ -266,7 +277,9 @@ def _run(trainer: _GemTrainer, output: Path, checkpoint: Path | None) -> None:
         with atomic_file(output / RECIPE_FILE) as stage:
             stage.write_text(recipe.to_yaml(), encoding="utf-8")
     if checkpoint is not None:
-        trainer.batches.start_step = int(json.loads((checkpoint / _STATE_FILE).read_text())["global_step"])
+        trainer.batches.start_step = int(json.loads((checkpoint / STATE_FILE).read_text())["global_step"])
+    elif (distillation := trainer._objective().distillation) is not None:
+        distillation.fit(trainer._objective().embed, trainer.batches.sample(recipe.ridge_texts))
     if arguments.process_index:
         torch.manual_seed(recipe.seed + arguments.process_index)  # the processes' dropout differs
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -288,56 +301,37 @@ def _finish(trainer: _GemTrainer, output: Path, objective: Objective) -> tuple[G
     return gem, summary
 
 
-def build_objective(recipe: Recipe, device: str | None, *, sharded: bool = False) -> tuple[GemModel, Objective]:
+def build_objective(
+    recipe: Recipe, device: str | None, *, sharded: bool = False, teacher_dim: int | None = None
+) -> tuple[GemModel, Objective]:
     """Build the model a run starts from, and its objective.
 
     Args:
         recipe: The run's choices.
         device: Where the model goes. A model to be sharded is first whole in main memory.
         sharded: Whether its weights will be sharded.
+        teacher_dim: Width of the teacher's vectors, if there is a teacher.
     """
     gem = _model(recipe, device, sharded=sharded)
+    distillation = None
+    if teacher_dim is not None:
+        projection = Projection(torch.zeros(teacher_dim, gem.get_embedding_dim())).to(gem.device)
+        distillation = Distillation(projection, recipe)
+        if distillation.keep:
+            gem.config = dataclasses.replace(gem.config, projection_dim=teacher_dim)
+            gem.projection = projection
     _require_positions(recipe, gem)
     objective = Objective(
         gem.lm,
         gem.adapter,
         gem.config,
         group_tokens=recipe.group_tokens,
+        pass_overhead_tokens=_LONG_PASS_OVERHEAD if recipe.tune == "embedding_lora" else PASS_OVERHEAD_TOKENS,
         contrastive_chunk_size=recipe.contrastive_chunk_size,
         sharded=sharded,
+        distillation=distillation,
     )
     return gem, objective
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, or None."""
-    found = [p for p in (output / CHECKPOINTS).glob("checkpoint-*") if (p / _STATE_FILE).is_file()]
-    return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
-
-
-def _prepare(recipe: Recipe, output: Path, *, resume: bool) -> Path | None:
-    """Check the output directory; the checkpoint to start from, if any."""
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"cannot write to {output}: it is a file, give a directory")
-    path = output / RECIPE_FILE
-    if not resume:
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(
-                f"{output} is not empty: add --resume to go on with the run in it, or choose another directory"
-            )
-        return None
-    if not path.is_file():
-        if output.exists() and any(output.iterdir()):
-            raise ValueError(f"{output} holds no {RECIPE_FILE}: there is no run to resume")
-        return None  # killed before the first file was written
-    before = Recipe.from_dict(Recipe.read_yaml(path), source=str(path))
-    if changed := [f.name for f in dataclasses.fields(Recipe) if getattr(before, f.name) != getattr(recipe, f.name)]:
-        name = changed[0]
-        raise ValueError(
-            f"cannot resume with another recipe: {name} was {getattr(before, name)!r}, is {getattr(recipe, name)!r};"
-            " give the run's own settings, or another --output"
-        )
-    return last_checkpoint(output)
 
 
 def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
@@ -356,6 +350,7 @@ def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
         shared_position=recipe.shared_position,
         template=recipe.template,
         layer=recipe.layer,
+        attention=recipe.attention,
         adapter={
             "rank": recipe.rank,
             "lora_alpha": recipe.lora_alpha,
@@ -430,7 +425,7 @@ def _summary(trainer: _GemTrainer) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "loss": last["loss"],
-        **{name: last[name] for name in ("ntp", "contrastive") if name in last},
+        **{name: last[name] for name in _LOSSES if name in last},
         **throughput(tokens, padding, seconds),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "device": gem.device.type,

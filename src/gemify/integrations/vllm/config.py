@@ -53,6 +53,11 @@ class EngineGem:
         """
         directory = resolve_directory(gem)
         config = GemConfig.from_directory(directory)
+        if config.tune == "embedding_lora" or config.projection_dim is not None:
+            raise ValueError(
+                f"{gem} embeds in a pass of its own or projects its vectors, which this plugin cannot: `gemify export"
+                f" -m {gem} -o OUT` and serve OUT/embedding as a pooling model, or use `gemify serve`"
+            )
         if config.k == 0:
             raise ValueError(
                 f"{gem} has no special tokens, its vectors are means over a text: this plugin reads special tokens;"

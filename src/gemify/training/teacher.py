@@ -1,0 +1,163 @@
+"""A teacher: an embedding model whose vectors a GEM learns to give (knowledge distillation).
+
+Each text's vector is computed once and kept in the cache (`gemify.model.gguf_cache`), in ``teacher/<hash of the
+model>/``: ``keys.bin`` (a 64-bit hash of each text) and ``vectors.bin`` (float16, memory-mapped).
+Both only grow, keys after vectors: a killed run loses nothing, and runs over the same texts share them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gemify.io.tables import first_line
+from gemify.model.gguf_cache import cache_directory
+from gemify.model.projection import Projection, ridge
+from gemify.paper.objectives import cosine_loss, similarity_loss
+from gemify.paper.views import View
+from gemify.training.distributed import gather, world_size
+from gemify.training.recipe import Recipe
+
+_BLOCK = 256
+"""Texts that the teacher embeds at a time."""
+
+
+class Distillation(nn.Module):
+    """The losses of learning from a teacher, through a linear map into its space.
+
+    Args:
+        projection: The map.
+        recipe: Weights of the losses, and whether the map stays: then its outputs are the GEM's vectors.
+    """
+
+    def __init__(self, projection: Projection, recipe: Recipe) -> None:
+        super().__init__()
+        self.projection, self.keep = projection, recipe.projection == "keep"
+        self.cosine_weight, self.similarity_weight = recipe.cosine_weight, recipe.similarity_weight
+        self.contrastive_weight = recipe.contrastive_weight
+
+    @torch.no_grad()
+    def fit(self, embed: Callable[[list[View]], Tensor], samples: Iterable[tuple[list[View], np.ndarray]]) -> None:
+        """Start the map from ridge regression.
+
+        Args:
+            embed: Gives the pooled states [N, D] of views.
+            samples: Blocks of texts and the teacher's vectors [N, P] of them.
+        """
+        states, targets = zip(*((embed(views).cpu(), torch.from_numpy(t)) for views, t in samples), strict=True)
+        self.projection.weight_PD.copy_(ridge(torch.cat(states), torch.cat(targets)))
+
+    def forward(
+        self, states_ND: Tensor, targets: Sequence[np.ndarray], *, own: int, total: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the GEM's vectors [N, D] or [N, P], and the weighted loss.
+
+        Args:
+            states_ND: Pooled states of this process's texts.
+            targets: The teacher's vectors [1 or 2, P] of each row, in the same order.
+            own: How many of the first rows count (`gemify.training.distributed.RankShard`).
+            total: Rows of all processes together. None: those here.
+        """
+        width, total = len(targets[0]), total or len(targets)
+        targets_NP = torch.as_tensor(np.concatenate(targets), device=states_ND.device)
+        projected_NP = self.projection(states_ND)
+        vectors_ND = projected_NP if self.keep else states_ND
+        cosine = cosine_loss(projected_NP[: own * width], targets_NP[: own * width])
+        loss = self.cosine_weight * cosine * (own * world_size() / total)
+        if self.similarity_weight:
+
+            def whole(own_NP: Tensor) -> Tensor:
+                return gather(own_NP.view(len(targets), width, -1), total).flatten(0, 1)
+
+            loss = loss + self.similarity_weight * similarity_loss(whole(vectors_ND), whole(targets_NP))
+        return vectors_ND, loss
+
+
+class Teacher:
+    """A sentence-transformers model as a function from texts to unit vectors, with its cache.
+
+    Args:
+        name: ``st:`` and a directory or a Hugging Face repo id.
+        device: Where the teacher runs. None: the accelerator if there is one.
+
+    Raises:
+        ValueError: Another kind of name, or the model cannot be loaded.
+    """
+
+    def __init__(self, name: str, *, device: str | None = None) -> None:
+        kind, _, path = name.partition(":")
+        if kind != "st" or not path:
+            raise ValueError(f"unknown teacher {name!r}: write st:PATH or st:NAME for a sentence-transformers model")
+        self.name, self._device = name, device
+        self._model = _load(path, device)
+        self.dim: int = self._model.encode("a text").shape[0]
+        self.directory = cache_directory().parent / "teacher" / _fingerprint(self._model)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._keys: dict[bytes, int] = {}
+        self._read_keys()
+
+    def vectors(self, texts: Sequence[str]) -> np.ndarray:
+        """Return the unit vectors [N, P] in float32 of N texts; unknown ones are computed and kept."""
+        keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts]
+        if any(key not in self._keys for key in keys):
+            with self._lock():
+                self._read_keys()  # another process may have computed them since
+                missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._keys}
+                self._append(missing)
+        rows = [self._keys[key] for key in keys]
+        table_NP = np.memmap(self.directory / "vectors.bin", dtype=np.float16, mode="r").reshape(-1, self.dim)
+        return table_NP[rows].astype(np.float32)
+
+    def _append(self, texts: dict[bytes, str]) -> None:
+        waiting = list(texts.items())
+        for at in range(0, len(waiting), _BLOCK):
+            some = waiting[at : at + _BLOCK]
+            vectors_NP = self._model.encode(
+                [text for _, text in some], batch_size=64, normalize_embeddings=True, show_progress_bar=False
+            )
+            with (self.directory / "vectors.bin").open("r+b" if self._keys else "wb") as file:
+                file.truncate(len(self._keys) * self.dim * 2)  # what a killed process wrote without its keys
+                file.seek(0, 2)
+                file.write(vectors_NP.astype(np.float16).tobytes())
+            with (self.directory / "keys.bin").open("ab") as file:
+                file.write(b"".join(key for key, _ in some))
+            for key, _ in some:
+                self._keys[key] = len(self._keys)
+
+    def _read_keys(self) -> None:
+        path = self.directory / "keys.bin"
+        content = path.read_bytes() if path.is_file() else b""
+        content = content[: len(content) // 8 * 8]
+        self._keys = {content[at : at + 8]: at // 8 for at in range(0, len(content), 8)}
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self.directory / "lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _load(path: str, device: str | None) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(path, device=device)
+    except Exception as error:
+        raise ValueError(f"cannot load the teacher st:{path}: {first_line(error)}") from error
+
+
+def _fingerprint(model: Any) -> str:
+    """A short hash of the teacher's weights and maximum length, which shape its vectors."""
+    digest = hashlib.sha256(f"{model.max_seq_length}".encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().float().cpu().reshape(-1)
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(flat[:: max(1, flat.numel() // 1024)][:1024].numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,194 @@
+"""Learning another embedding model's vectors: the teacher's cache, the losses, whole runs, killing and resuming."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.special import log_softmax, softmax
+from test_trainer import curve, weights
+
+from gemify import GemModel
+from gemify.paper.objectives import cosine_loss, similarity_loss
+from gemify.training.recipe import Recipe
+from gemify.training.teacher import Teacher
+from gemify.training.trainer import train
+
+st = pytest.importorskip("sentence_transformers")
+models = pytest.importorskip("sentence_transformers.models")
+losses = pytest.importorskip("sentence_transformers.losses")
+TEXTS = ["a cat on a mat", "x", "the river is long", "the cat sat"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("GEMIFY_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def teacher_dir(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny sentence-transformers model of 12 dimensions."""
+    torch.manual_seed(5)
+    body = models.Transformer(str(base_dir))
+    width = 32
+    parts = [body, models.Pooling(width, "mean"), models.Dense(width, 12, activation_function=torch.nn.Tanh())]
+    directory = tmp_path_factory.mktemp("teacher")
+    st.SentenceTransformer(modules=parts, device="cpu").save(str(directory))
+    return directory
+
+
+def recipe(base_dir: Path, data: Any, teacher_dir: Path, **options: Any) -> Recipe:
+    return Recipe.from_dict(
+        {
+            "base": str(base_dir),
+            "data": data,
+            "teacher": f"st:{teacher_dir}",
+            "tune": "embedding_lora",
+            "attention": "bidirectional",
+            "special_tokens": 0,
+            "max_steps": 6,
+            "ntp_steps": 0,
+            "batch_size": 8,
+            "contrastive_batch_size": 8,
+            "contrastive_lr": 1e-2,
+            "warmup_steps": 0,
+            "ridge_texts": 16,
+            "similarity_weight": 0.3,
+            "save_steps": 2,
+            **options,
+        }
+    )
+
+
+def test_vectors_are_the_teachers_and_kept(teacher_dir: Path, home: Path) -> None:
+    plain = st.SentenceTransformer(str(teacher_dir), device="cpu").encode(TEXTS, normalize_embeddings=True)
+    teacher = Teacher(f"st:{teacher_dir}", device="cpu")
+    assert teacher.dim == 12
+    np.testing.assert_allclose(teacher.vectors(TEXTS[:3]), plain[:3], atol=1e-3)  # kept in float16
+    np.testing.assert_allclose(teacher.vectors(TEXTS[::-1]), plain[::-1], atol=1e-3)
+    [keys] = home.rglob("keys.bin")
+    assert keys.stat().st_size == 8 * len(TEXTS)
+    again = Teacher(f"st:{teacher_dir}", device="cpu")
+    assert (again.vectors(TEXTS) == teacher.vectors(TEXTS)).all()
+    assert keys.stat().st_size == 8 * len(TEXTS)
+
+
+def test_what_a_killed_run_left_half_written_is_not_read(teacher_dir: Path, home: Path) -> None:
+    expected = Teacher(f"st:{teacher_dir}", device="cpu").vectors(TEXTS)
+    [keys], [vectors] = home.rglob("keys.bin"), home.rglob("vectors.bin")
+    keys.write_bytes(keys.read_bytes()[: 2 * 8 + 3])  # two whole keys
+    vectors.write_bytes(vectors.read_bytes() + b"half a row")
+    assert (Teacher(f"st:{teacher_dir}", device="cpu").vectors(TEXTS) == expected).all()
+    assert (Teacher(f"st:{teacher_dir}", device="cpu").vectors(TEXTS) == expected).all()
+
+
+def test_unknown_teachers_are_refused(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="write st:PATH"):
+        Teacher("minilm")
+    with pytest.raises(ValueError, match=r"cannot load the teacher st:.*/none"):
+        Teacher(f"st:{tmp_path / 'none'}")
+
+
+def test_the_cosine_loss_is_sentence_transformers(teacher_dir: Path) -> None:
+    model = st.SentenceTransformer(str(teacher_dir), device="cpu")
+    features, targets = model.tokenize(TEXTS), torch.randn(len(TEXTS), 12)
+    theirs = losses.EmbedDistillLoss(model, distance_metric="cosine")([features], targets)
+    ours = cosine_loss(model(model.tokenize(TEXTS))["sentence_embedding"], targets)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_the_similarity_loss_is_the_divergence_of_the_teachers_rows() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((5, 7)), rng.standard_normal((5, 4))
+    expected = 0.0
+    for i in range(5):
+        others = [j for j in range(5) if j != i]
+        a, b = (np.array([v[i] @ v[j] / np.linalg.norm(v[i]) / np.linalg.norm(v[j]) for j in others]) for v in (x, y))
+        expected += (softmax(20 * b) * (log_softmax(20 * b) - log_softmax(20 * a))).sum() / 5
+    got = similarity_loss(torch.tensor(x), torch.tensor(y))
+    assert float(got) == pytest.approx(expected, rel=1e-4)
+    assert float(similarity_loss(torch.tensor(y), torch.tensor(y))) == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("projection", ["keep", "drop"])
+def test_a_run_moves_towards_the_teacher(
+    base_dir: Path, texts_file: Path, teacher_dir: Path, home: Path, tmp_path: Path, projection: str
+) -> None:
+    made = recipe(base_dir, str(texts_file), teacher_dir, max_steps=30, projection=projection)
+    gem, summary = train(made, tmp_path / "run", show_progress_bar=False)
+    curve_of = [row["distillation"] for row in curve(tmp_path / "run") if "loss" in row]
+    assert sum(curve_of[-5:]) < 0.8 * sum(curve_of[:5])
+    assert summary["distillation"] == curve_of[-1]
+    again = GemModel.from_pretrained(tmp_path / "run")
+    assert (again.encode(TEXTS) == gem.encode(TEXTS)).all()
+    assert gem.get_embedding_dim() == (12 if projection == "keep" else 32)
+    assert (tmp_path / "run" / "projection.safetensors").is_file() == (projection == "keep")
+
+
+def test_a_gated_gem_learns_from_a_teacher_after_next_tokens(
+    base_dir: Path, texts_file: Path, teacher_dir: Path, home: Path, tmp_path: Path
+) -> None:
+    options = {"tune": "gated", "attention": "causal", "special_tokens": 1, "ntp_steps": 2}
+    gem, _ = train(recipe(base_dir, str(texts_file), teacher_dir, **options), tmp_path / "run", show_progress_bar=False)
+    rows = [row for row in curve(tmp_path / "run") if "loss" in row]
+    assert ["distillation" in row for row in rows] == [False] * 2 + [True] * 4
+    np.testing.assert_allclose(gem.embed(gem.prefill(TEXTS)).numpy(), gem.encode(TEXTS), atol=1e-5)
+
+
+def test_sources_are_mixed_by_weight_and_pairs_are_contrasted(
+    base_dir: Path, texts_file: Path, teacher_dir: Path, home: Path, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    lines = texts_file.read_text().splitlines()
+    rows = [{"anchor": a, "positive": b} for a, b in zip(lines[::2], lines[1::2], strict=False)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = [{"path": str(texts_file), "weight": 3}, {"path": str(pairs), "batch_size": 4}]
+    made = recipe(base_dir, data, teacher_dir, max_steps=24)
+    assert Recipe.from_dict(Recipe.read_yaml(written(made, tmp_path))) == made
+    train(made, tmp_path / "run", show_progress_bar=False)
+    rows = [row for row in curve(tmp_path / "run") if "loss" in row]
+    assert 2 <= sum("contrastive" in row for row in rows) <= 12
+
+
+def written(made: Recipe, directory: Path) -> Path:
+    (directory / "written.yaml").write_text(made.to_yaml())
+    return directory / "written.yaml"
+
+
+def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(
+    base_dir: Path, texts_file: Path, teacher_dir: Path, home: Path, tmp_path: Path
+) -> None:
+    made = recipe(base_dir, str(texts_file), teacher_dir, max_steps=8, save_total_limit=9)
+    train(made, tmp_path / "whole", show_progress_bar=False)
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    (tmp_path / "killed" / "summary.json").unlink()
+    for step in (6, 8):
+        shutil.rmtree(tmp_path / "killed" / "checkpoints" / f"checkpoint-{step}")
+    train(made, tmp_path / "killed", resume=True, show_progress_bar=False)
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    for read in (lambda run: weights(run, "embedding_lora"), lambda run: load_file(run / "projection.safetensors")):
+        ours, theirs = read(tmp_path / "killed"), read(tmp_path / "whole")
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tune": "embedding_lora", "special_tokens": 0}, "acts in the embedding pass only"),
+        ({"attention": "bidirectional"}, "needs an embedding pass of its own, tune 'gated' has none"),
+        ({"data": [{"path": "x.txt", "weight": 0}]}, "the weight of x.txt must be a positive number, got 0"),
+        ({"data": [{"path": "x.txt", "kind": "a"}]}, "an entry of data must be a name, or path with"),
+        ({"teacher": "st:x", "cosine_weight": 0.0}, "nothing is learned from the teacher"),
+        ({"similarity_weight": -1.0}, "similarity_weight must not be negative"),
+    ],
+)
+def test_contradictions_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Recipe.from_dict(values)
