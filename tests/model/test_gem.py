@@ -14,10 +14,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import gemify.model.gem
 import tiny_models
 from gemify import GemModel
+from gemify.model.base import choose_cpu_dtype, load_base
 from gemify.model.config import CONFIG_FILE
 from gemify.model.forward import MaskedBatch, masked_pass
 from gemify.paper.tokens import Row, Segment, build_inputs
@@ -344,3 +346,30 @@ def test_a_prefills_growing_cache_gives_the_text_of_a_plain_run(gem: GemModel, o
     prompt = "a b a b a b a b a"
     text = gem.generate(gem.prefill(prompt), max_new_tokens=90, min_new_tokens=90, **options)
     assert text == gem.generate(prompt, max_new_tokens=90, min_new_tokens=90, **options)
+
+
+@pytest.mark.parametrize(
+    ("stored", "bf16", "expected"),
+    [
+        (torch.float32, True, torch.float32),
+        (torch.bfloat16, True, torch.bfloat16),
+        (torch.bfloat16, False, torch.float32),
+        (torch.float16, True, torch.float32),
+        (None, True, "auto"),
+    ],
+)
+def test_a_cpu_gets_a_dtype_it_is_fast_in(stored: Any, bf16: bool, expected: Any) -> None:
+    assert choose_cpu_dtype(stored, bf16=bf16) == expected
+
+
+def test_float16_weights_are_float32_on_a_cpu_with_the_same_values(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_models.build("llama").half().save_pretrained(tmp_path)
+    tiny_models.tokenizer().save_pretrained(tmp_path)
+    with caplog.at_level("INFO"):
+        lm, _ = load_base(str(tmp_path), device="cpu")
+    assert "stored in torch.float16 and loaded in torch.float32" in caplog.text
+    stored = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(p, stored[n].float()) for n, p in lm.named_parameters() if n in stored)
+    assert load_base(str(tmp_path), device="cpu", dtype=torch.float16)[0].dtype == torch.float16

@@ -26,7 +26,10 @@ Base = Annotated[str | None, typer.Option("--base", help="Load the base model fr
 BaseModel = Annotated[
     str, typer.Option("--base", "--model", "-m", help="Base model: directory, repo id, .gguf file, or starter.")
 ]
-Dtype = Annotated[str, typer.Option(help="Of the weights: auto (as stored), float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(help="Of the weights: auto (as stored, if the CPU is fast in it), float32, bfloat16 or float16."),
+]
 ExactDtype = Annotated[str, typer.Option("--dtype", help="Of the weights: float32, bfloat16 or float16.")]
 Quantize = Annotated[str, typer.Option(help="Bits of the weights on a CPU: int8 or int4, which write faster. Or none.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... [default: the accelerator if there is one]")]

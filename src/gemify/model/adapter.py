@@ -35,7 +35,7 @@ from typing import Any, TypedDict
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TrainableTokensConfig, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, LoraVariant
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -317,11 +317,13 @@ class Adapter(nn.Module):
         with torch.no_grad():
             self.rows.rows_KD.copy_(rows)
         if self._peft:
-            wanted = set(get_peft_model_state_dict(self._peft[0], save_embedding_layers=False))
-            if wanted != set(state):
-                odd = sorted(wanted ^ set(state))[0]
-                raise ValueError(f"the adapter's weights do not fit this base model (first odd one: {odd})")
-            set_peft_model_state_dict(self._peft[0], state)
+            ours = {n.replace(f".{_NAME}", ""): p for n, p in self._peft[0].named_parameters() if "lora_" in n}
+            shapes, wanted = ({n: t.shape for n, t in tensors.items()} for tensors in (state, ours))
+            if odd := sorted(name for name, _ in shapes.items() ^ wanted.items()):
+                raise ValueError(f"the adapter's weights do not fit this base model (first odd one: {odd[0]})")
+            with torch.no_grad():
+                for name, weight in ours.items():
+                    weight.copy_(state[name])
 
     def save(self, directory: Path) -> None:
         """Write ``adapter_config.json`` and ``adapter_model.safetensors``, which PEFT alone can read."""

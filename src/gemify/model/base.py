@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import platform
 import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -186,7 +187,13 @@ def _load(
             f"the tokenizer of {name} has no fast backend (tokenizer.json): convert it with transformers first"
         )
     kernel = loading.get("attn_implementation")
-    weights = {"dtype": loading.get("dtype", "auto"), **weights} | ({"attn_implementation": kernel} if kernel else {})
+    device = default_device() if (given := loading.get("device")) is None else torch.device(given)
+    dtype = loading.get("dtype", "auto")
+    if dtype == "auto" and device.type == "cpu" and getattr(config, "quantization_config", None) is None:
+        dtype = choose_cpu_dtype(config.dtype)
+        if config.dtype is not None and dtype != config.dtype:
+            logger.info("%s is stored in %s and loaded in %s, which this CPU is faster in", name, config.dtype, dtype)
+    weights = {"dtype": dtype, **weights} | ({"attn_implementation": kernel} if kernel else {})
     try:
         with hide_progress_bars():
             lm = AutoModelForCausalLM.from_pretrained(name, **source, **weights)
@@ -194,8 +201,31 @@ def _load(
         raise ValueError(_missing_package(name, config, error)) from error
     except (OSError, ValueError, SafetensorError, *_DAMAGED) as error:
         raise BaseNotFoundError(_unreadable(name, error)) from error
-    device = loading.get("device")
-    return lm.to(default_device() if device is None else device).eval(), tokenizer
+    return lm.to(device).eval(), tokenizer
+
+
+def choose_cpu_dtype(stored: torch.dtype | str | None, *, bf16: bool | None = None) -> torch.dtype | str:
+    """Return the dtype for weights on a CPU: as stored, or float32 where the stored one has no fast arithmetic.
+
+    Products of many rows in bfloat16 take 0.4 of float32's time with AVX512-BF16 and 1.6 to 4 times as long without;
+    in float16 they take five times as long on either (docs/log/encoding-speed.md). float32 holds all of their values.
+
+    Args:
+        stored: The dtype of the weights as stored. None: not known.
+        bf16: Whether the CPU multiplies bfloat16. None: that of this machine.
+    """
+    if bf16 is None:
+        bf16 = has_bf16_arithmetic()
+    if stored == torch.float16 or (stored == torch.bfloat16 and not bf16):
+        return torch.float32
+    return "auto" if stored is None else stored
+
+
+def has_bf16_arithmetic() -> bool:
+    """Return whether this machine's CPU multiplies bfloat16 (AVX512-BF16 or AMX; on ARM its bf16 extension)."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _missing_package(name: str, config: PretrainedConfig, error: ImportError) -> str:
