@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from gemify.io.atomic import atomic_directory
 from gemify.model.adapter import ADAPTER_FILE
 from gemify.model.config import CONFIG_FILE
+from gemify.training.checkpoints import RECIPE_FILE
 from gemify.training.recipe import Recipe
-from gemify.training.trainer import RECIPE_FILE
 
 
 def main(run: Path, target: Path) -> None:
@@ -30,7 +30,7 @@ def main(run: Path, target: Path) -> None:
         for name in ("adapter_config.json", "summary.json", CONFIG_FILE):
             shutil.copyfile(run / name, stage / name)
         recipe = Recipe.from_dict({**Recipe.read_yaml(run / RECIPE_FILE), "eval_pairs": None})
-        recipe = dataclasses.replace(recipe, data=os.path.relpath(recipe.data))  # no path of the machine it ran on
+        recipe = dataclasses.replace(recipe, data=os.path.relpath(str(recipe.data)))  # no path of the machine it ran on
         (stage / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
 
 

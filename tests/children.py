@@ -141,10 +141,17 @@ def gradients(base: str, batch: Any, options: Any) -> dict[str, Any]:
     """The gradients of a batch's loss, by a gated GEM whose weights are not those of a fresh one."""
     import torch
 
+    from gemify.model.projection import Projection
     from gemify.training.objective import Objective
+    from gemify.training.recipe import Recipe
+    from gemify.training.teacher import Distillation
     from tiny_gems import make_gem
 
     gem = make_gem(base, adapter={"lora_dropout": options.pop("dropout", 0.0)})
+    if batch.targets is not None:
+        weight_PD = torch.randn(batch.targets[0].shape[1], gem.get_embedding_dim(), generator=torch.manual_seed(4))
+        recipe = Recipe(teacher="st:any", similarity_weight=0.5)
+        options = {**options, "distillation": Distillation(Projection(weight_PD), recipe)}
     made = Objective(gem.lm, gem.adapter, gem.config, **options)
     torch.manual_seed(3)
     made.train()(batch).total.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,14 +81,14 @@ def test_the_next_pool_is_tokenised_while_one_is_computed(gem: GemModel, monkeyp
     """The first batch does not go on before the second pool has been tokenised, in another thread."""
     monkeypatch.setattr(encode, "POOL_SIZE", 2)
     tokenised: dict[str, threading.Event] = {"a": threading.Event(), "c": threading.Event(), "e": threading.Event()}
-    plain = TextTokenizer.__call__
+    plain = TextTokenizer.split
 
-    def call(self: TextTokenizer, texts: Sequence[str], *, max_tokens: int | None) -> list[list[int]]:
-        ids = plain(self, texts, max_tokens=max_tokens)
+    def split(self: TextTokenizer, texts: Sequence[str], **options: Any) -> Any:
+        ids = plain(self, texts, **options)
         tokenised[texts[0]].set()
         return ids
 
-    monkeypatch.setattr(TextTokenizer, "__call__", call)
+    monkeypatch.setattr(TextTokenizer, "split", split)
     waits = iter(["c", "e"])
 
     def first_of_a_pool(*_: object) -> None:
@@ -101,14 +102,14 @@ def test_the_next_pool_is_tokenised_while_one_is_computed(gem: GemModel, monkeyp
 
 def test_a_failure_to_tokenise_reaches_the_caller(gem: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encode, "POOL_SIZE", 1)
-    plain = TextTokenizer.__call__
+    plain = TextTokenizer.split
 
-    def call(self: TextTokenizer, texts: Sequence[str], *, max_tokens: int | None) -> list[list[int]]:
+    def split(self: TextTokenizer, texts: Sequence[str], **options: Any) -> Any:
         if texts[0] == "bad":
             raise RuntimeError("no such text")
-        return plain(self, texts, max_tokens=max_tokens)
+        return plain(self, texts, **options)
 
-    monkeypatch.setattr(TextTokenizer, "__call__", call)
+    monkeypatch.setattr(TextTokenizer, "split", split)
     with pytest.raises(RuntimeError, match="no such text"):
         gem.encode(["good", "fine", "bad"])
     assert not [t for t in threading.enumerate() if t.name.startswith("gemify-tokenise")]

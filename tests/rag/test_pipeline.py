@@ -199,7 +199,7 @@ def test_a_question_whose_vector_is_not_in_the_chat_is_embedded_apart(chatty: Ge
         shelf = Shelf()
         assert GemRag(gem, shelf, settings=FIRST).ask("who ate?").passages
         assert np.array_equal(shelf.asked[0][3], gem.encode_query("who ate?"))
-    with pytest.raises(ValueError, match="has no special tokens: choose context"):
+    with pytest.raises(ValueError, match="in a chat's cache: choose context"):
         GemRag(mean, Shelf(), settings=replace(FIRST, context="special"))
 
 

@@ -259,7 +259,13 @@ def test_flags_beat_the_environment_and_that_the_file(tmp_path: Path, monkeypatc
 
 
 def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"cors_origins": "*", "max_bodies_bytes": str(300 << 20), "host": "::1", "stop_timeout": "7.5"}
+    given = {
+        "cors_origins": "*",
+        "max_bodies_bytes": str(300 << 20),
+        "host": "::1",
+        "stop_timeout": "7.5",
+        "truncate": "mean",
+    }
     for name, field in ServerSettings.model_fields.items():
         value = given.get(name, "1" if field.annotation is bool or "1" in str(field.annotation) else "64")
         monkeypatch.setenv(variable_name(name), value)

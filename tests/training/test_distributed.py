@@ -253,13 +253,17 @@ ROWS = [
 ]
 
 
+TAUGHT = list(np.random.default_rng(0).standard_normal((len(VIEWS), 2, 6)).astype(np.float32))
+
+
+@pytest.mark.parametrize("taught", [None, TAUGHT], ids=["contrast", "teacher"])
 @pytest.mark.parametrize("options", [{}, {"contrastive_chunk_size": 2}, {"sharded": True, "group_tokens": 12}])
 def test_gathered_negatives_have_the_gradient_of_the_whole_batch(
-    base_dir: Path, server: ForkServerContext, options: dict[str, Any]
+    base_dir: Path, server: ForkServerContext, options: dict[str, Any], taught: list[np.ndarray] | None
 ) -> None:
     """Five pairs and three rows over two processes, the learned temperature included."""
     targets = sum(len(r.suffix) for r in ROWS)
-    batch = MicroBatch(0.5, ROWS, VIEWS, step_targets=targets)
+    batch = MicroBatch(0.5, ROWS, VIEWS, step_targets=targets, targets=taught)
     together = heard(start(server, children.gradients_together, str(base_dir), batch, options))
     alone = children.gradients(str(base_dir), batch, {})
     assert float(alone["temperature.t"].abs()) > 1e-4

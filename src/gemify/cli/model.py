@@ -182,8 +182,7 @@ def info(
     as_json: Json = False,
 ) -> None:
     """Show a GEM's configuration; --verify compares its language model with the base model."""
-    from gemify.model.config import GemConfig, resolve_directory
-    from gemify.model.tokenization import PLAIN
+    from gemify.model.config import LATER_FIELDS, GemConfig, resolve_directory
 
     directory = resolve_directory(model)
     config = GemConfig.from_directory(directory)
@@ -198,10 +197,9 @@ def info(
     if as_json:
         print_json(facts)
         return
-    if config.template == PLAIN:
-        del facts["template"]
-    if config.layer is None:
-        del facts["layer"]
+    for name in LATER_FIELDS:
+        if facts[name] == getattr(GemConfig, name):
+            del facts[name]
     for name, value in facts.items():
         typer.echo(
             f"{name:20} {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | tuple | list) else value}"
@@ -227,11 +225,13 @@ def export(
     if as_json:
         print_json({**dataclasses.asdict(written), "directory": str(output)})
         return
-    echo_err(f"special token: {' '.join(written.special_tokens)}")
+    if written.special_tokens:
+        echo_err(f"special token: {' '.join(written.special_tokens)}")
     for name in written.embedding:
         echo_err(f"{output / name}: for sentence-transformers and vLLM")
     for name in written.adapters:
-        echo_err(f"{output / name}: acts at the special token; vectors without it are untrained")
+        place = "in the embedding pass" if config.tune == "embedding_lora" else "at the special token"
+        echo_err(f"{output / name}: acts {place}; vectors without it are untrained")
     typer.echo(str(output))
 
 

@@ -70,6 +70,8 @@ TUNES: tuple[Tune, ...] = get_args(Tune)
 ATTENTIONS: tuple[Attention, ...] = get_args(Attention)
 CONFIG_FILE = "config_gemify.json"
 FORMAT_VERSION = 1
+LATER_FIELDS = ("template", "layer", "attention", "projection_dim", "teacher")
+"""Fields of `GemConfig` that the first files lack."""
 SHIPPED = ("starter", "starter-multi")
 """Names of the GEMs that come with gemify."""
 
@@ -97,6 +99,8 @@ class GemConfig:
     attention: Attention = "causal"
     projection_dim: int | None = None
     """Width of the linear map that is applied to the pooled state (`gemify.model.projection`). None: there is none."""
+    teacher: str | None = None
+    """The embedding model in whose space the projected vectors lie."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     format_version: int = FORMAT_VERSION
@@ -159,14 +163,9 @@ class GemConfig:
     def to_json(self) -> str:
         """Return the text of ``config_gemify.json``."""
         values = dataclasses.asdict(self)
-        if self.template == PLAIN:  # defaults of fields added later are left out: older files stay equal
-            del values["template"]
-        if self.layer is None:
-            del values["layer"]
-        if self.attention == "causal":
-            del values["attention"]
-        if self.projection_dim is None:
-            del values["projection_dim"]
+        for name in LATER_FIELDS:  # their defaults are left out: older files stay equal
+            if values[name] == getattr(GemConfig, name):
+                del values[name]
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
     @staticmethod

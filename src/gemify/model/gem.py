@@ -135,7 +135,7 @@ class GemModel(EmbeddingMixin):
         A base with other weights than the GEM was trained on is used, with a warning.
 
         Args:
-            path: A directory, a Hugging Face repo id, or a GEM that comes with gemify (``starter``, ``starter-multi``).
+            path: A directory, a Hugging Face repo id, or a GEM that comes with gemify (`gemify.model.config.SHIPPED`).
             base: Where to look for the base model. None: where the configuration says.
             max_length: Most tokens of a text, template and special tokens included, up to the base's positions. None:
                 what the GEM was saved with.
