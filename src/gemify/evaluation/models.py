@@ -129,7 +129,8 @@ class EvalModels:
         if self.base_given is not None and self.config.tune != "full":
             found = weights_fingerprint(self.base[0])
             weights += "" if found == self.config.base_fingerprint else f"-on-{found}"  # another model, then
-        words = "SimCSE, no special token" if self.config.k == 0 else f"GEM {self.config.tune}"
+        simcse = self.config.k == 0 and not self.config.frozen_base
+        words = "SimCSE, no special token" if simcse else f"GEM {self.config.tune}"
         facts = {
             "label": f"{words}: {label}",
             "kind": "gem",
