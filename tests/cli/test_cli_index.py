@@ -88,3 +88,26 @@ def test_what_goes_wrong_is_said(model: Path, docs: Path, tmp_path: Path, argume
 def test_wrong_usage_is_code_2(docs: Path) -> None:
     assert run("index", docs)[0] == 2
     assert run("search", "a", "--store", "s", "-k", "0")[0] == 2
+
+
+def test_files_are_left_out_and_forgotten(model: Path, docs: Path, tmp_path: Path) -> None:
+    """What a pattern or ``.gitignore`` names is not read; a forgotten file is found no more, and stays on disk."""
+    store = tmp_path / "store"
+    (docs / "notes.log.txt").write_text("Rivers carry sand.\n")
+    (docs / "secret.txt").write_text("Keys lie under the mat.\n")
+    (docs / ".gitignore").write_text("secret.txt\n")
+    common = ("--store", store, "--model", model, "--chunk-tokens", 64, "--chunk-overlap", 8, "-q")
+    code, _, err = run("index", docs, *common, "--exclude", "*.log.txt", "--exclude", "c.pdf")
+    assert code == 0, err
+    assert sources(store) == {"a.md", "b.txt"}
+    code, _, err = run("forget", docs / "b.txt", "--store", store)
+    assert code == 0, err
+    assert sources(store) == {"a.md"}
+    assert (docs / "b.txt").is_file()
+
+
+def sources(store: Path) -> set[str]:
+    """Names of the files that a search over everything finds."""
+    code, out, err = run("search", "the moon and the night", "-s", store, "-k", 9, "--json")
+    assert code == 0, err
+    return {Path(json.loads(line)["file"]).name for line in out.splitlines()}
