@@ -250,5 +250,5 @@ def test_an_asynchronous_stream_that_is_dropped_ends(shared_gem: GemModel) -> No
         await pieces.aclose()
 
     asyncio.run(take_one())
-    with shared_gem.lock:
-        pass
+    assert shared_gem.lock.acquire(timeout=30), "the stream still holds the model"
+    shared_gem.lock.release()

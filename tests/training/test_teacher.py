@@ -86,7 +86,10 @@ def test_what_a_killed_run_left_half_written_is_not_read(teacher_dir: Path, home
     keys.write_bytes(keys.read_bytes()[: 2 * 8 + 3])  # two whole keys
     vectors.write_bytes(vectors.read_bytes() + b"half a row")
     assert (Teacher(f"st:{teacher_dir}", device="cpu").vectors(TEXTS) == expected).all()
+    assert keys.stat().st_size == 8 * len(TEXTS)
+    vectors.write_bytes(vectors.read_bytes()[:-5])  # keys without their vectors, as after a power cut
     assert (Teacher(f"st:{teacher_dir}", device="cpu").vectors(TEXTS) == expected).all()
+    assert (keys.stat().st_size, vectors.stat().st_size) == (8 * len(TEXTS), 2 * 12 * len(TEXTS))
 
 
 def test_unknown_teachers_are_refused(home: Path, tmp_path: Path) -> None:

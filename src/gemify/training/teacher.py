@@ -27,6 +27,7 @@ from gemify.training.recipe import Recipe
 
 _BLOCK = 256
 """Texts that the teacher embeds at a time."""
+_KEY_BYTES = 8
 
 
 class Distillation(nn.Module):
@@ -105,7 +106,9 @@ class Teacher:
 
     def vectors(self, texts: Sequence[str]) -> np.ndarray:
         """Return the unit vectors [N, P] in float32 of N texts; unknown ones are computed and kept."""
-        keys = [hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest() for text in texts]
+        keys = [
+            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest() for text in texts
+        ]
         if any(key not in self._keys for key in keys):
             with self._lock():
                 self._read_keys()  # another process may have computed them since
@@ -126,16 +129,20 @@ class Teacher:
                 file.truncate(len(self._keys) * self.dim * 2)  # what a killed process wrote without its keys
                 file.seek(0, 2)
                 file.write(vectors_NP.astype(np.float16).tobytes())
-            with (self.directory / "keys.bin").open("ab") as file:
+            with (self.directory / "keys.bin").open("r+b" if self._keys else "wb") as file:
+                file.truncate(len(self._keys) * _KEY_BYTES)
+                file.seek(0, 2)
                 file.write(b"".join(key for key, _ in some))
             for key, _ in some:
                 self._keys[key] = len(self._keys)
 
     def _read_keys(self) -> None:
-        path = self.directory / "keys.bin"
-        content = path.read_bytes() if path.is_file() else b""
-        content = content[: len(content) // 8 * 8]
-        self._keys = {content[at : at + 8]: at // 8 for at in range(0, len(content), 8)}
+        """Read the keys whose vectors are there: a killed process may have left a part of either file."""
+        keys, vectors = self.directory / "keys.bin", self.directory / "vectors.bin"
+        content = keys.read_bytes() if keys.is_file() and vectors.is_file() else b""
+        rows = vectors.stat().st_size // (self.dim * 2) if content else 0
+        count = min(len(content) // _KEY_BYTES, rows)
+        self._keys = {content[n * _KEY_BYTES : (n + 1) * _KEY_BYTES]: n for n in range(count)}
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
