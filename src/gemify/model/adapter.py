@@ -183,8 +183,7 @@ class EmbeddingLora(GatedLora):
     @staticmethod
     def forward(module: Any, active_adapter: str, x: Tensor, result: Tensor, **kwargs: Any) -> Tensor:
         """Add the low-rank term to the base layer's output, in one product."""
-        if current_gate() is None:
-            return result
+        assert current_gate() is not None
         a_RD, b_OR = (m[active_adapter].weight.to(result.dtype) for m in (module.lora_A, module.lora_B))
         x_ND = module.lora_dropout[active_adapter](x.to(result.dtype)).flatten(0, -2)
         low_NR = nn.functional.linear(x_ND, a_RD)
