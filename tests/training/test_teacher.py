@@ -189,6 +189,10 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(
         ({"data": [{"path": "x.txt", "weight": 0}]}, "the weight of x.txt must be a positive number, got 0"),
         ({"data": [{"path": "x.txt", "kind": "a"}]}, "an entry of data must be a name, or path with"),
         ({"teacher": "st:x", "cosine_weight": 0.0}, "nothing is learned from the teacher"),
+        (
+            {"tune": "embedding_lora", "special_tokens": 0, "ntp_steps": 0, "gradient_checkpointing": True},
+            "set contrastive_chunk_size instead",
+        ),
         ({"similarity_weight": -1.0}, "similarity_weight must not be negative"),
     ],
 )

@@ -199,7 +199,12 @@ class Recipe:
             raise ValueError(f"mix = {self.mix} contradicts 0 special tokens: all rows are raw then, leave mix out")
         if not self.special_tokens and self.view == "mask":
             raise ValueError("view 'mask' hides text from special tokens, there are 0: choose delete, span or halves")
-        if self.tune in ("gated", "tokens") and self.gradient_checkpointing:
+        if self.tune == "embedding_lora" and self.gradient_checkpointing:
+            raise ValueError(
+                "gradient_checkpointing runs layers again without the embedding pass's adapter: set"
+                " contrastive_chunk_size instead (GradCache)"
+            )
+        if self.frozen_base and self.gradient_checkpointing:
             raise ValueError(
                 f"gradient_checkpointing contradicts tune {self.tune!r}: no gradient runs through the text"
             )
