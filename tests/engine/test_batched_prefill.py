@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_client import running
 from test_engine import some_ids
 
 import tiny_models
+from engine_client import running
 from gemify import GemModel
 from gemify.engine.running_batch import prefill_batch, supports_batched_prefill
 from gemify.engine.sampling import SamplingParams

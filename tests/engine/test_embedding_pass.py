@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from engine_client import GREEDY, running
 
+from engine_client import GREEDY, running
 from tiny_gems import make_gem
 
 TEXTS = ["a cat on a mat", "x", "the river is long and red " * 3]

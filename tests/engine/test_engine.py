@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_client import GREEDY, Heard, running
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import tiny_models
+from engine_client import GREEDY, Heard, running
 from gemify import GemModel
 from gemify.engine.engine import Engine
 from gemify.engine.requests import (

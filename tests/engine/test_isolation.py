@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_client import GREEDY, running
 from test_engine import greedy, some_ids
 
 import tiny_models
+from engine_client import GREEDY, running
 from gemify import GemModel
 from gemify.engine import running_batch
 from gemify.engine.requests import Failed, QueueFullError

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_client import running
 
 import tiny_models
+from engine_client import running
 from gemify import GemModel
 from tiny_gems import randomize
 

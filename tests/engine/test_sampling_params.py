@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_client import Asker, Heard, running
 
+from engine_client import Asker, Heard, running
 from gemify import GemModel
 from gemify.engine.requests import PromptLogprobs
 from gemify.engine.sampling import SamplingParams

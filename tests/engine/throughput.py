@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from engine_client import running
-
 from gemify import GemModel
 from gemify.bench.serve import traffic
 from gemify.engine.sampling import SamplingParams
