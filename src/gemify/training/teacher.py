@@ -25,8 +25,10 @@ from gemify.paper.views import View
 from gemify.training.distributed import gather, world_size
 from gemify.training.recipe import Recipe
 
-_BLOCK = 256
-"""Texts that the teacher embeds at a time."""
+_BLOCK, _GPU_BLOCK = 256, 8192
+"""Texts between two saves."""
+_BATCH_SIZE, _GPU_BATCH_SIZE = 64, 512
+"""Texts of a forward pass."""
 _KEY_BYTES = 8
 
 
@@ -120,10 +122,12 @@ class Teacher:
 
     def _append(self, texts: dict[bytes, str]) -> None:
         waiting = list(texts.items())
-        for at in range(0, len(waiting), _BLOCK):
-            some = waiting[at : at + _BLOCK]
+        on_cpu = self._model.device.type == "cpu"
+        block, batch_size = (_BLOCK, _BATCH_SIZE) if on_cpu else (_GPU_BLOCK, _GPU_BATCH_SIZE)
+        for at in range(0, len(waiting), block):
+            some = waiting[at : at + block]
             vectors_NP = self._model.encode(
-                [text for _, text in some], batch_size=64, normalize_embeddings=True, show_progress_bar=False
+                [text for _, text in some], batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
             )
             with (self.directory / "vectors.bin").open("r+b" if self._keys else "wb") as file:
                 file.truncate(len(self._keys) * self.dim * 2)  # what a killed process wrote without its keys

@@ -52,6 +52,8 @@ SUMMARY_FILE = "summary.json"
 _TEMPERATURE_FILE = "temperature.safetensors"
 _LONG_PASS_OVERHEAD = 60.0
 """What a pass with its way back costs beside its tokens, in tokens: measured in bfloat16 on one CPU core."""
+_GPU_PASS_OVERHEAD = 4096.0
+"""The same on a GPU, where starting a pass's kernels takes as long as some thousands of tokens."""
 _LOSSES = ("ntp", "contrastive", "distillation")
 
 
@@ -327,12 +329,18 @@ def build_objective(
         gem.adapter,
         gem.config,
         group_tokens=recipe.group_tokens,
-        pass_overhead_tokens=_LONG_PASS_OVERHEAD if recipe.tune == "embedding_lora" else PASS_OVERHEAD_TOKENS,
+        pass_overhead_tokens=_pass_overhead_tokens(recipe, gem.device),
         contrastive_chunk_size=recipe.contrastive_chunk_size,
         sharded=sharded,
         distillation=distillation,
     )
     return gem, objective
+
+
+def _pass_overhead_tokens(recipe: Recipe, device: torch.device) -> float:
+    if device.type != "cpu":
+        return _GPU_PASS_OVERHEAD
+    return _LONG_PASS_OVERHEAD if recipe.tune == "embedding_lora" else PASS_OVERHEAD_TOKENS
 
 
 def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
