@@ -1,4 +1,4 @@
-# make setup | demo | test | check | fast | long | coverage | test-lowest | test-newest | docs | starter | starter-multi | clean
+# make setup | demo | test | check | fast | long | coverage | test-lowest | test-newest | docs | gpu | starter | starter-multi | clean
 
 # The first Python that runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -10,7 +10,7 @@ TORCH ?= 2.13.0
 # Pip finds PyTorch's CPU build; uv, which resolves the versions of `make test-lowest`, takes what is there.
 INSTALL_TORCH = $(1)/bin/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || $(1)/bin/pip install --quiet "torch==$(TORCH)"
 
-.PHONY: setup demo test check fast long docs coverage test-lowest test-newest starter starter-multi clean
+.PHONY: setup demo test check fast long docs gpu coverage test-lowest test-newest starter starter-multi clean
 
 setup: $(VENV)/.ready
 
@@ -51,6 +51,11 @@ docs: setup  ## the site in site/: reference pages from the code; a broken link,
 	$(BIN)/python docs/generate_reference.py build/docs
 	@$(BIN)/zensical build --clean --strict >build/docs.log 2>&1; status=$$?; cat build/docs.log; \
 		! grep -qE '^(griffe|mkdocstrings):' build/docs.log && exit $$status
+
+DEVICE ?= cuda
+GPU_REPORT ?= runs/gpu.json
+gpu:  ## everything that a GPU is asked, in one JSON file; needs no set-up, only PyTorch, transformers, PEFT and pytest
+	PYTHONPATH=src $(firstword $(wildcard $(BIN)/python) $(PYTHON)) examples/gpu.py --device $(DEVICE) --output $(GPU_REPORT)
 
 coverage: setup  ## as `make test`, and how many of the lines ran
 	$(BIN)/python -m pytest -m "not long" --cov --cov-report=term:skip-covered
