@@ -55,7 +55,7 @@ docs: setup  ## the site in site/: reference pages from the code; a broken link,
 DEVICE ?= cuda
 GPU_REPORT ?= runs/gpu.json
 gpu:  ## everything that a GPU is asked, in one JSON file; needs no set-up, only PyTorch, transformers, PEFT and pytest
-	PYTHONPATH=src $(firstword $(wildcard $(BIN)/python) $(PYTHON)) examples/gpu.py --device $(DEVICE) --output $(GPU_REPORT)
+	PYTHONPATH=src:tests:$$PYTHONPATH $(firstword $(wildcard $(BIN)/python) $(PYTHON)) examples/gpu.py --device $(DEVICE) --output $(GPU_REPORT)
 
 coverage: setup  ## as `make test`, and how many of the lines ran
 	$(BIN)/python -m pytest -m "not long" --cov --cov-report=term:skip-covered

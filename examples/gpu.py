@@ -1,8 +1,8 @@
-"""Everything that a GPU is asked here, in one JSON file: the tests of tests/gpu, rates, vectors and losses beside the CPU's.
+"""What a GPU is asked, in one JSON file: the tests of tests/gpu, rates, and vectors and losses beside the CPU's.
 
 Run by `make gpu`, which takes under ten minutes on a bare machine: PyTorch with CUDA, transformers, PEFT, pytest; no
-network, no set-up. `make gpu DEVICE=cpu` tries it where there is no GPU. Without the starter's weights a random model of
-its shape takes its place. A part that fails is recorded, and the others run; the exit code is then 1.
+network, no set-up. `make gpu DEVICE=cpu` tries it where there is no GPU. Without the starter's weights a random model
+of its shape takes its place. A part that fails is recorded, and the others run; the exit code is then 1.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests"), str(ROOT / "examples")]
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
@@ -48,6 +46,7 @@ from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
 from tiny_gems import make_gem
 
+ROOT = Path(__file__).parents[1]
 STARTER_SIZES = {
     "hidden_size": 576,
     "intermediate_size": 1536,
@@ -85,8 +84,7 @@ class Check:
         """The tests of tests/gpu, by pytest."""
         report = self.work / "tests.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", "tests/gpu"]
-        path = f"{ROOT / 'src'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-        environment = {**os.environ, "GEMIFY_GPU_TESTS_DEVICE": str(self.device), "PYTHONPATH": path}
+        environment = {**os.environ, "GEMIFY_GPU_TESTS_DEVICE": str(self.device)}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=360)
         suite = next(iter(ElementTree.parse(report).getroot()))
         failed = {
@@ -185,7 +183,7 @@ class Check:
         return [row for row in map(json.loads, lines) if "loss" in row]
 
     def synchronisations(self) -> dict[str, Any]:
-        """Lines that wait for the device, with how often, in one encode pass, one training pass and 8 written tokens."""
+        """Lines that wait for the device, with how often: an encode pass, training passes, and tokens of four chats."""
         gem = self.load(torch.bfloat16)
         rows = gem.text_tokenizer(self.texts[:32], max_tokens=gem.config.max_text_tokens)
         objective = Objective(gem.lm, gem.adapter, gem.config)
