@@ -102,12 +102,12 @@ class RunningBatch:
     def step(self, tokens: Sequence[int]) -> None:
         """Run one token for each row, and keep the logits of the next ones."""
         device = self.lm.device
-        lengths_B = torch.tensor(self._lengths, device=device) + 1
-        positions_T = torch.arange(self.padded_length + 1, device=device)
+        T = self.padded_length + 1
+        tokens_B, positions_B, lengths_B = torch.tensor([tokens, self._positions, self._lengths]).to(device)
         out = self.lm(
-            input_ids=torch.tensor(tokens, device=device)[:, None],
-            attention_mask=(positions_T >= positions_T[-1] + 1 - lengths_B[:, None]).long(),
-            position_ids=torch.tensor(self._positions, device=device)[:, None],
+            input_ids=tokens_B[:, None],
+            attention_mask=(torch.arange(T, device=device) >= T - 1 - lengths_B[:, None]).long(),
+            position_ids=positions_B[:, None],
             **cache_argument(self._cache),
             use_cache=True,
         )
@@ -179,9 +179,9 @@ def _stack(lm: PreTrainedModel, texts: Sequence[CachedText]) -> CachedText:
 
 
 def _cut_row(lm: PreTrainedModel, handle: Prefill, row: int) -> CachedText:
-    seen_T = handle.text.mask_BT[row]
+    seen_T = handle.text.mask_BT[row].nonzero()[:, 0]  # once: every layer would wait for a GPU otherwise
     pairs = [(k[row : row + 1, :, seen_T], v[row : row + 1, :, seen_T]) for k, v in key_values(handle.text.cache)]
-    mask_1T = torch.ones(1, int(seen_T.sum()), dtype=torch.bool, device=lm.device)
+    mask_1T = torch.ones(1, len(seen_T), dtype=torch.bool, device=lm.device)
     return CachedText(from_key_values(lm, pairs, into=new_full_cache(lm)), mask_1T)
 
 

@@ -240,5 +240,6 @@ def token_logprob(token_bytes: TokenBytes, logits_V: Tensor, chosen: int, count:
     """Return a token's log probability under the model's own logits, with those of the ``count`` most likely tokens."""
     logprobs_V = F.log_softmax(logits_V.float(), dim=-1)
     ids: Sequence[int] = logprobs_V.topk(count).indices.tolist() if count else []
-    first, *top = (TokenLogprob(i, *token_bytes(i), float(logprobs_V[i])) for i in [chosen, *ids])
+    values: list[float] = logprobs_V[[chosen, *ids]].tolist()
+    first, *top = (TokenLogprob(i, *token_bytes(i), p) for i, p in zip([chosen, *ids], values, strict=True))
     return TokenLogprob(first.id, first.text, first.data, first.logprob, tuple(top))

@@ -73,7 +73,8 @@ class GenerationScheduler:
         self._batched_prefill = supports_batched_prefill(gem.lm)
         self._kv_bytes_per_token = 0
         vocabulary = gem.lm.get_output_embeddings().out_features
-        self._suppressed_ids = [i for i in gem.config.special_ids if i < vocabulary]
+        suppressed = [i for i in gem.config.special_ids if i < vocabulary]
+        self._suppressed_ids = torch.tensor(suppressed, dtype=torch.long, device=gem.device)
         self._counts = dict.fromkeys(
             ("prompt_tokens", "cached_tokens", "generation_tokens", "finished_seqs", "cancelled", "failed"), 0
         )
@@ -261,7 +262,7 @@ class GenerationScheduler:
     def _sample(self) -> list[bool]:
         """Append a token to every sequence. Return which of them are over."""
         logits_BV = self._batch.logits_BV
-        logits_BV[:, self._suppressed_ids] = -torch.inf
+        logits_BV.index_fill_(-1, self._suppressed_ids, -torch.inf)
         argmax_B = logits_BV.argmax(-1).tolist()
         over = [self._append_token(s, logits_BV[row], argmax_B[row]) for row, s in enumerate(self.running)]
         self._counts["generation_tokens"] += len(over)

@@ -55,7 +55,8 @@ def encode_ids(
     device = lm.device
     batch = MaskedBatch.of(inputs, shared_position=config.shared_position, device=device)
     if not batch.ids_BT.numel():  # texts without tokens, and no special tokens either: nothing to run
-        return torch.zeros(len(rows), config.projection_dim or lm.config.get_text_config().hidden_size)
+        width = config.projection_dim or lm.config.get_text_config().hidden_size
+        return torch.zeros(len(rows), width, device=device)
     with early_exit(lm, config.layer):
         hidden_BTD = embedding_pass(lm, batch, config)
     states_BD = pool_hidden_states(hidden_BTD, batch.segments_BT, config.pooling).float()

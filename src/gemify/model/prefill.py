@@ -189,7 +189,8 @@ class _Suppress(LogitsProcessor):
         self._ids = torch.tensor(ids)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return scores.index_fill(-1, self._ids.to(scores.device), -torch.inf)
+        self._ids = self._ids.to(scores.device)  # once: a copy to a GPU waits for it
+        return scores.index_fill(-1, self._ids, -torch.inf)
 
 
 @contextlib.contextmanager
@@ -261,10 +262,9 @@ def greedy_from_specials(
     rows: list[list[int]] = [[] for _ in range(logits_BV.shape[0])]
     done = [False] * len(rows)
     blocked = [i for i in suppressed_ids if i < logits_BV.shape[1]]
+    blocked_N = torch.tensor(blocked, device=logits_BV.device, dtype=torch.long)
     for _ in range(max_new_tokens):
-        next_B = logits_BV.index_fill(
-            1, torch.tensor(blocked, device=logits_BV.device, dtype=torch.long), -torch.inf
-        ).argmax(-1)
+        next_B = logits_BV.index_fill(1, blocked_N, -torch.inf).argmax(-1)
         for row, token in enumerate(next_B.tolist()):
             done[row] = done[row] or token in eos_ids
             if not done[row]:

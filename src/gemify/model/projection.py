@@ -62,5 +62,5 @@ def ridge(states_ND: Tensor, targets_NP: Tensor, *, penalty: float = 1e-3) -> Te
     """
     x_ND, y_NP = nn.functional.normalize(states_ND.double(), dim=-1), targets_NP.double()
     gram_DD = x_ND.T @ x_ND
-    gram_DD += torch.eye(len(gram_DD), dtype=gram_DD.dtype) * penalty * gram_DD.diagonal().mean()
+    gram_DD += torch.eye(len(gram_DD), dtype=gram_DD.dtype, device=gram_DD.device) * penalty * gram_DD.diagonal().mean()
     return torch.linalg.solve(gram_DD, x_ND.T @ y_NP).T.float()

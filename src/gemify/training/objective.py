@@ -283,8 +283,8 @@ class Objective(nn.Module):
 
     def _at_targets(self, out: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Hidden states or logits at the positions that have a target, and these targets."""
-        counts = labels != IGNORED
-        return out[counts.to(out.device)], labels[counts].to(out.device)
+        found = (labels != IGNORED).nonzero(as_tuple=True)  # once, and labels are on the CPU where they can be
+        return out[tuple(index_N.to(out.device) for index_N in found)], labels[found].to(out.device)
 
     def _loss(self, found: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Summed next-token loss."""
@@ -385,7 +385,8 @@ class Objective(nn.Module):
             batch = MaskedBatch.of(
                 [laid_out[i] for i in group], shared_position=self.gem_config.shared_position, device=self.device
             )
-            counts.add(batch.segments_BT != Segment.PAD)
+            counts.tokens += batch.ids_BT.numel()
+            counts.padding += batch.ids_BT.numel() - sum(len(laid_out[i].ids) for i in group)
             batches.append((group, batch))
         return batches
 
