@@ -8,18 +8,26 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import pretend_device
+import tiny_models
 from gemify import GemModel
+from gemify.model.base import load_base
 from gemify.model.projection import Projection
 from tiny_gems import make_gem
 
 DEVICE = os.environ.get("GEMIFY_GPU_TESTS_DEVICE", "cuda")
 ON_GPU = DEVICE.startswith("cuda")
+if DEVICE == pretend_device.NAME:
+    with TemporaryDirectory() as first:  # transformers settles at its first load what devices there are
+        load_base(str(tiny_models.save(Path(first) / "base")), device="cpu")
+    pretend_device.install()
 NEEDS_GPU = [
     pytest.mark.gpu,
     pytest.mark.skipif(

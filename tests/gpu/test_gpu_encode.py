@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import pretend_device
 import tiny_models
 from gemify import GemModel
 from gemify.model.adapter import gate
@@ -43,7 +44,7 @@ def test_vectors_are_the_cpus(bases: dict[str, Path], tmp_path: Path, name: str,
     np.testing.assert_allclose(gem.encode(TEXTS, batch_size=1), expected, atol=1e-4)
     half, _ = on_both(directory, dtype=torch.bfloat16)
     assert (cosines(half.encode(TEXTS), expected) > 0.99).all()
-    assert gem.fingerprint == cpu.fingerprint
+    assert gem.fingerprint == cpu.fingerprint or DEVICE == pretend_device.NAME  # a module moved to it ties no weights
 
 
 @pytest.mark.parametrize("kind", ["gated", "embedding-lora-mean", "embedding-lora-token-causal"])
@@ -169,6 +170,8 @@ def test_kv_caches_are_moved_along_positions(bases: dict[str, Path]) -> None:
 @pytest.mark.parametrize("kind", ["tokens", "lora", "full", "embedding-lora-mean", "embedding-lora-token-causal"])
 def test_exported_vectors(bases: dict[str, Path], tmp_path: Path, kind: str) -> None:
     library = pytest.importorskip("sentence_transformers")
+    if DEVICE == pretend_device.NAME:
+        pytest.skip("its tensors have no storage that could be written")
     options = {"special_tokens": 1} if kind == "tokens" else {}
     gem, cpu = on_both(save_kind(bases["qwen3"], tmp_path / "gem", kind, **options))
     expected = cpu.encode(TEXTS)
@@ -183,8 +186,8 @@ def test_exported_vectors(bases: dict[str, Path], tmp_path: Path, kind: str) -> 
 @pytest.mark.parametrize("quantize", ["int8", "int4"])
 def test_quantized_layers_are_for_cpus(bases: dict[str, Path], tmp_path: Path, quantize: str) -> None:
     directory = save_kind(bases["llama"], tmp_path / "gem", "gated")
-    if ON_GPU:
-        with pytest.raises(ValueError, match=r"^int. weights need bfloat16 on a CPU, got bfloat16 on cuda: [^\n]*$"):
+    if DEVICE != "cpu":
+        with pytest.raises(ValueError, match=r"^int. weights need bfloat16 on a CPU, got bfloat16 on \w+: [^\n]*$"):
             GemModel.from_pretrained(directory, quantize=quantize, device=DEVICE)
     else:
         assert GemModel.from_pretrained(directory, quantize=quantize, device=DEVICE).encode("a").shape == (32,)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import pretend_device
 from gemify import GemModel
 from gemify.paper.tokens import raw_row, reconstruction_row, split_row
 from gemify.paper.views import View, full_view
@@ -23,6 +24,7 @@ from gpu_device import DEVICE, KINDS, NEEDS_GPU, TEXTS
 from tiny_gems import make_gem, make_objective
 
 pytestmark = NEEDS_GPU
+needs_trainer = pytest.mark.skipif(DEVICE == pretend_device.NAME, reason="transformers' Trainer knows no such device")
 FLOAT32: dict[str, Any] = {"dtype": torch.float32}
 
 
@@ -115,6 +117,7 @@ def test_losses_and_gradients_are_the_cpus(base_dir: Path, kind: str, chunk: int
         assert difference <= 1e-3 * their_grads[name].norm() + 1e-6, name
 
 
+@needs_trainer
 @pytest.mark.parametrize("tune", ["gated", "tokens", "lora", "full"])
 def test_three_steps_are_the_cpus(base_dir: Path, texts_file: Path, tmp_path: Path, tune: str) -> None:
     made = recipe(base_dir, texts_file, tune=tune)
@@ -127,6 +130,7 @@ def test_three_steps_are_the_cpus(base_dir: Path, texts_file: Path, tmp_path: Pa
     np.testing.assert_allclose(again.encode(TEXTS), gem.encode(TEXTS), atol=1e-5)
 
 
+@needs_trainer
 @pytest.mark.parametrize("tune", ["gated", "lora", "full"])
 def test_three_steps_in_bfloat16(base_dir: Path, texts_file: Path, tmp_path: Path, tune: str) -> None:
     made = recipe(base_dir, texts_file, tune=tune, precision="auto" if DEVICE != "cpu" else "bf16")
@@ -143,6 +147,7 @@ def distilled(base_dir: Path, data: Path, teacher_dir: Path, **options: Any) -> 
     return recipe(base_dir, data, **{**own, **learned, "ramp_steps": 0, **options})
 
 
+@needs_trainer
 def test_three_steps_with_a_teacher_are_the_cpus(
     base_dir: Path, texts_file: Path, teacher_dir: Path, home: Path, tmp_path: Path
 ) -> None:
@@ -156,12 +161,14 @@ def test_three_steps_with_a_teacher_are_the_cpus(
     np.testing.assert_allclose(gem.encode(TEXTS), cpu.encode(TEXTS), atol=2e-3)
 
 
+@needs_trainer
 def test_a_teachers_vectors(teacher_dir: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = Teacher(f"st:{teacher_dir}", device=DEVICE).vectors(TEXTS)
     monkeypatch.setenv("GEMIFY_HOME", str(home / "other"))
     np.testing.assert_allclose(ours, Teacher(f"st:{teacher_dir}", device="cpu").vectors(TEXTS), atol=1e-3)
 
 
+@needs_trainer
 @pytest.mark.parametrize("tune", ["gated", "full", "embedding_lora"])
 def test_a_resumed_run_is_the_uninterrupted_one(
     base_dir: Path, texts_file: Path, tmp_path: Path, tune: str, request: pytest.FixtureRequest
@@ -186,6 +193,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         torch.testing.assert_close(ours[key], tensor, atol=1e-4, rtol=1e-4)
 
 
+@needs_trainer
 def test_activation_checkpointing(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
     curves = []
     for wanted in (True, False):

@@ -244,17 +244,14 @@ class MaskedBatch:
         rows: Sequence[RowInputs], *, shared_position: bool = True, device: torch.device | str = "cpu"
     ) -> MaskedBatch:
         """Pad rows on the right."""
-
-        def pad(lists: Sequence[Sequence[int]], fill: int) -> Tensor:
-            return right_pad(lists, fill=fill)[0].to(device)
-
-        return MaskedBatch(
-            pad([r.ids for r in rows], 0),
-            pad([r.segments for r in rows], int(Segment.PAD)),
-            pad([r.positions for r in rows], 0),
-            pad([r.labels for r in rows], IGNORED),
-            shared_position,
-        )
+        padded = [
+            right_pad([r.ids for r in rows])[0],
+            right_pad([r.segments for r in rows], fill=int(Segment.PAD))[0],
+            right_pad([r.positions for r in rows])[0],
+            right_pad([r.labels for r in rows], fill=IGNORED)[0],
+        ]
+        ids_BT, segments_BT, positions_BT, labels_BT = torch.stack(padded).to(device)  # one copy to a GPU
+        return MaskedBatch(ids_BT, segments_BT, positions_BT, labels_BT, shared_position)
 
 
 def masked_pass(lm: PreTrainedModel, batch: MaskedBatch, *, body_only: bool = False) -> Tensor:
