@@ -52,7 +52,7 @@ def test_where_cpu_and_device_meet_is_an_error() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "most"),
-    [("gated", 10), ("gated-2", 10), ("tokens", 10), ("lora", 10), ("full", 10), ("embedding-lora-mean", 6)],
+    [("gated", 10), ("lora", 10), ("full", 8), ("embedding-lora-mean", 3)],
 )
 def test_an_encode_pass(tmp_path: Path, kind: str, most: int) -> None:
     """Inputs, the gate's index, the special tokens' rows, transformers' look at the padding: before the first layer."""
@@ -89,7 +89,7 @@ def test_a_written_token(tmp_path: Path) -> None:
     assert found[2, 5, 6] == found[4, 5, 6]
 
 
-@pytest.mark.parametrize("kind", ["gated", "tokens", "lora", "full", "embedding-lora-mean"])
+@pytest.mark.parametrize("kind", ["gated", "full", "embedding-lora-mean"])
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 def test_a_training_pass(tmp_path: Path, kind: str, alpha: float) -> None:
     if kind.startswith("embedding") and not alpha:
@@ -103,4 +103,4 @@ def test_a_training_pass(tmp_path: Path, kind: str, alpha: float) -> None:
             made = type(made)(alpha, rows=made.rows[:3], views=made.views, step_targets=40)
         found.append(waits(lambda objective=objective, made=made: objective(made).total.backward()))
     assert found[0] == found[1], "a layer waits"
-    assert sum(found[0].values()) <= 40, dict(found[0])
+    assert sum(found[0].values()) <= 24, dict(found[0])

@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 CHOSEN = (
-    "waits or no_text or one_pass or quantized or (losses_and and None and (gated or lora-mean))"
-    " or (two_passes and llama and True) or (closed and llama-gated and sdpa) or (written_on and llama)"
-    " or (come_and_go and llama) or (vectors_are and llama and (gated-2 or lora-mean))"
+    "waits or no_text or one_pass or quantized or gated-None or mean-None"
+    " or (two_passes and llama and True) or (closed and llama-gated-float32-sdpa) or (written_on and llama)"
+    " or (come_and_go and llama) or (vectors_are and llama-gated-2)"
 )
 
 
