@@ -116,7 +116,10 @@ def test_the_shipped_gem_is_small_and_of_its_recipe(name: str, tmp_path: Path, m
     root = Path(__file__).parents[1]
     recipe = Recipe.from_dict(Recipe.read_yaml(root / "recipes" / f"{name}.yaml"))
     used = Recipe.from_dict(Recipe.read_yaml(directory / "recipe.yaml"))
-    assert dataclasses.replace(used, data="", eval_pairs=None) == dataclasses.replace(recipe, eval_pairs=None)
+    assert dataclasses.replace(used, data=recipe.data or "", eval_pairs=None) == dataclasses.replace(
+        recipe, eval_pairs=None
+    )
+    assert used.data == (recipe.data or "runs/starter-pairs.jsonl")
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
     assert resolve_directory(name) == Path(name)  # what lies in the user's directory is meant
