@@ -114,3 +114,12 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no data at {SHARED}: set GEMIFY_TEST_DATA")
     return SHARED
+
+
+@pytest.fixture
+def full_float32() -> Iterator[None]:
+    """Products in whole float32 (no TF32), so that a GPU can be compared with the CPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
