@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import tiny_models
 from gemify import GemModel
 from gemify.model.attention import MaskNotUsedError, bidirectional_mask
-from gemify.model.projection import Projection, match_mean, ridge
+from gemify.model.projection import Projection, ridge
 from tiny_gems import make_gem
 
 TEXTS = ["a cat on a mat", "x", "the river is long and red " * 3]
@@ -107,19 +107,3 @@ def test_ridge_finds_a_linear_map() -> None:
     weight_PD = torch.randn(5, 12, generator=generator)
     targets_NP = torch.nn.functional.normalize(states_ND, dim=-1) @ weight_PD.T
     torch.testing.assert_close(ridge(states_ND * 9.0, targets_NP, penalty=1e-9), weight_PD, atol=1e-4, rtol=1e-4)
-
-
-def test_the_mapped_vectors_get_the_targets_mean() -> None:
-    rng = torch.Generator().manual_seed(0)
-    states_ND = torch.randn(300, 8, generator=rng) + 4.0 * torch.randn(8, generator=rng)
-    targets_NP = torch.nn.functional.normalize(torch.randn(300, 5, generator=rng) + 0.4, dim=-1)
-    weight_PD = torch.randn(5, 8, generator=rng)
-    got_PD = match_mean(weight_PD, states_ND * 7.0, targets_NP)
-    unit_ND = torch.nn.functional.normalize(states_ND, dim=-1)
-    scale = (unit_ND @ weight_PD.T).norm(dim=-1).mean()
-    torch.testing.assert_close((unit_ND @ got_PD.T).mean(0), scale * targets_NP.mean(0), atol=1e-5, rtol=1e-5)
-    aside_D = torch.randn(8, generator=rng)
-    aside_D -= unit_ND.mean(0) * (aside_D @ unit_ND.mean(0)) / (unit_ND.mean(0) @ unit_ND.mean(0))
-    torch.testing.assert_close(got_PD @ aside_D, weight_PD @ aside_D, atol=1e-5, rtol=1e-5)
-    apart_ND = torch.cat([states_ND, -states_ND])  # no mean at all
-    assert torch.equal(match_mean(weight_PD, apart_ND, torch.cat([targets_NP, targets_NP])), weight_PD)

@@ -132,13 +132,6 @@ def test_a_run_moves_towards_the_teacher(
     again = GemModel.from_pretrained(tmp_path / "run")
     assert (again.encode(TEXTS) == gem.encode(TEXTS)).all()
     assert gem.get_embedding_dim() == (12 if projection == "keep" else 32)
-    checkpoint = max((tmp_path / "run" / "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    trained, finished = (
-        load_file(path / "projection.safetensors")["linear.weight"] if projection == "keep" else None
-        for path in (checkpoint, tmp_path / "run")
-    )
-    if trained is not None and finished is not None:  # its mean is the teacher's: a change of rank 1
-        assert int(torch.linalg.matrix_rank(finished - trained, rtol=1e-3)) == 1
     assert (tmp_path / "run" / "projection.safetensors").is_file() == (projection == "keep")
 
 

@@ -64,24 +64,3 @@ def ridge(states_ND: Tensor, targets_NP: Tensor, *, penalty: float = 1e-3) -> Te
     gram_DD = x_ND.T @ x_ND
     gram_DD += torch.eye(len(gram_DD), dtype=gram_DD.dtype, device=gram_DD.device) * penalty * gram_DD.diagonal().mean()
     return torch.linalg.solve(gram_DD, x_ND.T @ y_NP).T.float()
-
-
-@torch.no_grad()
-def match_mean(weight_PD: Tensor, states_ND: Tensor, targets_NP: Tensor) -> Tensor:
-    """Return the weight [P, D] whose mapped states have the targets' mean, at the mapped states' scale.
-
-    A student's vectors huddle around their mean more than the teacher's do. The map stays linear: states of length 1
-    have nearly the same component along their mean, and it carries the offset. What is orthogonal to it is mapped as
-    before.
-
-    Args:
-        weight_PD: The map.
-        states_ND: Pooled states of N texts; their lengths do not count.
-        targets_NP: Their vectors in the other space, of length 1.
-    """
-    x_ND, weight = nn.functional.normalize(states_ND.double(), dim=-1), weight_PD.double()
-    mapped_NP, mean_D = x_ND @ weight.T, x_ND.mean(0)
-    if mean_D.norm() < 0.5:
-        return weight_PD.clone()
-    offset_P = mapped_NP.mean(0) - mapped_NP.norm(dim=-1).mean() * targets_NP.double().mean(0)
-    return (weight - torch.outer(offset_P, mean_D / mean_D.dot(mean_D))).float()

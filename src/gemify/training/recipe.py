@@ -141,7 +141,7 @@ class Recipe:
     projection: Literal["keep", "drop"] = "keep"
     """Keep the linear map: the GEM's vectors are then in the teacher's space."""
     ridge_texts: int = 2048
-    """How many texts the map is first fitted to, by ridge regression. At the end its mean is fitted to as many."""
+    """How many texts the map is first fitted to, by ridge regression."""
 
     # running
     seed: int = 0

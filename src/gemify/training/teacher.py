@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gemify.io.tables import first_line
 from gemify.model.gguf_cache import cache_directory
-from gemify.model.projection import Projection, match_mean, ridge
+from gemify.model.projection import Projection, ridge
 from gemify.paper.objectives import cosine_loss, similarity_loss
 from gemify.paper.views import View
 from gemify.training.distributed import gather, world_size
@@ -54,14 +54,8 @@ class Distillation(nn.Module):
             embed: Gives the pooled states [N, D] of views.
             samples: Blocks of texts and the teacher's vectors [N, P] of them.
         """
-        self.projection.weight_PD.copy_(ridge(*_collect(embed, samples)))
-
-    @torch.no_grad()
-    def match_mean(
-        self, embed: Callable[[list[View]], Tensor], samples: Iterable[tuple[list[View], np.ndarray]]
-    ) -> None:
-        """Give the mapped vectors the teacher's mean. Arguments as those of `fit`."""
-        self.projection.weight_PD.copy_(match_mean(self.projection.weight_PD.cpu(), *_collect(embed, samples)))
+        states, targets = zip(*((embed(views).cpu(), torch.from_numpy(t)) for views, t in samples), strict=True)
+        self.projection.weight_PD.copy_(ridge(torch.cat(states), torch.cat(targets)))
 
     def forward(
         self, states_ND: Tensor, targets: Sequence[np.ndarray], *, own: int, total: int | None
@@ -87,14 +81,6 @@ class Distillation(nn.Module):
 
             loss = loss + self.similarity_weight * similarity_loss(whole(vectors_ND), whole(targets_NP))
         return vectors_ND, loss
-
-
-def _collect(
-    embed: Callable[[list[View]], Tensor], samples: Iterable[tuple[list[View], np.ndarray]]
-) -> tuple[Tensor, Tensor]:
-    """States [N, D] and the teacher's vectors [N, P] of all blocks, on the CPU."""
-    states, targets = zip(*((embed(views).cpu(), torch.from_numpy(t)) for views, t in samples), strict=True)
-    return torch.cat(states), torch.cat(targets)
 
 
 class Teacher:

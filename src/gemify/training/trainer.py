@@ -291,8 +291,6 @@ def _finish(trainer: _GemTrainer, output: Path, objective: Objective) -> tuple[G
     """Save the trained GEM and its summary, and return both."""
     gem = trainer.gem
     gem.lm.eval()
-    if (distillation := objective.distillation) is not None and distillation.keep:
-        distillation.match_mean(objective.eval().embed, trainer.batches.sample(trainer.recipe.ridge_texts))
     summary = _summary(trainer)
     weights = select_lm_weights(gem, gather_weights(objective)) if objective.sharded else None
     if trainer.args.should_save:
