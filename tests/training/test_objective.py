@@ -185,6 +185,18 @@ def test_chunks_change_no_gradient_and_hold_less(base_dir: Path, tune: Any) -> N
     assert found[4][1] < found[None][1] / 20
 
 
+@pytest.mark.parametrize(("chunk", "passes"), [(None, 1), (12, 1), (6, 4)])
+def test_a_batch_of_one_group_is_embedded_once(base_dir: Path, chunk: int | None, passes: int) -> None:
+    """Its activations are needed at once: to compute them again would hold no less. Two groups run twice each."""
+    gem = make_gem(base_dir, tune="lora")
+    made = make_objective(gem, frozen=False, pass_overhead_tokens=4096, contrastive_chunk_size=chunk).train()
+    calls: list[int] = []
+    gem.lm.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    views = [(full_view(range(20 + i, 27 + i)), full_view(range(60 + i, 67 + i))) for i in range(6)]
+    made(MicroBatch(1.0, views=views)).total.backward()
+    assert len(calls) == passes
+
+
 class Held:
     """Counts the elements that wait for the way back."""
 

@@ -231,12 +231,13 @@ class Objective(nn.Module):
                 groups += [largest[: len(largest) // 2], largest[len(largest) // 2 :]]
         return groups
 
-    def _chunk(self, work: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    def _chunk(self, groups: int, work: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Run one group.
 
-        If chunks are wanted its activations are computed again on the way back, group by group: GradCache.
+        If chunks are wanted its activations are computed again on the way back, group by group: GradCache. The
+        activations of a single group are needed at once, and are kept.
         """
-        if self.contrastive_chunk_size is None:
+        if self.contrastive_chunk_size is None or groups == 1:
             return work(*arguments)
         embedded: Tensor = checkpoint(work, *arguments, use_reentrant=False)
         return embedded
@@ -304,7 +305,8 @@ class Objective(nn.Module):
             users[view.ids].append(number)
         out: list[Tensor] = []
         order: list[int] = []
-        for group in self._groups([len(t) for t in texts], rows=self.contrastive_chunk_size):
+        groups = self._groups([len(t) for t in texts], rows=self.contrastive_chunk_size)
+        for group in groups:
             ids_BT, mask_BT = left_pad([texts[i] for i in group])
             counts.add(mask_BT)
             uses = [[(row, v) for v in users[texts[i]]] for row, i in enumerate(group)]
@@ -314,7 +316,8 @@ class Objective(nn.Module):
                 passes = [[row[t] for row in uses if t < len(row)] for t in range(max(len(row) for row in uses))]
             rows = [[row for row, _ in some] for some in passes]
             seen = [[views[v].seen for _, v in some] for some in passes]
-            out.append(self._chunk(self._embed_texts, ids_BT.to(self.device), mask_BT.to(self.device), rows, seen))
+            inputs = ids_BT.to(self.device), mask_BT.to(self.device)
+            out.append(self._chunk(len(groups), self._embed_texts, *inputs, rows, seen))
             order += [v for some in passes for _, v in some]
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 
@@ -367,8 +370,9 @@ class Objective(nn.Module):
             laid_out.append(RowInputs(row.ids, hide, row.positions, row.labels))
         out: list[Tensor] = []
         order: list[int] = []
-        for group, batch in self._masked_batches(laid_out, counts, rows=self.contrastive_chunk_size):
-            out.append(self._chunk(self._embed_rows, batch))
+        batches = self._masked_batches(laid_out, counts, rows=self.contrastive_chunk_size)
+        for group, batch in batches:
+            out.append(self._chunk(len(batches), self._embed_rows, batch))
             order += group
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 
