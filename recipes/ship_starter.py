@@ -34,10 +34,11 @@ def main(run: Path, target: Path, rank: int | None = None) -> None:
         state, settings = load_file(run / ADAPTER_FILE), json.loads((run / "adapter_config.json").read_text())
         if (layer := GemConfig.from_directory(run).layer) is not None:
             state = {name: tensor for name, tensor in state.items() if layer_of(name) < layer}
-            modules = sorted({name.split(".lora_")[0].split(".layers.")[1].split(".", 1)[1] for name in state})
-            numbers = "|".join(str(n) for n in range(layer))
-            settings["target_modules"] = rf"model\.layers\.({numbers})\.({'|'.join(map(re.escape, modules))})"
+            modules = {name.removeprefix("base_model.model.").split(".lora_")[0] for name in state if ".lora_" in name}
+            settings["target_modules"] = sorted(modules)
         if rank is not None:
+            if settings["lora_alpha"] != settings["r"]:
+                raise ValueError(f"the rank of {run} cannot be reduced: its lora_alpha is not its rank")
             state = reduce_rank(state, rank)
             settings["r"] = settings["lora_alpha"] = rank
         state = {name: tensor.to(torch.float16).contiguous() for name, tensor in state.items()}
@@ -65,7 +66,7 @@ def layer_of(name: str) -> int:
 
 
 def reduce_rank(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """The best approximation of every product ``B @ A`` by one of a smaller rank; scale 1 is assumed."""
+    """The best approximation of every product ``B @ A`` by one of a smaller rank."""
     reduced = dict(state)
     for name in state:
         if ".lora_A." not in name:

@@ -13,7 +13,7 @@ from gemify import GemModel
 from gemify.bench.encode import ENCODERS, bench_encode, read_texts, to_markdown
 from gemify.bench.timing import rows_by_name
 from gemify.cli.main import app
-from tiny_gems import randomize
+from tiny_gems import make_gem, randomize
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = [f"text number {i} " + "word " * (i % 5) for i in range(8)]
@@ -38,6 +38,16 @@ def test_all_encoders_on_a_gated_model(gem: GemModel, tmp_path: Path) -> None:
         assert len(row["seconds"]) == 2
         assert row["tokens_per_second"] > 0
     assert all(name in to_markdown(report) for name in QUICK)
+
+
+def test_a_gem_with_an_embedding_pass_of_its_own(base_dir: Path, tmp_path: Path) -> None:
+    """Its export holds merged weights and is no GEM: ours is the GEM itself, with the same vectors."""
+    own = make_gem(base_dir, tune="embedding_lora", special_tokens=0, attention="bidirectional")
+    own.save_pretrained(tmp_path / "gem")
+    report = bench_encode(str(tmp_path / "gem"), TEXTS, encoders=QUICK, rounds=1, show_progress_bar=False)
+    rows = rows_by_name(report)
+    assert list(rows) == [name for name in QUICK if name != "gemify, gated"]
+    assert rows["gemify"]["max_difference"] < 1e-4
 
 
 def test_the_plain_encoder_has_the_trained_row(gem: GemModel, tmp_path: Path) -> None:

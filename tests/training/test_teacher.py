@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,27 @@ def test_a_run_resumed_from_a_checkpoint_is_the_uninterrupted_one(
 def test_contradictions_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Recipe.from_dict(values)
+
+
+def test_a_run_is_shipped_without_what_its_vectors_do_not_need(
+    base_dir: Path, texts_file: Path, teacher_dir: Path, home: Path, tmp_path: Path
+) -> None:
+    """The layers above the one that is read, and a rank that is not used, add nothing to the vectors."""
+    ship = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "ship_starter.py"))
+    made = recipe(base_dir, [{"path": str(texts_file)}], teacher_dir, layer=1, rank=8)
+    gem, _ = train(made, tmp_path / "run", show_progress_bar=False)
+    state = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    ship["main"](tmp_path / "run", tmp_path / "whole")
+    whole = GemModel.from_pretrained(tmp_path / "whole")
+    np.testing.assert_allclose(whole.encode(TEXTS), gem.encode(TEXTS), atol=3e-3)  # float16
+    shipped = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    assert {name for name in state if ".layers.0." in name} == set(shipped) < set(state)
+    assert Recipe.read_yaml(tmp_path / "whole" / "recipe.yaml")["data"][0]["path"] == texts_file.name
+    ship["main"](tmp_path / "run", tmp_path / "small", 2)
+    small = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    for name in (n for n in small if ".lora_A." in n):
+        other = name.replace(".lora_A.", ".lora_B.")
+        expected = torch.linalg.svd(state[other] @ state[name])
+        best = expected.U[:, :2] * expected.S[:2] @ expected.Vh[:2]
+        torch.testing.assert_close(small[other].float() @ small[name].float(), best, atol=2e-3, rtol=2e-2)
+    assert GemModel.from_pretrained(tmp_path / "small").encode("a text").shape == (12,)

@@ -1,6 +1,7 @@
 """`gemify bench encode`: our `encode` against other ways to embed with the same weights.
 
-    gemify                     the plain weights (with the special token, not gated), as `gemify export` writes them
+    gemify                     the plain weights (with the special token, not gated), as `gemify export` writes them;
+                               of a GEM with an embedding pass of its own the GEM itself
     gemify, compiled           the same with ``compile=True``
     gemify, gated              the model itself, if it is a gated one
     sentence-transformers      its `encode` on the export, with its defaults
@@ -120,7 +121,8 @@ def _load_encoders(
     written = export(without_gate(gem), directory)
     if len(written.embedding) != 1:
         raise ValueError(f"a plain export of {gem.config.k} special tokens is as many encoders: give a model of one")
-    plain = GemModel.from_pretrained(directory, dtype=dtype, device=device)
+    own_pass = gem.config.tune == "embedding_lora"  # its export holds merged weights, which are no GEM
+    plain = GemModel.from_pretrained(model if own_pass else directory, dtype=dtype, device=device)
     own = GemModel.from_pretrained(model, dtype=dtype, device=device) if gated and GATED in wanted else None
     made: dict[str, Encoder] = {
         OURS: _ours(plain, max_tokens=max_tokens),

@@ -271,8 +271,7 @@ class Adapter(nn.Module):
                 target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
                 alora_invocation_tokens=self.special_ids if tune == "gated" else None,
             )
-            with warnings.catch_warnings():  # PEFT asks models for a property that transformers 5.24 has renamed
-                warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            with _without_renaming_warning():
                 self._peft.append(get_peft_model(lm, config))
             if tune != "lora":
                 for layer in self._lora_layers(lm):
@@ -383,8 +382,17 @@ class Adapter(nn.Module):
 
 def merge_adapter(lm: PreTrainedModel, directory: Path) -> PreTrainedModel:
     """Return a plain language model with a saved LoRA folded into its weights. Ends the use of ``lm``."""
-    merged: PreTrainedModel = PeftModel.from_pretrained(lm, str(directory)).merge_and_unload()
+    with _without_renaming_warning():
+        merged: PreTrainedModel = PeftModel.from_pretrained(lm, str(directory)).merge_and_unload()
     return merged
+
+
+@contextlib.contextmanager
+def _without_renaming_warning() -> Iterator[None]:
+    """PEFT asks models for a property that transformers 5.24 has renamed."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+        yield
 
 
 def attach_adapter(
