@@ -85,7 +85,7 @@ starter: setup  ## an hour on two cores: the shipped GEM again, from the sentenc
 	test -f runs/$@/summary.json || $(BIN)/gemify train --config recipes/$@.yaml --data runs/starter-pairs.jsonl --resume --output runs/$@
 	$(BIN)/python recipes/ship_starter.py runs/$@ src/gemify/shipped/$@
 
-starter-distilled: setup  ## a quarter of an hour on a GPU: needs the files that its recipe names in this directory; stops and goes on
+starter-distilled: setup  ## on a GPU: needs the files that its recipe names in this directory; stops and goes on
 	test -f runs/$@/summary.json || $(BIN)/gemify train --config recipes/$@.yaml --resume --output runs/$@
 	$(BIN)/python recipes/ship_starter.py runs/$@ src/gemify/shipped/$@ 16
 

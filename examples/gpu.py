@@ -1,8 +1,8 @@
 """What a GPU is asked, in one JSON file: the tests of tests/gpu, rates, and vectors and losses beside the CPU's.
 
-Run by `make gpu`, which takes under ten minutes on a bare machine: PyTorch with CUDA, transformers, PEFT, pytest; no
-network, no set-up. `make gpu DEVICE=cpu` tries it where there is no GPU. Without the starter's weights a random model
-of its shape takes its place. A part that fails is recorded, and the others run; the exit code is then 1.
+Run by `make gpu` on a bare machine: PyTorch with CUDA, transformers, PEFT, pytest; no network, no set-up. It is meant
+to end within ten minutes. `make gpu DEVICE=cpu` tries it where there is no GPU. Without the starter's weights a random
+model of its shape takes its place. A part that fails is recorded, and the others run; the exit code is then 1.
 """
 
 from __future__ import annotations

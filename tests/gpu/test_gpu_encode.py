@@ -163,6 +163,7 @@ def test_the_suffix_after_two_passes_is_that_of_one(name: str, dtype: torch.dtyp
 
 
 def test_kv_caches_are_moved_along_positions(bases: dict[str, Path]) -> None:
+    """It raises where keys that were moved are not those of the other position."""
     for dtype in (torch.float32, torch.bfloat16):
         require_shiftable(load_base(str(bases["llama"]), device=DEVICE, dtype=dtype)[0])
 
