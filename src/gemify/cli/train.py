@@ -1,13 +1,15 @@
-"""The verbs that make a GEM: `gemify train` and `pairs`."""
+"""The verbs that make a GEM: `gemify train`, `align` and `pairs`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gemify.cli.options import (
+    GEM_NAME,
     BaseModel,
     Device,
     Json,
@@ -19,8 +21,10 @@ from gemify.cli.options import (
     TrainingPrecision,
     echo_err,
     fail,
+    load_gem,
     print_json,
 )
+from gemify.io.atomic import atomic_file
 
 _NOT_IN_RECIPE = {"output", "preset", "config", "resume", "device", "quiet", "as_json"}
 
@@ -36,7 +40,7 @@ def train(
         typer.Option("--base", "--model", "-m", help="Model to convert: directory, repo id, .gguf file, or starter."),
     ] = None,
     tune: Annotated[str | None, typer.Option(help="gated, tokens, embedding_lora, lora or full.")] = None,
-    preset: Annotated[str, typer.Option(help="default, or paper (GEM, Section 4.2).")] = "default",
+    preset: Annotated[str, typer.Option(help="default, paper (GEM, Section 4.2) or align.")] = "default",
     config: Annotated[Path | None, typer.Option(help="YAML recipe; flags win over it.")] = None,
     resume: Resume = False,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
@@ -135,6 +139,84 @@ def _run(
     except StopRequestedError as stopped:
         fail(str(stopped))
     return summary if rank() == 0 else None
+
+
+def align(
+    teacher: Annotated[str, typer.Option(help="The model that wrote the index: st:DIR or st:NAME.")],
+    data: Annotated[str | None, typer.Option(help="Texts or pairs to train on, as for gemify train.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory of the trained GEM.")] = None,
+    base: Annotated[
+        str, typer.Option(help="Model to convert: directory, repo id, .gguf file, or starter.")
+    ] = "starter",
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help=f"Train nothing and measure this one: {GEM_NAME}")
+    ] = None,
+    pairs: Annotated[
+        Path | None, typer.Option(help="Held-out rows with anchor (a question) and positive (its passage) to measure.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML recipe; flags win over it.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    resume: Resume = False,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a GEM into the space of the embedding model that wrote your index, and say what it finds there."""
+    if model is None and (data is None or output is None):
+        raise typer.BadParameter("give --data and --output to train, or --model to measure a GEM that there is")
+    if model is not None and (data or output or config or pairs is None):
+        raise typer.BadParameter("--model only measures: it needs --pairs, and no --data, --output or --config")
+    record: dict[str, Any] = {"model": model or str(output)}
+    if model is None and output is not None:
+        flags = {"base": base, "data": data, "teacher": teacher, "max_steps": max_steps}
+        flags = {name: value for name, value in flags.items() if value is not None}
+        summary = _run(flags, output, "align", config, resume=resume, device=device, show_progress_bar=not quiet)
+        if summary is None:
+            return
+        record |= {"summary": summary}
+    if pairs is not None:
+        record |= _measure_alignment(record["model"], teacher, pairs, device)
+        if output is not None:
+            with atomic_file(output / "alignment.json") as stage:
+                stage.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print_json(record)
+        return
+    if pairs is not None:
+        echo_err(_alignment_table(record))
+    typer.echo(record["model"])
+
+
+def _measure_alignment(model: str, teacher: str, pairs: Path, device: str | None) -> dict[str, Any]:
+    """Search each pair's passage among all of them, by the GEM's vectors and by the teacher's."""
+    from gemify.evaluation.alignment import measure_alignment
+    from gemify.io.rows import load_rows
+    from gemify.training.teacher import Teacher
+
+    rows = load_rows(pairs, {"anchor": str, "positive": str})
+    questions, passages = [row["anchor"] for row in rows], list(dict.fromkeys(row["positive"] for row in rows))
+    number = {passage: n for n, passage in enumerate(passages)}
+    gem, by_teacher = load_gem(model, None, "auto", device), Teacher(teacher, device=device)
+    result = measure_alignment(
+        (gem.encode_query(questions), gem.encode_document(passages)),
+        (by_teacher.vectors(questions), by_teacher.vectors(passages)),
+        [number[row["positive"]] for row in rows],
+    )
+    return {"teacher": teacher, "questions": len(questions), "passages": len(passages), **result}
+
+
+def _alignment_table(record: dict[str, Any]) -> str:
+    from gemify.io.tables import markdown_table
+
+    rows = [
+        (s["questions"], s["passages"], f"{s['ndcg_at_10']:.1f}", f"{s['recall_at_1']:.1f}", f"{s['kept']:.1f} %")
+        for s in record["searches"]
+    ]
+    return (
+        f"{record['questions']:,} questions, {record['passages']:,} passages; mean cosine to the teacher's vectors:"
+        f" questions {record['question_cosine']:.3f}, passages {record['passage_cosine']:.3f}\n"
+        + markdown_table(("questions by", "passages by", "nDCG@10", "recall@1", "of the teacher's"), rows, numeric=True)
+    )
 
 
 def pairs(

@@ -334,6 +334,21 @@ PRESETS: dict[str, dict[str, Any]] = {
         "drop_rate": 0.1,
         "drop_both": False,
     },
+    # A teacher's space, so that an index which the teacher wrote is kept (`gemify align`).
+    "align": {
+        "tune": "embedding_lora",
+        "attention": "bidirectional",
+        "special_tokens": 0,
+        "projection": "keep",
+        "similarity_weight": 0.3,
+        "contrastive_weight": 0.2,
+        "ntp_steps": 0,
+        "batch_size": 64,
+        "contrastive_batch_size": 64,
+        "contrastive_lr": 1e-3,
+        "drop_rate": 0.0,
+        "max_steps": 600,
+    },
 }
 
 
