@@ -31,8 +31,10 @@ $(VENV)/.ready: pyproject.toml
 demo: setup  ## the GEM that comes with gemify, then one trained here in a few minutes
 	$(BIN)/python examples/demo.py
 
-test: setup  ## everything: lint, types, fast tests, then the real model
-	@started=$$(date +%s); $(MAKE) --no-print-directory check && $(BIN)/python -m pytest -m "not long"; status=$$?; \
+WORKERS ?= 2
+test: setup  ## everything: lint, types, fast tests, then the real model; WORKERS processes of one thread
+	@started=$$(date +%s); $(MAKE) --no-print-directory check && \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not long" --numprocesses $(WORKERS) --dist worksteal; status=$$?; \
 		echo "make test: $$(($$(date +%s) - started)) seconds"; exit $$status
 
 check: setup
