@@ -152,6 +152,8 @@ def test_log_probabilities_are_the_models_own(client: OpenAI) -> None:
     [
         ({"response_format": strict({"type": "nonsense"})}, "Invalid type"),
         ({"response_format": strict({"not": {"type": "string"}})}, "Unimplemented keys"),
+        ({"response_format": strict({"x": 2**70})}, "the schema:"),
+        ({"guided_json": {"x": 2**70}}, "the schema:"),
         ({"response_format": strict({"$ref": "http://127.0.0.1:1/schema.json"})}, "does not fetch"),
         ({"response_format": {"type": "json_schema"}}, "json_schema: the field is required"),
         ({"response_format": {"type": "xml"}}, "json_object"),

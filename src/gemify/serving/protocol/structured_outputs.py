@@ -103,10 +103,16 @@ def json_grammar(schema: Mapping[str, Any], *, lenient: bool = False) -> str:
     Args:
         schema: the schema.
         lenient: ignore keywords that cannot be followed. False: they are an error of the grammar.
+
+    Raises:
+        ApiError: 400, a number in it is too large.
     """
     from llguidance import LLMatcher
 
-    return LLMatcher.grammar_from_json_schema(inline_schema(schema, lenient=lenient))
+    try:
+        return LLMatcher.grammar_from_json_schema(inline_schema(schema, lenient=lenient))
+    except ValueError as error:  # a number that llguidance cannot hold
+        raise bad_request(f"the schema: {first_line(error)}", "schema") from error
 
 
 def inline_schema(schema: Mapping[str, Any], *, lenient: bool) -> dict[str, Any]:
