@@ -16,7 +16,7 @@ import pytest
 from pydantic import BaseModel
 
 from gemify.serving import server
-from gemify.serving.protocol import requests
+from gemify.serving.protocol import create_response, messages, requests
 from gemify.serving.routes import tokenize
 from running_server import Served, serving, tiny_gem
 
@@ -24,6 +24,9 @@ PATHS = (
     "/v1/embeddings",
     "/v1/chat/completions",
     "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
     "/v1/search",
     "/v1/recover",
     "/v1/rerank",
@@ -34,6 +37,9 @@ GOOD: dict[str, Any] = {
     "/v1/embeddings": {"input": "a"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
     "/v1/completions": {"prompt": "a", "max_tokens": 2},
+    "/v1/responses": {"input": "a", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "a"}]},
     "/v1/search": {"query": "a"},
     "/v1/recover": {"input": "a", "max_tokens": 2},
     "/v1/rerank": {"query": "a", "documents": ["a", "b"]},
@@ -44,6 +50,9 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "/v1/embeddings": requests.CreateEmbeddingRequest,
     "/v1/chat/completions": requests.CreateChatCompletionRequest,
     "/v1/completions": requests.CreateCompletionRequest,
+    "/v1/responses": create_response.CreateResponseRequest,
+    "/v1/messages": messages.CreateMessageRequest,
+    "/v1/messages/count_tokens": messages.CountTokensRequest,
     "/v1/search": requests.SearchRequest,
     "/v1/recover": requests.RecoverRequest,
     "/v1/rerank": requests.RerankRequest,

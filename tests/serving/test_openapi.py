@@ -27,7 +27,7 @@ def test_described_requests_get_described_answers(served: Served, mode: Generati
     asked = 0
     described = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
     operations = [found.ok() for found in described.get_all_operations()]
-    assert len(operations) == 16
+    assert len(operations) == 19
     for operation in operations:
         if mode is GenerationMode.NEGATIVE and operation.method == "get":
             continue  # there is nothing to get wrong
@@ -44,7 +44,7 @@ def test_described_requests_get_described_answers(served: Served, mode: Generati
             if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
                 case.body.pop("model", None)  # only one name is right
             if isinstance(case.body, dict):  # any number of tokens may be asked for; a few are enough
-                for name in ("max_tokens", "max_completion_tokens"):
+                for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
                     if isinstance(case.body.get(name), int) and not isinstance(case.body[name], bool):
                         case.body[name] = min(case.body[name], 8)
             nonlocal asked
@@ -63,6 +63,7 @@ def test_every_route_is_described(served: Served) -> None:
     routes = {(path, method) for path, some in described["paths"].items() for method in some}
     assert routes == {
         *((f"/v1/{name}", "post") for name in ("embeddings", "completions", "chat/completions", "search", "recover")),
+        *((path, "post") for path in ("/v1/responses", "/v1/messages", "/v1/messages/count_tokens")),
         *((path, "post") for path in ("/v1/rerank", "/rerank", "/v2/rerank", "/tokenize", "/detokenize")),
         *((path, "get") for path in ("/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics", "/v1/stats")),
     }

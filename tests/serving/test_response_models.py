@@ -33,28 +33,29 @@ def chunk(kind: Kind, *choices: Any, **fields: Any) -> str:
 def test_chunks_of_a_chat() -> None:
     builder = ResponseBuilder("chat", "tiny", logprobs=False, include_usage=True)
     none = {"logprobs": None, "finish_reason": None}
+    ended = ChoiceState(completion=Completion(1, "stop", 2))
     role = {"role": "assistant", "content": "", "refusal": None}
     gemify = GemifyFields(object="gemify", embedding=[1.0])
-    assert json.dumps(written(builder.first_chunk(0, gemify=gemify))) == chunk(
+    assert json.dumps(written(*builder.first_chunk(0, gemify=gemify))) == chunk(
         "chat", {"index": 0, "delta": role, **none}, usage=None, gemify={"object": "gemify", "embedding": [1.0]}
     )
-    assert json.dumps(written(builder.delta_chunk(1, AnswerDelta("a")))) == chunk(
+    assert json.dumps(written(*builder.delta_chunk(1, AnswerDelta("a")))) == chunk(
         "chat", {"index": 1, "delta": {"content": "a"}, **none}, usage=None
     )
-    assert json.dumps(written(builder.final_chunk(1, "stop"))) == chunk(
+    assert json.dumps(written(*builder.final_chunk(1, ended))) == chunk(
         "chat", {"index": 1, "delta": {}, "logprobs": None, "finish_reason": "stop"}, usage=None
     )
     usage = {"prompt_tokens": 4, "completion_tokens": 3, "total_tokens": 7}
     usage |= {"prompt_tokens_details": {"cached_tokens": 2}}  # type: ignore[dict-item]
-    assert json.dumps(written(builder.usage_chunk(build_usage(4, 2, 3)))) == chunk("chat", usage=usage)
-    assert "usage" not in written(ResponseBuilder("chat", "tiny", logprobs=False).first_chunk(0))
+    assert json.dumps(written(*builder.usage_chunk(build_usage(4, 2, 3)))) == chunk("chat", usage=usage)
+    assert "usage" not in written(*ResponseBuilder("chat", "tiny", logprobs=False).first_chunk(0))
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 def test_log_probabilities(kind: Kind) -> None:
     builder = ResponseBuilder(kind, "tiny", logprobs=True)
     for offset in (0, 2):
-        (choice,) = written(builder.delta_chunk(0, AnswerDelta(TOKEN.text, tokens=(TOKEN,))))["choices"]
+        (choice,) = written(*builder.delta_chunk(0, AnswerDelta(TOKEN.text, tokens=(TOKEN,))))["choices"]
         top = [
             {"token": "\N{REPLACEMENT CHARACTER}", "logprob": -9999.0, "bytes": [255]},
             {"token": "", "logprob": -2.0, "bytes": []},

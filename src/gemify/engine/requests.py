@@ -36,6 +36,8 @@ class Completion:
     index: int
     reason: Literal["stop", "length"]
     completion_tokens: int
+    stop: str | None = None
+    """The stop string that ended it."""
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ class GeneratedSequence:
             self.request.emit(TokenDelta(self.index, text, tokens))
         if finished:
             reason = "stop" if self._sampler.done else self._pieces.finish_reason
-            self.request.emit(Completion(self.index, reason, len(self.ids)))
+            self.request.emit(Completion(self.index, reason, len(self.ids), self._pieces.stop_string))
             self.request.num_unfinished -= 1
             if not self.request.num_unfinished:
                 self.request.emit(Done())

@@ -163,6 +163,7 @@ class IncrementalDetokenizer(StoppingCriteria):
     Attributes:
         ids: Tokens generated so far.
         eos_ids: Ids that end a text.
+        stop_string: The stop string that ended the text.
         closed: Set it to end generation after the token that is being computed.
     """
 
@@ -190,7 +191,7 @@ class IncrementalDetokenizer(StoppingCriteria):
         self._from = self._read = 0
         self._text = ""
         self._sent = 0
-        self._stopped = False
+        self.stop_string: str | None = None
 
     @property
     def text(self) -> str:
@@ -201,7 +202,7 @@ class IncrementalDetokenizer(StoppingCriteria):
     def finish_reason(self) -> Literal["stop", "length"]:
         """Why the text ended: see `TextStream.finish_reason`."""
         full = len(self.ids) >= self._max_new_tokens and self.ids[-1] not in self.eos_ids
-        return "length" if full and not self._stopped else "stop"
+        return "length" if full and self.stop_string is None else "stop"
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Read the new tokens, as a stopping criterion: True where generation ends."""
@@ -218,11 +219,11 @@ class IncrementalDetokenizer(StoppingCriteria):
         if len(now) > len(before) and not now.endswith(_UNFINISHED):
             self._from, self._read = self._read, len(self.ids)
             self._send(now[len(before) :])
-        return self._stopped or self.closed.is_set()
+        return self.stop_string is not None or self.closed.is_set()
 
     def finish(self, text: str | None = None) -> None:
         """Give out the rest of the text (None: it is decoded here)."""
-        if not self._stopped:
+        if self.stop_string is None:
             whole = self._decode(0, len(self.ids)) if text is None else text
             self._send(whole[len(self._text) :], last=True)
 
@@ -233,10 +234,10 @@ class IncrementalDetokenizer(StoppingCriteria):
         """Give out everything that cannot be the beginning of a stop string."""
         self._text += new
         stops = self._stops if len(self.ids) >= self._min_new_tokens else []
-        found = [at for s in stops if (at := self._text.find(s, self._sent)) >= 0]
-        self._stopped = bool(found)
+        found = [(at, s) for s in stops if (at := self._text.find(s, self._sent)) >= 0]
+        self.stop_string = min(found)[1] if found else None
         held = 0 if last else max((_partial_stop(s, self._text[self._sent :]) for s in stops), default=0)
-        until = min(found) if found else len(self._text) - held
+        until = min(found)[0] if found else len(self._text) - held
         if until > self._sent:
             self._sink(self._text[self._sent : until])
             self._sent = until

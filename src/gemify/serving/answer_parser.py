@@ -117,6 +117,7 @@ class AnswerFormat:
         chat_template = str(tokenizer.get_chat_template())
         thoughts = known is not None and any(field in known.get("fields", {}) for field in _REASONING_FIELDS)
         self.thinks = thoughts or "<think>" in chat_template
+        self.can_switch_thoughts = template.reads("enable_thinking")
         self._known = known
 
     def parser(self, prompt: str, *, has_tools: bool, must_call: bool) -> AnswerParser | None:

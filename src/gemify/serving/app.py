@@ -25,7 +25,7 @@ from gemify.serving.errors import ApiError, bad_request
 from gemify.serving.middleware import RequestMiddleware
 from gemify.serving.protocol.responses import ErrorResponse
 from gemify.serving.rag import RagService, kv_store_of
-from gemify.serving.routes import chat, embeddings, health, rerank, tokenize
+from gemify.serving.routes import chat, embeddings, health, messages, rerank, responses, tokenize
 from gemify.serving.settings import ServerSettings
 from gemify.serving.state import AppState, Metrics
 from gemify.serving.tokenization import RequestTokenizer
@@ -120,7 +120,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.gemify = state
-    for route in (chat, embeddings, rerank, tokenize):
+    for route in (chat, responses, messages, embeddings, rerank, tokenize):
         app.include_router(route.router, responses=_ERRORS)
     app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)
@@ -134,7 +134,14 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=[
+                "Authorization",
+                "Content-Type",
+                "X-Request-Id",
+                "X-Api-Key",
+                "Anthropic-Version",
+                "Anthropic-Beta",
+            ],
             expose_headers=["X-Request-Id", "Retry-After", "X-Gemify-Ignored"],
         )
     return app
@@ -179,7 +186,7 @@ async def _respond_to_http_error(request: Request, error: Exception) -> Response
     assert isinstance(error, HTTPException)
     if not isinstance(error, ApiError):
         error = _from_framework_error(request, error)
-    return Response(error.body, error.status_code, dict(error.headers or {}), "application/json")
+    return Response(error.to_body(request.url.path), error.status_code, dict(error.headers or {}), "application/json")
 
 
 def _from_framework_error(request: Request, error: HTTPException) -> ApiError:
@@ -200,4 +207,4 @@ async def _respond_to_invalid_body(request: Request, error: Exception) -> Respon
     where = ".".join(str(part) for part in first.get("loc", ())[1:])[:120]
     message = str(first.get("msg", "invalid")).removeprefix("Value error, ")[:300]
     refused = bad_request(f"{where}: {message}" if where else message, where or None)
-    return Response(refused.body, 400, media_type="application/json")
+    return Response(refused.to_body(request.url.path), 400, media_type="application/json")

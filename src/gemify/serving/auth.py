@@ -85,7 +85,7 @@ class KeyRing:
             reason = "no API key was given" if not authorization else "the API key is not known here"
             raise ApiError(
                 401,
-                f"{reason}: send the header Authorization: Bearer KEY",
+                f"{reason}: send the header Authorization: Bearer KEY, or x-api-key: KEY",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

@@ -27,7 +27,7 @@ from gemify.serving.protocol.responses import (
     CompletionUsage,
     GemifyFields,
 )
-from gemify.serving.response_builder import ChoiceState, Kind, ResponseBuilder, build_usage
+from gemify.serving.response_builder import AnswerBuilder, ChoiceState, Kind, ResponseBuilder, build_usage
 from gemify.serving.state import AppState, add_log_fields, get_key_name, get_state
 
 logger = logging.getLogger("gemify.serving")
@@ -57,13 +57,15 @@ class CompletionHandler:
     """What the answers follow, as llguidance writes it."""
     parser: Callable[[], AnswerParser | None] | None = None
     """Makes a parser for each answer."""
+    builder: AnswerBuilder | None = None
+    """Builds the response. None: in OpenAI's form of chats and completions."""
     echoed: Sequence[str] | None = None
     """Text of each prompt, to be put before its answers."""
 
     def __post_init__(self) -> None:
         options = self.body.stream_options
         self.state = get_state(self.request)
-        self._builder = ResponseBuilder(
+        self._builder: AnswerBuilder = self.builder or ResponseBuilder(
             self.kind,
             self.state.model,
             logprobs=self.top_logprobs is not None,
@@ -94,7 +96,8 @@ class CompletionHandler:
             self._submit(client, compiled)
             limiter.add_tokens(key, num_tokens)
             if self.body.stream:
-                return EventStreamResponse(client, self._stream(client), timeout_s=timeout_s)
+                names = self._builder.names_events
+                return EventStreamResponse(client, self._stream(client), timeout_s=timeout_s, names_events=names)
         except BaseException:
             client.cancel()
             raise
@@ -179,7 +182,8 @@ class CompletionHandler:
                 for chunk in self.flush():
                     yield chunk
             if self._builder.include_usage:
-                yield self._builder.usage_chunk(self._usage(client))
+                for chunk in self._builder.usage_chunk(self._usage(client)):
+                    yield chunk
         finally:
             self._count_tokens(client)
 
@@ -191,11 +195,11 @@ class CompletionHandler:
         for index, event in self._held:
             fields = self._take_gemify_fields()
             if event is None:
-                chunks.append(self._builder.first_chunk(index, **fields))
+                chunks += self._builder.first_chunk(index, **fields)
             elif isinstance(event, Completion):
-                chunks.append(self._builder.final_chunk(index, self._choices[index].finish_reason, **fields))
+                chunks += self._builder.final_chunk(index, self._choices[index], **fields)
             else:
-                chunks.append(self._builder.delta_chunk(index, event, **fields))
+                chunks += self._builder.delta_chunk(index, event, **fields)
         self._held.clear()
         return chunks
 
@@ -207,7 +211,9 @@ class CompletionHandler:
         return {"gemify": fields}
 
     def _usage(self, client: EngineClient) -> CompletionUsage:
-        return build_usage(client.prompt_tokens, client.cached_tokens, self._completion_tokens)
+        parsed = any(choice.parser is not None for choice in self._choices)
+        reasoning = sum(choice.reasoning_tokens for choice in self._choices) if parsed else None
+        return build_usage(client.prompt_tokens, client.cached_tokens, self._completion_tokens, reasoning)
 
     @property
     def _completion_tokens(self) -> int:

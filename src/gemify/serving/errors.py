@@ -1,4 +1,7 @@
-"""Errors in OpenAI's form: a status and ``{"error": {message, type, param, code}}``."""
+"""Errors: a status and ``{"error": {message, type, param, code}}``, as OpenAI has it.
+
+Under /v1/messages the same with ``"type": "error"`` and Anthropic's types.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ _TYPES = {
     503: "service_unavailable",
     504: "timeout_error",
 }
+_ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {413: "request_too_large", 500: "api_error", 503: "overloaded_error"}
 _JSON_NAMES: dict[type, str] = {
     dict: "an object",
     list: "an array",
@@ -55,10 +60,9 @@ class ApiError(HTTPException):
         super().__init__(status, message, headers)
         self.param, self.code = param, code
 
-    @property
-    def body(self) -> bytes:
-        """The response's body."""
-        return error_body(self.status_code, str(self.detail), param=self.param, code=self.code)
+    def to_body(self, path: str) -> bytes:
+        """Return the body of the response to a request for ``path``."""
+        return error_body(self.status_code, str(self.detail), param=self.param, code=self.code, path=path)
 
 
 def bad_request(message: str, param: str | None = None, *, code: str | None = "invalid_value") -> ApiError:
@@ -103,15 +107,16 @@ def from_engine_error(error: Exception) -> ApiError:
     raise error
 
 
-def error_body(status: int, message: str, *, param: str | None = None, code: str | None = None) -> bytes:
+def error_body(
+    status: int, message: str, *, param: str | None = None, code: str | None = None, path: str = ""
+) -> bytes:
     """Return the body of an error response, in ASCII: the message may quote anything that a client has sent."""
-    error = {
-        "message": message,
-        "type": _TYPES.get(status, "invalid_request_error"),
-        "param": param,
-        "code": code,
-    }
-    return json.dumps({"error": error}, ensure_ascii=True).encode("ascii")
+    kind = _TYPES.get(status, "invalid_request_error")
+    body: dict[str, Any] = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    if path == _ANTHROPIC_PATH or path.startswith(f"{_ANTHROPIC_PATH}/"):
+        body["error"]["type"] = _ANTHROPIC_TYPES.get(status, kind)
+        body["type"] = "error"
+    return json.dumps(body, ensure_ascii=True).encode("ascii")
 
 
 def json_name(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import AsyncGenerator
 
@@ -19,20 +20,31 @@ logger = logging.getLogger("gemify.serving")
 
 
 class EventStreamResponse(Response):
-    """Server-sent events: chunks, then ``[DONE]``. However it ends, the engine's requests are cancelled then.
+    """Server-sent events: chunks, then ``[DONE]`` unless they have names.
+
+    However it ends, the engine's requests are cancelled then.
 
     Args:
         client: the engine's requests.
         chunks: what is sent.
         timeout_s: seconds that the response may take.
+        names_events: whether the chunks have names.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, client: EngineClient, chunks: AsyncGenerator[ApiModel, None], *, timeout_s: float) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        chunks: AsyncGenerator[ApiModel, None],
+        *,
+        timeout_s: float,
+        names_events: bool = False,
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._client, self._chunks, self._timeout_s = client, chunks, timeout_s
+        self._names_events, self._num_sent = names_events, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the response."""
@@ -45,18 +57,30 @@ class EventStreamResponse(Response):
             except Exception as error:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(1):  # do not wait for a client that reads nothing
-                        await _send_event(send, _to_error_body(error, scope), last=True)
+                        await self._send_error(send, _to_error_body(error, scope))
             finally:
                 await self._chunks.aclose()
 
     async def _send_chunks(self, send: Send) -> None:
         async for chunk in self._chunks:
-            await _send_event(send, chunk.to_json())
-        await _send_event(send, b"[DONE]", last=True)
+            await _send_event(send, chunk.to_json(), name=chunk.event)
+            self._num_sent += 1
+        if self._names_events:
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            await _send_event(send, b"[DONE]", last=True)
+
+    async def _send_error(self, send: Send, body: bytes) -> None:
+        if not self._names_events:
+            await _send_event(send, body, last=True)
+            return
+        facts = {"type": "error", **json.loads(body), "sequence_number": self._num_sent}
+        await _send_event(send, json.dumps(facts).encode("ascii"), name="error", last=True)
 
 
-async def _send_event(send: Send, data: bytes, *, last: bool = False) -> None:
-    await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": not last})
+async def _send_event(send: Send, data: bytes, *, name: str | None = None, last: bool = False) -> None:
+    head = b"" if name is None else b"event: " + name.encode("ascii") + b"\n"
+    await send({"type": "http.response.body", "body": head + b"data: " + data + b"\n\n", "more_body": not last})
 
 
 def _to_error_body(error: Exception, scope: Scope) -> bytes:
@@ -66,6 +90,7 @@ def _to_error_body(error: Exception, scope: Scope) -> bytes:
         error = from_engine_error(error)
     if not isinstance(error, ApiError):
         logger.error("stream failed", exc_info=error, extra={"fields": {"request": request.id}})
-        return error_body(500, "the server failed at this request: see its log", code="internal_error")
+        message = "the server failed at this request: see its log"
+        return error_body(500, message, code="internal_error", path=scope["path"])
     request.log_fields["error"] = error.code or error.status_code
-    return error.body
+    return error.to_body(scope["path"])

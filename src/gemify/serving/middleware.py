@@ -86,13 +86,14 @@ class _RequestCycle:
             self._authorize()
             await self._app(self._scope, self._receive, self._send)
         except ApiError as error:
-            await self._respond(error.status_code, error.body, dict(error.headers or {}))
+            await self._respond(error.status_code, error.to_body(self._scope["path"]), dict(error.headers or {}))
         except ClientDisconnectedError:
             self._request.log_fields["disconnected"] = True
             await self._respond(_STATUS_DISCONNECTED, b"")
         except Exception as error:
             logger.error("request failed", exc_info=error, extra={"fields": {"request": self._request.id}})
-            body = error_body(500, "the server failed at this request: see its log", code="internal_error")
+            message = "the server failed at this request: see its log"
+            body = error_body(500, message, code="internal_error", path=self._scope["path"])
             await self._respond(500, body)
         finally:
             self._log_request(time.perf_counter() - start)
@@ -110,12 +111,17 @@ class _RequestCycle:
                 " only (give it keys, or --allow-no-key)",
                 code="unknown_host",
             )
-        self._request.key_name = state.keys.authenticate(self._headers.get("authorization"))
+        self._request.key_name = state.keys.authenticate(self._credentials())
         if method == "POST":
             limit = state.settings.max_requests
             if state.metrics.in_flight_now > limit:
                 raise too_many_requests(f"more than {limit} requests at a time: wait", 1, code="queue_full")
             state.rate_limiter.count_request(self._request.key_name)
+
+    def _credentials(self) -> str | None:
+        """Return the Authorization header; without one, what it would be with the key of Anthropic's header."""
+        key = self._headers.get("x-api-key")
+        return self._headers.get("authorization") or (f"Bearer {key}" if key else None)
 
     async def _receive(self) -> Message:
         message = await self._wrapped_receive()

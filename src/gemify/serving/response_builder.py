@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from gemify.engine.requests import Completion, TokenDelta
 from gemify.engine.sampling import TokenLogprob
@@ -25,6 +25,7 @@ from gemify.serving.protocol.responses import (
     ChoiceDelta,
     CompletionChoice,
     CompletionLogprobs,
+    CompletionTokensDetails,
     CompletionUsage,
     CreateChatCompletionResponse,
     CreateCompletionResponse,
@@ -48,6 +49,8 @@ class ChoiceState:
     completion: Completion | None = None
     thoughts: list[str] = field(default_factory=list)
     tool_calls: list[ToolCall] = field(default_factory=list)
+    reasoning_tokens: int = 0
+    """Tokens that had text of thoughts."""
     parser: AnswerParser | None = None
     """None: all of the answer is text."""
 
@@ -59,6 +62,7 @@ class ChoiceState:
         else:
             self.num_deltas += 1
             parsed = [AnswerDelta(event.text)] if self.parser is None else self.parser.feed(event.text)
+            self.reasoning_tokens += any(delta.reasoning for delta in parsed)
             deltas = parsed or ([AnswerDelta()] if event.tokens else [])
             if event.tokens:
                 deltas[0] = replace(deltas[0], tokens=event.tokens)
@@ -90,8 +94,37 @@ class ChoiceState:
         return self.completion.completion_tokens if self.completion else self.num_deltas
 
 
+class AnswerBuilder(Protocol):
+    """Builds the response to one request, whole or as the chunks of a stream, in the form of one API."""
+
+    include_usage: bool
+    """Whether a stream ends with `usage_chunk`."""
+    names_events: bool
+    """Whether chunks are events with names."""
+
+    def full(self, choices: Sequence[ChoiceState], usage: CompletionUsage, **fields: Any) -> ApiModel:
+        """Build the whole response; ``fields`` are further fields of it."""
+        ...
+
+    def first_chunk(self, index: int, **fields: Any) -> Sequence[ApiModel]:
+        """Build what starts an answer."""
+        ...
+
+    def delta_chunk(self, index: int, delta: AnswerDelta, **fields: Any) -> Sequence[ApiModel]:
+        """Build what adds to an answer."""
+        ...
+
+    def final_chunk(self, index: int, choice: ChoiceState, **fields: Any) -> Sequence[ApiModel]:
+        """Build what ends an answer."""
+        ...
+
+    def usage_chunk(self, usage: CompletionUsage) -> Sequence[ApiModel]:
+        """Build the end of the stream."""
+        ...
+
+
 class ResponseBuilder:
-    """Builds the objects of one response.
+    """Builds the objects of one response in OpenAI's form of chats and completions.
 
     Args:
         kind: a chat's or a completion's.
@@ -99,6 +132,8 @@ class ResponseBuilder:
         logprobs: whether the request asked for log probabilities.
         include_usage: whether chunks have a field ``usage``, which is null in all but the last.
     """
+
+    names_events = False
 
     def __init__(self, kind: Kind, model: str, *, logprobs: bool, include_usage: bool = False) -> None:
         self.kind, self.include_usage = kind, include_usage
@@ -137,12 +172,12 @@ class ResponseBuilder:
         ]
         return CreateCompletionResponse(object="text_completion", choices=completion_choices, **fields)
 
-    def first_chunk(self, index: int, **fields: Any) -> ApiModel:
+    def first_chunk(self, index: int, **fields: Any) -> list[ApiModel]:
         """Build a chat's chunk that names the role of an answer."""
         delta = ChoiceDelta(role="assistant", content="", refusal=None)
         return self._chunk([ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)], fields)
 
-    def delta_chunk(self, index: int, delta: AnswerDelta, **fields: Any) -> ApiModel:
+    def delta_chunk(self, index: int, delta: AnswerDelta, **fields: Any) -> list[ApiModel]:
         """Build a chunk that adds to an answer."""
         if self.kind == "chat":
             logprobs = self._chat_logprobs(delta.tokens)
@@ -157,23 +192,24 @@ class ResponseBuilder:
             [CompletionChoice(index=index, text=delta.text, logprobs=logprobs_of_text, finish_reason=None)], fields
         )
 
-    def final_chunk(self, index: int, reason: FinishReason, **fields: Any) -> ApiModel:
+    def final_chunk(self, index: int, choice: ChoiceState, **fields: Any) -> list[ApiModel]:
         """Build a chunk that ends an answer."""
+        reason = choice.finish_reason
         if self.kind == "chat":
             delta = ChoiceDelta()
             return self._chunk([ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=reason)], fields)
         return self._chunk([CompletionChoice(index=index, text="", logprobs=None, finish_reason=reason)], fields)
 
-    def usage_chunk(self, usage: CompletionUsage) -> ApiModel:
+    def usage_chunk(self, usage: CompletionUsage) -> list[ApiModel]:
         """Build the last chunk, without answers."""
         return self._chunk([], {"usage": usage})
 
-    def _chunk(self, choices: list[Any], fields: dict[str, Any]) -> ApiModel:
+    def _chunk(self, choices: list[Any], fields: dict[str, Any]) -> list[ApiModel]:
         if self.include_usage:
             fields = {"usage": None} | fields
         if self.kind == "chat":
-            return ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self._header, **fields)
-        return CreateCompletionResponse(object="text_completion", choices=choices, **self._header, **fields)
+            return [ChatCompletionChunk(object="chat.completion.chunk", choices=choices, **self._header, **fields)]
+        return [CreateCompletionResponse(object="text_completion", choices=choices, **self._header, **fields)]
 
     def _chat_delta(self, index: int, delta: AnswerDelta) -> ChoiceDelta:
         added: dict[str, Any] = {}
@@ -215,13 +251,19 @@ class ResponseBuilder:
         )
 
 
-def build_usage(prompt_tokens: int, cached_tokens: int, completion_tokens: int) -> CompletionUsage:
-    """Build the usage of a request that generated text."""
+def build_usage(
+    prompt_tokens: int, cached_tokens: int, completion_tokens: int, reasoning_tokens: int | None = None
+) -> CompletionUsage:
+    """Build the usage of a request that generated text. ``reasoning_tokens`` None: nothing looked for thoughts."""
+    details: dict[str, Any] = {}
+    if reasoning_tokens is not None:
+        details["completion_tokens_details"] = CompletionTokensDetails(reasoning_tokens=reasoning_tokens)
     return CompletionUsage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=cached_tokens),
+        **details,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
@@ -174,10 +174,12 @@ class ApiRequest(BaseModel):
     model: str | None = Field(default=None, description="As /v1/models names it; left out, the one there is.")
     user: str | None = Field(default=None, description="Taken and ignored.")
 
+    known_fields: ClassVar[frozenset[str]] = unsupported.KNOWN
+
     @property
     def unknown_fields(self) -> list[str]:
         """Names of fields that mean nothing here."""
-        return [name for name in self.model_extra or {} if name not in unsupported.KNOWN]
+        return [name for name in self.model_extra or {} if name not in self.known_fields]
 
 
 def _truncate(value: Any) -> Any:

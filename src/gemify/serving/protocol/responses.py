@@ -6,7 +6,7 @@ absent.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 from starlette.responses import Response
@@ -18,6 +18,11 @@ class ApiModel(BaseModel):
     """An object of a response."""
 
     model_config = ConfigDict(frozen=True)
+
+    @property
+    def event(self) -> str | None:
+        """The event's name in a stream. None: events have none."""
+        return None
 
     def to_json(self) -> bytes:
         """Return the object's JSON, without the fields that were left out."""
@@ -40,7 +45,27 @@ class ErrorDetails(ApiModel):
 class ErrorResponse(ApiModel):
     """Every error's form."""
 
+    type: Literal["error"] | None = None
+    """In Anthropic's form."""
     error: ErrorDetails
+
+
+class StreamEvent(ApiModel):
+    """An answer, or an event of a streamed one, that says its type."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: str
+
+    @classmethod
+    def make(cls, type_: str, **fields: Any) -> Self:
+        """Make one of further fields."""
+        return cls(**{"type": type_, **fields})
+
+    @property
+    def event(self) -> str:
+        """The event's name in a stream."""
+        return self.type
 
 
 class PromptTokensDetails(ApiModel):
@@ -50,6 +75,12 @@ class PromptTokensDetails(ApiModel):
     """From the prefix cache: they had run before, for a request with the same beginning."""
 
 
+class CompletionTokensDetails(ApiModel):
+    """What an answer's tokens were for."""
+
+    reasoning_tokens: int
+
+
 class CompletionUsage(ApiModel):
     """Tokens of a request."""
 
@@ -57,6 +88,7 @@ class CompletionUsage(ApiModel):
     completion_tokens: int | None = None
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 class Embedding(ApiModel):
@@ -233,6 +265,35 @@ class CreateCompletionResponse(ApiModel):
     usage: CompletionUsage | None = None
 
 
+class MessageObject(ApiModel):
+    """An answer in Anthropic's form."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    """Thoughts, a text, calls."""
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: dict[str, Any]
+
+
+class ResponseObject(ApiModel):
+    """An answer in the form of /v1/responses."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    status: Literal["completed", "incomplete", "in_progress"]
+    output: list[dict[str, Any]]
+    """Thoughts, a message, calls."""
+    store: Literal[False]
+
+
 class Model(ApiModel):
     """The model of this server."""
 
@@ -303,6 +364,12 @@ class TokenizeResponse(ApiModel):
     max_model_len: int | None
     tokens: list[int]
     token_strs: list[str] | None = None
+
+
+class CountTokensResponse(ApiModel):
+    """How many tokens a prompt has, in Anthropic's form."""
+
+    input_tokens: int
 
 
 class DetokenizeResponse(ApiModel):

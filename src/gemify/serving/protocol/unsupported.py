@@ -79,6 +79,26 @@ CHAT: Fields = {
     "web_search_options": ((), "gemify.search searches the server's own index"),
     "store": ((False,), "nothing is stored"),
 }
+_STATELESS = "nothing is stored: send the whole conversation"
+MESSAGES: Fields = {
+    "mcp_servers": (([],), "this server calls no others"),
+    "container": ((), "this server runs no code"),
+    "context_management": ((), "cut the conversation yourself"),
+    "output_format": ((), "it is output_config.format here"),
+    "speed": (("standard",), "there is one speed"),
+}
+RESPONSES: Fields = {
+    "previous_response_id": ((), _STATELESS),
+    "conversation": ((), _STATELESS),
+    "store": ((False,), "nothing is stored"),
+    "background": ((False,), "an answer lives as long as its connection"),
+    "prompt": ((), "give instructions and input"),
+    "truncation": (("disabled",), "cut the conversation yourself"),
+    "max_tool_calls": ((), "this server calls no tools itself"),
+    "context_management": (([],), "cut the conversation yourself"),
+    "top_logprobs": ((0,), "use logprobs of /v1/chat/completions"),
+    "moderation": ((), "leave it out"),
+}
 MESSAGE: Fields = {
     "function_call": ((), "use tool_calls"),
     "audio": ((), _TEXT_ONLY),
@@ -86,7 +106,7 @@ MESSAGE: Fields = {
 IGNORED = frozenset(
     {
         "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
-        "request_id", "cache_prompt", "keep_alive",
+        "request_id", "cache_prompt", "keep_alive", "cache_control", "inference_geo",
     }
 )  # fmt: skip
 """Well-known fields that change no answer."""

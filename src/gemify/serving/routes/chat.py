@@ -24,6 +24,7 @@ from gemify.serving.protocol.responses import CreateChatCompletionResponse, Crea
 from gemify.serving.protocol.tools import NamedToolChoice
 from gemify.serving.rag import RagPrompt
 from gemify.serving.request_body import JsonRoute
+from gemify.serving.response_builder import AnswerBuilder
 from gemify.serving.state import AppState, admit, get_key_name, get_state
 from gemify.serving.tokenization import bind_template
 
@@ -42,7 +43,27 @@ async def create_chat_completion(body: CreateChatCompletionRequest, request: Req
 
     ``gemify`` asks for the prompt's embedding from the same run, or for passages of the index to answer from.
     """
-    state = admit(request, body)
+    admit(request, body)
+    return await answer_chat(body, request)
+
+
+async def answer_chat(
+    body: CreateChatCompletionRequest,
+    request: Request,
+    *,
+    make_builder: Callable[[int], AnswerBuilder] | None = None,
+) -> Response:
+    """Answer a conversation.
+
+    Args:
+        body: the request; other forms than OpenAI's are translated to it.
+        request: the HTTP request.
+        make_builder: makes what builds the response, given the prompt's length. None: it is in the form of a chat.
+
+    Raises:
+        ApiError: the request cannot be answered.
+    """
+    state = get_state(request)
     options = body.gemify or GemifyOptions()
     gemify_fields: dict[str, Any] = {}
     start, charged_tokens = None, 0
@@ -62,6 +83,7 @@ async def create_chat_completion(body: CreateChatCompletionRequest, request: Req
         start=start,
         charged_tokens=charged_tokens,
         gemify_fields=gemify_fields,
+        builder=None if make_builder is None else make_builder(len(ids)),
         grammar=await _grammar(state, body),
         parser=await _parser(state, body, ids) if state.tokenizer.has_chat else None,
     )
