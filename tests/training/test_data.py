@@ -13,7 +13,8 @@ from tokenizers.processors import TemplateProcessing
 import tiny_models
 from gemify.model.tokenization import TextTokenizer
 from gemify.paper.tokens import Row
-from gemify.training.batches import Batches, Example, Source
+from gemify.training.batches import Batches
+from gemify.training.examples import Example, Source
 from gemify.training.recipe import PRESETS, Recipe
 
 

@@ -27,9 +27,10 @@ import children
 import tiny_models
 from gemify.paper.tokens import reconstruction_row, split_row
 from gemify.paper.views import View, full_view
-from gemify.training.batches import Batches, Source
+from gemify.training.batches import Batches
 from gemify.training.checkpoints import last_checkpoint
 from gemify.training.distributed import RankShard
+from gemify.training.examples import Source
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
@@ -253,17 +254,24 @@ ROWS = [
 ]
 
 
+KEYS = [(0, 10, 11, 40), (1, 12, 12, -1), (2, 13, 14, 11), (3, 10, 15, 41), (1, 16, 17, 42)]
+"""Pairs 0 and 3 have one anchor, 1 and 4 one id; a negative is the first positive, another only fills up."""
+TRIPLES = [(*pair, full_view([80 + i, 81, 82])) for i, pair in enumerate(VIEWS)]
 TAUGHT = list(np.random.default_rng(0).standard_normal((len(VIEWS), 2, 6)).astype(np.float32))
 
 
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("taught", [None, TAUGHT], ids=["contrast", "teacher"])
 @pytest.mark.parametrize("options", [{}, {"contrastive_chunk_size": 2}, {"sharded": True, "group_tokens": 12}])
 def test_gathered_negatives_have_the_gradient_of_the_whole_batch(
-    base_dir: Path, server: ForkServerContext, options: dict[str, Any], taught: list[np.ndarray] | None
+    base_dir: Path, server: ForkServerContext, options: dict[str, Any], taught: list[np.ndarray] | None, equal: bool
 ) -> None:
-    """Five pairs and three rows over two processes, the learned temperature included."""
+    """Five pairs (with negatives and equal texts) and three rows over two processes, the temperature included."""
     targets = sum(len(r.suffix) for r in ROWS)
     batch = MicroBatch(0.5, ROWS, VIEWS, step_targets=targets, targets=taught)
+    if equal:
+        vectors = taught and [np.concatenate([v, v[:1] + 0.5]) for v in taught]
+        batch = MicroBatch(0.5, ROWS, TRIPLES, step_targets=targets, targets=vectors, keys=KEYS)
     together = heard(start(server, children.gradients_together, str(base_dir), batch, options))
     alone = children.gradients(str(base_dir), batch, {})
     assert float(alone["temperature.t"].abs()) > 1e-4

@@ -17,7 +17,8 @@ from gemify.model.tokenization import TextTokenizer
 from gemify.paper.objectives import info_nce, next_token_loss
 from gemify.paper.tokens import build_inputs, raw_row, reconstruction_row, split_row
 from gemify.paper.views import View, full_view
-from gemify.training.batches import Batches, Source
+from gemify.training.batches import Batches
+from gemify.training.examples import Source
 from gemify.training.objective import MicroBatch, has_plain_head, target_count
 from gemify.training.recipe import Recipe
 from tiny_gems import make_gem, make_objective

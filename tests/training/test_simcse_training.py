@@ -14,7 +14,8 @@ from gemify import GemModel
 from gemify.model.encode import encode_ids
 from gemify.paper.tokens import raw_row
 from gemify.paper.views import full_view
-from gemify.training.batches import Batches, Source
+from gemify.training.batches import Batches
+from gemify.training.examples import Source
 from gemify.training.objective import MicroBatch, Objective, target_count
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train

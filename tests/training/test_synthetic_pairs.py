@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemify.training import synthetic_pairs
-from gemify.training.batches import Example, Source
+from gemify.training.examples import Example, Source
 from gemify.training.synthetic_pairs import TASKS, PairConfig, PairGenerator, passes_filter, write_pairs
 
 TEXT = "The bridge over the river was closed for repairs."

@@ -34,7 +34,8 @@ from gemify.bench.timing import (
 from gemify.model.base import load_base
 from gemify.model.forward import right_pad
 from gemify.paper.tokens import IGNORED
-from gemify.training.batches import Batches, Source
+from gemify.training.batches import Batches
+from gemify.training.examples import open_sources
 from gemify.training.objective import MicroBatch
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import build_objective, uses_bf16
@@ -121,7 +122,7 @@ def _row(kind: str, plain: Runs[Tokens], ours: Runs[Tokens]) -> dict[str, Any]:
 def _pair(recipe: Recipe, device: str | None) -> tuple[Step, Step]:
     """The plain step and ours. Where both train every weight they share the weights and the optimizer's state."""
     gem, objective = build_objective(recipe, device)
-    sources = [(Source(d.path, recipe.text_column, recipe.split), d) for d in recipe.sources]
+    sources = open_sources(recipe)
     batches = Batches(recipe, sources, gem.text_tokenizer, end_id=gem.tokenizer.eos_token_id)
     micro_batches = [b["batch"] for b in islice(iter(batches), recipe.max_steps)]
     bf16 = uses_bf16(recipe, device)

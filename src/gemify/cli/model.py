@@ -246,7 +246,7 @@ def _logits_equal_base(model: str, base: str, revision: str | None, device: str 
 
 def _read_texts(path: Path | None, column: str) -> Iterator[str]:
     if path is not None:
-        from gemify.training.batches import Source
+        from gemify.training.examples import Source
 
         for row, example in enumerate(Source(str(path), column, keep_empty=True)):
             if example.second is not None:

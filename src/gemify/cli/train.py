@@ -51,6 +51,9 @@ def train(
     alpha_final: Annotated[float | None, typer.Option(help="Final weight of the contrastive loss.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a next-token batch.")] = None,
     contrastive_batch_size: Annotated[int | None, typer.Option(help="Rows of a contrastive batch.")] = None,
+    num_negatives: Annotated[
+        int | None, typer.Option(help="Hard negatives of a pair that a step draws from its row. [default: 1]")
+    ] = None,
     contrastive_chunk_size: Annotated[int | None, typer.Option(help="Rows of it at a time (GradCache).")] = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Batches per optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate while alpha is 0.")] = None,
@@ -75,7 +78,12 @@ def train(
     lora_dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a text.")] = None,
     min_length: Annotated[int | None, typer.Option(help="Minimum tokens of a text.")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column that holds the text.")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column that holds the text; translation.en goes into nested ones.")
+    ] = None,
+    skip_bad: Annotated[
+        bool | None, typer.Option("--skip-bad", help="Leave malformed rows out, and say how many.")
+    ] = None,
     split: Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")] = None,
     eval_pairs: Annotated[str | None, typer.Option(help="STS pairs (.jsonl) to score during training.")] = None,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between two scorings.")] = None,
@@ -105,6 +113,8 @@ def train(
         f"trained {summary['trainable_parameters']:,} parameters for {summary['steps']} steps:"
         f" {format_summary(summary)}"
     )
+    if summary.get("skipped_rows"):
+        echo_err(f"skipped {summary['skipped_rows']:,} malformed rows, the first: {summary['first_skipped']}")
     if "sts_spearman" in summary:
         echo_err(f"STS Spearman {summary['sts_spearman']:.2f}")
     typer.echo(str(output))
@@ -231,6 +241,7 @@ def pairs(
     min_length: Annotated[int, typer.Option(help="Minimum tokens of a text; shorter ones are skipped.")] = 8,
     max_length: Annotated[int, typer.Option(help="Maximum tokens of a text; longer ones are skipped.")] = 64,
     text_column: TextColumn = "text",
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave malformed rows out, and say how many.")] = False,
     resume: Resume = False,
     precision: TrainingPrecision = "auto",
     device: Device = None,
@@ -240,7 +251,8 @@ def pairs(
     """Generate training pairs with a language model: paraphrases, questions or search words of plain texts."""
     from gemify.training.synthetic_pairs import PairConfig, write_pairs
 
-    config = PairConfig(base, data, tuple(task or ["paraphrase"]), num_texts, skip, min_length, max_length, text_column)
+    tasks = tuple(task or ["paraphrase"])
+    config = PairConfig(base, data, tasks, num_texts, skip, min_length, max_length, text_column, skip_bad)
     counts = write_pairs(config, output, resume=resume, device=device, precision=precision, show_progress_bar=not quiet)
     if as_json:
         print_json({"output": str(output), "pairs": counts})

@@ -2,7 +2,8 @@
 
     .jsonl .ndjson   a JSON object a line
     .json            an array of JSON objects, or an object a line
-    .csv .tsv        a header, then a record a row; a quoted field may hold line ends, and quotes written twice
+    .csv .tsv        a header, then a record a row; a quoted field may hold line ends, and quotes written twice; a .csv
+                     file may have semicolons or tabs in place of commas
     .parquet         a table
     .txt and others  text, a row a line
 
@@ -18,14 +19,15 @@ import contextlib
 import csv
 import gzip
 import io
+import itertools
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, TextIO, get_args
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
+from gemify.io.json_array import array_elements
 from gemify.io.tables import first_line
 
 Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
@@ -34,9 +36,7 @@ ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _NOT_UTF8 = "not UTF-8 text: convert the file (iconv -t utf-8)"
 _MAX_FIELD_CHARACTERS = 1 << 26  # of CSV: a quote that is never closed must not read the whole file into memory
-_ARRAY_PIECE = 1 << 18  # characters of a JSON array decoded at a time
 PARQUET_BATCH_ROWS = 512
-_SPACE = re.compile(r"[ \t\r\n]*")
 _TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", list: "a list"}
 
 
@@ -153,11 +153,36 @@ def load_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in lines if line]
 
 
+def find_column(values: Mapping[str, Any], column: str) -> Any:
+    """The value in a column, or at a dotted path (``translation.en``); through a list, the list of all its values.
+
+    Raises ValueError where there is none.
+    """
+    if column in values:
+        return values[column]
+    head, _, rest = column.partition(".")
+    inner = values.get(head) if rest else None
+    try:
+        if isinstance(inner, Mapping):
+            return find_column(inner, rest)
+        if isinstance(inner, list) and inner and all(isinstance(item, Mapping) for item in inner):
+            return [find_column(item, rest) for item in inner]
+    except ValueError:
+        pass
+    raise ValueError(f"{missing_column(column, values)}: set --text-column")
+
+
+def has_column(values: Mapping[str, Any], column: str) -> bool:
+    """Whether a row has a column, or a value at a dotted path."""
+    with contextlib.suppress(ValueError):
+        find_column(values, column)
+        return True
+    return False
+
+
 def require_text(values: Mapping[str, Any], column: str) -> str:
     """The text in a column, its lone surrogates replaced. Raises ValueError where there is none."""
-    if column not in values:
-        raise ValueError(f"{missing_column(column, values)}: set --text-column")
-    if not isinstance(text := values[column], str):
+    if not isinstance(text := find_column(values, column), str):
         raise ValueError(f"{column!r} must be text, got {type(text).__name__}")
     return replace_surrogates(text)
 
@@ -314,11 +339,14 @@ def _table_rows(stream: io.BufferedReader, path: str | Path, delimiter: str) -> 
             yield read[-1].decode("utf-8", "surrogateescape")
 
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
-    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
+    lines = texts()
+    first = next(lines, "")
+    if delimiter not in first:  # what Excel writes as CSV where a comma stands in numbers
+        delimiter = next((other for other in ";\t" if other in first), delimiter)
+    reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
     header: list[str] = []
     begin, number = b"", 0
     while True:
-        read.clear()
         reason = ""
         try:
             fields = next(reader)
@@ -327,6 +355,7 @@ def _table_rows(stream: io.BufferedReader, path: str | Path, delimiter: str) -> 
         except csv.Error as error:
             fields, reason = [""], f"not {'TSV' if delimiter == chr(9) else 'CSV'} ({error}): mend its quotes"
         raw = b"".join(read)
+        read.clear()
         if not header:
             if reason or fields:
                 header, begin = fields, raw
@@ -360,7 +389,7 @@ def _array_rows(stream: io.BufferedReader, path: str | Path) -> Iterator[Row]:
     """Elements of a JSON array, with one piece of the text in memory."""
     number = 0
     try:
-        for number, (text, value) in enumerate(_array_elements(io.TextIOWrapper(stream, "utf-8-sig", newline="")), 1):
+        for number, (text, value) in enumerate(array_elements(io.TextIOWrapper(stream, "utf-8-sig", newline="")), 1):
             yield Row(number, text.encode(), partial(_require_object, value))
     except UnicodeDecodeError:
         raise ValueError(f"{path} row {number + 1}: {_NOT_UTF8}") from None
@@ -368,62 +397,25 @@ def _array_rows(stream: io.BufferedReader, path: str | Path) -> Iterator[Row]:
         raise ValueError(f"{path} row {number + 1}: not JSON: mend the array of objects") from None
 
 
-def _array_elements(text: TextIO) -> Iterator[tuple[str, Any]]:
-    """Elements of a JSON array, each with its text."""
-    buffer, at, opened = "", 0, False
-    ended = False
-    while True:
-        begin = _space_end(buffer, at)
-        mark = buffer[begin : begin + 1]
-        if not opened and mark == "[":
-            at, opened = begin + 1, True
-            continue
-        if opened and mark == "]":
-            break
-        element = _decode_element(buffer, begin, ended) if opened and mark else None
-        if element is not None:
-            value, end, at = element
-            yield buffer[begin:end], value
-            continue
-        if ended:
-            raise json.JSONDecodeError("array without end", buffer, begin)
-        piece = text.read(max(_ARRAY_PIECE, len(buffer)))
-        buffer, at, ended = buffer[at:] + piece, 0, not piece
-    rest = buffer[begin + 1 :] + text.read(_ARRAY_PIECE)
-    if rest.strip():
-        raise json.JSONDecodeError("text behind the array", rest, 0)
+def parquet_columns(path: str | Path) -> list[str]:
+    """The names of a Parquet file's columns. Raises ValueError if it is damaged."""
+    import pyarrow.parquet as pq
+
+    with readable_parquet(path):
+        return list(pq.read_schema(path).names)
 
 
-def _decode_element(buffer: str, begin: int, ended: bool) -> tuple[Any, int, int] | None:
-    """The element that begins here, its end and where the next may begin; None if more text may complete it."""
-    try:
-        value, end = json.JSONDecoder().raw_decode(buffer, begin)
-    except json.JSONDecodeError as error:
-        cut_off = error.msg.startswith("Unterminated") or error.pos + 16 > len(buffer)
-        if ended or not cut_off:
-            raise
-        return None
-    behind = _space_end(buffer, end)
-    if behind == len(buffer):
-        return None
-    if buffer[behind] == "]":
-        return value, end, behind
-    if buffer[behind] != ",":
-        raise json.JSONDecodeError("no comma between elements", buffer, behind)
-    return value, end, behind + 1
-
-
-def _space_end(buffer: str, at: int) -> int:
-    match = _SPACE.match(buffer, at)
-    return match.end() if match else at
+def known_columns(there: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """Those of the columns that are there, of a dotted one the column that it begins in."""
+    found = (next((n for n in (column, column.partition(".")[0]) if n in there), None) for column in columns)
+    return list(dict.fromkeys(name for name in found if name is not None))
 
 
 def _parquet_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     with readable_parquet(path), pq.ParquetFile(path, pre_buffer=False) as file:
-        there = file.schema_arrow.names
-        known = [column for column in columns if column in there]
+        known = known_columns(file.schema_arrow.names, columns)
         batches = file.iter_batches(PARQUET_BATCH_ROWS, columns=known or None)
         for number, row in enumerate((row for batch in batches for row in parquet_batch_rows(batch)), start=1):
             yield row._replace(number=number)

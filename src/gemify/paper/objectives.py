@@ -100,6 +100,7 @@ def info_nce(
     negatives_ND: Tensor | None = None,
     *,
     own_index_B: Tensor | None = None,
+    excluded_BN: Tensor | None = None,
 ) -> Tensor:
     """Mean InfoNCE over B pairs (GEM, Section 3.3): the other rows' positives are a row's negatives.
 
@@ -112,6 +113,7 @@ def info_nce(
         scale: The temperature lam.
         negatives_ND: Further negatives.
         own_index_B: Which positive belongs to which query. None: the one with the same index.
+        excluded_BN: True where a positive or negative is no negative of a query, as it holds an equal text.
     """
     # Autocast would round the logits to bfloat16: steps of 0.1 to 0.5 at these scales.
     with torch.autocast(query_BD.device.type, enabled=False):
@@ -121,7 +123,32 @@ def info_nce(
             d_ND = torch.cat([d_ND, F.normalize(negatives_ND.float(), dim=-1)])
         target_B = torch.arange(q_BD.shape[0], device=q_BD.device) if own_index_B is None else own_index_B
         logits_BN = scale * (q_BD @ d_ND.T)
+        if excluded_BN is not None:
+            logits_BN = logits_BN.masked_fill(excluded_BN, -math.inf)
         return F.cross_entropy(logits_BN, target_B) if len(target_B) else logits_BN.sum()
+
+
+FILLER = -1
+"""Stands for a text that takes a missing negative's place: no row contrasts with it."""
+
+
+def equal_texts(keys_BK: Tensor, own_index_B: Tensor) -> Tensor:
+    """Return which candidates are no negatives of a row: they hold an equal text, or belong to an equal id.
+
+    Args:
+        keys_BK: Numbers of each row's id, anchor, positive and negatives: equal for equal texts, `FILLER` for a text
+            that only fills up.
+        own_index_B: Which rows are queries.
+
+    Returns:
+        [B, N], True where a candidate is left out: the positives of all rows, then their negatives.
+    """
+    pair_B3, own_B3 = keys_BK[:, :3], keys_BK[own_index_B, :3]
+    positives_BN = (own_B3[:, None, :, None] == pair_B3[None, :, None, :]).flatten(2).any(-1)
+    positives_BN[torch.arange(len(own_index_B)), own_index_B] = False
+    negatives_N = keys_BK[:, 3:].flatten()
+    negatives_BN = (own_B3[:, 1:, None] == negatives_N).any(1) | (negatives_N == FILLER)
+    return torch.cat([positives_BN, negatives_BN], dim=1)
 
 
 def cosine_loss(vectors_NP: Tensor, targets_NP: Tensor) -> Tensor:
@@ -129,7 +156,9 @@ def cosine_loss(vectors_NP: Tensor, targets_NP: Tensor) -> Tensor:
     return 1.0 - F.cosine_similarity(vectors_NP.float(), targets_NP.float(), dim=-1).mean()
 
 
-def similarity_loss(vectors_NP: Tensor, targets_NP: Tensor, *, scale: float = 1.0 / 0.05) -> Tensor:
+def similarity_loss(
+    vectors_NP: Tensor, targets_NP: Tensor, *, scale: float = 1.0 / 0.05, excluded_NN: Tensor | None = None
+) -> Tensor:
     """Return the mean KL divergence of in-batch similarity rows from a teacher's.
 
     A row holds the softmax over the other N - 1 texts of ``scale`` times the cosines. Fewer than three texts give 0.
@@ -138,6 +167,7 @@ def similarity_loss(vectors_NP: Tensor, targets_NP: Tensor, *, scale: float = 1.
         vectors_NP: The vectors that learn.
         targets_NP: The teacher's vectors of the same texts.
         scale: The inverse of the temperature.
+        excluded_NN: True where a text is left out of a row's softmax, as it equals the row's own.
     """
     N = len(vectors_NP)
     if N < 3:
@@ -146,7 +176,10 @@ def similarity_loss(vectors_NP: Tensor, targets_NP: Tensor, *, scale: float = 1.
 
     def rows(x_NP: Tensor) -> Tensor:
         unit_NP = F.normalize(x_NP.float(), dim=-1)
-        return (scale * (unit_NP @ unit_NP.T))[others_NN].view(N, N - 1).log_softmax(-1)
+        logits_NN = scale * (unit_NP @ unit_NP.T)
+        if excluded_NN is not None:
+            logits_NN = logits_NN.masked_fill(excluded_NN, torch.finfo(torch.float32).min / 2)  # -inf would give NaN
+        return logits_NN[others_NN].view(N, N - 1).log_softmax(-1)
 
     return F.kl_div(rows(vectors_NP), rows(targets_NP), reduction="batchmean", log_target=True)
 

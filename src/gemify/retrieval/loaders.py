@@ -19,6 +19,7 @@ from typing import Any
 from gemify.io.rows import (
     COMPRESSIONS,
     decompress,
+    has_column,
     read_rows,
     readable,
     replace_surrogates,
@@ -253,7 +254,7 @@ def _holds_rows(path: Path, columns: Columns) -> bool:
         return False
     try:
         first = next(read_rows(path), None)
-        return first is not None and columns.text in first.parse()
+        return first is not None and has_column(first.parse(), columns.text)
     except ValueError:
         return False
 

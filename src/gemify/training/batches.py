@@ -5,21 +5,20 @@ Examples come from files read as a stream (any size), or from a Hugging Face dat
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset
 
-from gemify.io.rows import COMPRESSIONS, has_row_suffix, read_values, require_text
-from gemify.io.tables import first_line
 from gemify.model.tokenization import TextTokenizer
+from gemify.paper.objectives import FILLER
 from gemify.paper.tokens import Row, random_split, raw_row, reconstruction_row, soft_prompt_row, split_row, summary_row
 from gemify.paper.views import View, full_view
 from gemify.training.distributed import RankShard
+from gemify.training.examples import Example, Source
 from gemify.training.objective import MicroBatch, target_count
 from gemify.training.recipe import DataSource, Recipe
 from gemify.training.teacher import Teacher
@@ -43,18 +42,27 @@ def shard_batch(whole: MicroBatch, rank: int, world: int) -> MicroBatch:
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """Token ids of an example, and of its second text if it is a pair."""
+    """Token ids of an example, and of its other texts if it is a pair."""
 
     ids: tuple[int, ...]
     second: tuple[int, ...] = ()
     kind: str = "text"
     texts: tuple[str, ...] = ()
     """The texts themselves, if there is a teacher."""
+    negatives: tuple[tuple[int, ...], ...] = ()
+    """Of a pair: what the anchor is not to be near."""
+    id: str | None = None
 
     @property
     def length(self) -> int:
-        """Tokens of both texts."""
+        """Tokens of the text, or of both texts of a pair."""
         return len(self.ids) + len(self.second)
+
+    def with_negatives(self, chosen: Sequence[int]) -> TokenizedExample:
+        """Return the example with some of its negatives."""
+        negatives = tuple(self.negatives[i] for i in chosen)
+        texts = (*self.texts[:2], *(self.texts[2 + i] for i in chosen)) if self.texts else ()
+        return replace(self, negatives=negatives, texts=texts)
 
 
 Stream = Iterator[TokenizedExample]
@@ -118,6 +126,11 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             yield views, np.concatenate(self._teach(examples))
             num_texts -= len(views)
 
+    def skipped_rows(self) -> dict[str, Any]:
+        """Return how many malformed rows were left out so far, and the first of them; nothing if there was none."""
+        bad = [source for source in self.sources if source.skipped]
+        return {"skipped_rows": sum(s.skipped for s in bad), "first_skipped": bad[0].first_bad} if bad else {}
+
     def __iter__(self) -> Iterator[dict[str, MicroBatch]]:
         streams = [self._examples(source) for source in self.sources]
         for step in range(self.recipe.max_steps):
@@ -147,46 +160,67 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             rng = Random(f"{self.recipe.seed} {step} {index}")
             rows = [self._row(e, rng) for e in examples[: self.recipe.batch_size]] if with_rows else []
             chosen = self._select_contrastive(examples, rows) if alpha > 0.0 else []
-            if self.teacher is not None and len({len(e.texts) for e in chosen}) > 1:
+            chosen = self._draw_negatives(chosen, Random(f"{self.recipe.seed} negatives {step} {index}"))
+            if self.teacher is not None and len({bool(e.second) for e in chosen}) > 1:
                 chosen = [single for e in chosen for single in self._singles(e)]
+            chosen, keys = self._fill_up(chosen)
             views = [self._texts(e) if self.teacher is not None else self._views(e, rng) for e in chosen]
-            made.append(
-                (
-                    rows if alpha < 1.0 else [],
-                    views,
-                    self._teach(chosen) if self.teacher is not None and chosen else None,
-                )
-            )
+            vectors = self._teach(chosen) if self.teacher is not None and chosen else None
+            made.append((rows if alpha < 1.0 else [], views, vectors, keys))
         targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, *_ in made for r in rows)
-        for rows, views, vectors in made:
-            whole = MicroBatch(alpha, rows, views, step_targets=targets, micro_batches=len(made), targets=vectors)
+        for rows, views, vectors, keys in made:
+            whole = MicroBatch(
+                alpha, rows, views, step_targets=targets, micro_batches=len(made), targets=vectors, keys=keys
+            )
             yield {"batch": shard_batch(whole, self.rank, self.world)}
+
+    def _draw_negatives(self, examples: list[TokenizedExample], rng: Random) -> list[TokenizedExample]:
+        """The examples with ``num_negatives`` of the negatives that each has."""
+        wanted = self.recipe.num_negatives
+        drawn = [rng.sample(range(len(e.negatives)), min(wanted, len(e.negatives))) for e in examples]
+        return [e.with_negatives(sorted(i)) if e.negatives else e for e, i in zip(examples, drawn, strict=True)]
+
+    def _fill_up(self, examples: list[TokenizedExample]) -> tuple[list[TokenizedExample], list[tuple[int, ...]] | None]:
+        """Give all examples equally many negatives, their positives where there are too few; and the texts' keys."""
+        width = max((len(e.negatives) for e in examples), default=0)
+        numbers: dict[object, int] = {}
+        filled, keys = [], []
+        for at, example in enumerate(examples):
+            first = example.ids[len(self.bos_ids) :]
+            second, lacking = example.second or first, width - len(example.negatives)
+            named = [("id", example.id) if example.id is not None else ("row", at), first, second, *example.negatives]
+            keys.append((*(numbers.setdefault(key, len(numbers)) for key in named), *(FILLER,) * lacking))
+            texts = example.texts + example.texts[1:2] * lacking
+            filled.append(replace(example, negatives=(*example.negatives, *(second,) * lacking), texts=texts))
+        seen = [key for row in keys for key in {*row}]
+        return filled, keys if width or len(seen) > len(set(seen)) else None
 
     def _singles(self, example: TokenizedExample) -> list[TokenizedExample]:
         """The texts of an example as examples of their own, for a batch that mixes texts and pairs."""
-        parts = [example.ids, *([(*self.bos_ids, *example.second)] if example.second else [])]
-        return [TokenizedExample(ids, texts=(text,)) for ids, text in zip(parts, example.texts, strict=True)]
+        others = [(*self.bos_ids, *text) for text in (example.second, *example.negatives) if text]
+        parts = zip((example.ids, *others), example.texts, strict=True)
+        return [TokenizedExample(ids, texts=(text,)) for ids, text in parts]
 
     def _texts(self, example: TokenizedExample) -> tuple[View, ...]:
-        """The text of an example, or the two texts of a pair, each with BOS and template."""
-        texts = [example.ids[len(self.bos_ids) :], *([example.second] if example.second else [])]
+        """The text of an example, or the texts of a pair, each with BOS and template."""
+        texts = (example.ids[len(self.bos_ids) :], *((example.second,) if example.second else ()), *example.negatives)
         return tuple(self.add_template(full_view(text)) for text in texts)
 
     def _teach(self, examples: list[TokenizedExample]) -> list[np.ndarray]:
-        """The teacher's vectors [1 or 2, P] of each example."""
+        """The teacher's vectors [texts, P] of each example."""
         assert self.teacher is not None
         vectors_NP = self.teacher.vectors([text for e in examples for text in e.texts])
         ends = np.cumsum([len(e.texts) for e in examples])
         return np.split(vectors_NP, ends[:-1])
 
-    def _views(self, example: TokenizedExample, rng: Random) -> tuple[View, View]:
-        """Two views of a text or of a pair, each with BOS and template."""
+    def _views(self, example: TokenizedExample, rng: Random) -> tuple[View, ...]:
+        """Two views of a text or of a pair and its negatives, each with BOS and template."""
         text = example.ids[len(self.bos_ids) :]
         if example.kind == "positive":
             first, second = self.recipe.views.of_pair(text, example.second, rng)
         else:
             first, second = self.recipe.views.of_text(text, rng)
-        return self.add_template(first), self.add_template(second)
+        return tuple(self.add_template(view) for view in (first, second, *map(full_view, example.negatives)))
 
     def add_template(self, view: View) -> View:
         """Return a view as it runs, with BOS and template. Of these nothing is dropped or hidden."""
@@ -226,8 +260,9 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
                 for some in blocks:
                     yield from some
             if seen < max(2, self.recipe.batch_size, self.recipe.contrastive_batch_size or 0):
+                bad = f" ({source.skipped:,} bad rows skipped, the first: {source.first_bad})" if source.skipped else ""
                 raise ValueError(
-                    f"{source.name} holds {seen} texts of at least {self.recipe.min_length} tokens, too few for"
+                    f"{source.name} holds {seen} texts of at least {self.recipe.min_length} tokens{bad}, too few for"
                     f" its batches: give more text, or a smaller batch_size, contrastive_batch_size or min_length"
                 )
             epoch += 1
@@ -249,88 +284,18 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
 
     def _tokens(self, examples: list[Example]) -> list[TokenizedExample]:
         limit = self.recipe.max_length
-        first = self.tokenize.tokenize_plain([e.text for e in examples], max_tokens=limit - len(self.bos_ids))
-        second = self.tokenize.tokenize_plain([e.second or "" for e in examples], max_tokens=limit)
+        tokenize = self.tokenize.tokenize_plain
+        first = tokenize([e.text for e in examples], max_tokens=limit - len(self.bos_ids))
+        second = tokenize([e.second or "" for e in examples], max_tokens=limit)
+        others = iter(tokenize([text for e in examples for text in e.negatives], max_tokens=limit))
         made = []
         for example, ids, more in zip(examples, first, second, strict=True):
+            known = [(text, tuple(next(others))) for text in example.negatives]
+            negatives = tuple(ids for _, ids in known if ids)
             if len(ids) >= self.recipe.min_length and (example.second is None or more):
-                texts = (example.text, *([example.second] if example.second else [])) if self.teacher else ()
-                made.append(TokenizedExample((*self.bos_ids, *ids), tuple(more), example.kind, texts))
+                pair = (example.second, *(text for text, ids in known if ids)) if example.second else ()
+                texts = (example.text, *pair) if self.teacher else ()
+                made.append(
+                    TokenizedExample((*self.bos_ids, *ids), tuple(more), example.kind, texts, negatives, example.id)
+                )
         return made
-
-
-_PAIRS = (
-    ("summary", "context", "summary"),
-    ("soft_prompt", "prompt", "answer"),
-    ("positive", "anchor", "positive"),  # sentence-transformers' names
-)
-
-
-@dataclass(frozen=True)
-class Example:
-    """One training text, or a pair of texts."""
-
-    text: str
-    second: str | None = None
-    """The pair's other text: what to write of ``text`` (summary, soft_prompt), or another view of it (positive)."""
-    kind: str = "text"
-
-
-@dataclass(frozen=True)
-class Source:
-    """A stream of examples that can be read any number of times, always in the same order.
-
-    Rows hold a text in ``text_column``, or a pair: context and summary, prompt and answer, or anchor and positive.
-    """
-
-    name: str
-    """A file of rows (`gemify.io.rows`: text, JSON, CSV, TSV, Parquet), or a Hugging Face data set: its name, or a
-    directory laid out like one."""
-    text_column: str = "text"
-    split: str = "train"
-    """The part of a data set to read."""
-    keep_empty: bool = False
-    """Whether a row without text is an example too (row i is then example i) or is skipped."""
-
-    def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError(
-                "no training data: give --data FILE (.txt, .jsonl, .csv, .parquet) or a Hugging Face data set name"
-            )
-        path = Path(self.name)
-        is_file_name = path.is_absolute() or self.name.count("/") > 1 or has_row_suffix(path)
-        if not path.exists() and (is_file_name or path.suffix in COMPRESSIONS):
-            raise ValueError(f"no such data file: {self.name}")
-        if path.is_file() and path.stat().st_size == 0:
-            raise ValueError(f"{self.name} is empty: it holds no text to train on")
-
-    def __iter__(self) -> Iterator[Example]:
-        if not Path(self.name).is_file():
-            rows = self._load_dataset()
-        else:
-            columns = [self.text_column, *(name for _, *names in _PAIRS for name in names)]
-            rows = read_values(self.name, text_column=self.text_column, columns=columns)
-        for where, row in rows:
-            try:
-                example = self._example(row)
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from error
-            if self.keep_empty or example.second is not None or example.text.strip():
-                yield example
-
-    def _load_dataset(self) -> Iterator[tuple[str, Any]]:
-        from datasets import load_dataset
-
-        try:
-            rows: Iterable[Any] = load_dataset(self.name, split=self.split, streaming=True)
-        except Exception as error:
-            reason = first_line(error)
-            raise ValueError(f"{self.name!r} is neither a file nor a data set that can be loaded: {reason}") from error
-        return ((f"{self.name} row {n}", row) for n, row in enumerate(rows, start=1))
-
-    def _example(self, row: dict[str, Any]) -> Example:
-        if self.text_column not in row:
-            for kind, first, second in _PAIRS:
-                if first in row and second in row:
-                    return Example(require_text(row, first), require_text(row, second), kind)
-        return Example(require_text(row, self.text_column))

@@ -41,7 +41,7 @@ from gemify.model.forward import (
     suffix_pass,
     text_pass,
 )
-from gemify.paper.objectives import Temperature, info_nce, next_token_loss, total_loss
+from gemify.paper.objectives import Temperature, equal_texts, info_nce, next_token_loss, total_loss
 from gemify.paper.tokens import IGNORED, Row, RowInputs, Segment, build_inputs
 from gemify.paper.views import View
 from gemify.training.distributed import all_reduce_max, gather, rank, world_size
@@ -59,7 +59,7 @@ class MicroBatch:
     """Weight of the contrastive loss, in [0, 1]."""
     rows: list[Row] = field(default_factory=list)
     views: list[tuple[View, ...]] = field(default_factory=list)
-    """Two views of each text or pair; with a teacher one view of a text, or the two texts of a pair."""
+    """Two views of each text, or a pair and its negatives; with a teacher one view of a text. All of one width."""
     step_targets: int = 1
     """Next-token targets of the whole optimizer step, over all micro-batches and processes."""
     micro_batches: int = 1
@@ -71,7 +71,10 @@ class MicroBatch:
     pairs: int | None = None
     """Pairs of views of all processes together, sharded as `RankShard` does. None: those here."""
     targets: list[np.ndarray] | None = None
-    """The teacher's vectors [1 or 2, P] of each entry of ``views``. None: there is no teacher."""
+    """The teacher's vectors [texts, P] of each entry of ``views``. None: there is no teacher."""
+    keys: list[tuple[int, ...]] | None = None
+    """Numbers of each entry's id, anchor, positive and negatives, of all processes' entries: equal for equal texts,
+    ``FILLER`` for one that only fills up. None: all differ."""
 
 
 @dataclass
@@ -166,12 +169,12 @@ class Objective(nn.Module):
             own = len(batch.rows) if batch.own_rows is None else batch.own_rows
             ntp = loss(batch.rows, own, counts) * (batch.micro_batches / max(1, batch.step_targets))
         if batch.alpha > 0.0:
-            both_BD = self.embed([v for views in batch.views for v in views], counts)
+            views_ND = self.embed([v for views in batch.views for v in views], counts)
             if self.distillation is None:
-                contrastive = self._contrastive(batch, both_BD, temperature)
+                contrastive = self._contrastive(batch, views_ND, temperature)
                 embedding = contrastive
             else:
-                embedding, contrastive, distillation = self._distill(self.distillation, batch, both_BD, temperature)
+                embedding, contrastive, distillation = self._distill(self.distillation, batch, views_ND, temperature)
         else:
             embedding = None
         return Losses(
@@ -189,19 +192,29 @@ class Objective(nn.Module):
         """The sum of the teacher's losses and the contrastive one, and both apart."""
         assert batch.targets is not None
         own = len(batch.views) if batch.own_pairs is None else batch.own_pairs
-        vectors_ND, loss = distillation(states_ND, batch.targets, own=own, total=batch.pairs)
+        keys_BK = None if batch.keys is None else torch.tensor(batch.keys, device=states_ND.device)
+        vectors_ND, loss = distillation(states_ND, batch.targets, own=own, total=batch.pairs, keys_BK=keys_BK)
         if len(batch.views[0]) == 1 or not distillation.contrastive_weight:
             return loss, None, loss
         contrastive = self._contrastive(batch, vectors_ND, temperature)
         return loss + distillation.contrastive_weight * contrastive, contrastive, loss
 
-    def _contrastive(self, batch: MicroBatch, both_BD: Tensor, temperature: Tensor) -> Tensor:
-        """This process's rows against the positives of all processes' rows; the mean over processes is the loss."""
-        query_BD, positive_BD = both_BD[0::2], both_BD[1::2]
+    def _contrastive(self, batch: MicroBatch, views_ND: Tensor, temperature: Tensor) -> Tensor:
+        """This process's rows against all processes' positives and negatives; the mean over processes is the loss."""
+        views_BWD = views_ND.view(len(batch.views), -1, views_ND.shape[-1])
         own = len(batch.views) if batch.own_pairs is None else batch.own_pairs
         pairs = len(batch.views) if batch.pairs is None else batch.pairs
-        own_index_B = torch.arange(own, device=query_BD.device) * world_size() + rank()
-        loss = info_nce(query_BD[:own], gather(positive_BD, pairs), temperature, own_index_B=own_index_B)
+        own_index_B = torch.arange(own, device=views_ND.device) * world_size() + rank()
+        candidates_NWD = gather(views_BWD[:, 1:], pairs)
+        keys_BK = None if batch.keys is None else torch.tensor(batch.keys, device=views_ND.device)
+        loss = info_nce(
+            views_BWD[:own, 0],
+            candidates_NWD[:, 0],
+            temperature,
+            candidates_NWD[:, 1:].flatten(0, 1),
+            own_index_B=own_index_B,
+            excluded_BN=None if keys_BK is None else equal_texts(keys_BK, own_index_B),
+        )
         return loss * (own * world_size() / pairs)
 
     def embed(self, views: list[View], counts: TokenCounts | None = None) -> Tensor:

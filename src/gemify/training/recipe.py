@@ -73,7 +73,10 @@ class Recipe:
     """A .txt (a row a line) or .jsonl file (also .gz), a .parquet file, or a Hugging Face data set name. A list of
     them, or of ``path`` and ``weight``: each batch comes from one of them, chosen by weight."""
     text_column: str = "text"
+    """The column of plain texts; a dotted name (``translation.en``) goes into nested ones."""
     split: str = "train"
+    skip_bad: bool = False
+    """Leave malformed rows out and count them. Otherwise the first one ends the run."""
 
     # special tokens (GEM, Section 3.1)
     special_tokens: int = 1
@@ -116,6 +119,8 @@ class Recipe:
     batch_size: int = 32
     contrastive_batch_size: int | None = 128
     """Rows of the contrastive batch; none: the special rows of the next-token batch, as in the paper."""
+    num_negatives: int = 1
+    """Hard negatives of a pair that a step uses, drawn from those its row has. 0: none."""
     contrastive_chunk_size: int | None = None
     """Rows of the contrastive batch whose activations are held at a time (GradCache). The batch may then have any size,
     for one more forward pass. None: all."""
@@ -178,6 +183,8 @@ class Recipe:
         for name in (*positive, "save_total_limit", "eval_steps", "min_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_negatives < 0:
+            raise ValueError(f"num_negatives must be at least 0, got {self.num_negatives}")
         for name in ("mix", "reconstruction", "lora_dropout"):
             if (value := getattr(self, name)) is not None and not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must lie in [0, 1], got {value}")

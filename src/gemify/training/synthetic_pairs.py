@@ -13,6 +13,7 @@ which drops tokens; docs/log/ has the figures of both.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -28,7 +29,9 @@ from gemify.io.atomic import atomic_file, sync
 from gemify.model.base import load_base
 from gemify.model.forward import left_pad, length_groups, text_pass
 from gemify.model.kv_cache import cache_argument, select
-from gemify.training.batches import Source
+from gemify.training.examples import Source
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 1024  # texts between two saves
 _PLACEHOLDER = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for the text in a chat template
@@ -90,7 +93,7 @@ class PairConfig:
     base: str
     """The model that writes: a directory, a repo id, a GGUF file or ``starter``."""
     data: str
-    """A file of rows or a Hugging Face data set (`gemify.training.batches.Source`)."""
+    """A file of rows or a Hugging Face data set (`gemify.training.examples.Source`)."""
     tasks: tuple[str, ...] = ("paraphrase",)
     count: int = 10_000
     """Texts to read; each task writes about each of them."""
@@ -100,6 +103,8 @@ class PairConfig:
     max_length: int = 64
     """Texts with fewer or more tokens are left out."""
     text_column: str = "text"
+    skip_bad: bool = False
+    """Leave malformed rows out."""
 
     def __post_init__(self) -> None:
         if unknown := [t for t in self.tasks if t not in TASKS]:
@@ -236,7 +241,7 @@ def write_pairs(
         raise ValueError(f"cannot write pairs to {output}: give a name that ends in .jsonl")
     if output.exists():
         raise ValueError(f"{output} exists: choose another name")
-    source = Source(config.data, config.text_column)
+    source = Source(config.data, config.text_column, skip_bad=config.skip_bad)
     done = _done(part, config, resume=resume)
     bf16 = precision == "bf16" or (precision == "auto" and torch.cuda.is_available() and device != "cpu")
     lm, tokenizer = load_base(config.base, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
@@ -267,7 +272,7 @@ def write_pairs(
             f"{config.data} holds no text of {config.min_length} to {config.max_length} tokens after the first"
             f" {config.skip}"
         )
-    return _finish(part, output, config)
+    return _finish(part, output, config, source)
 
 
 def _texts(source: Source, tokenizer: PreTrainedTokenizerBase, config: PairConfig) -> Iterator[str]:
@@ -284,7 +289,7 @@ def _done(part: Path, config: PairConfig, *, resume: bool) -> int:
     if not resume:
         raise ValueError(f"{part} exists: add --resume to go on with it, or choose another --output")
     lines = part.read_bytes().split(b"\n")
-    before = json.loads(lines[0])["order"]
+    before = {"skip_bad": False, **json.loads(lines[0])["order"]}
     now = json.loads(json.dumps(asdict(config)))
     if changed := [name for name in now if now[name] != before.get(name)]:
         raise ValueError(
@@ -303,7 +308,9 @@ def _append(part: Path, rows: list[dict[str, Any]]) -> None:
     sync(part)
 
 
-def _finish(part: Path, output: Path, config: PairConfig) -> dict[str, int]:
+def _finish(part: Path, output: Path, config: PairConfig, source: Source) -> dict[str, int]:
+    if source.skipped:
+        logger.warning("skipped %s malformed rows, the first: %s", f"{source.skipped:,}", source.first_bad)
     counts = dict.fromkeys(config.tasks, 0)
     with atomic_file(output) as stage, stage.open("w", encoding="utf-8") as file:
         for line in part.read_text(encoding="utf-8").split("\n"):  # not splitlines: a text may hold U+2028

@@ -58,15 +58,22 @@ class Distillation(nn.Module):
         self.projection.weight_PD.copy_(ridge(torch.cat(states), torch.cat(targets)))
 
     def forward(
-        self, states_ND: Tensor, targets: Sequence[np.ndarray], *, own: int, total: int | None
+        self,
+        states_ND: Tensor,
+        targets: Sequence[np.ndarray],
+        *,
+        own: int,
+        total: int | None,
+        keys_BK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Return the GEM's vectors [N, D] or [N, P], and the weighted loss.
 
         Args:
             states_ND: Pooled states of this process's texts.
-            targets: The teacher's vectors [1 or 2, P] of each row, in the same order.
+            targets: The teacher's vectors [texts, P] of each row, in the same order.
             own: How many of the first rows count (`gemify.training.distributed.RankShard`).
             total: Rows of all processes together. None: those here.
+            keys_BK: `MicroBatch.keys` of all rows: a text is not compared with its equals.
         """
         width, total = len(targets[0]), total or len(targets)
         targets_NP = torch.as_tensor(np.concatenate(targets), device=states_ND.device)
@@ -79,7 +86,12 @@ class Distillation(nn.Module):
             def whole(own_NP: Tensor) -> Tensor:
                 return gather(own_NP.view(len(targets), width, -1), total).flatten(0, 1)
 
-            loss = loss + self.similarity_weight * similarity_loss(whole(vectors_ND), whole(targets_NP))
+            excluded_NN = None
+            if keys_BK is not None:
+                keys_N = keys_BK[:, 1 : 1 + width].flatten()
+                excluded_NN = (keys_N[:, None] == keys_N) | (keys_N < 0)
+            divergence = similarity_loss(whole(vectors_ND), whole(targets_NP), excluded_NN=excluded_NN)
+            loss = loss + self.similarity_weight * divergence
         return vectors_ND, loss
 
 

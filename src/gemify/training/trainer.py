@@ -30,10 +30,11 @@ from gemify.model.encode import peak_memory_bytes, throughput
 from gemify.model.forward import PASS_OVERHEAD_TOKENS
 from gemify.model.gem import GemModel
 from gemify.model.projection import Projection
-from gemify.training.batches import Batches, Source
+from gemify.training.batches import Batches
 from gemify.training.callbacks import Pair, Progress, StopOnSignal, read_pairs, spearman
 from gemify.training.checkpoints import CHECKPOINTS, RECIPE_FILE, STATE_FILE, prepare_directory
 from gemify.training.distributed import all_reduce_sum, barrier
+from gemify.training.examples import open_sources
 from gemify.training.fsdp import (
     ShardedTrainer,
     gather_weights,
@@ -226,7 +227,7 @@ def train(
     device = _device(device)
     if resume and (output / SUMMARY_FILE).is_file():  # written last: the run is complete
         return GemModel.from_pretrained(output, device=device), json.loads((output / SUMMARY_FILE).read_text())
-    sources = [(Source(d.path, recipe.text_column, recipe.split), d) for d in recipe.sources]
+    sources = open_sources(recipe)
     teacher = Teacher(recipe.teacher, device=device) if recipe.teacher is not None else None
     pairs = read_pairs(Path(recipe.eval_pairs)) if recipe.eval_pairs else None
     gem, objective = build_objective(recipe, device, sharded=sharded, teacher_dim=teacher.dim if teacher else None)
@@ -440,6 +441,7 @@ def _summary(trainer: _GemTrainer) -> dict[str, Any]:
         "device": gem.device.type,
         "base_fingerprint": gem.config.base_fingerprint,
     }
+    summary |= trainer.batches.skipped_rows()
     if pairs is not None:
         summary["sts_spearman"] = trainer.sts(pairs)
     return summary

@@ -13,6 +13,7 @@ from gemify.io.rows import (
     Row,
     decompress,
     detect_format,
+    known_columns,
     line_row,
     missing_column,
     parquet_batch_rows,
@@ -186,9 +187,9 @@ class _Table:
         with readable_parquet(path):
             self._file = pq.ParquetFile(path, pre_buffer=False)
         there = self._file.schema_arrow.names
-        if columns[0] not in there:
+        if not known_columns(there, columns[:1]):
             raise ValueError(f"{path}: {missing_column(columns[0], there)}: set --text-column")
-        self._columns = [c for c in columns if c in there]
+        self._columns = known_columns(there, columns)
         self._next = -1  # the row that comes next
         self._rest: Iterator[Row] = iter(())
 

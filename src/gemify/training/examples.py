@@ -1,0 +1,197 @@
+"""Rows of files and data sets -> training examples: texts, or pairs with their negatives.
+
+    text column                       a text; a list: a text each
+    anchor, positive                  a pair (sentence-transformers); also with negative, negative_1, negative_2, ...
+    query, positive | pos             a pair; pos and neg may be lists (BGE, FlagEmbedding)
+    query, positive_passages          passages of title and text, with negative_passages (Tevatron)
+    context, summary                  what to write of a text
+    prompt, answer                    likewise
+
+A row with several positives is a pair each. ``id``, ``_id`` or ``query_id`` names a row: rows of one id are no
+negatives of each other.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemify.io.rows import (
+    COMPRESSIONS,
+    find_column,
+    has_column,
+    has_row_suffix,
+    parquet_columns,
+    read_rows,
+    replace_surrogates,
+    require_text,
+    row_format,
+    row_id,
+)
+from gemify.io.tables import first_line
+from gemify.training.recipe import DataSource, Recipe
+
+logger = logging.getLogger(__name__)
+
+_PAIRS = (
+    ("summary", "context", "summary"),
+    ("soft_prompt", "prompt", "answer"),
+    ("positive", "anchor", "positive"),
+    ("positive", "query", "positive"),
+    ("positive", "query", "pos"),
+    ("positive", "query", "positive_passages"),
+)
+_NEGATIVES = re.compile(r"negatives?(_\d+)?|neg|negative_passages")
+_IDS = ("id", "_id", "query_id")
+_NOTES = frozenset([*_IDS, "task"])
+"""Columns that are no texts and need no word: ids, and what `gemify pairs` says of its own."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training text, or a pair of texts."""
+
+    text: str
+    second: str | None = None
+    """The pair's other text: what to write of ``text`` (summary, soft_prompt), or another view of it (positive)."""
+    kind: str = "text"
+    negatives: tuple[str, ...] = ()
+    """Of a positive pair: what ``text`` is not to be near."""
+    id: str | None = None
+    """Rows of one id are no negatives of each other."""
+
+
+@dataclass
+class Source:
+    """A stream of examples that can be read any number of times, always in the same order."""
+
+    name: str
+    """A file of rows (`gemify.io.rows`: text, JSON, CSV, TSV, Parquet), or a Hugging Face data set: its name, or a
+    directory laid out like one."""
+    text_column: str = "text"
+    split: str = "train"
+    """The part of a data set to read."""
+    keep_empty: bool = False
+    """Whether a row without text is an example too (row i is then example i) or is skipped."""
+    skip_bad: bool = False
+    """Whether malformed rows are left out and counted."""
+    skipped: int = field(default=0, init=False)
+    """How many rows were left out so far, each counted once."""
+    first_bad: str = field(default="", init=False)
+    """The first of them, and why."""
+    _last_bad: int = field(default=0, init=False)
+    _warned: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError(
+                "no training data: give --data FILE (.txt, .jsonl, .csv, .parquet) or a Hugging Face data set name"
+            )
+        path = Path(self.name)
+        is_file_name = path.is_absolute() or self.name.count("/") > 1 or has_row_suffix(path)
+        if not path.exists() and (is_file_name or path.suffix in COMPRESSIONS):
+            raise ValueError(f"no such data file: {self.name}")
+        if path.is_file() and path.stat().st_size == 0:
+            raise ValueError(f"{self.name} is empty: it holds no text to train on")
+
+    def __iter__(self) -> Iterator[Example]:
+        for number, row in self._read_file() if Path(self.name).is_file() else self._load_dataset():
+            try:
+                values = row()
+                self._warn_unused(values)
+                examples = self._examples(values)
+            except ValueError as error:
+                self._skip(number, error)
+                continue
+            for example in examples:
+                if self.keep_empty or example.second is not None or example.text.strip():
+                    yield example
+
+    def _read_file(self) -> Iterator[tuple[int, Any]]:
+        columns: list[str] = []
+        if row_format(self.name) == "parquet":
+            there = parquet_columns(self.name)
+            self._warn_unused(there)
+            columns = [self.text_column, *(name for name in there if name in self._used(there) or name in _IDS)]
+        for row in read_rows(self.name, text_column=self.text_column, columns=columns):
+            yield row.number, row.parse
+
+    def _load_dataset(self) -> Iterator[tuple[int, Any]]:
+        from datasets import load_dataset
+
+        try:
+            rows: Iterable[Any] = load_dataset(self.name, split=self.split, streaming=True)
+        except Exception as error:
+            reason = first_line(error)
+            raise ValueError(f"{self.name!r} is neither a file nor a data set that can be loaded: {reason}") from error
+        return ((number, lambda row=row: row) for number, row in enumerate(rows, start=1))
+
+    def _skip(self, number: int, error: ValueError) -> None:
+        """Count a malformed row, or end with it. The file is read once an epoch: a row counts once."""
+        where = f"{self.name} row {number}: {error}"
+        if not self.skip_bad:
+            raise ValueError(where) from error
+        if number > self._last_bad:
+            self.skipped, self._last_bad = self.skipped + 1, number
+            self.first_bad = self.first_bad or where
+
+    def _used(self, names: Collection[str]) -> set[str]:
+        """Which of a row's columns are read; none if it holds no text."""
+        for text in (self.text_column, self.text_column.partition(".")[0]):
+            if text in names:
+                return {text}
+        for kind, first, second in _PAIRS:
+            if first in names and second in names:
+                negatives = {name for name in names if _NEGATIVES.fullmatch(name)} if kind == "positive" else set()
+                return {first, second, *negatives}
+        return set()
+
+    def _warn_unused(self, columns: Collection[str]) -> None:
+        if self._warned or self.keep_empty:
+            return
+        self._warned, used = True, self._used(columns)
+        if unused := sorted({*columns} - used - _NOTES):
+            logger.warning(
+                "%s: columns %s are not used (%s are)", self.name, ", ".join(unused), ", ".join(sorted(used))
+            )
+
+    def _examples(self, row: Mapping[str, Any]) -> list[Example]:
+        name = row_id(row, _IDS)
+        if not has_column(row, self.text_column):
+            for kind, first, second in _PAIRS:
+                if first in row and second in row:
+                    negatives = [
+                        n for c in row if kind == "positive" and _NEGATIVES.fullmatch(c) for n in _texts(row, c)
+                    ]
+                    anchor, others = require_text(row, first), _texts(row, second)
+                    if not others:
+                        raise ValueError(f"{second!r} holds no text")
+                    return [Example(anchor, other, kind, tuple(filter(str.strip, negatives)), name) for other in others]
+        if isinstance(find_column(row, self.text_column), list) and not self.keep_empty:
+            return [Example(text, id=name) for text in _texts(row, self.text_column)]
+        return [Example(require_text(row, self.text_column), id=name)]
+
+
+def open_sources(recipe: Recipe) -> list[tuple[Source, DataSource]]:
+    """The data of a recipe, each with its weight."""
+    return [(Source(d.path, recipe.text_column, recipe.split, skip_bad=recipe.skip_bad), d) for d in recipe.sources]
+
+
+def _texts(row: Mapping[str, Any], column: str) -> list[str]:
+    """The texts in a column that holds one, a list of them, or a list of passages; none in an empty one."""
+    value = find_column(row, column)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [_passage(item, column) for item in values]
+
+
+def _passage(value: Any, column: str) -> str:
+    if isinstance(value, Mapping) and isinstance(value.get("text"), str):
+        title = value.get("title")
+        value = f"{title} {value['text']}" if isinstance(title, str) and title else value["text"]
+    if not isinstance(value, str):
+        raise ValueError(f"{column!r} must hold text, got {type(value).__name__}")
+    return replace_surrogates(value)

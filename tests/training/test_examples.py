@@ -1,0 +1,145 @@
+"""Training files as people have them: shapes, nested and list columns, unknown columns, malformed rows."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from gemify.training.examples import Example, Source
+from gemify.training.recipe import Recipe
+from gemify.training.trainer import train
+
+PASSAGE = {"docid": "d", "title": "Owls", "text": "They hunt."}
+TRIPLE = ("a", "p", "positive", ("n", "m"))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"anchor": "a", "positive": "p", "negative": "n"}, [("a", "p", "positive", ("n",))]),
+        ({"anchor": "a", "positive": "p", "negative_1": "n", "negative_2": "m"}, [TRIPLE]),
+        ({"query": "a", "positive": "p", "negative": "n"}, [("a", "p", "positive", ("n",))]),
+        ({"query": "a", "positive": ["p"], "negatives": ["n", "m"]}, [TRIPLE]),
+        ({"query": "a", "pos": ["p", "q"], "neg": ["n"]}, [("a", t, "positive", ("n",)) for t in "pq"]),
+        ({"query": "a", "pos": ["p"], "neg": []}, [("a", "p", "positive", ())]),
+        ({"query": "a", "positive": "p", "negative": None}, [("a", "p", "positive", ())]),
+        (
+            {"query_id": "7", "query": "a", "positive_passages": [PASSAGE], "negative_passages": [{"text": "n"}]},
+            [("a", "Owls They hunt.", "positive", ("n",), "7")],
+        ),
+        ({"_id": 3, "anchor": "a", "positive": "p"}, [("a", "p", "positive", (), "3")]),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_shapes_of_other_trainers(tmp_path: Path, row: dict[str, Any], expected: list[Any], kind: str) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps([row] if kind == "json" else row))
+    assert list(Source(str(path))) == [Example(*values) for values in expected]
+
+
+def test_triplets_of_tables(tmp_path: Path) -> None:
+    for name, mark in (("a.csv", ","), ("b.tsv", "\t"), ("c.csv", ";"), ("d.csv", "\t")):
+        rows = [("anchor", "positive", "negative"), ("a, x" if mark == ";" else "a", "p", "n"), ("b", "q", "")]
+        (tmp_path / name).write_text("".join(mark.join(row) + "\r\n" for row in rows))
+        first, second = Source(str(tmp_path / name))
+        assert first == Example(rows[1][0], "p", "positive", ("n",))
+        assert second == Example("b", "q", "positive")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("row", "column", "texts"),
+    [
+        ({"translation": {"en": "owl", "de": "Eule"}}, "translation.de", ["Eule"]),
+        ({"sentences": ["one", "two"]}, "sentences", ["one", "two"]),
+        ({"turns": [{"value": "hello", "by": "x"}, {"value": "bye", "by": "y"}]}, "turns.value", ["hello", "bye"]),
+        ({"a.b": "flat", "a": {"b": "deep"}}, "a.b", ["flat"]),
+        ({"a": {"b": {"c": "deep"}}, "id": "7"}, "a.b.c", ["deep"]),
+        ({"data": {"texts": ["x", "y"]}}, "data.texts", ["x", "y"]),
+    ],
+)
+def test_nested_and_list_columns(tmp_path: Path, kind: str, row: dict[str, Any], column: str, texts: list[str]) -> None:
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps(row))
+    assert [e.text for e in Source(str(path), column)] == texts
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "message"),
+    [
+        ({"a": {"b": "x"}}, "a.c", r"row 1: no column 'a.c' \(there are a\): set --text-column"),
+        ({"a": "x"}, "a.b", "no column 'a.b'"),
+        ({"text": ["x", 7]}, "text", "'text' must hold text, got int"),
+        ({"text": {"x": 1}}, "text", "'text' must be text, got dict"),
+        ({"anchor": "a", "positive": "p", "negative": 7}, "text", "'negative' must hold text, got int"),
+        ({"query": "a", "pos": []}, "text", "'pos' holds no text"),
+        ({"query": "a", "positive_passages": [{"title": "t"}]}, "text", "must hold text, got dict"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path: Path, row: dict[str, Any], column: str, message: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        list(Source(str(path), column))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_columns_that_are_not_used_are_named_once(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    def write(row: dict[str, str]) -> Source:
+        path = tmp_path / f"a.{kind}"
+        if kind == "parquet":
+            pq.write_table(pa.Table.from_pylist([row, row]), path)
+        elif kind == "csv":
+            path.write_text(f"{','.join(row)}\n" + f"{','.join(row.values())}\n" * 2)
+        else:
+            path.write_text((json.dumps(row) + "\n") * 2)
+        return Source(str(path))
+
+    with caplog.at_level(logging.WARNING):
+        source = write({"anchor": "a", "positive": "p", "negatve": "n", "score": "1", "task": "t", "id": "1"})
+        assert len(list(source)) == len(list(source)) == 2
+    assert [r.getMessage().partition(": ")[2] for r in caplog.records] == [
+        "columns negatve, score are not used (anchor, positive are)"
+    ]
+    caplog.clear()
+    list(write({"text": "a", "id": "1"}))
+    list(write({"anchor": "a", "positive": "p", "negative_12": "n"}))
+    assert not caplog.records
+
+
+def test_malformed_rows_are_skipped_and_counted(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"text": text}) for text in texts_file.read_text().splitlines()]
+    bad = ["null", '{"text": null}', "{broken", '{"text": 7}', '{"body": "x"}', '{"text": "\xff"}']
+    mixed = list(rows)
+    for at, line in enumerate(bad):
+        mixed.insert(3 + 10 * at, line)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes("\n".join(mixed).encode("latin-1", "replace"))
+    with pytest.raises(ValueError, match="row 4: expected a JSON object, got NoneType"):
+        list(Source(str(path)))
+    source = Source(str(path), skip_bad=True)
+    assert [len(list(source)), len(list(source))] == [len(rows)] * 2
+    assert source.skipped == 6
+    options = {"batch_size": 4, "contrastive_batch_size": 4, "max_steps": 2, "ntp_steps": 1, "skip_bad": True}
+    recipe = Recipe.from_dict({"base": str(base_dir), "data": str(path), **options})
+    _, summary = train(recipe, tmp_path / "run", show_progress_bar=False)
+    assert (summary["skipped_rows"], summary["first_skipped"].partition(" row ")[2]) == (
+        6,
+        "4: expected a JSON object, got NoneType",
+    )
+    path.write_text("null\n" * 5)
+    with pytest.raises(ValueError, match=r"holds 0 texts .*5 bad rows skipped, the first: .* row 1: expected"):
+        train(recipe, tmp_path / "none", show_progress_bar=False)
+    assert not (tmp_path / "none").exists()
