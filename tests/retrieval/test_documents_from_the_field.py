@@ -7,12 +7,18 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+from datetime import date, datetime, time
 from email.message import EmailMessage
 from pathlib import Path
+from typing import Any
 
 import docx
+import openpyxl
+import pptx
 import pytest
 from docx.oxml import parse_xml
+from pptx.chart.data import CategoryChartData
+from pptx.enum.chart import XL_CHART_TYPE
 
 from gemify.retrieval.documents import Section
 from gemify.retrieval.lance import connect, text_index, text_query
@@ -27,13 +33,6 @@ def read(path: Path) -> list[Section]:
 
 def text_of(path: Path) -> str:
     return "\n".join(section.text for section in read(path))
-
-
-def zipped(path: Path, **parts: str) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, text in parts.items():
-            archive.writestr(name.replace("__", "/"), text)
-    return path
 
 
 def word(path: Path, *elements: str) -> Path:
@@ -137,54 +136,140 @@ def test_what_is_no_front_matter_is_text(tmp_path: Path, text: str) -> None:
     assert text.split()[1] in text_of(tmp_path / "a.md")
 
 
-P = 'xmlns:a="http://schemas.openxmlformats.org/drawingml/2006/main" xmlns:p="http://x/presentationml"'
-RELS = 'xmlns="http://schemas.openxmlformats.org/package/2006/relationships"'
-R = 'xmlns:r="http://schemas.openxmlformats.org/officeDocument/2006/relationships"'
-
-
-def slide(*lines: str) -> str:
-    return f"<p:sld {P}>" + "".join(f"<a:p><a:r><a:t>{line}</a:t></a:r></a:p>" for line in lines) + "</p:sld>"
-
-
-def test_slides_have_their_numbers_tables_and_notes(tmp_path: Path) -> None:
-    table = f"<p:sld {P}><a:tbl><a:tr><a:tc><a:p><a:r><a:t>x</a:t></a:r></a:p></a:tc><a:tc><a:p><a:r><a:t>y</a:t></a:r></a:p></a:tc></a:tr></a:tbl></p:sld>"
-    path = zipped(
-        tmp_path / "a.pptx",
-        ppt__presentation=f'<p:presentation {P} {R}><p:sldId r:id="r2"/><p:sldId r:id="r1"/></p:presentation>',
-    )
-    path = tmp_path / "b.pptx"
-    with zipfile.ZipFile(path, "w") as archive:
-        main = f'<p:presentation {P} {R}><p:sldId r:id="r2"/><p:sldId r:id="r1"/></p:presentation>'
-        archive.writestr("ppt/presentation.xml", main)
-        links = "".join(f'<Relationship Id="r{i}" Target="slides/slide{i}.xml"/>' for i in (1, 2))
-        archive.writestr("ppt/_rels/presentation.xml.rels", f"<Relationships {RELS}>{links}</Relationships>")
-        archive.writestr("ppt/slides/slide1.xml", slide("Second", "more"))
-        archive.writestr("ppt/slides/slide2.xml", table)
-        note = '<Relationship Id="n" Target="../notesSlides/notesSlide1.xml"/>'
-        archive.writestr("ppt/slides/_rels/slide1.xml.rels", f"<Relationships {RELS}>{note}</Relationships>")
-        archive.writestr("ppt/notesSlides/notesSlide1.xml", slide("Say it.", "7"))
-    first, second = read(path)
-    assert (first.text, first.location(0, 1)) == ("x | y", "slide 1")
-    assert (second.text, second.location(0, 1)) == ("Second\n\nmore\n\nSay it.", "slide 2")
+def test_slides_have_their_numbers_tables_groups_charts_and_notes(tmp_path: Path) -> None:
+    deck = pptx.Presentation()
+    deck.core_properties.title = "Owls"
+    first = deck.slides.add_slide(deck.slide_layouts[1])
+    first.shapes.title.text, first.placeholders[1].text = "Food", "Mice\nBeetles\vand moths"
+    first.shapes.add_group_shape().shapes.add_textbox(0, 0, 9, 9).text_frame.text = "in a group"
+    table = first.shapes.add_table(2, 3, 0, 0, 9, 9).table
+    table.cell(0, 0).merge(table.cell(0, 1))
+    for (row, column), text in {(0, 0): "wide", (0, 2): "c", (1, 0): "x", (1, 1): "y", (1, 2): "z"}.items():
+        table.cell(row, column).text = text
+    first.notes_slide.notes_text_frame.text = "Say it."
+    second = deck.slides.add_slide(deck.slide_layouts[6])
+    data = CategoryChartData()
+    data.categories = ["East", "West"]
+    data.add_series("Sales", (1, 2))
+    chart = second.shapes.add_chart(XL_CHART_TYPE.PIE, 0, 0, 9, 9, data).chart
+    chart.has_title, chart.chart_title.text_frame.text = True, "A chart"
+    deck.save(str(tmp_path / "a.pptx"))
+    one, two = read(tmp_path / "a.pptx")
+    assert one.text.split("\n\n") == [
+        "Food",
+        "Mice",
+        "Beetles\nand moths",
+        "in a group",
+        "wide | c",
+        "x | y | z",
+        "Say it.",
+    ]
+    assert (one.location(0, 1), two.location(0, 1), one.title) == ("slide 1", "slide 2", "Owls")
+    assert two.text.split("\n\n") == ["A chart", "Sales", "East | West"]
 
 
 def test_a_sheets_rows_have_their_columns_names(tmp_path: Path) -> None:
-    cells = "".join(
-        f'<row r="{r}"><c r="A{r}" t="s"><v>{r % 2}</v></c><c r="B{r}"><v>{r}</v></c></row>' for r in range(3, 40)
-    )
-    head = '<row r="2"><c r="A2" t="inlineStr"><is><t>Name</t></is></c><c r="B2" t="str"><v>Count</v></c></row>'
-    with zipfile.ZipFile(tmp_path / "a.xlsx", "w") as archive:
-        archive.writestr("xl/workbook.xml", f'<workbook {R}><sheet name="2026" r:id="r1"/></workbook>')
-        link = '<Relationship Id="r1" Target="worksheets/sheet1.xml"/>'
-        archive.writestr("xl/_rels/workbook.xml.rels", f"<Relationships {RELS}>{link}</Relationships>")
-        archive.writestr(
-            "xl/sharedStrings.xml", "<sst><si><t>owl</t></si><si><r><t>la</t></r><r><t>rk</t></r></si></sst>"
-        )
-        archive.writestr("xl/worksheets/sheet1.xml", f"<worksheet>{head}{cells}</worksheet>")
+    book = openpyxl.Workbook()
+    sheet = book.active
+    sheet.title = "2026"
+    sheet.append([])
+    sheet.append(["Name", "Count"])
+    for number in range(3, 40):
+        sheet.append(["owl" if number % 2 == 0 else "lark", number])
+    book.create_sheet("empty")
+    book.save(tmp_path / "a.xlsx")
     first, second = read(tmp_path / "a.xlsx")
     assert first.text.splitlines()[:2] == ["Name: lark | Count: 3", "Name: owl | Count: 4"]
     assert first.location(0, 1) == 'sheet "2026" rows 3-27'
     assert second.location(0, 1) == 'sheet "2026" rows 28-39'
+
+
+def test_what_stands_above_the_columns_names_is_no_name(tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    sheet = book.active
+    sheet["A1"] = "Owls of 2026"
+    sheet.merge_cells("A1:C1")
+    sheet.append(["Name", "Count"])
+    sheet.append(["lark", 3])
+    sheet.append(["A note below."])
+    book.save(tmp_path / "a.xlsx")
+    assert text_of(tmp_path / "a.xlsx").splitlines() == ["Owls of 2026", "Name: lark | Count: 3", "A note below."]
+
+
+@pytest.mark.parametrize(
+    ("value", "number_format", "text"),
+    [
+        (datetime(2026, 3, 1), None, "2026-03-01"),
+        (date(2026, 3, 1), "d-mmm-yy", "2026-03-01"),
+        (datetime(2026, 3, 1, 14, 30), None, "2026-03-01 14:30"),
+        (time(9, 5), None, "09:05"),
+        (0.125, "0.0%", "12.5%"),
+        (0.5, "0%", "50%"),
+        (1234.5, '#,##0.00 "EUR"', "1,234.50 EUR"),
+        (-1234.5, "[$€-407]#,##0.00;[Red]-#,##0.00", "-€1,234.50"),
+        (1234, "00000", "01234"),
+        (2.5, "0.###", "2.5"),
+        (0.1 + 0.2, None, "0.3"),
+        (3.0, None, "3"),
+        (1500000, "0.00E+00", "1500000"),
+        (True, None, "TRUE"),
+        ("two\nlines", None, "two lines"),
+    ],
+)
+def test_cells_read_as_they_are_shown(tmp_path: Path, value: Any, number_format: str | None, text: str) -> None:
+    book = openpyxl.Workbook()
+    book.active["A1"] = value
+    if number_format is not None:
+        book.active["A1"].number_format = number_format
+    book.save(tmp_path / "a.xlsx")
+    assert text_of(tmp_path / "a.xlsx") == text
+
+
+@pytest.mark.parametrize(
+    ("page", "fonts", "word"),
+    [
+        (932, "", "日本語の表示"),
+        (936, "", "猫头鹰"),
+        (949, "", "도서관"),
+        (950, "", "功許蓋"),
+        (1252, r"{\fonttbl{\f0\fcharset128 MS Mincho;}}\f0", "日本語の表示"),
+        (1252, r"{\fonttbl{\f0 Arial;}{\f3\fcharset204 Arial;}}\f3 ", "Сова"),
+        (1251, "", "Сова"),
+        (1252, "", "Käuze"),
+    ],
+)
+@pytest.mark.parametrize("escape", ["all", "high", "as Word does"])
+def test_rtf_in_code_pages_of_one_and_two_bytes(tmp_path: Path, page: int, fonts: str, word: str, escape: str) -> None:
+    """The second byte of a character may be an ASCII letter, a backslash or a brace."""
+    encoding = "cp932" if "128" in fonts else "cp1251" if "204" in fonts else f"cp{page}"
+    raw = b""
+    for byte in word.encode(encoding):
+        if byte >= 0x80 or escape == "all":
+            raw += rf"\'{byte:02x}".encode()
+        else:
+            raw += (b"\\" if byte in b"\\{}" else b"") + bytes([byte])
+    if escape == "as Word does":
+        units = [int.from_bytes(c.encode("utf-16-le"), "little", signed=True) for c in word]
+        shown = [c.encode(encoding) for c in word]
+        raw = b"".join(
+            rf"\uc{len(s)}\u{u}".encode() + "".join(rf"\'{b:02x}" for b in s).encode()
+            for u, s in zip(units, shown, strict=True)
+        )
+    (tmp_path / "a.rtf").write_bytes(rf"{{\rtf1\ansi\ansicpg{page}{fonts} ".encode() + raw + rb"\par {\b end}}")
+    assert text_of(tmp_path / "a.rtf").split() == [word, "end"]
+
+
+def test_an_image_in_rtf_is_no_text(tmp_path: Path) -> None:
+    raw = rb"{\rtf1 before {\pict\bin7 }{\'41\\ }after {\*\x gone}{\pict 00ff}\u8364\'80}"
+    (tmp_path / "a.rtf").write_bytes(raw)
+    assert text_of(tmp_path / "a.rtf") == "before after €"
+
+
+@pytest.mark.parametrize("suffix", [".xlsx", ".pptx", ".docx", ".odt"])
+def test_an_encrypted_office_file_is_named(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a{suffix}").write_bytes(bytes.fromhex("d0cf11e0a1b11ae1") + bytes(600))
+    with pytest.raises(ValueError, match="encrypted or an old binary"):
+        read(tmp_path / f"a{suffix}")
 
 
 def test_open_document_text(tmp_path: Path) -> None:

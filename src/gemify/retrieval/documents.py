@@ -276,6 +276,7 @@ def read_docx(path: Path) -> Iterator[Section | Skipped]:
     """A section a heading; a table is a line a row, its cells between bars. Headers and footers come once."""
     import docx
 
+    refuse_encrypted(path)
     try:
         document = docx.Document(str(path))
         title = document.core_properties.title or ""
@@ -341,6 +342,13 @@ def _level(paragraph: Any) -> int:
         return 1
     number = style.removeprefix("Heading ")
     return int(number) if style.startswith("Heading ") and number.isdigit() else 0
+
+
+def refuse_encrypted(path: Path) -> None:
+    """Raise ValueError for an encrypted Office file, or one of Office before 2007: both begin alike."""
+    with path.open("rb") as file:
+        if file.read(8) == bytes.fromhex("d0cf11e0a1b11ae1"):
+            raise ValueError("an encrypted or an old binary Office file: save it anew, without a password")
 
 
 def named(error: Exception) -> str:

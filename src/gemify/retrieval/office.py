@@ -1,24 +1,28 @@
-"""Slides, sheets, OpenDocument, e-books, mail, notebooks and RTF -> sections, by the standard library.
+"""Slides, sheets, OpenDocument, e-books, mail and notebooks -> sections.
 
-Most of these are ZIP archives of XML. Each section names its place: a slide, a sheet and its rows, a chapter, a cell.
+Slides are read by python-pptx, sheets by openpyxl, the others by the standard library: most are ZIP archives of XML.
+Each section names its place: a slide, a sheet and its rows, a chapter, a cell.
 """
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import email
 import email.policy
 import json
+import math
 import posixpath
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from datetime import datetime, time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from gemify.retrieval.documents import Section, Skipped, named, sections_of_html
+from gemify.retrieval.documents import Section, Skipped, named, refuse_encrypted, sections_of_html
+from gemify.retrieval.rtf import read_rtf
 
 _MAX_PART_BYTES = 1 << 28
 """Of one part of an archive, uncompressed: a small file must not fill the memory."""
@@ -30,6 +34,7 @@ class _Archive:
     """A ZIP archive of XML."""
 
     def __init__(self, path: Path, kind: str) -> None:
+        refuse_encrypted(path)
         try:
             self._zip = zipfile.ZipFile(path)
         except (zipfile.BadZipFile, EOFError) as error:
@@ -37,19 +42,23 @@ class _Archive:
         self.names = set(self._zip.namelist())
 
     def read(self, name: str) -> bytes:
-        info = self._zip.getinfo(name)
+        self._check(self._zip.getinfo(name))
+        return self._zip.read(name)
+
+    def check(self) -> None:
+        """Refuse what another reader would unpack: encrypted parts and huge ones."""
+        for info in self._zip.infolist():
+            self._check(info)
+
+    @staticmethod
+    def _check(info: zipfile.ZipInfo) -> None:
         if info.flag_bits & 1:
             raise ValueError("an encrypted file: remove its password")
         if info.file_size > _MAX_PART_BYTES:
-            raise ValueError(f"its part {name} has {info.file_size:,} bytes: take a smaller file")
-        return self._zip.read(name)
+            raise ValueError(f"its part {info.filename} has {info.file_size:,} bytes: take a smaller file")
 
     def xml(self, name: str) -> ElementTree.Element:
         return ElementTree.fromstring(self.read(name))
-
-    def numbered(self, pattern: str) -> list[tuple[int, str]]:
-        found = [(int(match[1]), name) for name in self.names if (match := re.fullmatch(pattern, name))]
-        return sorted(found)
 
 
 def _tag(element: ElementTree.Element) -> str:
@@ -76,118 +85,124 @@ def _reader(
     return reader
 
 
-def _title(archive: _Archive, part: str = "docProps/core.xml") -> str:
+def _title(archive: _Archive, part: str) -> str:
     with contextlib.suppress(KeyError, ElementTree.ParseError):
         return next((e.text or "" for e in archive.xml(part).iter() if _tag(e) == "title"), "").strip()
     return ""
 
 
-def _slide_text(root: ElementTree.Element) -> list[str]:
-    """The paragraphs of a slide or its notes; a table's row is one line."""
-    lines: list[str] = []
-    seen: set[ElementTree.Element] = set()
+def _read_pptx(path: Path, archive: _Archive) -> Iterator[Section]:
+    from pptx import Presentation
 
-    def text(paragraph: ElementTree.Element) -> str:
+    archive.check()
+    deck = Presentation(str(path))
+    title = deck.core_properties.title or ""
+    for number, slide in enumerate(deck.slides, start=1):
+        lines = _slide_text(slide.element)
+        for part in (r.target_part for r in slide.part.rels.values() if not r.is_external):
+            if part.partname.startswith(("/ppt/charts/chart", "/ppt/diagrams/data")):
+                lines += _slide_text(ElementTree.fromstring(part.blob))
+        if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
+            lines.append(slide.notes_slide.notes_text_frame.text)
+        if text := "\n\n".join(line for line in lines if line.strip()):
+            yield Section(text, title=title, unit="slide", name=str(number))
+
+
+def _slide_text(root: Any) -> list[str]:
+    """The paragraphs of a slide, chart or diagram; a table's row is one line, as are a chart's words."""
+    lines: list[str] = []
+    seen: set[Any] = set()
+
+    def text(paragraph: Any) -> str:
         return "".join("\n" if _tag(e) == "br" else (e.text or "") for e in paragraph.iter() if _tag(e) in ("t", "br"))
 
     for element in root.iter():
-        if _tag(element) == "tr":
+        if element in seen:
+            continue
+        if _tag(element) == "Fallback":  # a picture of what the Choice beside it says
+            seen.update(element.iter())
+        elif _tag(element) == "tr":
             seen.update(element.iter())
             cells = [c for c in element if _tag(c) == "tc" and not {"hMerge", "vMerge"} & set(c.attrib)]
             lines.append(" | ".join(" ".join(text(p) for p in c.iter() if _tag(p) == "p") for c in cells))
-        elif _tag(element) == "p" and element not in seen and "drawingml" in element.tag:
+        elif _tag(element) == "strCache":
+            lines.append(" | ".join(e.text or "" for e in element.iter() if _tag(e) == "v"))
+        elif _tag(element) == "p" and "drawingml" in element.tag:
             lines.append(text(element))
-    return [line for line in lines if line.strip()]
-
-
-def _read_pptx(path: Path, archive: _Archive) -> Iterator[Section]:
-    title = _title(archive)
-    order = _slide_order(archive)
-    for number, name in enumerate(order, start=1):
-        lines = _slide_text(archive.xml(name))
-        for other in _targets(archive, name):
-            if "/notesSlides/" in other and other in archive.names:
-                lines += [line for line in _slide_text(archive.xml(other)) if not line.strip().isdigit()]
-        if lines:
-            yield Section("\n\n".join(lines), title=title, unit="slide", name=str(number))
-
-
-def _targets(archive: _Archive, part: str) -> list[str]:
-    """The parts that a part names."""
-    return list(_relations(archive, part).values())
-
-
-def _relations(archive: _Archive, part: str) -> dict[str, str]:
-    folder, name = posixpath.split(part)
-    rels = f"{folder}/_rels/{name}.rels"
-    if rels not in archive.names:
-        return {}
-    return {
-        _attribute(e, "Id"): posixpath.normpath(
-            e.attrib["Target"].lstrip("/")
-            if e.attrib["Target"].startswith("/")
-            else posixpath.join(folder, e.attrib["Target"])
-        )
-        for e in archive.xml(rels)
-        if e.attrib.get("TargetMode") != "External"
-    }
-
-
-def _slide_order(archive: _Archive) -> list[str]:
-    main = "ppt/presentation.xml"
-    targets = _relations(archive, main)
-    ids = [e.attrib.get(_R + "id", "") for e in archive.xml(main).iter() if _tag(e) == "sldId"]
-    named_slides = [targets[i] for i in ids if targets.get(i) in archive.names]
-    return named_slides or [name for _, name in archive.numbered(r"ppt/slides/slide(\d+)\.xml")]
-
-
-_R = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}"
+    return list(dict.fromkeys(lines)) if _tag(root) == "chartSpace" else lines
 
 
 def _read_xlsx(path: Path, archive: _Archive) -> Iterator[Section]:
-    title, shared = _title(archive), []
-    if "xl/sharedStrings.xml" in archive.names:
-        for item in archive.xml("xl/sharedStrings.xml"):
-            phonetic = {e for p in item.iter() if _tag(p) == "rPh" for e in p.iter()}
-            shared.append("".join(e.text or "" for e in item.iter() if _tag(e) == "t" and e not in phonetic))
-    targets = _relations(archive, "xl/workbook.xml")
-    for sheet in (e for e in archive.xml("xl/workbook.xml").iter() if _tag(e) == "sheet"):
-        part = targets.get(sheet.attrib.get(_R + "id", ""))
-        if part in archive.names and "/worksheets/" in str(part):
-            yield from _sheet(sheet.attrib.get("name", ""), archive.xml(str(part)), shared, title)
+    from openpyxl import load_workbook
+
+    archive.check()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # openpyxl warns of what it does not keep: colours, validation
+        book = load_workbook(path, read_only=True, data_only=True, keep_links=False)
+        try:
+            sheets = [(str(sheet.title), _sheet_rows(sheet)) for sheet in book.worksheets]
+        finally:
+            book.close()
+    title = book.properties.title or ""
+    for name, rows in sheets:
+        yield from _sheet_sections(name, rows, title)
 
 
-def _sheet(name: str, root: ElementTree.Element, shared: list[str], title: str) -> Iterator[Section]:
-    rows: list[tuple[int, dict[str, str]]] = []
-    for count, row in enumerate((e for e in root.iter() if _tag(e) == "row"), start=1):
-        cells: dict[str, str] = {}
-        for cell in (e for e in row if _tag(e) == "c"):
-            if (value := _cell(cell, shared)).strip():
-                cells[re.sub(r"\d", "", cell.attrib.get("r", "")) or str(len(cells))] = " ".join(value.split())
-        if cells:
-            rows.append((int(row.attrib.get("r", count)), cells))
-    if not rows:
-        return
-    header = rows[0][1] if len(rows) > 1 and len(rows[0][1]) > 1 else {}
-    body = rows[1:] if header else rows
-    for at in range(0, len(body), _SHEET_ROWS):
-        some = body[at : at + _SHEET_ROWS]
-        lines = [" | ".join(f"{header[c]}: {v}" if c in header else v for c, v in cells.items()) for _, cells in some]
+def _sheet_rows(sheet: Any) -> list[tuple[int, dict[int, str]]]:
+    """The rows that hold anything with their numbers, each with its cells' texts by column."""
+    sheet.reset_dimensions()  # what a writer says of a sheet's size may be wrong
+    rows = []
+    for cells in sheet.iter_rows():
+        texts = {cell.column: text for cell in cells if cell.value is not None and (text := _cell_text(cell))}
+        if texts:
+            rows.append((next(cell.row for cell in cells if cell.value is not None), texts))
+    return rows
+
+
+def _sheet_sections(name: str, rows: list[tuple[int, dict[int, str]]], title: str) -> Iterator[Section]:
+    at = next((at for at, (_, cells) in enumerate(rows) if len(cells) > 1), len(rows))
+    header = rows[at][1] if at + 1 < len(rows) else {}
+    body = rows[:at] + rows[at + 1 :] if header else rows  # what stands above the columns' names is a title or a note
+    for begin in range(0, len(body), _SHEET_ROWS):
+        some = body[begin : begin + _SHEET_ROWS]
+        lines = [
+            " | ".join(f"{header[c]}: {v}" if c in header and len(cells) > 1 else v for c, v in cells.items())
+            for _, cells in some
+        ]
         first, last = some[0][0], some[-1][0]
         where = f"row {first}" if first == last else f"rows {first}-{last}"
         yield Section("\n".join(lines), title=title, headings=(name,), unit="sheet", name=f'"{name}" {where}')
 
 
-def _cell(cell: ElementTree.Element, shared: list[str]) -> str:
-    kind = cell.attrib.get("t", "")
-    if kind == "inlineStr":
-        return "".join(e.text or "" for e in cell.iter() if _tag(e) == "t")
-    value = next((e.text or "" for e in cell if _tag(e) == "v"), "")
-    if kind == "s" and value:
-        return shared[int(value)]
-    if kind == "b":
-        return "TRUE" if value == "1" else "FALSE"
-    return value
+def _cell_text(cell: Any) -> str:
+    """A cell as it is shown, dates in ISO 8601."""
+    value = cell.value
+    if isinstance(value, bool):
+        return str(value).upper()
+    if isinstance(value, datetime):
+        midnight = value.time() == datetime.min.time()
+        return value.date().isoformat() if midnight else value.isoformat(" ", "auto").removesuffix(":00")
+    if isinstance(value, time):
+        return value.isoformat("auto").removesuffix(":00")
+    if isinstance(value, int | float):
+        return _number_text(value, cell.number_format or "General")
+    return " ".join(str(value).split())
+
+
+def _number_text(value: float, number_format: str) -> str:
+    """A number as a format such as ``0.00%``, ``#,##0.00 "EUR"`` or ``00000`` shows it."""
+    pattern = re.sub(r"\[\$([^\]-]*)[^\]]*\]|\[[^\]]*\]|[_*].|[\"\\]", r"\1", number_format.partition(";")[0])
+    digits = re.search(r"[#0?][#0?,]*(\.[0#?]*)?", pattern)
+    if digits is None or re.search(r"E[+-]|/", pattern) or not math.isfinite(value):
+        return f"{value:.15g}"
+    whole, _, decimals = digits[0].partition(".")
+    scaled = abs(value) * (100 if "%" in pattern else 1)
+    text = f"{scaled:{',' if ',' in whole else ''}.{len(decimals)}f}"
+    if decimals.endswith(("#", "?")):
+        text = text.rstrip("0").rstrip(".")
+    if "," not in whole and (missing := whole.count("0") - len(text.partition(".")[0])) > 0:
+        text = "0" * missing + text
+    return f"{'-' if value < 0 else ''}{pattern[: digits.start()]}{text}{pattern[digits.end() :]}".strip()
 
 
 def _read_odt(path: Path, archive: _Archive) -> Iterator[Section]:
@@ -302,59 +317,9 @@ def read_mail(path: Path) -> Iterator[Section | Skipped]:
     yield Section(whole.strip().encode("utf-8", "replace").decode(), title=subject)
 
 
-_RTF = re.compile(rb"\\([a-z]+)(-?\d+)? ?|\\'([0-9a-fA-F]{2})|\\(.)|([{}])|[\r\n]+|([^\\{}\r\n]+)", re.DOTALL)
-_RTF_UNSEEN = frozenset(
-    b"fonttbl colortbl stylesheet info pict object header footer headerl headerr footerl footerr generator themedata"
-    b" datastore xmlnstbl listtable listoverridetable rsidtbl mmathPr latentstyles fldinst filetbl revtbl".split()
-)
-_RTF_TEXT = {b"par": "\n\n", b"line": "\n", b"tab": "\t", b"cell": " | ", b"row": "\n", b"emdash": "—", b"endash": "–"}
-_RTF_TEXT |= {b"lquote": "‘", b"rquote": "’", b"ldblquote": "“", b"rdblquote": "”", b"bullet": "•", b"page": "\n\n"}
-
-
-def _rtf_text(word: bytes, number: bytes, symbol: bytes) -> str:
-    """The text that a control word or symbol stands for."""
-    if word == b"u" and number:
-        return chr(int(number) % 65536)
-    if symbol in (b"\\", b"{", b"}"):
-        return symbol.decode()
-    return "\N{NO-BREAK SPACE}" if symbol == b"~" else _RTF_TEXT.get(word, "")
-
-
-def read_rtf(path: Path) -> Iterator[Section | Skipped]:
-    """One section: the text alone."""
-    raw = path.read_bytes()
-    if not raw.lstrip().startswith(b"{\\rtf"):
-        raise ValueError("not RTF: give the file its own suffix")
-    page = re.search(rb"\\ansicpg(\d+)", raw)
-    encoding = f"cp{page[1].decode()}" if page else "cp1252"
-    try:
-        codecs.lookup(encoding)
-    except LookupError:
-        encoding = "cp1252"
-    text: list[str] = []
-    stack: list[bool] = []  # of the groups that are open: whether they are unseen
-    unseen, skip = False, 0
-    for word, number, hexadecimal, symbol, brace, plain in _RTF.findall(raw):
-        if hexadecimal or plain:
-            piece = bytes.fromhex(hexadecimal.decode()) if hexadecimal else plain
-            dropped, skip = piece[skip:], max(0, skip - len(piece))
-            text.append("" if unseen else dropped.decode(encoding, "replace"))
-        elif brace:
-            if brace == b"{":
-                stack.append(unseen)
-            else:
-                unseen = stack.pop() if stack else False
-        elif symbol == b"*" or word in _RTF_UNSEEN:
-            unseen = True
-        elif not unseen:
-            text.append(_rtf_text(word, number, symbol))
-            skip = 1 if word == b"u" else 0
-    joined = "".join(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    yield Section(re.sub(r" \| (?=\n|$)", "", joined).strip() or " ")
-
-
 READERS: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {
     ".pptx": _reader("slides", _read_pptx),
+    ".pptm": _reader("slides", _read_pptx),
     ".xlsx": _reader("a sheet", _read_xlsx),
     ".xlsm": _reader("a sheet", _read_xlsx),
     ".odt": _reader("OpenDocument", _read_odt),
