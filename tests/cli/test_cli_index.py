@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -95,12 +96,13 @@ def test_files_are_left_out_and_forgotten(model: Path, docs: Path, tmp_path: Pat
     store = tmp_path / "store"
     (docs / "notes.log.txt").write_text("Rivers carry sand.\n")
     (docs / "secret.txt").write_text("Keys lie under the mat.\n")
+    (docs / unicodedata.normalize("NFD", "Käuze.txt")).write_text("Owls hunt at night.\n")
     (docs / ".gitignore").write_text("secret.txt\n")
     common = ("--store", store, "--model", model, "--chunk-tokens", 64, "--chunk-overlap", 8, "-q")
     code, _, err = run("index", docs, *common, "--exclude", "*.log.txt", "--exclude", "c.pdf")
     assert code == 0, err
-    assert sources(store) == {"a.md", "b.txt"}
-    code, _, err = run("forget", docs / "b.txt", "--store", store)
+    assert sources(store) == {"a.md", "b.txt", unicodedata.normalize("NFD", "Käuze.txt")}
+    code, _, err = run("forget", docs / "b.txt", docs / unicodedata.normalize("NFC", "Käuze.txt"), "--store", store)
     assert code == 0, err
     assert sources(store) == {"a.md"}
     assert (docs / "b.txt").is_file()

@@ -148,13 +148,18 @@ def forget(
 ) -> None:
     """Remove files from a store; what lies in a directory goes with it. The files themselves stay."""
     import os
+    from unicodedata import normalize
 
     from gemify.retrieval.document_store import Store
 
     opened = Store.open(store)
-    wanted = [Path(os.path.abspath(path)) for path in paths]
+    wanted = [normalize("NFC", os.path.abspath(path)) for path in paths]
     with opened.write_lock():
-        gone = [known for known in opened.files() if any(Path(known).is_relative_to(path) for path in wanted)]
+        gone = [
+            known
+            for known in opened.files()
+            if any(Path(normalize("NFC", known)).is_relative_to(path) for path in wanted)
+        ]
         if not gone:
             raise ValueError(f"{store} holds no file of {paths[0]}: `gemify index --json` lists what it adds")
         opened.remove(gone)

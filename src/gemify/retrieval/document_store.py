@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
@@ -29,6 +30,7 @@ from gemify.retrieval.chunking import Chunk, ChunkSettings
 from gemify.retrieval.lance import (
     IndexKind,
     connect,
+    is_old_text_index,
     only_writer,
     open_table,
     readable,
@@ -37,7 +39,10 @@ from gemify.retrieval.lance import (
     text_index,
     text_query,
     vector_index,
+    word_form,
 )
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["float32", "float16", "int8", "binary"]
 FORMAT_VERSION = 1
@@ -115,6 +120,7 @@ class Store:
         self._chunks, self._files = open_table(database, _CHUNKS, uri), open_table(database, _FILES, uri)
         self._pending_at: tuple[int, int] | None = None
         self._pending: dict[str, int] = {}
+        self._words_checked = False
 
     # Opening
 
@@ -211,6 +217,7 @@ class Store:
         }
         for column, name in _CHUNK_COLUMNS.items():
             columns[column] = [getattr(r.chunk, name) for r in rows]
+        columns["words"] = [word_form(text) for text in columns["words"]]
         with readable(self.uri):
             self._chunks.add(pa.table(columns).select(self._chunks.schema.names).cast(self._chunks.schema))
 
@@ -236,6 +243,8 @@ class Store:
             for listed in sql_lists(self.pending_versions()):
                 self._chunks.delete(f"version IN ({listed})")
             train = self._needs_vector_index()
+            if any(is_old_text_index(i) for i in self._chunks.list_indices()):
+                self._chunks.create_index("words", config=text_index(), replace=True)
             unindexed = any(i.num_unindexed_rows for i in self._chunks.list_indices())
             if unindexed or self._chunks.stats()["fragment_stats"]["num_small_fragments"] > _MAX_SMALL_FRAGMENTS:
                 self._chunks.optimize(cleanup_older_than=_KEPT_FOR)
@@ -319,7 +328,14 @@ class Store:
             Hits, best first. The score is BM25.
         """
         with readable(self.uri):
-            return self._hits(self._chunks.search(text_query(query, ["words"]), query_type="fts"), k, "_score")
+            self._warn_old_words()
+            search = self._chunks.search(text_query(word_form(query), ["words"]), query_type="fts")
+            return self._hits(search, k, "_score")
+
+    def _warn_old_words(self) -> None:
+        if not self._words_checked and any(is_old_text_index(i) for i in self._chunks.list_indices()):
+            logger.warning("the word index of %s is of an older version: run gemify index on its files again", self.uri)
+        self._words_checked = True
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yield every live chunk as a row of the table, with its vector, in no order."""

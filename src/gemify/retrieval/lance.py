@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +17,9 @@ from gemify.io.directory import error_reason, is_disk_full, is_remote
 IndexKind = Literal["flat", "sq", "pq", "rq"]
 """Vectors behind partitions: as they are, in 8 bits a number, as codes of their parts, in 1 bit a number."""
 
+_TEXT_INDEX = {"base_tokenizer": "icu/split", "remove_stop_words": False}
+"""Words of any script; "The Who" has two."""
+_VOWEL_SIGNS = re.compile("[\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670]")
 _PART = 500  # values of one SQL list
 
 
@@ -60,7 +65,29 @@ def text_index() -> Any:
     """Return the configuration of a full-text index."""
     from lancedb.index import FTS
 
-    return FTS(base_tokenizer="icu/split", remove_stop_words=False)  # words of any script; "The Who" has two
+    return FTS(**_TEXT_INDEX)
+
+
+def is_old_text_index(index: Any) -> bool:
+    """Whether an index of words was made by an older version, with another idea of what a word is."""
+    details = getattr(index, "index_details", None) or {}
+    return index.index_type == "FTS" and any(details.get(name, value) != value for name, value in _TEXT_INDEX.items())
+
+
+def word_form(text: str) -> str:
+    """A text as its words are indexed and searched: in NFKC, without the vowel signs of Arabic and Hebrew.
+
+    So words are found whichever way a keyboard or a file system writes their accents and widths.
+    """
+    return _VOWEL_SIGNS.sub("", unicodedata.normalize("NFKC", text))
+
+
+def word_forms(query: str) -> str:
+    """A query with each word in all its Unicode forms, for an index of texts as they were written."""
+    kinds: tuple[Literal["NFC", "NFD", "NFKC"], ...] = ("NFC", "NFD", "NFKC")
+    return " ".join(
+        form for word in query.split() for form in dict.fromkeys(unicodedata.normalize(k, word) for k in kinds)
+    )
 
 
 def text_query(query: str, columns: Sequence[str]) -> Any:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 from gemify.io.rows import (
     COMPRESSIONS,
@@ -159,12 +160,12 @@ def _gitignore(path: Path) -> list[str]:
 def _is_excluded(path: Path, ignored: Sequence[tuple[Path, str]], *, is_dir: bool) -> bool:
     """Whether a pattern names a file or directory: by its name, or with a slash by its path from where it was given."""
     for root, given in ignored:
-        pattern = given.rstrip("/")
+        pattern = normalize("NFC", given.rstrip("/"))
         if (given.endswith("/") and not is_dir) or not path.is_relative_to(root):
             continue
-        relative = path.relative_to(root).as_posix()
+        relative = normalize("NFC", path.relative_to(root).as_posix())
         if "/" not in pattern.strip("/") and not pattern.startswith("/"):
-            if fnmatch.fnmatchcase(path.name, pattern):
+            if fnmatch.fnmatchcase(relative.rpartition("/")[2], pattern):
                 return True
         elif fnmatch.fnmatchcase(relative, pattern.lstrip("/").replace("**/", "*")):
             return True

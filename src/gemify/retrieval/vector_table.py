@@ -28,12 +28,14 @@ from gemify.retrieval.document_store import Hit, Precision, Store
 from gemify.retrieval.lance import (
     IndexKind,
     connect,
+    is_old_text_index,
     open_table,
     readable,
     table_names,
     text_index,
     text_query,
     vector_index,
+    word_forms,
 )
 
 Format = Literal["lance", "parquet"]
@@ -209,7 +211,7 @@ class Corpus:
         """
         built = []
         with readable(self.uri):
-            known = {i.columns[0]: i.index_type for i in self._table.list_indices()}
+            known = {i.columns[0]: i.index_type for i in self._table.list_indices() if not is_old_text_index(i)}
             wanted = kind or ("flat" if self.meta.precision == "binary" else "sq" if self.meta.dimension % 8 else "rq")
             require_index(self.meta.precision, wanted, self.meta.dimension)
             rows = len(self)
@@ -221,7 +223,7 @@ class Corpus:
                 built.append(f"{wanted} vectors")
             for column in self._text_columns:
                 if column not in known:
-                    self._table.create_index(column, config=text_index())
+                    self._table.create_index(column, config=text_index(), replace=True)
                     built.append(column)
         return built
 
@@ -301,7 +303,7 @@ class Corpus:
                     f"the corpus {self.uri} has no index of its words: run gemify embed-corpus to its end (without"
                     " --index none), or set the mode to vector"
                 )
-            search = self._table.search(text_query(query, self._text_columns), query_type="fts").limit(k)
+            search = self._table.search(text_query(word_forms(query), self._text_columns), query_type="fts").limit(k)
             found = search.select([*self._hit_columns, "_score"]).to_arrow().to_pylist()
         return self._sorted(self._hit(row, row["_score"]) for row in found)
 
