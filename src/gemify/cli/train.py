@@ -26,6 +26,7 @@ from gemify.cli.options import (
 )
 from gemify.io.atomic import atomic_file
 
+_SKIP_BAD = typer.Option("--skip-bad", help="Leave malformed rows out, and say how many.")
 _NOT_IN_RECIPE = {"output", "preset", "config", "resume", "device", "quiet", "as_json"}
 
 
@@ -51,9 +52,7 @@ def train(
     alpha_final: Annotated[float | None, typer.Option(help="Final weight of the contrastive loss.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a next-token batch.")] = None,
     contrastive_batch_size: Annotated[int | None, typer.Option(help="Rows of a contrastive batch.")] = None,
-    num_negatives: Annotated[
-        int | None, typer.Option(help="Hard negatives of a pair that a step draws from its row. [default: 1]")
-    ] = None,
+    num_negatives: Annotated[int | None, typer.Option(help="Hard negatives that a step draws of a row.")] = None,
     contrastive_chunk_size: Annotated[int | None, typer.Option(help="Rows of it at a time (GradCache).")] = None,
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Batches per optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate while alpha is 0.")] = None,
@@ -78,12 +77,8 @@ def train(
     lora_dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a text.")] = None,
     min_length: Annotated[int | None, typer.Option(help="Minimum tokens of a text.")] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column that holds the text; translation.en goes into nested ones.")
-    ] = None,
-    skip_bad: Annotated[
-        bool | None, typer.Option("--skip-bad", help="Leave malformed rows out, and say how many.")
-    ] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column of the text, also a dotted name.")] = None,
+    skip_bad: Annotated[bool | None, _SKIP_BAD] = None,
     split: Annotated[str | None, typer.Option(help="Split of a Hugging Face data set.")] = None,
     eval_pairs: Annotated[str | None, typer.Option(help="STS pairs (.jsonl) to score during training.")] = None,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between two scorings.")] = None,
@@ -113,8 +108,6 @@ def train(
         f"trained {summary['trainable_parameters']:,} parameters for {summary['steps']} steps:"
         f" {format_summary(summary)}"
     )
-    if summary.get("skipped_rows"):
-        echo_err(f"skipped {summary['skipped_rows']:,} malformed rows, the first: {summary['first_skipped']}")
     if "sts_spearman" in summary:
         echo_err(f"STS Spearman {summary['sts_spearman']:.2f}")
     typer.echo(str(output))
@@ -148,6 +141,8 @@ def _run(
         _, summary = train(recipe, output, resume=resume, device=device, show_progress_bar=show_progress_bar)
     except StopRequestedError as stopped:
         fail(str(stopped))
+    if "skipped_rows" in summary and rank() == 0:
+        echo_err(f"skipped {summary['skipped_rows']:,} malformed rows, the first: {summary['first_skipped']}")
     return summary if rank() == 0 else None
 
 
@@ -241,7 +236,7 @@ def pairs(
     min_length: Annotated[int, typer.Option(help="Minimum tokens of a text; shorter ones are skipped.")] = 8,
     max_length: Annotated[int, typer.Option(help="Maximum tokens of a text; longer ones are skipped.")] = 64,
     text_column: TextColumn = "text",
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave malformed rows out, and say how many.")] = False,
+    skip_bad: Annotated[bool, _SKIP_BAD] = False,
     resume: Resume = False,
     precision: TrainingPrecision = "auto",
     device: Device = None,
