@@ -70,9 +70,7 @@ def train(
     reconstruction: Annotated[float | None, typer.Option(help="Share of reconstruction among special rows.")] = None,
     view: Annotated[str | None, typer.Option(help="How views are made: delete, mask, span or halves.")] = None,
     drop_rate: Annotated[float | None, typer.Option(help="Share of tokens that a view drops.")] = None,
-    drop_both: Annotated[
-        bool | None, typer.Option("--drop-both/--drop-one", help="Drop tokens from both views, or from one.")
-    ] = None,
+    drop_both: Annotated[bool | None, typer.Option("--drop-both/--drop-one", help="Which views drop tokens.")] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     lora_dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Maximum tokens of a text.")] = None,
