@@ -10,14 +10,14 @@ import anthropic
 import jsonschema
 import pytest
 from anthropic import Anthropic
-from test_answer_parser import THINKS
+from test_answer_format import THINKS
 from test_structured_outputs import Pet
 from test_tools import SCHEMAS, TEMPLATE, WEATHER
 
 import tiny_models
 from gemify import GemModel
 from gemify.engine.requests import Completion, Done, EngineRequest, Failed, TokenDelta
-from gemify.serving.answer_parser import AnswerDelta, ToolCall
+from gemify.model.answer_parser import AnswerDelta, ToolCall
 from gemify.serving.protocol.messages import CreateMessageRequest
 from gemify.serving.response_builder import ChoiceState, build_usage
 from gemify.serving.routes.messages import MessageBuilder

@@ -9,7 +9,7 @@ import pytest
 
 from gemify.engine.requests import Completion, TokenDelta
 from gemify.engine.sampling import TokenLogprob
-from gemify.serving.answer_parser import AnswerDelta
+from gemify.model.answer_parser import AnswerDelta
 from gemify.serving.protocol.responses import ApiModel, GemifyFields
 from gemify.serving.response_builder import ChoiceState, Kind, ResponseBuilder, build_usage
 

@@ -10,14 +10,14 @@ import jsonschema
 import openai
 import pytest
 from openai import OpenAI
-from test_answer_parser import THINKS
+from test_answer_format import THINKS
 from test_structured_outputs import PERSON, Pet
 from test_tools import SCHEMAS, TEMPLATE, WEATHER
 
 import tiny_models
 from gemify import GemModel
 from gemify.engine.requests import Completion, Done, EngineRequest, Failed, TokenDelta
-from gemify.serving.answer_parser import AnswerDelta, ToolCall
+from gemify.model.answer_parser import AnswerDelta, ToolCall
 from gemify.serving.protocol.create_response import CreateResponseRequest
 from gemify.serving.response_builder import ChoiceState, build_usage
 from gemify.serving.routes.responses import ResponseObjectBuilder

@@ -192,6 +192,8 @@ def _finish(answer: Answer, *, as_json: bool) -> None:
         print_json(record)
         sys.stdout.flush()
         return
+    if answer.thoughts and not answer.text:
+        echo_err("gemify: warning: the model was still thinking at its last token: give more --max-new-tokens")
     typer.echo("\n")
     for line in answer.sources():
         typer.echo(line)

@@ -157,7 +157,7 @@ class IncrementalDetokenizer(StoppingCriteria):
         stop: The text ends before the first of these strings.
         max_new_tokens: When generation ends at the latest, for ``finish_reason``.
         min_new_tokens: Stop strings that are complete earlier do not count.
-        skip_special_tokens: Leave control tokens out of the text.
+        skip_special_tokens: Leave control tokens out of the text. False: only those that end it.
         prompt_tokens: How many of the criterion's first ids are the prompt's.
 
     Attributes:
@@ -228,7 +228,10 @@ class IncrementalDetokenizer(StoppingCriteria):
             self._send(whole[len(self._text) :], last=True)
 
     def _decode(self, start: int, end: int) -> str:
-        return str(self._tokenizer.decode(self.ids[start:end], skip_special_tokens=self._skip_special_tokens))
+        ids = self.ids[start:end]
+        if not self._skip_special_tokens:
+            ids = [i for i in ids if i not in self.eos_ids]
+        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens))
 
     def _send(self, new: str, *, last: bool = False) -> None:
         """Give out everything that cannot be the beginning of a stop string."""

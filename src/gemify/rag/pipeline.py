@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from gemify.model.answer_parser import ThoughtFormat
 from gemify.model.base import max_positions
 from gemify.model.chat_template import ChatTemplate, Message
 from gemify.model.gem import GemModel
@@ -60,6 +61,8 @@ class Answer:
     text: str
     passages: tuple[RetrievedPassage, ...]
     timing: Timing
+    thoughts: str = ""
+    """What the model thought before it answered."""
 
     def sources(self) -> list[str]:
         """Return a line a source: its number, file and location."""
@@ -153,6 +156,7 @@ class GemRag:
         self.reuses_query_cache = self.settings.order == "question-first" and not apart
         self.max_model_len: int | None = max_positions(gem.lm)
         self.chat_template = chat_template or ChatTemplate(gem.tokenizer, own_system=self.settings.system)
+        self.thoughts = ThoughtFormat.of(gem.lm, gem.tokenizer)
         if kv is not None and self.settings.order == "question-first" and self.settings.context == "text":
             raise ValueError(
                 "kept caches need order 'passages-first' (exact) or context 'concatenated' or 'special'"
@@ -254,7 +258,8 @@ class Conversation:
         computed = self.prompt.computed
         try:
             prefill = self.prompt.extend_to(prepared.ids)
-            answer = self.prompt.generate(prefill, on_text=on_text, on_token=watch.token, **generate)
+            parser = self.rag.thoughts.parser_after(prepared.ids)
+            answer = self.prompt.generate(prefill, on_text=on_text, on_token=watch.token, parser=parser, **generate)
         except BaseException:
             self._turns = turns
             raise
@@ -262,7 +267,7 @@ class Conversation:
         computed = prepared.computed + self.prompt.computed - computed
         total = watch.total()
         timing = Timing(prepared.embed_s, prepared.search_s, watch.first_token or total, total, computed)
-        return Answer(answer.text, prepared.passages, timing)
+        return Answer(answer.text, prepared.passages, timing, answer.thoughts)
 
     def prepare(self, question: str, *, max_new_tokens: int | None = None) -> PreparedPrompt:
         """Embed the next question, find its passages and lay out its prompt, but run no more than that takes.

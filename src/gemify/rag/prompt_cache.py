@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
+from gemify.model.answer_parser import AnswerDelta, AnswerParser
 from gemify.model.config import require_finite
 from gemify.model.forward import special_pass, text_and_special_pass
 from gemify.model.gem import GemModel
@@ -139,8 +140,10 @@ class GeneratedText:
     """An answer: its text, its ids without the end token, and how many tokens were generated."""
 
     text: str
+    """Without thoughts."""
     ids: Ids
     num_tokens: int
+    thoughts: str = ""
 
 
 class PromptCache:
@@ -226,6 +229,7 @@ class PromptCache:
         stop: str | Sequence[str] | None = None,
         on_text: Callable[[str], None] | None = None,
         on_token: Callable[[], None] | None = None,
+        parser: AnswerParser | None = None,
         **options: Any,
     ) -> GeneratedText:
         """Answer the prompt in this thread, and keep the answer's KV too.
@@ -234,13 +238,20 @@ class PromptCache:
             prefill: the prompt, as `extend_to` gave it.
             max_new_tokens: most tokens of the answer.
             stop: the answer ends before the first of these strings.
-            on_text: gets the pieces of text as they are generated.
+            on_text: gets the pieces of text as they are generated, without thoughts.
             on_token: called for each token.
+            parser: finds the thoughts. None: there are none.
             options: those of transformers' `generate`.
         """
         gem, before = self._runner.gem, prefill.ids_BT.shape[1]
+        answer = _ParsedText(parser, on_text)
         pieces = IncrementalDetokenizer(
-            gem, sink=on_text or _ignore, stop=stop, max_new_tokens=max_new_tokens, prompt_tokens=before
+            gem,
+            sink=answer.feed,
+            stop=stop,
+            max_new_tokens=max_new_tokens,
+            skip_special_tokens=parser is None,
+            prompt_tokens=before,
         )
         criteria = [pieces] if on_token is None else [_OnToken(on_token), pieces]
         with torch.no_grad():
@@ -258,11 +269,12 @@ class PromptCache:
             )
         sequence = out.sequences[0].tolist()
         new = sequence[before:]
-        pieces.finish(str(gem.tokenizer.decode(new, skip_special_tokens=True)))
+        pieces.finish(str(gem.tokenizer.decode(new, skip_special_tokens=True)) if parser is None else None)
+        answer.finish()
         mask_BT = torch.ones(1, len(sequence) - 1, dtype=torch.bool, device=gem.device)
         self.load(sequence[:-1], CachedText(output_cache(out), mask_BT))  # the last token was generated, not run
         kept = new[:-1] if new and new[-1] in find_eos_ids(gem.lm, gem.tokenizer) else new
-        return GeneratedText(pieces.text, tuple(kept), len(new))
+        return GeneratedText(answer.text, tuple(kept), len(new), answer.thoughts)
 
     def _keep(self, ids: Ids, run: PromptRun) -> None:
         self.ids, self.text, self._logits_BV = ids, run.text, run.logits_BV
@@ -280,5 +292,23 @@ class _OnToken(StoppingCriteria):
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def _ignore(text: str) -> None:
-    pass
+class _ParsedText:
+    """Pieces of an answer, its thoughts apart."""
+
+    def __init__(self, parser: AnswerParser | None, on_text: Callable[[str], None] | None) -> None:
+        self._parser, self._on_text = parser, on_text
+        self.text = self.thoughts = ""
+
+    def feed(self, piece: str) -> None:
+        self._add([AnswerDelta(piece)] if self._parser is None else self._parser.feed(piece))
+
+    def finish(self) -> None:
+        """Add what the parser has held back."""
+        self._add([] if self._parser is None else self._parser.finish())
+
+    def _add(self, deltas: Sequence[AnswerDelta]) -> None:
+        for delta in deltas:
+            self.text += delta.text
+            self.thoughts += delta.reasoning
+            if delta.text and self._on_text is not None:
+                self._on_text(delta.text)

@@ -17,7 +17,7 @@ from gemify.engine.grammar import Grammar
 from gemify.engine.requests import Completion, EmbeddingOutput, PromptLogprobs, PromptStart, TokenDelta
 from gemify.engine.sampling import SamplingParams, TokenLogprob
 from gemify.io.vectors import normalize
-from gemify.serving.answer_parser import AnswerDelta, AnswerParser
+from gemify.model.answer_parser import AnswerDelta, AnswerParser
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.errors import bad_request
 from gemify.serving.event_stream import EventStreamResponse

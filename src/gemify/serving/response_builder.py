@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from gemify.engine.requests import Completion, TokenDelta
 from gemify.engine.sampling import TokenLogprob
-from gemify.serving.answer_parser import AnswerDelta, AnswerParser, ToolCall
+from gemify.model.answer_parser import AnswerDelta, AnswerParser, ToolCall
 from gemify.serving.protocol.responses import (
     ApiModel,
     AssistantMessage,

@@ -22,7 +22,7 @@ from gemify.model.base import max_positions
 from gemify.model.chat_template import ChatTemplate
 from gemify.model.gem import GemModel
 from gemify.model.tokenization import TextTokenizer, Truncate, truncate_row
-from gemify.serving.answer_parser import AnswerFormat
+from gemify.serving.answer_format import AnswerFormat
 from gemify.serving.errors import bad_request, unsupported_parameter
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gemify.serving.answer_parser import AnswerParser
+from gemify.model.answer_parser import MAX_BEGUN, AnswerParser
 from gemify.serving.completion import CompletionHandler
 from gemify.serving.dispatch import run_until_disconnect
 from gemify.serving.errors import bad_request, from_engine_error, unsupported_parameter
@@ -29,7 +29,6 @@ from gemify.serving.state import AppState, admit, get_key_name, get_state
 from gemify.serving.tokenization import bind_template
 
 router = APIRouter(route_class=JsonRoute)
-_MAX_BEGUN = 256  # tokens of the prompt that may be the beginning of the answer
 
 
 @router.post(
@@ -118,7 +117,7 @@ async def _parser(
     """Return what makes a parser for each answer to a prompt."""
     form = state.tokenizer.answer_format
     has_tools = bool(body.offered_tools)
-    prompt = await state.tokenizer.detokenize(ids[-_MAX_BEGUN:]) if has_tools or form.thinks else ""
+    prompt = await state.tokenizer.detokenize(ids[-MAX_BEGUN:]) if has_tools or form.thinks else ""
     return partial(form.parser, prompt, has_tools=has_tools, must_call=bool(body.must_call))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gemify.serving.answer_parser import AnswerDelta
+from gemify.model.answer_parser import AnswerDelta
 from gemify.serving.protocol.messages import CountTokensRequest, CreateMessageRequest
 from gemify.serving.protocol.requests import CreateChatCompletionRequest
 from gemify.serving.protocol.responses import ApiModel, CompletionUsage, CountTokensResponse, MessageObject, StreamEvent

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gemify.serving.answer_parser import AnswerDelta
+from gemify.model.answer_parser import AnswerDelta
 from gemify.serving.protocol.create_response import CreateResponseRequest
 from gemify.serving.protocol.responses import ApiModel, CompletionUsage, ResponseObject, StreamEvent
 from gemify.serving.request_body import JsonRoute

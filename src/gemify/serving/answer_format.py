@@ -1,4 +1,4 @@
-"""Parts of an answer: thoughts, text and calls of tools, told apart while it is generated.
+"""How a model writes calls of tools, and its thoughts.
 
 A tokenizer's own ``response_template`` says how its model writes them. Without one, the chat template does: it is given
 a call to write, and what stands around the name and the arguments is read off. transformers' `ResponseParser` does the
@@ -9,42 +9,19 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.chat_parsing import ResponseParser
 
-from gemify.engine.sampling import TokenLogprob
+from gemify.model.answer_parser import AnswerParser, ThoughtFormat, make_response_template, model_response_template
 from gemify.model.chat_template import ChatTemplate
 from gemify.serving.protocol.structured_outputs import inline_schema
 from gemify.serving.protocol.tools import Tool
 
-_REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 _NAME, _KEY = "NAMEOFTOOL", "KEYOFARGUMENT"
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A call of a function."""
-
-    id: str
-    name: str
-    arguments: str
-    """JSON of an object."""
-
-
-@dataclass(frozen=True)
-class AnswerDelta:
-    """What one answer has more of."""
-
-    text: str = ""
-    reasoning: str = ""
-    tool_calls: tuple[ToolCall, ...] = ()
-    tokens: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,12 +37,12 @@ class ToolFormat:
         """What no answer without a call has."""
         return self.begin.partition("{")[0].strip()
 
-    def response_template(self, *, thinks: bool) -> dict[str, Any]:
-        """Return this form for `ResponseParser`."""
+    def response_fields(self) -> dict[str, Any]:
+        """Return this form as fields of a response template."""
         close = self.end.partition("}")[2].strip()
         calls = {"open_pattern": r"\s*" + re.escape(self.tag), "repeats": True, "content": "json"}
         calls |= {"transform": {"type": "function", "function": "{content}"}, **({"close": close} if close else {})}
-        return _response_template({"tool_calls": calls}, thinks=thinks)
+        return {"tool_calls": calls}
 
     def grammar(
         self, tools: Sequence[Tool], *, required: bool, parallel: bool, control_tokens: Mapping[str, int]
@@ -111,14 +88,12 @@ class AnswerFormat:
         self.control_tokens = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         derived = _derive_tool_format(tokenizer, template) if self.reads_tools else None
         self.tools = derived or ToolFormat()
-        known = getattr(tokenizer, "response_template", None) or (None if derived else _template_of(lm, tokenizer))
+        known = getattr(tokenizer, "response_template", None) or (None if derived else model_response_template(lm))
         self.follows_grammar = known is None
         """Whether calls are written in the form of ``tools``."""
-        chat_template = str(tokenizer.get_chat_template())
-        thoughts = known is not None and any(field in known.get("fields", {}) for field in _REASONING_FIELDS)
-        self.thinks = thoughts or "<think>" in chat_template
+        self._thoughts = ThoughtFormat(tokenizer, known)
+        self.thinks = self._thoughts.thinks
         self.can_switch_thoughts = template.reads("enable_thinking")
-        self._known = known
 
     def parser(self, prompt: str, *, has_tools: bool, must_call: bool) -> AnswerParser | None:
         """Return a parser for one answer; None: there is nothing to tell apart.
@@ -131,93 +106,8 @@ class AnswerFormat:
         if not has_tools and not self.thinks:
             return None
         if must_call:
-            return AnswerParser(self.tools.response_template(thinks=False), "")
-        if self._known is not None:
-            return AnswerParser(self._known, prompt)
-        prefix = "<think>" if prompt.rfind("<think>") > prompt.rfind("</think>") else ""
-        thinks = _response_template({}, thinks=True)
-        return AnswerParser(self.tools.response_template(thinks=self.thinks) if has_tools else thinks, prefix)
-
-
-class AnswerParser:
-    """Tells the parts of one answer apart.
-
-    Args:
-        response_template: as transformers' tokenizers have it.
-        prefix: what the prompt has of the answer.
-    """
-
-    def __init__(self, response_template: dict[str, Any], prefix: str) -> None:
-        self._parser: ResponseParser | None = ResponseParser(response_template, prefix=prefix)
-        self._unparsed = ""
-        self._trims = False
-
-    def feed(self, text: str) -> list[AnswerDelta]:
-        """Add text. Return what it completes."""
-        if self._parser is None:
-            return [AnswerDelta(text=text)] if text else []
-        try:
-            return self._read(self._parser.feed(text))
-        except Exception:  # no JSON where there should be: the rest is text
-            self._unparsed += text
-            return self._give_up()
-
-    def finish(self) -> list[AnswerDelta]:
-        """Return what was held back."""
-        if self._parser is None:
-            return []
-        try:
-            return self._read(self._parser.finalize()[1])
-        except Exception:
-            return self._give_up()
-
-    def _give_up(self) -> list[AnswerDelta]:
-        self._parser = None
-        return [AnswerDelta(text=self._unparsed)] if self._unparsed else []
-
-    def _read(self, events: Sequence[dict[str, Any]]) -> list[AnswerDelta]:
-        deltas: list[AnswerDelta] = []
-        for event in events:
-            field, kind = event.get("field"), event["type"]
-            if kind == "region_chunk" and event.get("dirty"):
-                self._unparsed += event["text"]
-            elif kind == "region_chunk" and field in _REASONING_FIELDS:
-                deltas.append(AnswerDelta(reasoning=event["text"]))
-                self._trims = True
-            elif kind == "region_chunk" and field == "content":
-                text = event["text"].lstrip() if self._trims else event["text"]
-                self._trims = self._trims and not text
-                deltas += [AnswerDelta(text=text)] if text else []
-            elif kind == "region_close" and field == "tool_calls":
-                deltas.append(AnswerDelta(tool_calls=(_tool_call(event["value"]),)))
-                self._unparsed = ""
-        return deltas
-
-
-def _tool_call(value: Any) -> ToolCall:
-    function = value["function"]
-    arguments = function.get("arguments", {})
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return ToolCall(f"call_{secrets.token_hex(12)}", str(function["name"]), text)
-
-
-def _response_template(fields: dict[str, Any], *, thinks: bool) -> dict[str, Any]:
-    thoughts = {"reasoning_content": {"open": "<think>", "close": "</think>", "content": "text"}} if thinks else {}
-    return {
-        "defaults": {"role": "assistant"},
-        "start_anchor": "\ue000",  # in no prompt: all of the prefix is the answer's
-        "fields": {**thoughts, **fields, "content": {"content": "text"}},
-    }
-
-
-def _template_of(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """Return what transformers knows of this kind of model."""
-    try:
-        from transformers.cli.serving.utils import get_response_template
-    except ImportError:
-        return None
-    found: dict[str, Any] | None = get_response_template(tokenizer, lm)
-    return found
+            return AnswerParser(make_response_template(self.tools.response_fields(), thinks=False), "")
+        return self._thoughts.parser(prompt, self.tools.response_fields() if has_tools else {})
 
 
 def _derive_tool_format(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> ToolFormat | None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from test_tools import TEMPLATE
 
 import tiny_models
 from gemify import GemModel
+from gemify.model.answer_parser import AnswerParser
 from gemify.model.chat_template import ChatTemplate
-from gemify.serving.answer_parser import AnswerFormat, AnswerParser, ToolFormat
+from gemify.serving.answer_format import AnswerFormat, ToolFormat
 from running_server import serving
 from tiny_gems import make_gem
 
@@ -93,18 +94,31 @@ def test_a_tokenizers_own_response_template_is_used(gem: GemModel) -> None:
     assert parts(parser, "hm]]Yes", 1) == ("hm", "Yes", [])
 
 
-def test_thoughts_are_apart_in_chats(gem: GemModel, tmp_path: Path) -> None:
+def test_thoughts_are_apart_in_chats(gem: GemModel) -> None:
     gem.tokenizer.chat_template = THINKS
     with serving(gem) as served:
-        client = served.client()
+        client: Any = served.client()
         params: Any = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 30}
         params |= {"temperature": 0, "extra_body": {"chat_template_kwargs": {"enable_thinking": True}}}
         whole: Any = client.chat.completions.create(**params).choices[0].message
         plain = client.chat.completions.create(**params | {"extra_body": {}}).choices[0].message
+        with_thoughts, without = (
+            client.chat.completions.create(
+                model="tiny", max_tokens=1, extra_body={"gemify": {"return_embedding": True}}, messages=[
+                    {"role": "user", "content": "a"}, {"role": "assistant", "content": "Yes.", **thoughts},
+                    {"role": "user", "content": "b"},
+                ],
+            )
+            for thoughts in ({"reasoning_content": "hm"}, {})
+        )  # fmt: skip
         thought = "".join(
             getattr(chunk.choices[0].delta, "reasoning_content", None) or ""
             for chunk in client.chat.completions.create(stream=True, **params)
         )
+        usage = client.chat.completions.create(**params).usage
+    vectors = [answer.gemify["embedding"] for answer in (with_thoughts, without)]
+    np.testing.assert_allclose(*vectors, atol=1e-5, err_msg="this template reads no thoughts of earlier answers")
+    assert usage.completion_tokens_details.reasoning_tokens in range(1, 31)
     assert whole.reasoning_content
     assert thought == whole.reasoning_content
     assert whole.content == ""
