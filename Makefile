@@ -1,4 +1,4 @@
-# make setup | demo | test | check | fast | long | coverage | test-lowest | test-newest | docs | gpu | starter | starter-distilled | clean
+# make setup | demo | test | check | fast | long | coverage | test-lowest | test-newest | docs | gpu | starter | starter-gated | clean
 
 # The first Python that runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -10,7 +10,7 @@ TORCH ?= 2.13.0
 # Pip finds PyTorch's CPU build; uv, which resolves the versions of `make test-lowest`, takes what is there.
 INSTALL_TORCH = $(1)/bin/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || $(1)/bin/pip install --quiet "torch==$(TORCH)"
 
-.PHONY: setup demo test check fast long docs gpu coverage test-lowest test-newest starter starter-distilled clean
+.PHONY: setup demo test check fast long docs gpu coverage test-lowest test-newest starter starter-gated clean
 
 setup: $(VENV)/.ready
 
@@ -81,13 +81,13 @@ test-lowest test-newest: test-%: .venv-%/.ready  ## the fast tests with the lowe
 	@touch $@
 
 DATA ?= wiki_sentences.txt.gz
-starter: setup  ## an hour on two cores: the shipped GEM again, from the sentences in DATA; stops and goes on at any time
+starter-gated: setup  ## an hour on two cores: the shipped GEM again, from the sentences in DATA; stops and goes on at any time
 	test -f runs/starter-pairs.jsonl || $(BIN)/gemify pairs --data $(DATA) -t paraphrase -t question -t keywords --num-texts 6144 \
 		--precision bf16 --resume --output runs/starter-pairs.jsonl
 	test -f runs/$@/summary.json || $(BIN)/gemify train --config recipes/$@.yaml --data runs/starter-pairs.jsonl --resume --output runs/$@
 	$(BIN)/python recipes/ship_starter.py runs/$@ src/gemify/shipped/$@
 
-starter-distilled: setup  ## on a GPU: needs the files that its recipe names in this directory; stops and goes on
+starter: setup  ## on a GPU: needs the files that its recipe names in this directory; stops and goes on
 	test -f runs/$@/summary.json || $(BIN)/gemify train --config recipes/$@.yaml --resume --output runs/$@
 	$(BIN)/python recipes/ship_starter.py runs/$@ src/gemify/shipped/$@ 16
 

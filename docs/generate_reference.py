@@ -55,7 +55,7 @@ Every entry of a YAML recipe for `gemify train --config`, from the dataclass `ge
 A flag of the same name, with `-` for `_`, wins over the file.
 
 ```
-gemify train --config recipes/starter-gated.yaml --data texts.txt --output my-gem
+gemify train --config recipes/gated.yaml --data texts.txt --output my-gem
 ```
 
 | field | type | default | |

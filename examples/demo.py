@@ -1,4 +1,4 @@
-"""Everything gemify does, in a few minutes on a CPU: the GEM that comes with it, then one trained here.
+"""Everything gemify does, in a few minutes on a CPU: the GEMs that come with it, then one trained here.
 
 Run by `make demo`. The text to train on is what every Python has: the docstrings of its standard library. Ctrl-C stops
 it at any time; an interrupted training run continues with the next `make demo`, a finished one is not repeated.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 PLAN = """\
 This demo runs on the CPU and needs no network.
-  1. The GEM that comes with gemify searches, answers and recovers a text (under a minute).
+  1. The GEMs that come with gemify search, answer and recover a text (under a minute).
   2. A GEM of your own is trained on the docstrings of Python's standard library (about 5 minutes on two cores).
 Ctrl-C stops it at any time; `make demo` continues where it stopped.
 """
@@ -137,14 +137,15 @@ def require_unchanged(gem: GemModel, held_out: list[str]) -> None:
 
 
 def show_shipped() -> None:
-    """Step 1: the GEM that comes with gemify."""
-    print("1. The GEM that comes with gemify, on SmolLM2-135M-Instruct: loading ...", flush=True)
+    """Step 1: the GEMs that come with gemify."""
+    print("1. The GEMs that come with gemify, on SmolLM2-135M-Instruct: loading ...", flush=True)
     from gemify import GemModel
 
-    shipped = GemModel.from_pretrained("starter")
-    show_search(shipped, "Search by meaning:")
-    show_chat(shipped)
-    show_recovery(shipped)
+    show_search(GemModel.from_pretrained("starter"), "Search by meaning, with starter:")
+    print("\nstarter-gated: its vectors come from the KV cache of the text itself.")
+    gated = GemModel.from_pretrained("starter-gated")
+    show_chat(gated)
+    show_recovery(gated)
 
 
 def train_own() -> None:

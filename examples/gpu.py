@@ -162,7 +162,7 @@ class Check:
 
     def training(self) -> dict[str, Any]:
         """Steps of the starter's recipe: losses beside the CPU's, and what a step takes in bfloat16."""
-        values = Recipe.read_yaml(ROOT / "recipes" / "starter.yaml")
+        values = Recipe.read_yaml(ROOT / "recipes" / "starter-gated.yaml")
         values |= {"base": self.base, "data": str(self.work / "texts.txt"), "max_steps": 3, "ntp_steps": 1}
         values |= {"precision": "fp32"} | ({} if self.on_gpu else {"batch_size": 4, "contrastive_batch_size": 6})
         losses = {}

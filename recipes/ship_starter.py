@@ -1,7 +1,7 @@
 """Make a finished run a GEM that comes with gemify: its adapter in float16, its recipe and figures beside it.
 
-    python recipes/ship_starter.py runs/starter src/gemify/shipped/starter
-    python recipes/ship_starter.py runs/starter-distilled src/gemify/shipped/starter-distilled 16
+    python recipes/ship_starter.py runs/starter-gated src/gemify/shipped/starter-gated
+    python recipes/ship_starter.py runs/starter src/gemify/shipped/starter 16
 
 The tokenizer is the base's own, so it is left out. Layers above the one that is read are left out too. A number at the
 end is a rank: every layer's low-rank product is replaced by its best approximation of that rank (singular values).

@@ -103,10 +103,10 @@ def starter():  # type: ignore[no-untyped-def]
 
 @pytest.fixture(scope="session")
 def shipped() -> GemModel:
-    """The GEM that comes with gemify, loaded once: leave it as it is."""
+    """The gated GEM that comes with gemify, loaded once: leave it as it is."""
     if importlib.util.find_spec(STARTER_PACKAGE) is None:
         pytest.skip(f"the package {STARTER_PACKAGE} is not installed: make setup installs it")
-    return GemModel.from_pretrained("starter")
+    return GemModel.from_pretrained("starter-gated")
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ def as_read(block: str, shipped: GemModel, directory: Path) -> Any:
     """A block as it runs here; what it asks for is in the directory."""
     if not (directory / "README.md").is_file():
         shutil.copy(ROOT / "README.md", directory / "README.md")
-        shutil.copytree(ROOT / "src" / "gemify" / "shipped" / "starter", directory / "my-gem")
+        shutil.copytree(ROOT / "src" / "gemify" / "shipped" / "starter-gated", directory / "my-gem")
     if '"OUT' in block and not (directory / "OUT").is_dir():
         done = CliRunner().invoke(app, ["export", "--model", "my-gem", "--output", "OUT"])
         assert done.exit_code == 0, done.output

@@ -203,5 +203,5 @@ def test_everything_imports_without_the_extras() -> None:
 def test_recipes_parse(path: Path) -> None:
     recipe = Recipe.from_dict(Recipe.read_yaml(path), source=str(path))
     assert recipe.base == "starter"
-    if path.name == "starter-paper.yaml":
+    if path.name == "paper.yaml":
         assert recipe == Recipe.from_dict(PRESETS["paper"])

@@ -25,7 +25,7 @@ from gemify.model.forward import left_pad
 
 
 def main(dtype: str = "float32", answers: str = "16", tokens: str = "48") -> None:
-    gem = GemModel.from_pretrained("starter", dtype=getattr(torch, dtype))
+    gem = GemModel.from_pretrained("starter-gated", dtype=getattr(torch, dtype))
     lm, count, new = gem.lm, int(answers), int(tokens)
     chat = ChatTemplate(gem.tokenizer)
     prompts = [list(chat.apply([{"role": "user", "content": r.texts[0]}])) for r in traffic(count, chats=1.0)]

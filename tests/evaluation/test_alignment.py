@@ -101,7 +101,7 @@ def minilm_vectors(minilm: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def question_vectors() -> np.ndarray:
-    return np.asarray(GemModel.from_pretrained("starter-distilled").encode_query(QUESTIONS))
+    return np.asarray(GemModel.from_pretrained("starter").encode_query(QUESTIONS))
 
 
 def search_faiss(passages_ND: np.ndarray, questions_ND: np.ndarray, tmp_path: Path) -> list[int]:
@@ -129,7 +129,7 @@ def search_chroma(passages_ND: np.ndarray, questions_ND: np.ndarray, tmp_path: P
 
 @pytest.mark.real
 @pytest.mark.parametrize("search", [search_faiss, search_lancedb, search_chroma])
-def test_questions_of_starter_distilled_search_minilms_index(
+def test_questions_of_the_starter_search_minilms_index(
     search: Any, minilm_vectors: np.ndarray, question_vectors: np.ndarray, tmp_path: Path
 ) -> None:
     found = search(minilm_vectors, question_vectors, tmp_path)

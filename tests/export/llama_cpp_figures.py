@@ -28,7 +28,7 @@ def main() -> None:
     def sts(vectors: np.ndarray) -> float:
         return 100 * float(spearmanr(cosines(vectors[:PAIRS], vectors[PAIRS:]), scores).statistic)
 
-    gem = GemModel.from_pretrained("starter")
+    gem = GemModel.from_pretrained("starter-gated")
     wanted = gem.encode(texts)
     print(f"library: STS {sts(wanted):.2f}")
     with tempfile.TemporaryDirectory() as directory:

@@ -94,7 +94,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Converted:
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    return converted(GemModel.from_pretrained("starter"), tmp_path_factory.mktemp("gated"))
+    return converted(GemModel.from_pretrained("starter-gated"), tmp_path_factory.mktemp("gated"))
 
 
 class Server:

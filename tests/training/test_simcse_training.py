@@ -125,7 +125,7 @@ def test_contradictions_are_named(base_dir: Path, texts_file: Path, options: dic
 
 def test_the_recipe_is_the_contrastive_part_of_the_gated_one() -> None:
     simcse, gated = (
-        Recipe.from_dict(Recipe.read_yaml(ROOT / "recipes" / f"starter-{name}.yaml")) for name in ("simcse", "gated")
+        Recipe.from_dict(Recipe.read_yaml(ROOT / "recipes" / f"{name}.yaml")) for name in ("simcse", "gated")
     )
     assert simcse.p == 1.0
     assert simcse.max_steps == gated.max_steps - gated.ntp_steps

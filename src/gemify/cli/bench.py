@@ -52,7 +52,7 @@ def _bench() -> None:
 @bench.command()
 def rag(
     data: SquadData,
-    model: Model = "starter",
+    model: Model = "starter-gated",
     encoder: Encoder = None,
     num_questions: Annotated[int, typer.Option(min=1, help="Number of questions, evenly over the file.")] = 20,
     lengths: Annotated[str, typer.Option(help="Tokens of a document.")] = "250,1000,4000",

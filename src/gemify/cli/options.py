@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from gemify.model.gem import GemModel
 
 # The model.
-GEM_NAME = "starter, starter-distilled, a GEM directory or a Hugging Face repo id."
+GEM_NAME = "starter, starter-gated, a GEM directory or a Hugging Face repo id."
 Model = Annotated[str, typer.Option("--model", "-m", help=GEM_NAME)]
 StoreModel = Annotated[str | None, typer.Option("--model", "-m", help=f"{GEM_NAME} [default: the store's]")]
 NewStoreModel = Annotated[

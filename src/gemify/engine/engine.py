@@ -266,7 +266,10 @@ class Engine:
             The request, which can be cancelled.
         """
         if not self.gem.config.embeds_from_cache:
-            raise ValueError("this model has no special tokens in a text's cache: nothing remembers a text")
+            raise ValueError(
+                "this model has no special tokens in a text's cache: nothing remembers a text, take a gated GEM such as"
+                " starter-gated"
+            )
         self._require_text("the text", ids)
         if self.max_model_len is not None and len(ids) + self.gem.config.k + max_tokens > self.max_model_len:
             raise ValueError(

@@ -72,7 +72,7 @@ CONFIG_FILE = "config_gemify.json"
 FORMAT_VERSION = 1
 LATER_FIELDS = ("template", "layer", "attention", "projection_dim", "teacher")
 """Fields of `GemConfig` that the first files lack."""
-SHIPPED = ("starter", "starter-distilled")
+SHIPPED = ("starter", "starter-gated")
 """Names of the GEMs that come with gemify."""
 
 

@@ -281,9 +281,10 @@ class GemModel(EmbeddingMixin):
         """
         if not self.config.embeds_from_cache:
             raise ValueError(
-                "this model embeds in a pass of its own: to embed use encode"
+                "this model embeds in a pass of its own: to embed use encode, or take a gated GEM such as starter-gated"
                 if self.config.k
-                else "this model has no special tokens: nothing to recover a text from, and to embed use encode"
+                else "this model has no special tokens in a text's cache: to embed use encode, or take a gated GEM such"
+                " as starter-gated"
             )
         if self.text_tokenizer.prefix_ids:
             raise ValueError(
@@ -388,7 +389,10 @@ class GemModel(EmbeddingMixin):
         """
         self.lm.eval()
         if not self.config.embeds_from_cache:
-            raise ValueError("this model has no special tokens in a text's cache: nothing to recover a text from")
+            raise ValueError(
+                "this model has no special tokens in a text's cache: nothing to recover a text from, take a gated GEM"
+                " such as starter-gated"
+            )
         if isinstance(texts, Prefill):
             self.require_embeddable_prefill()
             text, single = prefilling.append_tokens(self.lm, texts.text, self.text_tokenizer.suffix_ids), texts.single

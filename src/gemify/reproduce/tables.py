@@ -23,7 +23,7 @@ from gemify.training.recipe import PRESETS
 _DATA: dict[str, Any] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 TABLE_NAMES: tuple[str, ...] = tuple(_DATA["tables"])
 GATED: dict[str, Any] = _DATA["gated"]
-"""What the gated rows change: no raw rows, and learning rates for a rank-16 adapter (recipes/starter-gated.yaml)."""
+"""What the gated rows change: no raw rows, and learning rates for a rank-16 adapter (recipes/gated.yaml)."""
 
 
 @dataclass(frozen=True)
