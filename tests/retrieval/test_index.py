@@ -101,6 +101,34 @@ def test_only_what_changed_is_embedded(tmp_path: Path, bag: BagOfWords) -> None:
     assert not index.search("dawn", mode="fts")
 
 
+def test_a_moved_directory_keeps_its_passages(tmp_path: Path, bag: BagOfWords) -> None:
+    """Nothing is embedded again; what changed beside the move is; what is left behind and gone can be forgotten."""
+    root = write(tmp_path / "docs")
+    (root / "o'brien.txt").write_text("Quotes are harmless.\n")
+    (root / "twin.txt").write_text("Quotes are harmless.\n")
+    index = GemIndex.open(tmp_path / "s", bag)
+    index.add(root)
+    new = tmp_path / "else where" / "it's"
+    new.parent.mkdir()
+    root.rename(new)
+    (new / "lark.txt").write_text("Larks nest on the ground.\n")
+    (new / "owl.md").rename(new / "owl.txt")  # read another way
+    bag.embedded.clear()
+    report = index.add(new)
+    assert {Path(p).name for p in report.moved} == {"code.py", "rows.jsonl", "o'brien.txt", "twin.txt"}
+    assert {Path(p).name for p in report.added} == {"lark.txt", "owl.txt"}
+    assert len(bag.embedded) == 2
+    assert (report.unchanged, report.removed) == (0, ())
+    left = {str(root / name) for name in ("lark.txt", "owl.md")}
+    assert left <= set(index.store.files())
+    index.store.remove([p for p in index.store.files() if p.startswith(str(root))])
+    index.store.optimize()
+    fresh = GemIndex.open(tmp_path / "fresh", bag)
+    fresh.add(new)
+    assert_same(index, fresh)
+    assert {p.file for p in index.search("Moon", mode="fts")} == {str(new / "rows.jsonl")}
+
+
 def test_files_elsewhere_stay(tmp_path: Path, bag: BagOfWords) -> None:
     index = GemIndex.open(tmp_path / "s", bag)
     index.add([write(tmp_path / "a"), write(tmp_path / "b") / "lark.txt"])

@@ -131,7 +131,7 @@ def _echo_report(report: IndexReport, caches: dict[str, int]) -> None:
     """Say what a run did, on stderr."""
     echo_err(
         f"{len(report.added):,} files added, {len(report.changed):,} changed, {len(report.removed):,} removed,"
-        f" {report.unchanged:,} unchanged; {report.chunks:,} passages embedded"
+        f" {len(report.moved):,} moved, {report.unchanged:,} unchanged; {report.chunks:,} passages embedded"
         + (f" ({report.tokens_per_second:,.0f} tokens/s)" if report.seconds else "")
     )
     if caches:

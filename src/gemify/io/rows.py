@@ -252,7 +252,9 @@ def readable_parquet(path: str | Path) -> Iterator[None]:
 
     try:
         yield
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # of the system, not of the file
+            raise
         raise ValueError(f"{path}: not readable as Parquet: {first_line(error)}") from error
 
 

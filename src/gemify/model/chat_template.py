@@ -18,6 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gemify.io.rows import replace_surrogates
+from gemify.io.tables import first_line
 from gemify.model.kv_cache import common_prefix_length
 
 logger = logging.getLogger(__name__)
@@ -159,8 +160,8 @@ class ChatTemplate:
 
     def _tokenize_folded(self, messages: list[dict[str, Any]], options: dict[str, Any], error: Exception) -> Ids:
         """Tokenise with the system message in the first user message: the template refused it with ``error``."""
-        roles = ", ".join(str(message.get("role")) for message in messages)
-        refused = ValueError(f"the chat template refuses messages of {roles}: {error}")
+        roles = ", ".join(" ".join(str(message.get("role")).split()) for message in messages)
+        refused = ValueError(f"the chat template refuses messages of {roles}: {first_line(error)}")
         if not any(message.get("role") == "system" for message in messages):
             raise refused from error
         try:

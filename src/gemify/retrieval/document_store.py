@@ -57,6 +57,7 @@ _QUANTIZE_MIN_ROWS = 256
 _RESCORED = {"int8": 100, "binary": 1000}  # candidates of a search, rescored with their full vectors
 _MAX_UNINDEXED_SHARE = 0.2  # of the rows; with more outside, the vector index is trained anew
 _MAX_SMALL_FRAGMENTS = 8  # with more, they are compacted
+_MOVED_CHUNKS = 5_000  # copied in one commit
 _KEPT_FOR = timedelta(minutes=10)  # old files stay on the disk, as a reader may have them open
 
 
@@ -231,6 +232,29 @@ class Store:
                 merge = self._files.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
                 merge.execute(pa.table(columns).select(self._files.schema.names))
 
+    def move(self, moves: Sequence[tuple[FileRecord, FileRecord]]) -> None:
+        """Give files and their chunks new paths and versions, without embedding anything.
+
+        The chunks are copied: interrupted, the new versions are pending, and whole.
+
+        Args:
+            moves: The old and the new record of each file.
+        """
+        import pyarrow as pa
+
+        for some in _groups(moves):
+            new = {old.version: new for old, new in some}
+            with readable(self.uri):
+                for listed in sql_lists(new):
+                    rows = self._chunks.search().where(f"version IN ({listed})").to_arrow()
+                    given = [new[version] for version in rows["version"].to_pylist()]
+                    for column, texts in (("version", [r.version for r in given]), ("file", [r.path for r in given])):
+                        at = rows.schema.get_field_index(column)
+                        rows = rows.set_column(at, rows.schema.field(at), pa.array(texts, pa.string()))
+                    self._chunks.add(rows.select(self._chunks.schema.names))
+            self.commit([new for _, new in some])
+            self.remove(old.path for old, _ in some)
+
     def remove(self, paths: Iterable[str]) -> None:
         """Remove files. Their chunks become pending."""
         with readable(self.uri):
@@ -355,6 +379,18 @@ class Store:
         found = query.limit(k).select([*_HIT_COLUMNS, score]).to_arrow().to_pylist()
         hits = [_hit(row, 1 - row[score] if score == "_distance" else row[score]) for row in found]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # equal scores in one order
+
+
+def _groups(moves: Sequence[tuple[FileRecord, FileRecord]]) -> Iterator[list[tuple[FileRecord, FileRecord]]]:
+    """Moves whose chunks fit one commit."""
+    some: list[tuple[FileRecord, FileRecord]] = []
+    for move in moves:
+        if some and sum(old.chunks for old, _ in some) + move[0].chunks > _MOVED_CHUNKS:
+            yield some
+            some = []
+        some.append(move)
+    if some:
+        yield some
 
 
 def _hit(row: dict[str, Any], score: float) -> Hit:

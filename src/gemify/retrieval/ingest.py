@@ -6,9 +6,10 @@ the next one the files that are complete. Memory holds one such portion, and one
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Protocol
@@ -73,11 +74,17 @@ class IndexReport:
     """Time spent embedding."""
     unread: Mapping[str, int] = field(default_factory=dict)
     """How many files were passed by, by their kind (`FileListing.unread`)."""
+    moved: tuple[str, ...] = ()
+    """Files that lay elsewhere before: nothing of them was embedded again."""
 
     @property
     def tokens_per_second(self) -> float:
         """Speed of embedding; 0 if nothing was embedded."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def _version(path: Path, digest: str) -> str:
+    return sha256(f"{path}\0{digest}".encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -112,6 +119,7 @@ class IndexRun:
         Raises:
             StopRequestedError: A signal came. What is committed stays.
         """
+        moved = self._follow_moves(listing.files)
         before, pending = self.store.files(), dict(self.store.pending_versions())
         self.skipped.extend(listing.skipped)
         removed = tuple(path for path in before if listing.is_gone(Path(path)))
@@ -125,13 +133,34 @@ class IndexRun:
             added=tuple(self.added),
             changed=tuple(self.changed),
             removed=removed,
-            unchanged=self.unchanged,
+            unchanged=self.unchanged - len(moved),
             skipped=tuple(self.skipped),
             chunks=self.chunks,
             tokens=self.tokens,
             seconds=self.seconds,
             unread=listing.unread,
+            moved=moved,
         )
+
+    def _follow_moves(self, files: Sequence[Path]) -> tuple[str, ...]:
+        """Give new files the passages of equal ones that are no longer there. Return their paths."""
+        before = self.store.files()
+        gone: dict[tuple[str, str], list[FileRecord]] = {}
+        for record in before.values():
+            if not os.path.exists(record.path):
+                gone.setdefault((record.hash, Path(record.path).suffix), []).append(record)
+        moves = []
+        for path in (p for p in files if gone and str(p) not in before and replace_surrogates(str(p)) == str(p)):
+            try:
+                digest = content_hash(path, self.options.columns)
+            except OSError:
+                continue
+            if known := gone.get((digest, path.suffix)):
+                old = known.pop()
+                new = replace(old, path=str(path), version=_version(path, digest), mtime=path.stat().st_mtime)
+                moves.append((old, new))
+        self.store.move(moves)
+        return tuple(new.path for _, new in moves)
 
     def _add_file(self, path: Path, old: FileRecord | None, pending: dict[str, int]) -> None:
         limit, version = self.options.limit, ""
@@ -141,7 +170,7 @@ class IndexRun:
         try:
             stat = path.stat()
             digest = content_hash(path, self.options.columns)
-            version = sha256(f"{path}\0{digest}".encode()).hexdigest()[:16]
+            version = _version(path, digest)
             if old is not None and old.version == version:
                 self.unchanged += 1
                 return
