@@ -12,7 +12,7 @@ import torch
 import tiny_models
 from chat_templates import TOKENIZERS
 from gemify import GemModel
-from gemify.model.tokenization import truncate_row
+from gemify.model.tokenization import TextTokenizer, truncate_row
 from tiny_gems import make_gem, save_gem
 
 TEXT = "".join(chr(97 + i % 26) for i in range(300))
@@ -41,6 +41,21 @@ def test_control_tokens_names_are_text(tmp_path: Path, kind: str) -> None:
     plain = ["the cat", "  who is? ", "\n世界", "é"]
     bare = gem.tokenizer(plain, add_special_tokens=False)["input_ids"]
     assert gem.text_tokenizer.tokenize_plain(plain) == bare, "other texts keep their ids"
+
+
+@pytest.mark.parametrize("template", ['say:"{text}"is', "({text})", "{text}.", "Q:\n{text}\nA:"])
+@pytest.mark.parametrize("kind", [kind for kind in TOKENIZERS if kind != "word_piece"])
+def test_no_space_comes_between_a_template_and_its_text(kind: str, template: str) -> None:
+    """A tokenizer that puts a space before whatever it gets (Llama 2's) puts one before the whole alone."""
+    tokenizer = TOKENIZERS[kind]()
+    tokenize = TextTokenizer(tokenizer, frozenset(), template)
+    for text in ("hello", "the cat", "  who", "x"):
+        (row,) = tokenize([text], max_tokens=None)
+        whole = template.format(text=text)
+        assert row == tokenizer(whole)["input_ids"] or "\n" in template or text[0] == " "
+        assert tokenizer.decode(row, skip_special_tokens=True).strip() == whole.strip()
+    bare = TextTokenizer(tokenizer, frozenset())
+    assert bare(["the cat"], max_tokens=None) == [tokenizer("the cat")["input_ids"]]
 
 
 @pytest.mark.parametrize("text", ["half \ud83d", "\udcfcber", "\udfff\ud800", "a\0b", "\ufeffa", "e\u0301"])

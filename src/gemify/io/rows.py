@@ -22,7 +22,7 @@ import io
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
@@ -189,7 +189,12 @@ def require_text(values: Mapping[str, Any], column: str) -> str:
 
 def missing_column(column: str, there: Mapping[str, Any] | Sequence[str]) -> str:
     """The beginning of an error for a column that is not there."""
-    return f"no column {column!r} (there are {replace_surrogates(', '.join(sorted(there)))})"
+    return f"no column {column!r} (there are {on_one_line(sorted(there))})"
+
+
+def on_one_line(names: Iterable[str]) -> str:
+    """Names from a file as a part of an error."""
+    return " ".join(replace_surrogates(", ".join(names)).split())
 
 
 def row_id(values: Mapping[str, Any], columns: Sequence[str] = ("_id", "id")) -> str | None:
@@ -373,7 +378,7 @@ def _check_header(path: str | Path, raw: bytes, header: list[str], reason: str) 
         if reason:
             raise ValueError(reason)
         if len(set(header)) < len(header):
-            raise ValueError(f"two columns of one name in {', '.join(header)}: rename one")
+            raise ValueError(f"two columns of one name in {on_one_line(header)}: rename one")
     except ValueError as error:
         raise ValueError(f"{path} header: {error}") from None
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gemify.io.rows import replace_surrogates
 
@@ -87,6 +87,10 @@ def too_long(tokens: int, limit: int) -> str:
     )
 
 
+_PROBE = "\n"
+"""Stands before words that continue a text."""
+
+
 @dataclass(frozen=True)
 class TextTokenizer:
     """A tokenizer for texts to embed. A control token's name in a user's text is read as text, not as the token.
@@ -111,7 +115,7 @@ class TextTokenizer:
     @cached_property
     def suffix_ids(self) -> list[int]:
         """Ids of the template's words after a text."""
-        return self._template_ids(split_template(self.template)[1])
+        return self._template_ids(split_template(self.template)[1], behind=True)
 
     @property
     def bos_ids(self) -> list[int]:
@@ -184,13 +188,29 @@ class TextTokenizer:
         """
         if not texts:
             return []
-        rows: list[list[int]] = self.tokenizer(
-            [replace_surrogates(text) for text in texts],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            verbose=False,
-        )["input_ids"]
+        behind = bool(split_template(self.template)[0])
+        rows = self._tokenize([replace_surrogates(text) for text in texts], behind=behind, split_special_tokens=True)
         return [row[:max_tokens] for row in rows]
+
+    def _tokenize(self, texts: Sequence[str], *, behind: bool, **options: Any) -> list[list[int]]:
+        """Ids of texts. ``behind`` other words the tokenizer puts no space before a text that has none."""
+        options = {"add_special_tokens": False, "verbose": False, **options}
+        alone: list[list[int]] = self.tokenizer(list(texts), **options)["input_ids"]
+        if not (behind and self._puts_space_before):
+            return alone
+        probe = self.tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+        joined = self.tokenizer([_PROBE + text for text in texts], **options)["input_ids"]
+        return [
+            row[len(probe) :] if row[: len(probe)] == probe else own for row, own in zip(joined, alone, strict=True)
+        ]
+
+    @cached_property
+    def _puts_space_before(self) -> bool:
+        """Whether the tokenizer puts a space before whatever it gets, as that of Llama 2 does."""
+        probe, joined, alone = (
+            self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (_PROBE, _PROBE + "a", "a")
+        )
+        return bool(joined[: len(probe)] == probe and joined[len(probe) :] != alone)
 
     def tokenize_prompts(self, texts: Sequence[str], *, add_special_tokens: bool, vocab_size: int) -> list[list[int]]:
         """Tokenise prompts to continue, as the base's own tokenizer does.
@@ -212,9 +232,11 @@ class TextTokenizer:
                 rows[index] = (self.bos_ids if add_special_tokens else []) + self.tokenize_plain([texts[index]])[0]
         return rows
 
-    def _template_ids(self, words: str) -> list[int]:
+    def _template_ids(self, words: str, *, behind: bool = False) -> list[int]:
         """Ids of the template's own words. Control tokens in it are control tokens, but for the special tokens."""
         if not words:
             return []
-        ids: list[int] = self.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids if self.special_ids.isdisjoint(ids) else self.tokenize_plain([words])[0]
+        ids = self._tokenize([words], behind=behind)[0]
+        if self.special_ids.isdisjoint(ids):
+            return ids
+        return self._tokenize([words], behind=behind, split_special_tokens=True)[0]

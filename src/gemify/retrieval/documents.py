@@ -251,15 +251,17 @@ def read_pdf(path: Path) -> Iterator[Section | Skipped]:
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every oddity that it mends
     try:
         reader = pypdf.PdfReader(path)
-        if reader.is_encrypted and not reader.decrypt(""):
-            raise ValueError("an encrypted PDF: remove its password")
-        pages, title = list(reader.pages), reader.metadata.title if reader.metadata else None
-    except (ValueError, OSError):
+        locked = reader.is_encrypted and not reader.decrypt("")
+        pages = [] if locked else list(reader.pages)
+        title = reader.metadata.title if not locked and reader.metadata else None
+    except OSError:
         raise
     except pypdf.errors.DependencyError as error:
         raise ValueError("an encrypted PDF: pip install cryptography, or remove the encryption") from error
     except Exception as error:
         raise ValueError(f"cannot be read as PDF ({named(error)}): restore the file") from error
+    if locked:
+        raise ValueError("an encrypted PDF: remove its password")
     text, starts = "", []
     for number, page in enumerate(pages, start=1):
         starts.append(len(text))

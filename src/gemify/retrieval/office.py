@@ -31,7 +31,7 @@ _SHEET_ROWS = 25
 
 
 class _Archive:
-    """A ZIP archive of XML."""
+    """A ZIP archive of XML. ValueError for one that is damaged, encrypted or huge."""
 
     def __init__(self, path: Path, kind: str) -> None:
         refuse_encrypted(path)
@@ -40,22 +40,14 @@ class _Archive:
         except (zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f"cannot be read as {kind} ({named(error)}): restore the file") from error
         self.names = set(self._zip.namelist())
+        for info in self._zip.infolist():
+            if info.flag_bits & 1:
+                raise ValueError("an encrypted file: remove its password")
+            if info.file_size > _MAX_PART_BYTES:
+                raise ValueError(f"its part {info.filename} has {info.file_size:,} bytes: take a smaller file")
 
     def read(self, name: str) -> bytes:
-        self._check(self._zip.getinfo(name))
         return self._zip.read(name)
-
-    def check(self) -> None:
-        """Refuse what another reader would unpack: encrypted parts and huge ones."""
-        for info in self._zip.infolist():
-            self._check(info)
-
-    @staticmethod
-    def _check(info: zipfile.ZipInfo) -> None:
-        if info.flag_bits & 1:
-            raise ValueError("an encrypted file: remove its password")
-        if info.file_size > _MAX_PART_BYTES:
-            raise ValueError(f"its part {info.filename} has {info.file_size:,} bytes: take a smaller file")
 
     def xml(self, name: str) -> ElementTree.Element:
         return ElementTree.fromstring(self.read(name))
@@ -75,9 +67,10 @@ def _reader(
     """A reader of archives whose every failure is one line."""
 
     def reader(path: Path) -> Iterator[Section | Skipped]:
+        archive = _Archive(path, kind)
         try:
-            yield from read(path, _Archive(path, kind))
-        except (ValueError, OSError):
+            yield from read(path, archive)
+        except OSError:
             raise
         except Exception as error:
             raise ValueError(f"cannot be read as {kind} ({named(error)}): restore the file") from error
@@ -94,7 +87,6 @@ def _title(archive: _Archive, part: str) -> str:
 def _read_pptx(path: Path, archive: _Archive) -> Iterator[Section]:
     from pptx import Presentation
 
-    archive.check()
     deck = Presentation(str(path))
     title = deck.core_properties.title or ""
     for number, slide in enumerate(deck.slides, start=1):
@@ -135,7 +127,6 @@ def _slide_text(root: Any) -> list[str]:
 def _read_xlsx(path: Path, archive: _Archive) -> Iterator[Section]:
     from openpyxl import load_workbook
 
-    archive.check()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # openpyxl warns of what it does not keep: colours, validation
         book = load_workbook(path, read_only=True, data_only=True, keep_links=False)

@@ -25,6 +25,7 @@ from gemify.io.rows import (
     find_column,
     has_column,
     has_row_suffix,
+    on_one_line,
     parquet_columns,
     read_rows,
     replace_surrogates,
@@ -156,7 +157,7 @@ class Source:
         self._warned, used = True, self._used(columns)
         if unused := sorted({*columns} - used - _NOTES):
             logger.warning(
-                "%s: columns %s are not used (%s are)", self.name, ", ".join(unused), ", ".join(sorted(used))
+                "%s: columns %s are not used (%s are)", self.name, on_one_line(unused), on_one_line(sorted(used))
             )
 
     def _examples(self, row: Mapping[str, Any]) -> list[Example]:
