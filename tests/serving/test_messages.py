@@ -29,6 +29,7 @@ TOOLS: list[Any] = [
     {"name": "weather", "description": "the </s> weather", "input_schema": WEATHER},
     {"name": "now", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}},
 ]
+KEEP_THOUGHTS = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 GREEDY = {"temperature": 0}  # the client names it no longer, but sends it
 
 
@@ -186,6 +187,13 @@ def test_thoughts_are_blocks_of_their_own(tmp_path_factory: pytest.TempPathFacto
         with client.messages.stream(thinking=thinking, extra_body=body, **params) as stream:
             thought = "".join(event.thinking for event in stream if event.type == "thinking")
         assert thought == whole.content[0].to_dict()["thinking"]
+        hidden: Any = {"type": "adaptive", "display": "omitted"}
+        omitted = client.messages.create(
+            thinking=hidden, extra_body={**body, "context_management": KEEP_THOUGHTS}, **params
+        )
+        assert [block.type for block in omitted.content] == ["text"], "this template thinks only if it is told to"
+        with client.messages.stream(thinking={**thinking, "display": "omitted"}, extra_body=body, **params) as stream:
+            assert {event.type for event in stream} == {"message_start", "message_delta", "message_stop"}
         quiet = client.messages.create(thinking={"type": "disabled"}, extra_body=body, **params)
         assert [block.type for block in quiet.content] == ["text"]
 
@@ -257,6 +265,7 @@ def test_thoughts_of_earlier_answers_reach_the_template() -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "1024"),
         ({"output_config": {"effort": "high"}}, "reasoning_effort"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"type": "nonsense"}}}}, "Invalid type"),
+        ({"context_management": {"edits": [{"type": "clear_tool_uses_20250919"}]}}, "context_management"),
         ({"mcp_servers": [{"url": "http://127.0.0.1:1"}]}, "mcp_servers is not supported here"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": 1.5}, "temperature"),

@@ -142,7 +142,9 @@ class ThinkingConfig(_Part):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(default=None, ge=1024, le=MAX_INT, description="max_tokens is the only limit.")
-    display: Literal["summarized"] | None = Field(default=None, description="Thoughts come whole.")
+    display: Literal["summarized", "omitted"] | None = Field(
+        default=None, description="summarized, the default: thoughts come whole. omitted: they do not come."
+    )
 
 
 class JsonOutputFormat(_Part):

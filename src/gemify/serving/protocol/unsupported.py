@@ -80,10 +80,11 @@ CHAT: Fields = {
     "store": ((False,), "nothing is stored"),
 }
 _STATELESS = "nothing is stored: send the whole conversation"
+_KEEP_THOUGHTS = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}
 MESSAGES: Fields = {
     "mcp_servers": (([],), "this server calls no others"),
     "container": ((), "this server runs no code"),
-    "context_management": ((), "cut the conversation yourself"),
+    "context_management": (({}, {"edits": []}, _KEEP_THOUGHTS), "cut the conversation yourself"),
     "output_format": ((), "it is output_config.format here"),
     "speed": (("standard",), "there is one speed"),
 }
@@ -106,7 +107,7 @@ MESSAGE: Fields = {
 IGNORED = frozenset(
     {
         "user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier",
-        "request_id", "cache_prompt", "keep_alive", "cache_control", "inference_geo",
+        "request_id", "cache_prompt", "keep_alive", "cache_control", "inference_geo", "client_metadata",
     }
 )  # fmt: skip
 """Well-known fields that change no answer."""

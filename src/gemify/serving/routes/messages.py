@@ -32,7 +32,12 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 async def create_message(body: CreateMessageRequest, request: Request) -> Response:
     """Answer a conversation; with ``stream`` in server-sent events."""
     state = admit(request, body)
-    return await answer_chat(_to_chat(state, body), request, make_builder=lambda n: MessageBuilder(state.model, n))
+    shows_thoughts = body.thinking is None or body.thinking.display != "omitted"
+    return await answer_chat(
+        _to_chat(state, body),
+        request,
+        make_builder=lambda tokens: MessageBuilder(state.model, tokens, shows_thoughts=shows_thoughts),
+    )
 
 
 @router.post(
@@ -61,18 +66,19 @@ class MessageBuilder:
     Args:
         model: the name in the response.
         prompt_tokens: tokens of the prompt.
+        shows_thoughts: whether thoughts are among the blocks.
     """
 
     include_usage = names_events = True
 
-    def __init__(self, model: str, prompt_tokens: int) -> None:
+    def __init__(self, model: str, prompt_tokens: int, *, shows_thoughts: bool = True) -> None:
         self._header: dict[str, Any] = {
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
             "role": "assistant",
             "model": model,
         }
-        self._prompt_tokens = prompt_tokens
+        self._prompt_tokens, self._shows_thoughts = prompt_tokens, shows_thoughts
         self._kind: str | None = None
         self._num_blocks = 0
         self._ended: dict[str, Any] = {"stop_reason": None, "stop_sequence": None}
@@ -81,7 +87,7 @@ class MessageBuilder:
         """Build the whole answer."""
         (choice,) = choices
         content: list[dict[str, Any]] = []
-        if thoughts := "".join(choice.thoughts):
+        if self._shows_thoughts and (thoughts := "".join(choice.thoughts)):
             content.append({**_THINKING, "thinking": thoughts})
         if choice.text:
             content.append({**_TEXT, "text": choice.text})
@@ -98,7 +104,7 @@ class MessageBuilder:
     def delta_chunk(self, index: int, delta: AnswerDelta, **fields: Any) -> list[StreamEvent]:
         """Build the events that add to the answer."""
         events: list[StreamEvent] = []
-        if delta.reasoning:
+        if delta.reasoning and self._shows_thoughts:
             events += self._begin("thinking", _THINKING)
             events.append(self._delta({"type": "thinking_delta", "thinking": delta.reasoning}))
         if delta.text:
