@@ -129,7 +129,7 @@ def test_a_loop_of_calls(client: OpenAI, gem: GemModel) -> None:
     assert answer.usage is not None
     assert answer.usage.input_tokens == len(ids)
     items += [item.to_dict() for item in answer.output]
-    assert client.responses.create(**{**PARAMS, "input": [*items, *SAID]}, max_output_tokens=2).output
+    assert client.responses.create(**{**PARAMS, "input": [*items, *SAID]}, max_output_tokens=2).status == "incomplete"
 
 
 def test_answers_follow_a_schema(client: OpenAI) -> None:
@@ -294,4 +294,4 @@ def test_a_client_that_leaves_frees_its_place(gem: GemModel) -> None:
             assert next(iter(stream)).type == "response.created"
         served.wait_until(lambda: served.engine.stats().num_running_seqs == 0)
         assert served.engine.stats().generation_tokens < 900
-        assert client.responses.create(model="tiny", input=ASK, max_output_tokens=1).output is not None
+        assert client.responses.create(model="tiny", input=ASK, max_output_tokens=1).store is False
