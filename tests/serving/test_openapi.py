@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,6 +72,13 @@ def test_every_route_is_described(served: Served) -> None:
         for facts in some.values():
             assert facts["description"], path
             assert "422" not in facts["responses"], path
+
+
+def test_both_headers_of_a_key_are_described(tmp_path: Path) -> None:
+    with serving(tiny_gem(tmp_path), keys={"ann": "key-of-ann"}) as served, served.http() as http:
+        described = http.get("/openapi.json", headers={"x-api-key": "key-of-ann"}).json()
+    assert described["paths"]["/v1/messages"]["post"]["security"] == [{"key": []}, {"x-api-key": []}]
+    assert described["components"]["securitySchemes"].keys() == {"key", "x-api-key"}
 
 
 def test_it_answers_afterwards(served: Served) -> None:

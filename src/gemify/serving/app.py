@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from gemify.engine.engine import Engine
 
 _OPEN_PATHS = frozenset({"/health", "/ready"})
+_SECURITY_SCHEMES = {
+    "key": {"type": "http", "scheme": "bearer"},
+    "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
 
 
 def correct_openapi(app: FastAPI, *, with_keys: bool) -> Callable[[], dict[str, Any]]:
@@ -56,9 +60,9 @@ def correct_openapi(app: FastAPI, *, with_keys: bool) -> Callable[[], dict[str, 
             for operation in methods.values():
                 operation["responses"].pop("422", None)
                 if with_keys and path not in _OPEN_PATHS:
-                    operation["security"] = [{"key": []}]
+                    operation["security"] = [{name: []} for name in _SECURITY_SCHEMES]
         if with_keys:
-            schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            schema["components"]["securitySchemes"] = _SECURITY_SCHEMES
         return schema
 
     return openapi

@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from gemify.serving.errors import json_name
 from gemify.serving.protocol import unsupported
 from gemify.serving.protocol.messages import to_chat_request
-from gemify.serving.protocol.requests import MAX_INT, ApiRequest, CreateChatCompletionRequest, Unit
+from gemify.serving.protocol.requests import MAX_INT, ApiRequest, CreateChatCompletionRequest, Unit, join_text_parts
 from gemify.serving.protocol.tools import FunctionCall, FunctionDefinition, ToolName
 
 _MAX_ITEMS = 4096
-_TEXT_PARTS = ("input_text", "output_text", "text", "refusal")
 _Id = Annotated[str, Field(max_length=256)]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
-
-
-def _text(value: Any) -> str:
-    """Return a text, or the texts of parts, which are joined."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f"must be a string or an array of text parts, got {json_name(value)}")
-    texts: list[str] = []
-    for at, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else json_name(part)
-        if kind not in _TEXT_PARTS:
-            raise ValueError(f"part {at} has the type {str(kind)[:40]!r}: this model reads text only")
-        text = part.get("refusal" if kind == "refusal" else "text")
-        if not isinstance(text, str):
-            raise ValueError(f"part {at} has no text")
-        texts.append(text)
-    return "".join(texts)
 
 
 class InputText(BaseModel):
@@ -46,7 +27,8 @@ class InputText(BaseModel):
     text: str
 
 
-Text = Annotated[Any, BeforeValidator(_text, json_schema_input_type=str | list[InputText])]
+_read_text = partial(join_text_parts, kinds=("input_text", "output_text", "text"))
+Text = Annotated[Any, BeforeValidator(_read_text, json_schema_input_type=str | list[InputText])]
 
 
 class MessageItem(_Part):

@@ -99,8 +99,8 @@ def _biases(value: Any) -> Any:
     return found
 
 
-def _content(value: Any) -> str:
-    """Return a message's text: a string, or text parts, which are joined."""
+def join_text_parts(value: Any, kinds: tuple[str, ...] = ("text",)) -> str:
+    """Return a message's text: a string, or parts of these kinds, which are joined."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -108,7 +108,7 @@ def _content(value: Any) -> str:
     texts: list[str] = []
     for at, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else json_name(part)
-        if kind != "text":
+        if kind not in kinds:
             raise ValueError(f"part {at} has the type {str(kind)[:40]!r}: this model reads text only")
         if not isinstance(part.get("text"), str):
             raise ValueError(f"part {at} has no text")
@@ -159,7 +159,7 @@ Biases = Annotated[
     ),
 ]
 Content = Annotated[
-    Any, BeforeValidator(_content), WithJsonSchema({"anyOf": [_STRING, {"type": "array", "items": _TEXT_PART}]})
+    Any, BeforeValidator(join_text_parts), WithJsonSchema({"anyOf": [_STRING, {"type": "array", "items": _TEXT_PART}]})
 ]
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
