@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
+import torch
+from test_structured_outputs import PERSON
 from test_tools import TEMPLATE
 
 import tiny_models
 from gemify import GemModel
+from gemify.engine.grammar import GrammarCompiler
 from gemify.model.answer_parser import AnswerParser
 from gemify.model.chat_template import ChatTemplate
 from gemify.serving.answer_format import AnswerFormat, ToolFormat
+from gemify.serving.protocol.structured_outputs import after_thoughts, json_grammar
 from running_server import serving
 from tiny_gems import make_gem
 
@@ -92,6 +99,52 @@ def test_a_tokenizers_own_response_template_is_used(gem: GemModel) -> None:
     finally:
         del gem.tokenizer.response_template
     assert parts(parser, "hm]]Yes", 1) == ("hm", "Yes", [])
+
+
+def test_an_answer_follows_its_schema_after_the_thoughts(tmp_path: Path) -> None:
+    base = tiny_models.save(tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):  # whose control token ends thoughts
+        (base / name).write_text((base / name).read_text().replace("<|reserved_2|>", "</think>"))
+    gem = make_gem(base)
+    gem.tokenizer.chat_template = THINKS
+    bias = {str(gem.tokenizer.convert_tokens_to_ids("</think>")): 3}
+    bias |= {str(gem.tokenizer(c, add_special_tokens=False)["input_ids"][-1]): -100 for c in " \n\t\r"}
+    params: Any = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 400, "seed": 1}
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
+    with serving(gem) as served:
+        for form in ({"response_format": schema}, {"guided_regex": "[a-c]{3}"}, {"guided_choice": ["left"]}):
+            fields = {"chat_template_kwargs": {"enable_thinking": True}, **form}
+            got = served.client().chat.completions.create(**params, logit_bias=bias, n=3, extra_body=fields)
+            answers = [choice.message for choice in got.choices]
+            assert any(getattr(answer, "reasoning_content", None) for answer in answers)
+            for answer in answers:
+                if "response_format" in form:
+                    jsonschema.validate(json.loads(answer.content or ""), PERSON)
+                else:
+                    assert re.fullmatch("[a-c]{3}|left", answer.content or "")
+
+
+@pytest.mark.parametrize("control_tokens", [{}, {"</think>": 7}], ids=["text", "token"])
+def test_thoughts_that_have_begun_end_before_the_answer(gem: GemModel, control_tokens: dict[str, int]) -> None:
+    vocab = int(gem.lm.get_input_embeddings().weight.shape[0])
+    compiler = GrammarCompiler(gem.tokenizer, vocab_size=vocab, eos_ids=[2])
+    matcher = compiler.compile(after_thoughts(json_grammar(PERSON), control_tokens)).start()
+
+    def allows(text: str) -> bool:
+        """Whether a text may follow; what may, does."""
+        for token in gem.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            if matcher.mask(torch.zeros(vocab))[token] == -torch.inf:
+                return False
+            matcher.accept(token)
+        return True
+
+    assert allows('hm {"so')
+    if control_tokens:
+        matcher.accept(7)
+    else:
+        assert allows("</think>")
+    assert allows('\n\n{"name": "a')
+    assert not allows("way too long")
 
 
 def test_thoughts_are_apart_in_chats(gem: GemModel) -> None:

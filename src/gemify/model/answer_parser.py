@@ -77,9 +77,8 @@ class ThoughtFormat:
         """
         if self._response_template is not None:
             return AnswerParser(self._response_template, prompt)
-        is_thinking = prompt.rfind("<think>") > prompt.rfind("</think>")
         template = make_response_template(fields or {}, thinks=self.thinks)
-        return AnswerParser(template, "<think>" if is_thinking else "")
+        return AnswerParser(template, "<think>" if has_begun_thoughts(prompt) else "")
 
 
 class AnswerParser:
@@ -135,6 +134,11 @@ class AnswerParser:
                 deltas.append(AnswerDelta(tool_calls=(_tool_call(event["value"]),)))
                 self._unparsed = ""
         return deltas
+
+
+def has_begun_thoughts(prompt: str) -> bool:
+    """Whether an answer that goes on from a prompt begins inside of thoughts."""
+    return prompt.rfind("<think>") > prompt.rfind("</think>")
 
 
 def make_response_template(fields: Mapping[str, Any], *, thinks: bool) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from gemify.io.tables import first_line
 from gemify.serving.errors import bad_request
 
 _MAX_CHOICES = 1024
+_END_OF_THOUGHTS = "</think>"
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{0,20}"  # between the parts of JSON: enough to indent, too little to go on for ever
 
 
@@ -119,6 +120,20 @@ def inline_schema(schema: Mapping[str, Any], *, lenient: bool) -> dict[str, Any]
     """Return a schema with llguidance's options in it, as it may stand inside another grammar."""
     options = {"whitespace_pattern": _WHITESPACE, "lenient": lenient, "coerce_one_of": lenient}
     return {**schema, "x-guidance": options}
+
+
+def after_thoughts(grammar: str, control_tokens: Mapping[str, int]) -> str:
+    """Return the grammar of thoughts, which have begun and end with </think>, and then of what ``grammar`` says.
+
+    Args:
+        grammar: as llguidance writes it.
+        control_tokens: ids of the tokenizer's control tokens by their names.
+    """
+    answer = json.loads(grammar)["grammars"][0] if grammar.lstrip().startswith("{") else {"lark_grammar": grammar}
+    end = control_tokens.get(_END_OF_THOUGHTS)
+    thoughts = f"thoughts[lazy]: TEXT {json.dumps(_END_OF_THOUGHTS)}" if end is None else f"thoughts: TEXT <[{end}]>"
+    lines = ["start: thoughts SPACE @answer", r"TEXT: /(.|\n)*/", r"SPACE: /[\n ]{0,4}/", thoughts]
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(lines)}, {**answer, "name": "answer"}]})
 
 
 def _grammar(kind: str, value: Any) -> str:

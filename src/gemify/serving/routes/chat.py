@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gemify.model.answer_parser import MAX_BEGUN, AnswerParser
+from gemify.model.answer_parser import MAX_BEGUN, has_begun_thoughts
+from gemify.serving.answer_format import AnswerFormat
 from gemify.serving.completion import CompletionHandler
 from gemify.serving.dispatch import run_until_disconnect
 from gemify.serving.errors import bad_request, from_engine_error, unsupported_parameter
@@ -21,11 +22,12 @@ from gemify.serving.protocol.requests import (
     GemifyOptions,
 )
 from gemify.serving.protocol.responses import CreateChatCompletionResponse, CreateCompletionResponse
+from gemify.serving.protocol.structured_outputs import after_thoughts
 from gemify.serving.protocol.tools import NamedToolChoice
 from gemify.serving.rag import RagPrompt
 from gemify.serving.request_body import JsonRoute
 from gemify.serving.response_builder import AnswerBuilder
-from gemify.serving.state import AppState, admit, get_key_name, get_state
+from gemify.serving.state import admit, get_key_name, get_state
 from gemify.serving.tokenization import bind_template
 
 router = APIRouter(route_class=JsonRoute)
@@ -72,6 +74,8 @@ async def answer_chat(
         gemify_fields["sources"] = [p.to_json() for p in prompt.passages]
     else:
         ids = await state.tokenizer.tokenize_chat(body)
+    form, has_tools = state.tokenizer.answer_format, bool(body.offered_tools)
+    prompt_end = await state.tokenizer.detokenize(ids[-MAX_BEGUN:]) if has_tools or form.thinks else ""
     handler = CompletionHandler(
         request,
         body,
@@ -83,17 +87,18 @@ async def answer_chat(
         charged_tokens=charged_tokens,
         gemify_fields=gemify_fields,
         builder=None if make_builder is None else make_builder(len(ids)),
-        grammar=await _grammar(state, body),
-        parser=await _parser(state, body, ids) if state.tokenizer.has_chat else None,
+        grammar=_grammar(body, form, prompt_end),
+        parser=partial(form.parser, prompt_end, has_tools=has_tools, must_call=bool(body.must_call)),
     )
     return await handler.respond()
 
 
-async def _grammar(state: AppState, body: CreateChatCompletionRequest) -> str | None:
-    """Return the grammar of the answer: of its calls, or of its text."""
-    wanted, form = body.grammar(), state.tokenizer.answer_format
+def _grammar(body: CreateChatCompletionRequest, form: AnswerFormat, prompt: str) -> str | None:
+    """Return the grammar of the answer to a prompt: of its calls, or of its text after its thoughts."""
+    wanted = body.grammar()
     if not body.offered_tools:
-        return wanted
+        thinks = wanted is not None and form.thinks and has_begun_thoughts(prompt)
+        return after_thoughts(wanted, form.control_tokens) if wanted is not None and thinks else wanted
     if wanted is not None:
         raise bad_request("response_format and tools go together only with tool_choice none", "response_format")
     if not body.must_call and not form.reads_tools:
@@ -109,16 +114,6 @@ async def _grammar(state: AppState, body: CreateChatCompletionRequest) -> str | 
         parallel=body.parallel_tool_calls is not False and not named,
         control_tokens=form.control_tokens,
     )
-
-
-async def _parser(
-    state: AppState, body: CreateChatCompletionRequest, ids: Sequence[int]
-) -> Callable[[], AnswerParser | None]:
-    """Return what makes a parser for each answer to a prompt."""
-    form = state.tokenizer.answer_format
-    has_tools = bool(body.offered_tools)
-    prompt = await state.tokenizer.detokenize(ids[-MAX_BEGUN:]) if has_tools or form.thinks else ""
-    return partial(form.parser, prompt, has_tools=has_tools, must_call=bool(body.must_call))
 
 
 async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, request: Request) -> RagPrompt:
