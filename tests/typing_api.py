@@ -22,6 +22,9 @@ def check_embedding(gem: GemModel, texts: list[str]) -> None:
     assert_type(gem.encode("a text").shape, tuple[int])
     assert_type(gem.encode(texts).shape, tuple[int, int])
     assert_type(gem.encode(texts).dtype, np.dtype[np.float32])
+    assert_type(gem.encode(texts, output_value="sentence_embedding", device="cpu"), Matrix)
+    assert_type(gem.encode(texts, precision="int8"), np.ndarray | Tensor | list[Tensor])
+    assert_type(gem.encode(texts, convert_to_numpy=False), np.ndarray | Tensor | list[Tensor])
     gem.encode(texts, batch_sise=2)  # type: ignore[call-overload]
 
 

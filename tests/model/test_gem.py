@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -373,3 +374,24 @@ def test_float16_weights_are_float32_on_a_cpu_with_the_same_values(
     stored = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(p, stored[n].float()) for n, p in lm.named_parameters() if n in stored)
     assert load_base(str(tmp_path), device="cpu", dtype=torch.float16)[0].dtype == torch.float16
+
+
+def test_sentence_transformers_keywords_of_encode(gem: GemModel) -> None:
+    vectors = gem.encode(TEXTS)
+    rows = gem.encode(TEXTS, convert_to_numpy=False, output_value="sentence_embedding", device="cpu")
+    assert isinstance(rows, list)
+    assert torch.equal(torch.stack(rows), torch.from_numpy(vectors))
+    assert isinstance(gem.encode(TEXTS[0], convert_to_numpy=False), torch.Tensor)
+    assert isinstance(gem.encode(TEXTS, convert_to_numpy=False, convert_to_tensor=True), torch.Tensor)
+    with pytest.raises(ValueError, match="output_value must be 'sentence_embedding', got 'token_embeddings'"):
+        gem.encode(TEXTS, output_value="token_embeddings")
+    with pytest.raises(ValueError, match="unknown precision 'int4': choose one of float32, int8"):
+        gem.encode(TEXTS, precision="int4")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"device must name one device, got \['cpu', 'cpu'\]"):
+        gem.encode(TEXTS, device=["cpu", "cpu"])  # type: ignore[call-overload]
+
+
+def test_a_pickled_gem_works_and_has_a_lock_of_its_own(any_gem: GemModel) -> None:
+    copy = pickle.loads(pickle.dumps(any_gem))
+    np.testing.assert_array_equal(copy.encode(TEXTS), any_gem.encode(TEXTS))
+    assert copy.lock is not any_gem.lock

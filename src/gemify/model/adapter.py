@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -174,6 +173,9 @@ def _forward_unless_gated(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> A
     return type(layer).forward(layer, x, *args, **kwargs)
 
 
+LoraLayer._forward_unless_gated = _forward_unless_gated  # a bound method of the class pickles, for other processes
+
+
 class EmbeddingLora(GatedLora):
     """LoRA at every token of an embedding pass, in the precision of the base layer.
 
@@ -203,27 +205,27 @@ class SpecialRows(nn.Module):
         if not len(self.rows_KD):
             return
         table = lm.get_input_embeddings()
+        table.register_forward_pre_hook(_replace_special_ids)
+        table.register_forward_hook(self._put_rows)
+
+    def _put_rows(self, table: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        opened = _open.get()
+        if opened is None or args[0].shape != opened.special_BT.shape:
+            return output
+        special_BT = opened.special_BT.to(output.device)
+        rows = self.rows_KD[opened.special_index_BT.to(output.device)[special_BT]]
         scale = getattr(table, "embed_scale", None)  # Gemma-like tables scale in their forward
+        if scale is not None:
+            rows = rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
+        return output.index_put(torch.where(special_BT), rows.to(output.dtype))
 
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            opened = _open.get()
-            if opened is None or args[0].shape != opened.special_BT.shape:
-                return args
-            # An added token may have no row in the table: any valid id does, its row is replaced below.
-            return (args[0].masked_fill(opened.special_BT.to(args[0].device), 0), *args[1:])
 
-        def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            opened = _open.get()
-            if opened is None or args[0].shape != opened.special_BT.shape:
-                return output
-            special_BT = opened.special_BT.to(output.device)
-            rows = self.rows_KD[opened.special_index_BT.to(output.device)[special_BT]]
-            if scale is not None:
-                rows = rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
-            return output.index_put(torch.where(special_BT), rows.to(output.dtype))
-
-        table.register_forward_pre_hook(before)
-        table.register_forward_hook(after)
+def _replace_special_ids(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Give the special tokens a valid id: an added token may have no row in the table, and `SpecialRows` puts it."""
+    opened = _open.get()
+    if opened is None or args[0].shape != opened.special_BT.shape:
+        return args
+    return (args[0].masked_fill(opened.special_BT.to(args[0].device), 0), *args[1:])
 
 
 class Adapter(nn.Module):
@@ -277,7 +279,7 @@ class Adapter(nn.Module):
                 for layer in self._lora_layers(lm):
                     layer.lora_variant[_NAME] = GatedLora() if tune == "gated" else EmbeddingLora()
                     layer.cast_input_dtype_enabled = False  # it would cast the layer's whole input
-                    layer.forward = types.MethodType(_forward_unless_gated, layer)
+                    layer.forward = layer._forward_unless_gated
         self.rows = SpecialRows(rows_KD)
         self.rows.attach(lm)
         self.rows.to(lm.device)

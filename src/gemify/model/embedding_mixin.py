@@ -6,7 +6,7 @@ import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, get_args, overload
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gemify.model.adapter import Adapter
 from gemify.model.base import max_positions
 from gemify.model.config import GemConfig
 from gemify.model.encode import ThroughputMeter, compile_layers, encode_texts
@@ -28,6 +29,12 @@ Matrix = np.ndarray[tuple[int, int], np.dtype[np.float32]]
 """Embeddings of N texts, [N, D]."""
 
 
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+"""Type of a vector's numbers, as sentence-transformers' ``quantize_embeddings`` makes them. The last two keep the signs
+alone, eight to a byte."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
 class EncodeOptions(TypedDict, total=False):
     """Options of `GemModel.encode` that do not change the type of its result."""
 
@@ -40,6 +47,8 @@ class EncodeOptions(TypedDict, total=False):
     normalize_embeddings: bool
     truncate_dim: int | None
     truncate: Truncate
+    output_value: str
+    device: torch.device | str | None
 
 
 class EmbeddingMixin:
@@ -47,6 +56,7 @@ class EmbeddingMixin:
 
     lm: PreTrainedModel
     config: GemConfig
+    adapter: Adapter | None
     projection: Projection | None
     text_tokenizer: TextTokenizer
     meter: ThroughputMeter
@@ -95,6 +105,16 @@ class EmbeddingMixin:
     def encode(
         self, inputs: Texts, *, convert_to_tensor: Literal[True], **options: Unpack[EncodeOptions]
     ) -> Tensor: ...
+    @overload
+    def encode(
+        self,
+        inputs: Texts,
+        *,
+        convert_to_tensor: bool = False,
+        convert_to_numpy: bool = True,
+        precision: Precision = "float32",
+        **options: Unpack[EncodeOptions],
+    ) -> np.ndarray | Tensor | list[Tensor]: ...
     def encode(
         self,
         inputs: Texts,
@@ -105,11 +125,15 @@ class EmbeddingMixin:
         max_tokens: int | None = None,
         compile: bool = False,
         show_progress_bar: bool = False,
+        convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
+        precision: Precision = "float32",
+        output_value: str = "sentence_embedding",
+        device: torch.device | str | None = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
         truncate: Truncate = "end",
-    ) -> np.ndarray | Tensor:
+    ) -> np.ndarray | Tensor | list[Tensor]:
         """Embed texts (GEM, Section 3.1), with sentence-transformers' names and defaults.
 
         Args:
@@ -120,7 +144,11 @@ class EmbeddingMixin:
             max_tokens: Most tokens of a batch, padding included. None: what suits the device.
             compile: Compile the layers at the first call, for encoding alone (`gemify.model.encode`).
             show_progress_bar: Show a progress bar on stderr.
-            convert_to_tensor: Return a tensor on the CPU instead of a NumPy array.
+            convert_to_numpy: Return a NumPy array. Off, without ``convert_to_tensor``: a list of tensors.
+            convert_to_tensor: Return a tensor on the CPU instead.
+            precision: See `Precision`. The integers' range is that of these very texts.
+            output_value: ``sentence_embedding``.
+            device: Move the model there first. None: it stays where it is.
             normalize_embeddings: Scale vectors to length 1.
             truncate_dim: Keep only the first dimensions.
             truncate: What becomes of a text longer than `max_seq_length`: ``end`` cuts it there, ``start`` keeps its
@@ -128,8 +156,7 @@ class EmbeddingMixin:
                 cut is counted in one warning.
 
         Returns:
-            float32 vectors: [D] for one text, [N, D] for N texts, in their order. ``meter`` has the counts and the
-            speed.
+            Vectors: [D] for one text, [N, D] for N texts, in their order. ``meter`` has the counts and the speed.
 
         Raises:
             ValueError: A text is no string or too long, the prompt is unknown, or a number is out of its range.
@@ -137,15 +164,12 @@ class EmbeddingMixin:
         """
         single = isinstance(inputs, str)
         texts = [inputs] if isinstance(inputs, str) else list(inputs)
-        for index, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise ValueError(f"texts must be strings, item {index} is a {type(text).__name__}")
-        if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
-            raise ValueError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}")
-        if truncate_dim is not None and not 1 <= truncate_dim <= self.get_embedding_dim():
-            raise ValueError(f"truncate_dim must lie in 1..{self.get_embedding_dim()}, got {truncate_dim}")
+        require_texts(texts)
+        _require_output(output_value, precision)
         require_truncate(truncate)
+        self._require_numbers(batch_size, max_tokens, truncate_dim)
         prompt_text = self.config.resolve_prompt(prompt_name, prompt)
+        self._move_to(device)
         self.meter = ThroughputMeter()
         vectors_ND = torch.empty(0, self.get_embedding_dim())
         if texts:
@@ -166,10 +190,29 @@ class EmbeddingMixin:
                 )
             self._warn_of_cut_texts(len(texts), truncate)
         vectors_ND = vectors_ND[:, :truncate_dim]
-        if normalize_embeddings:
-            vectors_ND = F.normalize(vectors_ND, dim=-1)
+        vectors_ND = _quantize(F.normalize(vectors_ND, dim=-1) if normalize_embeddings else vectors_ND, precision)
+        if not convert_to_tensor and not convert_to_numpy and not single:
+            return list(vectors_ND)
         result = vectors_ND[0] if single else vectors_ND
-        return result if convert_to_tensor else result.numpy()
+        return result.numpy() if convert_to_numpy and not convert_to_tensor else result
+
+    def _require_numbers(self, batch_size: int, max_tokens: int | None, truncate_dim: int | None) -> None:
+        if batch_size < 1 or (max_tokens is not None and max_tokens < 1):
+            raise ValueError(f"batch_size and max_tokens must be at least 1, got {batch_size} and {max_tokens}")
+        if truncate_dim is not None and not 1 <= truncate_dim <= self.get_embedding_dim():
+            raise ValueError(f"truncate_dim must lie in 1..{self.get_embedding_dim()}, got {truncate_dim}")
+
+    def _move_to(self, device: torch.device | str | None) -> None:
+        if device is None:
+            return
+        if not isinstance(device, (str, torch.device)):
+            raise ValueError(
+                f"device must name one device, got {device!r}: for several, SentenceTransformer(modules=[Gem(gem)])"
+                " of gemify.integrations.sentence_transformers starts a process for each"
+            )
+        for part in (self.lm, self.adapter, self.projection):
+            if part is not None:
+                part.to(device)
 
     def _warn_of_cut_texts(self, texts: int, truncate: Truncate) -> None:
         if self.meter.long_texts and truncate in ("end", "start"):
@@ -222,11 +265,10 @@ class EmbeddingMixin:
         """
         return self._encode_with_prompt("document", inputs, options)
 
-    def _encode_with_prompt(self, name: str, inputs: Texts, options: dict[str, Any]) -> np.ndarray | Tensor:
+    def _encode_with_prompt(self, name: str, inputs: Texts, options: dict[str, Any]) -> Any:
         if name in self.config.prompts and "prompt" not in options and "prompt_name" not in options:
             options = {**options, "prompt_name": name}
-        vectors: np.ndarray | Tensor = self.encode(inputs, **options)
-        return vectors
+        return self.encode(inputs, **options)
 
     @staticmethod
     def similarity(embeddings1: np.ndarray | Tensor, embeddings2: np.ndarray | Tensor) -> Tensor:
@@ -251,3 +293,32 @@ class EmbeddingMixin:
 
 def _as_matrix(vectors: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(vectors).float().reshape(-1, np.shape(vectors)[-1])
+
+
+def require_texts(texts: Sequence[Any]) -> None:
+    """Raise ValueError for an item that is no string."""
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts must be strings, item {index} is a {type(text).__name__}")
+
+
+def _require_output(output_value: str, precision: str) -> None:
+    if output_value != "sentence_embedding":
+        raise ValueError(
+            f"output_value must be 'sentence_embedding', got {output_value!r}: for tokens' states take"
+            " SentenceTransformer(modules=[Gem(gem)]) of gemify.integrations.sentence_transformers"
+        )
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}: choose one of {', '.join(PRECISIONS)}")
+
+
+def _quantize(vectors_ND: Tensor, precision: Precision) -> Tensor:
+    if precision == "float32" or not len(vectors_ND):
+        return vectors_ND
+    try:
+        from sentence_transformers.util import quantize_embeddings
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"precision {precision} needs sentence-transformers: pip install 'gemify[sentence-transformers]'"
+        ) from error
+    return torch.from_numpy(quantize_embeddings(vectors_ND.numpy(), precision=precision))

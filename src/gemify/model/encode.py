@@ -49,18 +49,35 @@ def encode_ids(
     Returns:
         float32 vectors [B, D] ([B, K * D] with ``concat``, [B, P] with a projection) on the model's device.
     """
+    return encode_batch(lm, config, embedding_batch(config, rows, device=lm.device), projection)[0]
+
+
+def embedding_batch(
+    config: GemConfig, rows: Sequence[Sequence[int]], *, device: torch.device | str = "cpu"
+) -> MaskedBatch:
+    """Return tokenised texts as one batch, the special tokens behind each."""
     inputs = [
         build_inputs(Row("split", tuple(r)), config.special_ids, shared_position=config.shared_position) for r in rows
     ]
-    device = lm.device
-    batch = MaskedBatch.of(inputs, shared_position=config.shared_position, device=device)
+    return MaskedBatch.of(inputs, shared_position=config.shared_position, device=device)
+
+
+def encode_batch(
+    lm: PreTrainedModel, config: GemConfig, batch: MaskedBatch, projection: Projection | None = None
+) -> tuple[Tensor, Tensor]:
+    """Embed a batch in one forward pass: see `encode_ids`.
+
+    Returns:
+        float32 vectors [B, D], and the hidden states [B, T, D] they are pooled from.
+    """
     if not batch.ids_BT.numel():  # texts without tokens, and no special tokens either: nothing to run
-        width = config.projection_dim or lm.config.get_text_config().hidden_size
-        return torch.zeros(len(rows), width, device=device)
+        hidden_BTD = torch.zeros(*batch.ids_BT.shape, lm.config.get_text_config().hidden_size, device=lm.device)
+        width = config.projection_dim or hidden_BTD.shape[-1]
+        return torch.zeros(len(hidden_BTD), width, device=lm.device), hidden_BTD
     with early_exit(lm, config.layer):
         hidden_BTD = embedding_pass(lm, batch, config)
     states_BD = pool_hidden_states(hidden_BTD, batch.segments_BT, config.pooling).float()
-    return states_BD if projection is None else projection(states_BD)
+    return (states_BD if projection is None else projection(states_BD)), hidden_BTD
 
 
 def default_batch_tokens(device: torch.device) -> int:

@@ -28,7 +28,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers.processors import TemplateProcessing
@@ -41,6 +40,7 @@ from gemify.model.base import grow_table, hide_progress_bars, parse_dtype
 from gemify.model.config import CONFIG_FILE, GemConfig
 from gemify.model.early_exit import truncate_layers
 from gemify.model.gem import GemModel
+from gemify.model.sentence_transformers_files import write_json, write_sentence_transformers_files
 from gemify.model.tokenization import PLAIN, split_template
 
 DOCS = "docs/how-to/engines.md of gemify"
@@ -189,27 +189,18 @@ def _write_embedding(gem: GemModel, lm: PreTrainedModel, model: Path, directory:
         P, D = gem.projection.weight_PD.shape
         identity = "torch.nn.modules.linear.Identity"
         dense = {"in_features": D, "out_features": P, "bias": False, "activation_function": identity}
-        _write_json(directory / "3_Dense" / "config.json", dense)
-    modules = [
-        {"idx": i, "name": f"{i}", "path": path, "type": f"sentence_transformers.models.{kind}"}
-        for i, (path, kind) in enumerate(parts)
-    ]
+        write_json(directory / "3_Dense" / "config.json", dense)
     modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
     pooling = {
         "word_embedding_dimension": width,
         **{f"pooling_mode_{mode}": mode == ("mean_tokens" if special is None else "lasttoken") for mode in modes},
         "include_prompt": True,
     }
-    settings = {
-        "prompts": dict(gem.config.prompts),
-        "default_prompt_name": gem.config.default_prompt_name,
-        "similarity_fn_name": "cosine",
-    }
     (directory / "1_Pooling").mkdir()
-    _write_json(directory / "modules.json", modules)
-    _write_json(directory / "1_Pooling" / "config.json", pooling)
-    _write_json(directory / "config_sentence_transformers.json", settings)
-    _write_json(
+    modules = [(path, f"sentence_transformers.models.{kind}") for path, kind in parts]
+    write_sentence_transformers_files(directory, gem.config, modules)
+    write_json(directory / "1_Pooling" / "config.json", pooling)
+    write_json(
         directory / "sentence_bert_config.json",
         {"max_seq_length": gem.config.max_text_tokens + (special is not None), "do_lower_case": False},
     )
@@ -243,14 +234,14 @@ def _forget_names(directory: Path, names: Sequence[str]) -> None:
     path = directory / "tokenizer.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     values["added_tokens"] = [token for token in values["added_tokens"] if token["content"] not in names]
-    _write_json(path, values)
+    write_json(path, values)
     path = directory / "tokenizer_config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     if extra := values.get("extra_special_tokens"):
         values["extra_special_tokens"] = [name for name in extra if name not in names]
     values.pop("added_tokens_decoder", None)
     values["split_special_tokens"] = True  # a control token's name in a text is text
-    _write_json(path, values)
+    write_json(path, values)
 
 
 def render_card(config: GemConfig, *, embedding: Sequence[str], adapters: Sequence[str]) -> str:
@@ -321,7 +312,3 @@ def _card_of_vectors(config: GemConfig, names: str) -> list[str]:
         *([f"- Special token{'s' if config.k > 1 else ''}: {names}"] if config.k else []),
         f"- Longest text: {config.max_text_tokens} tokens{ends}",
     ]
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

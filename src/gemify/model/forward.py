@@ -253,6 +253,11 @@ class MaskedBatch:
         ids_BT, segments_BT, positions_BT, labels_BT = torch.stack(padded).to(device)  # one copy to a GPU
         return MaskedBatch(ids_BT, segments_BT, positions_BT, labels_BT, shared_position)
 
+    @property
+    def attention_mask(self) -> Tensor:
+        """1 at tokens, 0 at padding."""
+        return (self.segments_BT != Segment.PAD).long()
+
 
 def masked_pass(lm: PreTrainedModel, batch: MaskedBatch, *, body_only: bool = False) -> Tensor:
     """Run whole rows in one forward pass under the GEM mask (GEM, Fig. 3).
@@ -279,7 +284,7 @@ def masked_pass(lm: PreTrainedModel, batch: MaskedBatch, *, body_only: bool = Fa
             masked.enter_context(gem_mask(batch.segments_BT, shared_position=batch.shared_position))
     inputs: dict[str, Any] = {"input_ids": batch.ids_BT, "use_cache": False}
     if not (causal and body_only):  # positions count from 0 then, and a kernel that needs no mask is the fastest
-        inputs["attention_mask"] = (batch.segments_BT != Segment.PAD).long()
+        inputs["attention_mask"] = batch.attention_mask
         inputs["position_ids"] = batch.positions_BT
     with masked:
         if body_only:
@@ -311,7 +316,7 @@ def embedding_pass(lm: PreTrainedModel, batch: MaskedBatch, config: GemConfig) -
             stack.enter_context(gem_mask(batch.segments_BT, shared_position=batch.shared_position))
         hidden_BTD: Tensor = lm.get_decoder()(
             input_ids=batch.ids_BT,
-            attention_mask=(batch.segments_BT != Segment.PAD).long(),
+            attention_mask=batch.attention_mask,
             position_ids=batch.positions_BT,
             use_cache=False,
         ).last_hidden_state

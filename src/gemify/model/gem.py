@@ -64,6 +64,13 @@ class GemModel(EmbeddingMixin):
         if config.layer is not None:
             enable_early_exit(lm, config.layer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the lock, which stays in its process."""
+        return {name: value for name, value in self.__dict__.items() if name != "lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, lock=threading.RLock())
+
     # Making, loading, saving
 
     @classmethod
@@ -158,8 +165,8 @@ class GemModel(EmbeddingMixin):
         """Save to a directory. A full disk or a kill leaves the old files or all of the new ones.
 
         ``gated``, ``tokens`` and ``lora`` store an adapter, the tokenizer and the base's name. ``full`` stores a plain
-        transformers model. In a directory that holds files, complete new files replace them one by one, the
-        configuration last.
+        transformers model. ``modules.json`` lets sentence-transformers load the directory. In a directory that holds
+        files, complete new files replace them one by one, the configuration last.
 
         Args:
             path: The directory; it is made if it does not exist.

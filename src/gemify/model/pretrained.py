@@ -49,6 +49,7 @@ from gemify.model.config import (
 )
 from gemify.model.projection import Projection
 from gemify.model.quantization import quantize_layers, require_unquantized
+from gemify.model.sentence_transformers_files import write_sentence_transformers_files
 from gemify.model.tokenization import PLAIN, require_template
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,7 @@ def save_parts(parts: GemParts, path: str | Path, *, merge: bool, weights: dict[
         if parts.projection is not None:
             parts.projection.save(stage)
         parts.tokenizer.save_pretrained(stage)
+        write_sentence_transformers_files(stage, parts.config)
         (stage / CONFIG_FILE).write_text(parts.config.to_json(), encoding="utf-8")
 
 

@@ -26,7 +26,7 @@ class Projection(nn.Module):
 
     def forward(self, states_BD: Tensor) -> Tensor:
         """Map states [B, D] to vectors [B, P]."""
-        return nn.functional.linear(nn.functional.normalize(states_BD.float(), dim=-1), self.weight_PD)
+        return nn.functional.linear(nn.functional.normalize(states_BD.float(), dim=-1), self.weight_PD.float())
 
     def save(self, directory: Path, name: str = PROJECTION_FILE) -> None:
         """Write the weight into a directory."""
