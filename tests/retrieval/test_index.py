@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from bag_of_words import BagOfWords
 from gemify import GemModel
@@ -310,6 +311,16 @@ def test_a_file_that_was_named_and_is_no_more_is_removed(tmp_path: Path, bag: Ba
     assert len(index) == 1
     with pytest.raises(ValueError, match=r"no such file or directory: .*b\.txt"):
         index.add(named)  # nothing is known of it any more
+
+
+def test_vectors_that_are_not_finite_leave_no_passage(tmp_path: Path, gem: GemModel) -> None:
+    root = write(tmp_path / "docs", {"a.txt": "The cat sat."})
+    index = GemIndex.open(tmp_path / "s", gem, tokens=32, overlap=4)
+    with torch.no_grad():
+        gem.lm.get_decoder().layers[0].mlp.down_proj.weight.mul_(torch.inf)
+    with pytest.raises(FloatingPointError, match=r"not finite .*: load it with float32 or bfloat16"):
+        index.add(root)
+    assert len(index) == 0
 
 
 def test_a_gem_is_a_model_for_the_index(tmp_path: Path, gem: GemModel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -143,3 +144,46 @@ def test_malformed_rows_are_skipped_and_counted(base_dir: Path, texts_file: Path
     with pytest.raises(ValueError, match=r"holds 0 texts .*5 bad rows skipped, the first: .* row 1: expected"):
         train(recipe, tmp_path / "none", show_progress_bar=False)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("raw", "texts"),
+    [
+        (b'{"text": "half \\ud83d"}\n{"text": "\\udc00\\ud800 turned"}\n', ["half ?", "?? turned"]),
+        ('\ufeff{"text": "über"}\r\n{"text": "b"}\r\n'.encode(), ["über", "b"]),
+        (b'[{"text": "a"},\r\n {"text": "b"}]', ["a", "b"]),
+        ('\ufeff[{"text": "ü"}]\n'.encode(), ["ü"]),
+        (b'\n\n{"text": "a"}\n\n', ["a"]),
+    ],
+)
+def test_json_as_programs_write_it(tmp_path: Path, raw: bytes, texts: list[str]) -> None:
+    (tmp_path / "a.json").write_bytes(raw)
+    assert [e.text for e in Source(str(tmp_path / "a.json"))] == texts
+    for name, packed in (("b.json.gz", gzip.compress(raw)), ("c.json.zst", pa.compress(raw, "zstd", asbytes=True))):
+        (tmp_path / name).write_bytes(packed)
+        assert [e.text for e in Source(str(tmp_path / name))] == texts
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"id,text\r\n1,owls hunt\r\n2,larks\r\n",
+        b'\xef\xbb\xbfid,text\n1,"owls hunt"\n2,larks',
+        b"id;text\r\n1;owls hunt\r\n2;larks\r\n",
+        b'"id"\t"text"\n1\towls hunt\n2\tlarks\n',
+    ],
+)
+def test_a_tables_header_is_no_text(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "rows.csv").write_bytes(raw)
+    assert list(Source(str(tmp_path / "rows.csv"))) == [Example("owls hunt", id="1"), Example("larks", id="2")]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json"])
+@pytest.mark.parametrize(
+    ("encoding", "message"), [("latin-1", "not UTF-8"), ("cp1252", "not UTF-8"), ("utf-16", "UTF-16|UTF-8")]
+)
+def test_other_encodings_are_one_line_that_helps(tmp_path: Path, name: str, encoding: str, message: str) -> None:
+    line = {"a.txt": "grüße", "a.csv": "text\ngrüße", "a.jsonl": '{"text": "grüße"}', "a.json": '[{"text": "grüße"}]'}
+    (tmp_path / name).write_bytes(line[name].encode(encoding))
+    with pytest.raises(ValueError, match=rf"\A{tmp_path / name}[^\n]*({message})[^\n]*\Z"):
+        list(Source(str(tmp_path / name)))
