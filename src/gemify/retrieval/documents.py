@@ -275,7 +275,7 @@ def read_pdf(path: Path) -> Iterator[Section | Skipped]:
 
 
 def read_docx(path: Path) -> Iterator[Section | Skipped]:
-    """A section a heading; a table is a line a row, its cells between bars. Headers and footers come once."""
+    """A section a heading; a table is a line a row, its cells between bars. Notes, headers and footers come last."""
     import docx
 
     refuse_encrypted(path)
@@ -284,6 +284,7 @@ def read_docx(path: Path) -> Iterator[Section | Skipped]:
         title = document.core_properties.title or ""
         parts = list(_docx_blocks(document.element.body, document))
         around = [part for s in document.sections for part in (s.header, s.footer, s.first_page_header)]
+        parts += [(0, text) for note in _docx_notes(document) for _, text in _docx_blocks(note, document)]
         texts = ("\n".join(t for _, t in _docx_blocks(p._element, document) if t.strip()) for p in around)
         parts += [(0, text) for text in dict.fromkeys(texts) if text]
     except OSError:
@@ -296,6 +297,17 @@ def read_docx(path: Path) -> Iterator[Section | Skipped]:
 _WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
 _NOT_TEXT = (f"{_WORD}del", f"{_WORD}moveFrom", "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback")
 _BREAKS = {f"{_WORD}tab": "\t", f"{_WORD}br": "\n", f"{_WORD}cr": "\n", f"{_WORD}noBreakHyphen": "-"}
+
+
+def _docx_notes(document: Any) -> Iterator[Any]:
+    """The footnotes and endnotes of a document, whose parts python-docx does not read."""
+    from docx.oxml import parse_xml
+
+    for relation in document.part.rels.values():
+        if relation.reltype.endswith(("/footnotes", "/endnotes")) and not relation.is_external:
+            for note in parse_xml(relation.target_part.blob):
+                if note.get(f"{_WORD}type", "normal") == "normal":  # others are the lines above the notes
+                    yield note
 
 
 def _docx_blocks(parent: Any, document: Any) -> Iterator[tuple[int, str]]:

@@ -13,10 +13,13 @@ from gemify.retrieval.documents import Section, Skipped
 _TOKEN = re.compile(rb"\\([a-z]+)(-?\d+)? ?|\\'([0-9a-fA-F]{2})|\\(.)|([{}])|[\r\n]+|([^\\{}\r\n]+)", re.DOTALL)
 _UNSEEN = frozenset(
     b"fonttbl colortbl stylesheet info pict object header footer headerl headerr footerl footerr generator themedata"
-    b" datastore xmlnstbl listtable listoverridetable rsidtbl mmathPr latentstyles fldinst filetbl revtbl".split()
+    b" datastore xmlnstbl listtable listoverridetable rsidtbl mmathPr latentstyles fldinst filetbl revtbl sn sv"
+    b" shprslt".split()
 )
 _TEXT = {b"par": "\n\n", b"line": "\n", b"tab": "\t", b"cell": " | ", b"row": "\n", b"emdash": "—", b"endash": "–"}
 _TEXT |= {b"lquote": "‘", b"rquote": "’", b"ldblquote": "“", b"rdblquote": "”", b"bullet": "•", b"page": "\n\n"}
+_STARRED_TEXT = (b"footnote", b"shpinst", b"shptxt")
+"""Destinations that hold text, although older readers may leave them out."""
 _CHARSETS = {77: "mac_roman", 128: "cp932", 129: "cp949", 134: "cp936", 136: "cp950", 161: "cp1253", 162: "cp1254"}
 _CHARSETS |= {
     163: "cp1258",
@@ -45,7 +48,7 @@ class _Text:
     def __init__(self, encoding: str) -> None:
         self.encoding, self.parts = encoding, list[str]()
         self._fonts: dict[int, str] = {}
-        self._bytes, self._skip = bytearray(), 0
+        self._bytes, self._skip, self._starred = bytearray(), 0, False
         self._groups = [_Group()]
 
     @property
@@ -74,7 +77,8 @@ class _Text:
     def word(self, word: bytes, number: int | None) -> None:
         self.flush()
         self._skip = 0
-        if word in _UNSEEN:
+        starred, self._starred = self._starred, False
+        if word in _UNSEEN or (starred and word not in _STARRED_TEXT):
             self.group.unseen = True
         elif word == b"f" and number is not None:
             self.group.font = number
@@ -95,7 +99,7 @@ class _Text:
             return
         self.flush()
         if symbol == b"*":
-            self.group.unseen = True
+            self._starred = True
         elif symbol == b"~" and not self.group.unseen:
             self.parts.append("\N{NO-BREAK SPACE}")
 
