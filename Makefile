@@ -1,4 +1,4 @@
-# make setup | demo | test | check | fast | long | fuzz | coverage | test-lowest | test-newest | docs | gpu | starter | starter-gated | clean
+# make setup | demo | test | check | fast | long | documents | fuzz | coverage | test-lowest | test-newest | docs | gpu | starter | starter-gated | clean
 
 # The first Python that runs and is new enough.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -10,7 +10,7 @@ TORCH ?= 2.13.0
 # Pip finds PyTorch's CPU build; uv, which resolves the versions of `make test-lowest`, takes what is there.
 INSTALL_TORCH = $(1)/bin/pip install --quiet "torch==$(TORCH)+cpu" 2>/dev/null || $(1)/bin/pip install --quiet "torch==$(TORCH)"
 
-.PHONY: setup demo test check fast long fuzz docs gpu coverage test-lowest test-newest starter starter-gated clean
+.PHONY: setup demo test check fast long documents fuzz docs gpu coverage test-lowest test-newest starter starter-gated clean
 
 setup: $(VENV)/.ready
 
@@ -47,6 +47,10 @@ fast: setup  ## seconds: the method and the mask
 
 long: setup  ## many minutes: training to the stated scores (needs the data, see tests/conftest.py)
 	$(BIN)/python -m pytest -m long
+
+documents: setup  ## minutes: 200 files by LibreOffice, pandoc, Chromium and Python's libraries, indexed without a loss
+	@for program in soffice pandoc chromium; do command -v $$program >/dev/null || { echo "$$program is missing"; exit 1; }; done
+	$(BIN)/python -m pytest -m long tests/retrieval/test_real_writers.py
 
 FUZZ_CASES ?= 900
 fuzz: setup  ## minutes: 20,000 and more odd files, texts and conversations; none may end in a traceback

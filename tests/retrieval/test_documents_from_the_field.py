@@ -16,6 +16,8 @@ import docx
 import openpyxl
 import pptx
 import pytest
+from docx.opc.packuri import PackURI
+from docx.opc.part import Part
 from docx.oxml import parse_xml
 from pptx.chart.data import CategoryChartData
 from pptx.enum.chart import XL_CHART_TYPE
@@ -257,6 +259,33 @@ def test_rtf_in_code_pages_of_one_and_two_bytes(tmp_path: Path, page: int, fonts
         )
     (tmp_path / "a.rtf").write_bytes(rf"{{\rtf1\ansi\ansicpg{page}{fonts} ".encode() + raw + rb"\par {\b end}}")
     assert text_of(tmp_path / "a.rtf").split() == [word, "end"]
+
+
+def test_rtf_rows_are_lines_and_footnotes_are_text(tmp_path: Path) -> None:
+    row = rb"\trowd {\pard\intbl a\par}\cell {\pard\intbl b\par}\cell \intbl\row"
+    note = rb"{\super\chftn{\*\footnote\chftn\~{\*\bkmkstart x}A note.}}"
+    (tmp_path / "a.rtf").write_bytes(rb"{\rtf1 Owls" + note + rb"\par " + row + row + rb"}")
+    assert "A note." in text_of(tmp_path / "a.rtf")
+    assert text_of(tmp_path / "a.rtf").splitlines()[-2:] == ["a | b", "a | b"]
+
+
+def test_word_notes_are_text(tmp_path: Path) -> None:
+    document = docx.Document()
+    document.add_paragraph("Owls hunt.")
+    notes = "".join(
+        f"<w:{k}note w:id='1'><w:p><w:r><w:t>A {k}note.</w:t></w:r></w:p></w:{k}note>" for k in ("foot", "end")
+    )
+    line = "<w:footnote w:type='separator' w:id='0'><w:p><w:r><w:t>no text</w:t></w:r></w:p></w:footnote>"
+    kinds = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/"
+    for kind in ("footnotes", "endnotes"):
+        blob = f"<w:{kind} {W}>{line}{notes}</w:{kind}>".encode()
+        part = Part(PackURI(f"/word/{kind}.xml"), "application/xml", blob, document.part.package)
+        document.part.relate_to(part, kinds + kind)
+    document.save(str(tmp_path / "a.docx"))
+    text = text_of(tmp_path / "a.docx")
+    assert "A footnote." in text
+    assert "A endnote." in text
+    assert "no text" not in text
 
 
 def test_an_image_in_rtf_is_no_text(tmp_path: Path) -> None:

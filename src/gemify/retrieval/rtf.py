@@ -129,4 +129,5 @@ def read_rtf(path: Path) -> Iterator[Section | Skipped]:
             text.word(word, int(number[:11]) if number else None)
     text.flush()
     joined = "".join(text.parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    yield Section(re.sub(r" \| (?=\n|$)", "", joined).strip() or " ")
+    rows = re.sub(r"\s*\n \| ", " | ", joined)  # a paragraph's end before that of its cell
+    yield Section(re.sub(r" \| (?=\n|$)", "", rows).strip() or " ")
