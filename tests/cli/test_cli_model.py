@@ -189,6 +189,9 @@ def test_bad_input_is_one_line(fails: Fails, saved: Path, base_dir: Path, texts_
     assert "unknown tune 'half'" in fails("train", *ok, "--tune", "half")
     assert "contradicts tune" in fails("train", *ok, "--mix", 0.5)
     assert "template must hold {text} exactly once" in fails("train", *ok, "--template", "in a word:")
+    mined = ["mine", "-m", saved, "-o", tmp_path / "mined.jsonl", "--data"]
+    assert "no such data file" in fails(*mined, tmp_path / "none.jsonl")
+    assert "holds no pairs" in fails(*mined, texts_file)
     aligned = ["align", "--teacher", "st:x", "-m", saved, "--pairs"]
     assert "no such data file" in fails(*aligned, tmp_path / "none.jsonl")
     assert "row 1: no column 'anchor'" in fails(*aligned, tmp_path / "rows.jsonl")
@@ -210,6 +213,7 @@ def test_usage_errors_exit_with_2(fails: Fails) -> None:
     assert "not both" in fails("embed", "x", "-i", "y.txt", "-m", saved, code=2)
     assert "--json" in fails("generate", "x", "--embedding", "-m", saved, code=2)
     assert "Missing option '--model'" in fails("embed", "x", code=2)
+    assert "Missing option" in fails("mine", "--data", "x.jsonl", code=2)
     assert "give --data and --output to train" in fails("align", "--teacher", "st:x", code=2)
     assert "--model only measures" in fails("align", "--teacher", "st:x", "-m", saved, code=2)
     assert "No such command" in fails("nonsense", code=2)

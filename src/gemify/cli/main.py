@@ -18,13 +18,14 @@ from gemify.cli.index import embed_corpus, forget, index, search
 from gemify.cli.model import cache, embed, export, generate, info, recover
 from gemify.cli.options import fail
 from gemify.cli.serve import serve
-from gemify.cli.train import align, pairs, train
+from gemify.cli.train import align, mine, pairs, train
 from gemify.io.tables import first_line
 
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "align": align,
     "pairs": pairs,
+    "mine": mine,
     "embed": embed,
     "generate": generate,
     "recover": recover,

@@ -1,4 +1,4 @@
-"""The verbs that make a GEM: `gemify train`, `align` and `pairs`."""
+"""The verbs that make a GEM: `gemify train`, `align`, `mine` and `pairs`."""
 
 from __future__ import annotations
 
@@ -220,6 +220,36 @@ def _alignment_table(record: dict[str, Any]) -> str:
         f" questions {record['question_cosine']:.3f}, passages {record['passage_cosine']:.3f}\n"
         + markdown_table(("questions by", "passages by", "nDCG@10", "recall@1", "of the teacher's"), rows, numeric=True)
     )
+
+
+def mine(
+    data: Annotated[str, typer.Option(help="Pairs: a file of rows or a data set, as for gemify train.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="JSONL file: anchor, positive, negative_1, ...")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Whose vectors say what is near: st:DIR, st:NAME or a GEM.")
+    ] = "starter",
+    corpus: Annotated[str | None, typer.Option(help="Texts that are candidates beside the positives.")] = None,
+    num_negatives: Annotated[int, typer.Option(help="Negatives of a pair; a pair with fewer is left out.")] = 4,
+    range_min: Annotated[int, typer.Option(help="Nearest candidates to leave out: they may be right.")] = 0,
+    range_max: Annotated[int | None, typer.Option(help="Nearest candidates to look at. [default: as needed]")] = None,
+    max_score: Annotated[float | None, typer.Option(help="Highest cosine of a negative.")] = None,
+    absolute_margin: Annotated[float | None, typer.Option(help="Least distance below the positive's cosine.")] = None,
+    relative_margin: Annotated[float | None, typer.Option(help="The same as a share of the positive's cosine.")] = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Find hard negatives of pairs: passages of other pairs that a model puts near a question."""
+    from gemify.training.hard_negatives import MiningConfig
+    from gemify.training.hard_negatives import mine as run
+
+    config = MiningConfig(num_negatives, range_min, range_max, max_score, absolute_margin, relative_margin)
+    counts = run(data, output, model, config, corpus=corpus, device=device, show_progress_bar=not quiet)
+    if as_json:
+        print_json({"output": str(output), **counts})
+        return
+    echo_err(f"{counts['written']:,} of {counts['pairs']:,} pairs, from {counts['candidates']:,} candidates")
+    typer.echo(str(output))
 
 
 def pairs(

@@ -136,7 +136,7 @@ class Recipe:
 
     # distillation (not in the paper): these losses join the contrastive one
     teacher: str | None = None
-    """``st:`` and a sentence-transformers model, whose vectors are learned. None: contrast alone."""
+    """``st:`` and a sentence-transformers model, or a GEM, whose vectors are learned. None: contrast alone."""
     cosine_weight: float = 1.0
     """Weight of 1 - cosine to the teacher's vector, through a linear map."""
     similarity_weight: float = 0.0

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gemify.io.tables import first_line
+from gemify.model.gem import GemModel
 from gemify.model.gguf_cache import cache_directory
 from gemify.model.projection import Projection, ridge
 from gemify.paper.objectives import cosine_loss, similarity_loss
@@ -96,50 +97,64 @@ class Distillation(nn.Module):
 
 
 class Teacher:
-    """A sentence-transformers model as a function from texts to unit vectors, with its cache.
+    """An embedding model as a function from texts to unit vectors, with its cache.
 
     Args:
-        name: ``st:`` and a directory or a Hugging Face repo id.
+        name: ``st:`` and a sentence-transformers model's directory or Hugging Face repo id, or a GEM's name.
         device: Where the teacher runs. None: the accelerator if there is one.
 
+    Attributes:
+        dim: Numbers of a vector.
+        prompts: Its prompts by name.
+
     Raises:
-        ValueError: Another kind of name, or the model cannot be loaded.
+        ValueError: The model cannot be loaded.
     """
 
     def __init__(self, name: str, *, device: str | None = None) -> None:
-        kind, _, path = name.partition(":")
-        if kind != "st" or not path:
-            raise ValueError(f"unknown teacher {name!r}: write st:PATH or st:NAME for a sentence-transformers model")
         self.name, self._device = name, device
-        self._model = _load(path, device)
+        self._model = _load(name, device)
+        of_gem = isinstance(self._model, GemModel)
+        self.prompts: dict[str, str] = dict(self._model.config.prompts if of_gem else self._model.prompts)
         self.dim: int = self._model.encode("a text").shape[0]
         self.directory = cache_directory().parent / "teacher" / _fingerprint(self._model)
         self.directory.mkdir(parents=True, exist_ok=True)
         self._keys: dict[bytes, int] = {}
         self._read_keys()
 
-    def vectors(self, texts: Sequence[str]) -> np.ndarray:
-        """Return the unit vectors [N, P] in float32 of N texts; unknown ones are computed and kept."""
+    def vectors(self, texts: Sequence[str], *, prompt: str = "") -> np.ndarray:
+        """Return the unit vectors [N, P] in float32 of N texts; unknown ones are computed and kept.
+
+        Args:
+            texts: The texts.
+            prompt: Words before each of them.
+        """
+        before = f"{prompt}\0" if prompt else ""
         keys = [
-            hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest() for text in texts
+            hashlib.blake2b((before + text).encode("utf-8", "surrogatepass"), digest_size=_KEY_BYTES).digest()
+            for text in texts
         ]
         if any(key not in self._keys for key in keys):
             with self._lock():
                 self._read_keys()  # another process may have computed them since
                 missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._keys}
-                self._append(missing)
+                self._append(missing, prompt)
         rows = [self._keys[key] for key in keys]
         table_NP = np.memmap(self.directory / "vectors.bin", dtype=np.float16, mode="r").reshape(-1, self.dim)
         return table_NP[rows].astype(np.float32)
 
-    def _append(self, texts: dict[bytes, str]) -> None:
+    def _append(self, texts: dict[bytes, str], prompt: str) -> None:
         waiting = list(texts.items())
         on_cpu = self._model.device.type == "cpu"
         block, batch_size = (_BLOCK, _BATCH_SIZE) if on_cpu else (_GPU_BLOCK, _GPU_BATCH_SIZE)
         for at in range(0, len(waiting), block):
             some = waiting[at : at + block]
             vectors_NP = self._model.encode(
-                [text for _, text in some], batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False
+                [text for _, text in some],
+                prompt=prompt or None,  # None: the model's default prompt
+                batch_size=batch_size,
+                normalize_embeddings=True,
+                show_progress_bar=False,
             )
             with (self.directory / "vectors.bin").open("r+b" if self._keys else "wb") as file:
                 file.truncate(len(self._keys) * self.dim * 2)  # what a killed process wrote without its keys
@@ -167,19 +182,30 @@ class Teacher:
             yield
 
 
-def _load(path: str, device: str | None) -> Any:
-    from sentence_transformers import SentenceTransformer
-
+def _load(name: str, device: str | None) -> Any:
+    kind, _, path = name.partition(":")
     try:
+        if kind != "st":
+            return GemModel.from_pretrained(name, device=device)
+        from sentence_transformers import SentenceTransformer
+
         return SentenceTransformer(path, device=device)
     except Exception as error:
-        raise ValueError(f"cannot load the teacher st:{path}: {first_line(error)}") from error
+        wanted = "" if kind == "st" else " (write st:PATH or st:NAME for a sentence-transformers model)"
+        raise ValueError(f"cannot load the teacher {name}: {first_line(error)}{wanted}") from error
 
 
 def _fingerprint(model: Any) -> str:
     """A short hash of the teacher's weights and maximum length, which shape its vectors."""
     digest = hashlib.sha256(f"{model.max_seq_length}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    if isinstance(model, GemModel):
+        digest.update(repr(model.config).encode())  # the hash of the base's weights among it
+        state = model.adapter.state() if model.adapter is not None else {}
+        state |= model.projection.state_dict() if model.projection is not None else {}
+        state |= {} if model.config.frozen_base else model.lm.state_dict()
+    else:
+        state = model.state_dict()
+    for name, tensor in sorted(state.items()):
         flat = tensor.detach().float().cpu().reshape(-1)
         digest.update(f"{name} {tuple(tensor.shape)} ".encode())
         digest.update(flat[:: max(1, flat.numel() // 1024)][:1024].numpy().tobytes())

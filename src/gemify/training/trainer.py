@@ -321,7 +321,7 @@ def build_objective(
         projection = Projection(torch.zeros(teacher_dim, gem.get_embedding_dim())).to(gem.device)
         distillation = Distillation(projection, recipe)
         if distillation.keep:
-            space = str(recipe.teacher).partition(":")[2]
+            space = str(recipe.teacher).removeprefix("st:")
             gem.config = dataclasses.replace(gem.config, projection_dim=teacher_dim, teacher=space)
             gem.projection = projection
     _require_positions(recipe, gem)
