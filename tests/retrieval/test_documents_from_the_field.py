@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import docx
+import fpdf
 import openpyxl
 import pptx
+import pypdf
 import pytest
 from docx.opc.packuri import PackURI
 from docx.opc.part import Part
 from docx.oxml import parse_xml
+from PIL import Image
 from pptx.chart.data import CategoryChartData
 from pptx.enum.chart import XL_CHART_TYPE
 
-from gemify.retrieval.documents import Section
+from gemify.retrieval.documents import Section, Skipped
 from gemify.retrieval.lance import connect, text_index, text_query
 from gemify.retrieval.loaders import Columns, find_files, read_file
 
@@ -259,6 +262,53 @@ def test_rtf_in_code_pages_of_one_and_two_bytes(tmp_path: Path, page: int, fonts
         )
     (tmp_path / "a.rtf").write_bytes(rf"{{\rtf1\ansi\ansicpg{page}{fonts} ".encode() + raw + rb"\par {\b end}}")
     assert text_of(tmp_path / "a.rtf").split() == [word, "end"]
+
+
+def test_words_cut_at_line_ends_of_a_pdf_are_joined(tmp_path: Path) -> None:
+    page = fpdf.FPDF()
+    page.add_page()
+    page.set_font("helvetica")
+    lines = [
+        "The exam-",
+        "ple is well-known. A well-",
+        "known owl. The Smith-",
+        "Jones case, and 20-",
+        "30 mice.",
+    ]
+    page.multi_cell(w=0, text="\n".join(lines))
+    page.output(str(tmp_path / "a.pdf"))
+    words = " ".join(text_of(tmp_path / "a.pdf").split())
+    assert words == "The example is well-known. A well-known owl. The Smith- Jones case, and 20- 30 mice."
+
+
+def test_filled_forms_of_a_pdf_are_text_and_scanned_pages_are_named(tmp_path: Path) -> None:
+    made = fpdf.FPDF()
+    made.set_font("helvetica")
+    made.add_page()
+    made.cell(text="A form.")
+    for _ in range(2):
+        made.add_page()
+        made.image(Image.new("RGB", (9, 9)))
+    made.add_page()  # a blank page is nothing to name
+    made.output(str(tmp_path / "plain.pdf"))
+    writer = pypdf.PdfWriter(tmp_path / "plain.pdf")
+    text, name = pypdf.generic.TextStringObject, pypdf.generic.NameObject
+    fields = [
+        {"/Subtype": name("/Widget"), "/FT": name("/Tx"), "/T": text("city"), "/V": text("Žilina")},
+        {"/Subtype": name("/Widget"), "/FT": name("/Btn"), "/T": text("agreed"), "/V": name("/Yes")},
+        {"/Subtype": name("/Widget"), "/FT": name("/Btn"), "/T": text("declined"), "/V": name("/Off")},
+        {"/Subtype": name("/FreeText"), "/Contents": text("typed over it")},
+        {"/Subtype": name("/Link"), "/Contents": text("no text")},
+    ]
+    marks = [pypdf.generic.DictionaryObject({name(key): value for key, value in field.items()}) for field in fields]
+    writer.pages[0][name("/Annots")] = pypdf.generic.ArrayObject([writer._add_object(mark) for mark in marks])
+    writer.write(tmp_path / "a.pdf")
+    named, found = sorted(read_file(tmp_path / "a.pdf", Columns()), key=lambda item: isinstance(item, Section))
+    assert isinstance(named, Skipped)
+    assert isinstance(found, Section)
+    assert found.text.split("\n")[:4] == ["A form.", "city: Žilina", "agreed: Yes", "typed over it"]
+    assert found.location(0, 5) == "page 1"
+    assert named.reason.startswith("pages 2, 3 hold an image without text (scanned?)")
 
 
 def test_rtf_rows_are_lines_and_footnotes_are_text(tmp_path: Path) -> None:

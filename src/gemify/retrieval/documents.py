@@ -262,16 +262,52 @@ def read_pdf(path: Path) -> Iterator[Section | Skipped]:
         raise ValueError(f"cannot be read as PDF ({named(error)}): restore the file") from error
     if locked:
         raise ValueError("an encrypted PDF: remove its password")
-    text, starts = "", []
+    text, starts, scanned = "", [], []
     for number, page in enumerate(pages, start=1):
         starts.append(len(text))
         try:
-            text += page.extract_text().replace("\0", "").encode("utf-8", "ignore").decode() + "\n"
+            found = _page_text(page)
+            if not found.strip() and _holds_image(page):
+                scanned.append(str(number))
+            text += found + "\n"
         except Exception as error:
             yield Skipped(str(path), f"page {number} cannot be read ({named(error)}): restore the file")
     if not text.strip():
         raise ValueError("a PDF without text (scanned pages?): run text recognition (OCR) on it")
+    if scanned:
+        which = f"page {scanned[0]} holds" if len(scanned) == 1 else f"pages {', '.join(scanned)} hold"
+        yield Skipped(str(path), f"{which} an image without text (scanned?): run text recognition (OCR) on the file")
     yield Section(text, title=title if isinstance(title, str) else "", unit="page", starts=tuple(starts))
+
+
+_LINE_END_HYPHEN = re.compile(r"(\w*[^\W\d_])([-\u2010\u00ad]) ?\n([^\W\d_]\w*)")
+
+
+def _page_text(page: Any) -> str:
+    """The text of a page, its words cut at line ends joined, and what was filled into its forms."""
+    text = page.extract_text().replace("\0", "").encode("utf-8", "ignore").decode()
+
+    def join(match: re.Match[str]) -> str:
+        first, hyphen, rest = match.groups()
+        if hyphen == "\u00ad" or (rest[0].islower() and f"{first}-{rest}".casefold() not in text.casefold()):
+            return first + rest
+        return f"{first}-{rest}" if rest[0].islower() else match[0]
+
+    lines = [_LINE_END_HYPHEN.sub(join, text)]
+    for reference in page.get("/Annots") or ():
+        mark = reference.get_object()
+        field = mark["/Parent"].get_object() if "/Parent" in mark and "/T" not in mark else mark
+        value = mark.get("/Contents") if mark.get("/Subtype") == "/FreeText" else field.get("/V")
+        if mark.get("/Subtype") in ("/Widget", "/FreeText") and isinstance(value, str) and value not in ("", "/Off"):
+            name = str(field.get("/TU") or field.get("/T") or "")
+            lines.append(": ".join(filter(None, (name, value.removeprefix("/").replace("\r", "\n")))))
+    return "\n".join(lines).encode("utf-8", "ignore").decode()
+
+
+def _holds_image(page: Any) -> bool:
+    resources = page.get("/Resources")
+    parts = resources.get_object().get("/XObject") if resources is not None else None
+    return parts is not None and any(p.get_object().get("/Subtype") == "/Image" for p in parts.get_object().values())
 
 
 def read_docx(path: Path) -> Iterator[Section | Skipped]:

@@ -30,7 +30,7 @@ from gemify.io.rows import (
 from gemify.retrieval import office
 from gemify.retrieval.documents import Section, Skipped, read_docx, read_html, read_markdown, read_pdf
 
-READING_VERSION = 3
+READING_VERSION = 4
 """Counted up when a reader changes what it yields: files read by an older one are then read again."""
 
 _SOURCE = (
