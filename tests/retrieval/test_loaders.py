@@ -9,6 +9,8 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import docx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pypdf
 import pytest
 from fpdf import FPDF
@@ -295,3 +297,17 @@ def test_without_permission(server: ForkServerContext) -> None:
     assert [path for path, _ in skipped] == [str(root / "locked")]
     assert "Permission denied" in skipped[0][1]
     assert gone == (False, True)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "b.json", "c.parquet"])
+def test_nested_columns_of_rows(tmp_path: Path, name: str) -> None:
+    rows = [{"doc": {"body": f"Owls hunt {n}.", "head": "Owls"}, "id": str(n)} for n in range(2)]
+    if name == "c.parquet":
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name)
+    else:
+        (tmp_path / name).write_text(json.dumps(rows) if name == "b.json" else "\n".join(map(json.dumps, rows)))
+    found = list(read_file(tmp_path / name, Columns("doc.body", "doc.head")))
+    assert [(s.text, s.title, s.location(0, 1)) for s in found if isinstance(s, Section)] == [
+        ("Owls hunt 0.", "Owls", "row 0"),
+        ("Owls hunt 1.", "Owls", "row 1"),
+    ]

@@ -162,13 +162,11 @@ def find_column(values: Mapping[str, Any], column: str) -> Any:
         return values[column]
     head, _, rest = column.partition(".")
     inner = values.get(head) if rest else None
-    try:
+    with contextlib.suppress(ValueError):
         if isinstance(inner, Mapping):
             return find_column(inner, rest)
         if isinstance(inner, list) and inner and all(isinstance(item, Mapping) for item in inner):
             return [find_column(item, rest) for item in inner]
-    except ValueError:
-        pass
     raise ValueError(f"{missing_column(column, values)}: set --text-column")
 
 
@@ -185,6 +183,12 @@ def require_text(values: Mapping[str, Any], column: str) -> str:
     if not isinstance(text := find_column(values, column), str):
         raise ValueError(f"{column!r} must be text, got {type(text).__name__}")
     return replace_surrogates(text)
+
+
+def optional_text(values: Mapping[str, Any], column: str) -> str:
+    """The text in a column, or nothing."""
+    found = find_column(values, column) if has_column(values, column) else None
+    return replace_surrogates(found) if isinstance(found, str) else ""
 
 
 def missing_column(column: str, there: Mapping[str, Any] | Sequence[str]) -> str:

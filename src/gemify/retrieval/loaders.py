@@ -21,9 +21,9 @@ from gemify.io.rows import (
     COMPRESSIONS,
     decompress,
     has_column,
+    optional_text,
     read_rows,
     readable,
-    replace_surrogates,
     require_text,
     row_id,
 )
@@ -274,6 +274,5 @@ def _read_rows(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
 
 
 def _section(row: dict[str, Any], number: int, columns: Columns) -> Section:
-    text, title = require_text(row, columns.text), row.get(columns.title)
-    title = replace_surrogates(title) if isinstance(title, str) else ""
+    text, title = require_text(row, columns.text), optional_text(row, columns.title)
     return Section(text, title=title, unit="row", name=row_id(row) or str(number))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -96,7 +97,7 @@ def test_a_file_that_fails_half_way_is_opened_again(shards: list[Shard], meta: C
 
     def failing() -> Iterator[dict[str, Any]]:
         yield next(whole)
-        raise OSError("gone")
+        raise OSError(errno.EIO, "gone")
 
     file._rest = failing()
     assert embed_shard(shards[-1], model=Words(), reader=reader, directory=directory, wait=0).rows == shards[-1].rows

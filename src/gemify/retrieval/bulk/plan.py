@@ -220,10 +220,11 @@ def _parquet(path: Path, shard_rows: int, columns: Sequence[str], on_bytes: Call
 def _group_digest(path: Path, group: Any, columns: Sequence[str]) -> bytes:
     """Of the bytes of a row group's columns, as they lie in the file."""
     digest = new_digest()
+    read = {name for column in columns for name in (column, column.partition(".")[0])}
     with path.open("rb") as file:
         for number in range(group.num_columns):
             column = group.column(number)
-            if column.path_in_schema.split(".")[0] not in columns:
+            if column.path_in_schema.split(".")[0] not in read:
                 continue
             digest.update(column.path_in_schema.encode())
             begin = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)))

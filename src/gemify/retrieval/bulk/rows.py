@@ -16,11 +16,11 @@ from gemify.io.rows import (
     known_columns,
     line_row,
     missing_column,
+    optional_text,
     parquet_batch_rows,
     read_rows,
     readable,
     readable_parquet,
-    replace_surrogates,
     require_text,
     row_format,
     row_id,
@@ -95,8 +95,7 @@ class ShardReader:
         return ("_id", "id") if self.meta.id_column is None else (self.meta.id_column,)
 
     def _passage(self, row: dict[str, Any], file: str, number: int) -> Passage:
-        text, title = require_text(row, self.meta.text_column), row.get(self.meta.title_column)
-        title = replace_surrogates(title) if isinstance(title, str) else ""
+        text, title = require_text(row, self.meta.text_column), optional_text(row, self.meta.title_column)
         name = row_id(row, self._id_columns)
         if name is None and self.meta.id_column is not None:
             raise ValueError(f"no text or whole number in column {self.meta.id_column!r}: set --id-column")
