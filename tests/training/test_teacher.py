@@ -271,3 +271,18 @@ def test_align_trains_into_the_teachers_space_and_says_what_an_index_keeps(
     assert trained["question_cosine"] == pytest.approx(float(cosine.mean()), abs=1e-5)
     measured = align("--model", output, "--pairs", pairs)
     assert measured["searches"] == trained["searches"]
+
+
+def test_triplets_with_missing_negatives_are_taught_and_contrasted(
+    base_dir: Path, texts_file: Path, teacher_dir: Path, home: Path, tmp_path: Path
+) -> None:
+    lines = texts_file.read_text().splitlines()
+    rows = [{"anchor": a, "positive": b} for a, b in zip(lines[::2], lines[1::2], strict=False)]
+    for number, row in enumerate(rows):
+        row |= {"negative": lines[number]} if number % 2 else {}
+    (tmp_path / "triplets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows + rows[:4]))
+    made = recipe(base_dir, str(tmp_path / "triplets.jsonl"), teacher_dir, max_steps=8, similarity_weight=0.5)
+    train(made, tmp_path / "run", show_progress_bar=False)
+    steps = [row for row in curve(tmp_path / "run") if "loss" in row]
+    assert len(steps) == 8
+    assert all(np.isfinite([row["contrastive"], row["distillation"]]).all() for row in steps)
