@@ -19,6 +19,7 @@ from gemify.cli.model import cache, embed, export, generate, info, recover
 from gemify.cli.options import fail
 from gemify.cli.serve import serve
 from gemify.cli.train import align, mine, pairs, train
+from gemify.io.extras import describe_missing
 from gemify.io.tables import first_line
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -77,7 +78,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if debug:
             raise
-        fail(f"{error.name} is not installed: pip install 'gemify[all]'")
+        fail(describe_missing(error))
     except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         if debug:
             raise

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gemify.io.directory import error_reason, is_disk_full, is_remote
+from gemify.io.extras import describe_missing
 
 IndexKind = Literal["flat", "sq", "pq", "rq"]
 """Vectors behind partitions: as they are, in 8 bits a number, as codes of their parts, in 1 bit a number."""
@@ -26,7 +27,10 @@ _PART = 500  # values of one SQL list
 def connect(uri: str) -> Any:
     """Return the database at a URI. Every read sees the last commit."""
     os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are for its developers
-    import lancedb
+    try:
+        import lancedb
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(describe_missing(error), name=error.name) from error
 
     try:
         return lancedb.connect(uri, read_consistency_interval=timedelta(0))
