@@ -25,6 +25,7 @@ from gemify.io.atomic import atomic_directory
 from gemify.model.adapter import ADAPTER_FILE
 from gemify.model.config import CONFIG_FILE, GemConfig
 from gemify.model.projection import PROJECTION_FILE
+from gemify.model.sentence_transformers_files import write_sentence_transformers_files
 from gemify.training.checkpoints import RECIPE_FILE
 from gemify.training.recipe import Recipe
 
@@ -46,6 +47,7 @@ def main(run: Path, target: Path, rank: int | None = None) -> None:
         (stage / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         for name in ("summary.json", CONFIG_FILE):
             shutil.copyfile(run / name, stage / name)
+        write_sentence_transformers_files(stage, GemConfig.from_directory(run))
         if (run / PROJECTION_FILE).exists():
             halves = {name: tensor.to(torch.float16) for name, tensor in load_file(run / PROJECTION_FILE).items()}
             save_file(halves, stage / PROJECTION_FILE)
