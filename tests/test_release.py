@@ -125,6 +125,7 @@ COMMANDS = {
     ("index", "README.md", "--store", "store"): "gemify[rag]",
     ("eval", "--model", "starter", "--output", "out"): "gemify[eval]",
     ("bench", "serve"): "gemify[serve]",
+    ("mcp", "--store", "store"): "gemify[mcp]",
 }
 MODULES = {"langchain": "langchain", "llama_index": "llama-index", "sentence_transformers": "sentence-transformers"}
 

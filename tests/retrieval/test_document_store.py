@@ -124,6 +124,18 @@ def test_chunks_count_once_their_files_row_names_their_version(tmp_path: Path) -
     assert (len(store), list(store.rows())) == (0, [])
 
 
+def test_a_live_chunk_is_read_with_its_neighbours(tmp_path: Path) -> None:
+    store, listed = filled(tmp_path / "s", 50), texts(50)
+    store.append(rows("v2", texts(30, 1)), vectors(30, 1))
+    assert [hit.text for hit in store.read("v1-20")] == [listed[20]]
+    assert [hit.text for hit in store.read("v1-20", before=2, after=1)] == listed[18:22]
+    assert [hit.id for hit in store.read("v1-49", before=1, after=9)] == ["v1-48", "v1-49"]
+    for wrong in ("v2-0", "v1-50", "v1", "v1--1", "v1-²", "' OR '1'='1-0", ""):
+        assert store.read(wrong, before=60) == []
+    store.commit([record("v2", 30)])
+    assert (store.read("v1-20"), len(store.read("v2-0", after=29))) == ([], 30)
+
+
 def test_paths_with_quotes_are_only_paths(tmp_path: Path) -> None:
     store = filled(tmp_path / "s", 3)
     odd = "it's; DROP -- \".txt"

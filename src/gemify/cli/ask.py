@@ -89,19 +89,19 @@ def ask(
     asked = require_utf8(question) if question is not None else read_stdin()
     if not asked.strip():
         raise ValueError("no question given: pass one as an argument or on stdin")
-    rag = _open_rag(options)
-    answer = rag.ask(clean_text(asked), on_text=None if as_json else _write, **_generate_options(options))
+    rag = open_rag(options)
+    answer = rag.ask(clean_text(asked), on_text=None if as_json else _write, **generate_options(options))
     _finish(answer, as_json=as_json)
 
 
 def chat(**options: Any) -> None:
     """A conversation over a store, a question a line; its cache is carried over the turns. /quit or Ctrl-D ends it."""
-    rag, as_json = _open_rag(options), options["as_json"]
-    generate_options = _generate_options(options)
+    rag, as_json = open_rag(options), options["as_json"]
+    generate = generate_options(options)
     conversation = rag.conversation()
     for question in _questions():
         try:
-            answer = conversation.ask(question, on_text=None if as_json else _write, **generate_options)
+            answer = conversation.ask(question, on_text=None if as_json else _write, **generate)
         except KeyboardInterrupt:  # ends the answer, not the conversation
             typer.echo()
             continue
@@ -111,12 +111,16 @@ def chat(**options: Any) -> None:
         _finish(answer, as_json=as_json)
 
 
-_asked = inspect.signature(ask, eval_str=True).parameters
-_options = [p for name, p in _asked.items() if name not in ("question", "query_cache")]
-chat.__signature__ = inspect.Signature(_options)  # type: ignore[attr-defined]
+def ask_options(*left_out: str) -> inspect.Signature:
+    """The options of `gemify ask`, for a verb that answers in the same way."""
+    options = inspect.signature(ask, eval_str=True).parameters
+    return inspect.Signature([p for name, p in options.items() if name not in ("question", *left_out)])
 
 
-def _open_rag(options: Mapping[str, Any]) -> GemRag:
+chat.__signature__ = ask_options("query_cache")  # type: ignore[attr-defined]
+
+
+def open_rag(options: Mapping[str, Any]) -> GemRag:
     """Load the index and the model that the options name."""
     from gemify.rag.context import SYSTEM_PROMPT
     from gemify.rag.kv_store import kv_store_factory
@@ -144,7 +148,7 @@ def _open_rag(options: Mapping[str, Any]) -> GemRag:
     return GemRag(gem, index, kv=kv, settings=settings)
 
 
-def _generate_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def generate_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Options of transformers' `generate`."""
     if options["seed"] is not None:
         import torch

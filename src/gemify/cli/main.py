@@ -17,7 +17,7 @@ from gemify.cli.evaluate import evaluate, report, reproduce
 from gemify.cli.index import embed_corpus, forget, index, search
 from gemify.cli.model import cache, embed, export, generate, info, recover
 from gemify.cli.options import fail
-from gemify.cli.serve import serve
+from gemify.cli.serve import mcp, serve
 from gemify.cli.train import align, mine, pairs, train
 from gemify.io.extras import describe_missing
 from gemify.io.tables import first_line
@@ -41,6 +41,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "ask": ask,
     "chat": chat,
     "serve": serve,
+    "mcp": mcp,
     "export": export,
     "cache": cache,
 }

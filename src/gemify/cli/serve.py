@@ -1,12 +1,16 @@
-"""The verb `gemify serve`."""
+"""The verbs that serve other programs: `gemify serve` and `mcp`."""
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from gemify.cli.ask import ask_options, generate_options, open_rag
 from gemify.cli.options import KvBudget, KvStoreDir, MaxTextLength
 
 
@@ -83,3 +87,17 @@ def serve(
     except ModuleNotFoundError as error:
         raise ValueError(f"{error.name} is not installed: pip install 'gemify[serve]'") from error
     run(ServerSettings.load(flags, config))
+
+
+def mcp(**options: Any) -> None:
+    """Give a store's search and answers to MCP clients, which start this command and speak over stdin and stdout."""
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is the protocol's
+        from gemify.serving.mcp_server import create_mcp_server
+
+        rag = open_rag(options)
+        server = create_mcp_server(rag, **generate_options(options))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: a thread that waits for stdin would go on waiting
+    server.run("stdio")
+
+
+mcp.__signature__ = ask_options("as_json")  # type: ignore[attr-defined]

@@ -31,6 +31,7 @@ EXTRAS = {
     "prometheus_client": "serve",
     "limits": "serve",
     "llguidance": "serve",
+    "mcp": "mcp",
 }
 """The smallest extra that brings a package, by the name under which it is imported."""
 

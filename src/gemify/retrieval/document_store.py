@@ -373,6 +373,21 @@ class Store:
         for row in self.rows():
             yield _hit(row, 0.0)
 
+    def read(self, chunk_id: str, before: int = 0, after: int = 0) -> list[Hit]:
+        """Return a live chunk and its neighbours in its file, in order, with score 0; nothing if there is none."""
+        version, _, number = chunk_id.rpartition("-")
+        if not (number.isascii() and number.isdecimal() and len(number) < 10):
+            return []
+        (listed,), at = sql_lists([version]), int(number)
+        with readable(self.uri):
+            if not self._files.count_rows(f"version = {listed}"):
+                return []
+            query = self._chunks.search().where(
+                f"version = {listed} AND ordinal >= {at - before} AND ordinal <= {at + after}"
+            )
+            rows = sorted(query.select(list(_HIT_COLUMNS)).to_arrow().to_pylist(), key=lambda row: row["ordinal"])
+        return [_hit(row, 0.0) for row in rows] if any(row["ordinal"] == at for row in rows) else []
+
     def _hits(self, query: Any, k: int, score: str) -> list[Hit]:
         if excluded := [f"version NOT IN ({listed})" for listed in sql_lists(self.pending_versions())]:
             query = query.where(" AND ".join(excluded), prefilter=True)

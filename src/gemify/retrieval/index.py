@@ -166,6 +166,31 @@ class GemIndex:
         """Yield all passages, in no order, with score 0."""
         return (_passage(hit, 0.0) for hit in self.store.hits())
 
+    def files(self) -> dict[str, int]:
+        """Return the number of passages of every file. Raises ValueError for a corpus, which has rows and no files."""
+        if isinstance(self.store, Corpus):
+            raise ValueError(f"the corpus {self.store.uri} has rows and no files to list: search it")
+        return {path: record.chunks for path, record in self.store.files().items()}
+
+    def read(self, passage_id: str, *, before: int = 0, after: int = 0) -> list[Passage]:
+        """Read a passage and its neighbours.
+
+        Args:
+            passage_id: The id of a passage that was found.
+            before: Passages of the same file to read before it.
+            after: Passages of the same file to read after it.
+
+        Returns:
+            The passages in the order of the file, with score 0.
+
+        Raises:
+            ValueError: There is no such passage, any more.
+        """
+        hits = self.store.read(passage_id, before, after)
+        if not hits:
+            raise ValueError(f"no passage {passage_id[:100]!r} in {self.store.uri}: search again, its file may be new")
+        return [_passage(hit, 0.0) for hit in hits]
+
     def search(
         self, query: str, *, k: int = 10, mode: Mode = "hybrid", vector: np.ndarray | None = None
     ) -> list[Passage]:

@@ -31,6 +31,7 @@ from gemify.retrieval.lance import (
     is_old_text_index,
     open_table,
     readable,
+    sql_lists,
     table_names,
     text_index,
     text_query,
@@ -312,6 +313,13 @@ class Corpus:
         with readable(self.uri):
             for batch in self._table.search().select(self._hit_columns).to_batches(4096):
                 yield from (self._hit(row, 0.0) for row in batch.to_pylist())
+
+    def read(self, passage_id: str, before: int = 0, after: int = 0) -> list[Hit]:
+        """Return the passages of an id, with score 0. Rows have no neighbours."""
+        (listed,) = sql_lists([passage_id])
+        with readable(self.uri):
+            found = self._table.search().where(f"id = {listed}").select(self._hit_columns).to_arrow().to_pylist()
+        return [self._hit(row, 0.0) for row in found]
 
     @property
     def _text_columns(self) -> list[str]:

@@ -236,6 +236,12 @@ def test_a_corpus_and_a_store_keep_apart(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a store that gemify index wrote"):
         embed(inputs, tmp_path / "store")
     index = GemIndex.open(tmp_path / "out", None)
+    first = next(index.passages())
+    assert index.read(first.id, before=1, after=1) == [first]
+    with pytest.raises(ValueError, match="no passage 'none' in"):
+        index.read("none")
+    with pytest.raises(ValueError, match="has rows and no files to list"):
+        index.files()
     index.model = BagOfWords()
     with pytest.raises(ValueError, match="is a corpus that gemify embed-corpus writes"):
         index.add(inputs[0])

@@ -1,0 +1,131 @@
+"""`gemify mcp`: the SDK's own client starts it as a process and has it search, read, list and answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import tiny_models
+from gemify.cli.main import app
+from tiny_gems import make_gem
+
+mcp = pytest.importorskip("mcp", reason="mcp is not installed: pip install 'gemify[mcp]'")
+
+HANDSHAKE = {
+    "jsonrpc": "2.0",
+    "id": 1,
+    "method": "initialize",
+    "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "raw", "version": "1"}},
+}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def run_code(code: str, *, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], input=stdin, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mcp")
+    make_gem(tiny_models.save(root / "base")).save_pretrained(root / "gem")
+    (root / "docs").mkdir()
+    (root / "docs" / "birds.md").write_text("# Owls\n\nOwls hunt at night.\n\n# Larks\n\nLarks sing at dawn.\n")
+    (root / "docs" / "tides.txt").write_text("Tides follow the moon.\n")
+    done = run("index", root / "docs", "-s", root / "store", "-m", root / "gem", "-q")
+    assert done.exit_code == 0, done.stderr
+    return root / "store"
+
+
+async def test_a_client_searches_reads_lists_and_asks(store: Path) -> None:
+    arguments = ["-m", "gemify", "mcp", "--store", str(store), "--max-new-tokens", "6", "-k", "2"]
+    started = mcp.StdioServerParameters(command=sys.executable, args=arguments, env=dict(os.environ))
+    async with mcp.Client(started) as client:
+        assert client.server_info.name == "gemify"
+        tools = {tool.name: tool for tool in (await client.list_tools()).tools}
+        assert set(tools) == {"search", "read_passage", "list_documents", "ask"}
+        assert all(tool.annotations.read_only_hint for tool in tools.values())
+
+        async def call(name: str, **given: Any) -> Any:
+            result = await client.call_tool(name, given)
+            assert not result.is_error, result.content
+            assert json.loads(result.content[0].text) == result.structured_content
+            return result.structured_content
+
+        found = (await call("search", query="owls", k=1, mode="fts"))["passages"]
+        assert "Owls hunt at night." in found[0]["text"]
+        assert found[0]["file"].endswith("birds.md")
+        around = (await call("read_passage", id=found[0]["id"], before=3, after=3))["passages"]
+        assert len(around) == 2
+        assert around[0] == {**found[0], "score": 0.0}
+        assert "Larks sing at dawn." in around[1]["text"]
+        listed = await call("list_documents")
+        names = [Path(document["file"]).name for document in listed["documents"]]
+        assert (names, listed["total"]) == (["birds.md", "tides.txt"], 2)
+        assert [d["passages"] for d in listed["documents"]] == [2, 1]
+        assert (await call("list_documents", contains="TIDES", offset=1)) == {"documents": [], "total": 1}
+        answered = await call("ask", question="When do owls hunt?")
+        alone = run("ask", "When do owls hunt?", "-s", store, "--max-new-tokens", 6, "-k", 2, "--json")
+        expected = json.loads(alone.stdout)
+        assert answered["answer"] == expected["answer"]
+        assert [s["text"] for s in answered["sources"]] == [s["text"] for s in expected["sources"]]
+
+        for name, given, words in (
+            ("search", {"query": " "}, "the query is empty"),
+            ("search", {"query": "owls", "k": 0}, "greater than or equal to 1"),
+            ("read_passage", {"id": "x' OR 1=1 --"}, "no passage"),
+            ("read_passage", {"id": "x' OR '1'='1-0"}, "no passage"),
+            ("ask", {"question": ""}, "no question given"),
+        ):
+            result = await client.call_tool(name, given)
+            assert result.is_error
+            assert words in result.content[0].text
+        assert (await call("search", query="moon", k=1, mode="fts"))["passages"][0]["file"].endswith("tides.txt")
+
+
+def test_stdout_holds_the_protocol_alone(store: Path) -> None:
+    """What a library prints goes to stderr; the end of stdin ends the command."""
+    code = (
+        "import sys; from gemify.cli import main, serve\n"
+        "from gemify.rag.pipeline import GemRag\n"
+        "before = GemRag.__init__\n"
+        "def noisy(self, *given, **more):\n    print('loud'); before(self, *given, **more)\n"
+        "GemRag.__init__ = noisy\n"
+        f"sys.argv = ['gemify', 'mcp', '-s', {str(store)!r}]; main.main()"
+    )
+    done = run_code(code, stdin=json.dumps(HANDSHAKE) + "\n")
+    assert done.returncode == 0, done.stderr
+    assert "loud" in done.stderr
+    (answer,) = map(json.loads, done.stdout.splitlines())
+    assert answer["result"]["serverInfo"]["name"] == "gemify"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-s", "missing"], "no store at"),
+        (["-s", "STORE", "-m", "starterr"], "starterr"),
+        (["-s", "STORE", "--order", "sideways"], "unknown order 'sideways'"),
+    ],
+)
+def test_wrong_use_is_one_line(store: Path, arguments: list[str], words: str) -> None:
+    done = run("mcp", *[str(store) if a == "STORE" else a for a in arguments])
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", "")
+    assert words in str(done.exception)  # of which `gemify.cli.main.main` makes one line
+
+
+def test_a_missing_package_names_its_extra(store: Path) -> None:
+    code = f"import sys; sys.modules['mcp'] = None; sys.argv = ['gemify', 'mcp', '-s', {str(store)!r}]\n"
+    code += "from gemify.cli.main import main; main()"
+    done = run_code(code)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "gemify: error: mcp is not installed: pip install 'gemify[mcp]'\n"
