@@ -1,4 +1,4 @@
-"""`gemify mcp`: the SDK's own client starts it as a process and has it search, read, list and answer."""
+"""`gemify mcp`, which the SDK's own client starts as a process, and /mcp of `gemify serve`: both search and answer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import tiny_models
+from gemify import GemModel
 from gemify.cli.main import app
+from gemify.retrieval.index import GemIndex
+from running_server import serving
 from tiny_gems import make_gem
 
 mcp = pytest.importorskip("mcp", reason="mcp is not installed: pip install 'gemify[mcp]'")
+from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client  # noqa: E402
 
 HANDSHAKE = {
     "jsonrpc": "2.0",
@@ -129,3 +133,40 @@ def test_a_missing_package_names_its_extra(store: Path) -> None:
     done = run_code(code)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "gemify: error: mcp is not installed: pip install 'gemify[mcp]'\n"
+
+
+async def test_the_server_answers_clients_with_its_keys(store: Path) -> None:
+    """/mcp searches and answers as /v1/search and `gemify.search` do, for the same keys and their limits."""
+    gem = GemModel.from_pretrained(store.parent / "gem")
+    index = GemIndex.open(store, gem, create=False)
+    keys = {"ann": "secret-of-ann"}
+    with serving(gem, index=index, keys=keys, tokens_per_minute=2000) as served:
+        key = {"authorization": "Bearer secret-of-ann"}
+        assert served.post("/mcp", HANDSHAKE).status_code == 401
+        with served.http(headers=key) as http:
+            assert http.get("/mcp").status_code == 405
+            assert http.post("/mcp", json=[HANDSHAKE]).json()["error"]["code"] == "invalid_json"
+            accepts = {"accept": "application/json, text/event-stream"}
+            begun = http.post("/mcp", json=HANDSHAKE, headers=accepts).json()
+            assert begun["result"]["serverInfo"]["name"] == "gemify"
+            assert http.post("/mcp", json={**HANDSHAKE, "method": "none"}, headers=accepts).json()["error"]
+        async with (
+            create_mcp_http_client(headers=key) as http,
+            mcp.Client(streamable_http_client(f"{served.url}/mcp", http_client=http)) as client,
+        ):
+            assert len((await client.list_tools()).tools) == 4
+            found = (await client.call_tool("search", {"query": "owls", "k": 2})).structured_content["passages"]
+            assert found == served.post("/v1/search", {"query": "owls", "k": 2}, **key).json()["data"]
+            read = await client.call_tool("read_passage", {"id": found[0]["id"]})
+            assert read.structured_content["passages"] == [{**found[0], "score": 0.0}]
+            answered = (await client.call_tool("ask", {"question": "owls?"})).structured_content
+            question = {"messages": [{"role": "user", "content": "owls?"}], "gemify": {"search": {}}}
+            chat = served.post("/v1/chat/completions", {**question, "max_tokens": 256, "temperature": 0}, **key).json()
+            assert answered["answer"] == chat["choices"][0]["message"]["content"]
+            assert answered["sources"] == chat["gemify"]["sources"]
+            refused = await client.call_tool("search", {"query": " "})
+            assert (refused.is_error, "the query is empty" in refused.content[0].text) == (True, True)
+            texts = [
+                (await client.call_tool("search", {"query": "owls " * 500, "k": 1})).content[0].text for _ in range(20)
+            ]
+            assert "more than 2000 tokens a minute: wait" in texts[-1]

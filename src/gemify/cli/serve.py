@@ -92,10 +92,10 @@ def serve(
 def mcp(**options: Any) -> None:
     """Give a store's search and answers to MCP clients, which start this command and speak over stdin and stdout."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout is the protocol's
-        from gemify.serving.mcp_server import create_mcp_server
+        from gemify.serving.mcp_server import create_local_server
 
         rag = open_rag(options)
-        server = create_mcp_server(rag, **generate_options(options))
+        server = create_local_server(rag, **generate_options(options))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: a thread that waits for stdin would go on waiting
     server.run("stdio")
 

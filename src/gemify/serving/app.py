@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -19,6 +20,7 @@ from starlette.responses import Response
 from gemify import __version__
 from gemify.engine.sampling import SamplingParams
 from gemify.rag.context import SearchIndex
+from gemify.retrieval.index import GemIndex
 from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.dispatch import EngineClient
 from gemify.serving.errors import ApiError, bad_request
@@ -129,6 +131,10 @@ def create_app(
     app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)
     app.include_router(health.page_router)
+    if isinstance(index, GemIndex) and importlib.util.find_spec("mcp") is not None:  # the extra `mcp`
+        from gemify.serving.mcp_route import create_mcp_router
+
+        app.include_router(create_mcp_router(index, has_chat=rag is not None, max_body_bytes=settings.max_body_bytes))
     app.openapi = correct_openapi(app, with_keys=len(state.keys) > 0)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _respond_to_http_error)
     app.add_exception_handler(RequestValidationError, _respond_to_invalid_body)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, cast
 
-from mcp.server.mcpserver import MCPServer
+from mcp.server.mcpserver import Context, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
 from pydantic import BaseModel, Field
@@ -20,6 +20,7 @@ from gemify.serving.protocol.responses import Passage
 
 _READ_ONLY = ToolAnnotations(read_only_hint=True, open_world_hint=False)
 _MAX_AROUND = 20
+_MAX_CHARACTERS = 100_000
 _INSTRUCTIONS = (
     "Passages of the user's documents. `search` finds passages by a question or by words, `read_passage` reads on"
     " before and after one, `list_documents` names the files, `ask` has a small local model answer from the passages."
@@ -53,27 +54,58 @@ class SourcedAnswer(BaseModel):
     sources: list[Passage] = Field(description="[1] in the answer is the first.")
 
 
-def create_mcp_server(rag: GemRag, **generate: Any) -> MCPServer:
-    """Return a server that is not running yet. Its tools run in threads; the model runs one request at a time.
+SearchFn = Callable[[str, int, Mode, Any], Awaitable[Sequence[Passage]]]
+"""Finds passages, given a query, how many, how, and the HTTP request that asks; None: stdin does."""
+AskFn = Callable[[str, Any], Awaitable[SourcedAnswer]]
+"""Answers a question of an HTTP request, or of stdin."""
+
+
+def create_local_server(rag: GemRag, **generate: Any) -> MCPServer:
+    """Return a server for one client, whose model runs one request at a time, in a thread.
 
     Args:
         rag: answers from an index of documents, which is searched and read as well.
         generate: options of transformers' `generate`, for the answers.
     """
-    server: MCPServer = MCPServer("gemify", version=__version__, instructions=_INSTRUCTIONS)
-    index, default_mode, one_run = rag.index, cast(Mode, rag.settings.mode), threading.Lock()
+    index, one_run = rag.index, asyncio.Lock()
     assert isinstance(index, GemIndex)
 
-    def search(
-        query: Annotated[str, Field(description="A question, or words to look for.")],
+    async def search(query: str, k: int, mode: Mode, _: Any) -> list[Passage]:
+        async with one_run:
+            return _passages(await asyncio.to_thread(index.search, query, k=k, mode=mode))
+
+    async def ask(question: str, _: Any) -> SourcedAnswer:
+        async with one_run:
+            answer = await asyncio.to_thread(rag.ask, question, **generate)
+        return SourcedAnswer(answer=answer.text, sources=_passages(answer.passages))
+
+    return create_mcp_server(index, search=search, ask=ask, default_mode=cast(Mode, rag.settings.mode))
+
+
+def create_mcp_server(
+    index: GemIndex, *, search: SearchFn, ask: AskFn | None, default_mode: Mode = "hybrid"
+) -> MCPServer:
+    """Return a server with the tools, not running yet.
+
+    Args:
+        index: what is read and listed.
+        search: finds passages of the index.
+        ask: answers from the index. None: there is no such tool.
+        default_mode: of a search that does not say.
+    """
+    run_search, run_ask = search, ask
+
+    async def search_passages(
+        ctx: Context[Any, Any],
+        query: Annotated[str, Field(max_length=_MAX_CHARACTERS, description="A question, or words to look for.")],
         k: Annotated[int, Field(ge=1, le=100, description="Most passages to find.")] = 5,
         mode: Annotated[
             Mode, Field(description="vector: by meaning; fts: by words (BM25); hybrid: both.")
         ] = default_mode,
     ) -> PassageList:
         """Find the passages of the documents that match a question best, the best one first."""
-        with _one_line_errors(), one_run:
-            return _passages(index.search(query, k=k, mode=mode))
+        with _one_line_errors():
+            return PassageList(passages=list(await run_search(query, k, mode, ctx.request_context.request)))
 
     def read_passage(
         id: Annotated[str, Field(description="The id of a passage, from search or ask.")],
@@ -82,7 +114,7 @@ def create_mcp_server(rag: GemRag, **generate: Any) -> MCPServer:
     ) -> PassageList:
         """Read a passage by its id, with those around it in its file. Neighbours may overlap by some words."""
         with _one_line_errors():
-            return _passages(index.read(id, before=before, after=after))
+            return PassageList(passages=_passages(index.read(id, before=before, after=after)))
 
     def list_documents(
         contains: Annotated[str, Field(description="Only files whose path has this in it, in any case.")] = "",
@@ -96,19 +128,26 @@ def create_mcp_server(rag: GemRag, **generate: Any) -> MCPServer:
         listed = [Document(file=path, passages=files[path]) for path in found[offset : offset + limit]]
         return DocumentList(documents=listed, total=len(found))
 
-    def ask(question: Annotated[str, Field(description="A question that the documents answer.")]) -> SourcedAnswer:
+    async def ask_documents(
+        ctx: Context[Any, Any],
+        question: Annotated[str, Field(max_length=_MAX_CHARACTERS, description="What the documents answer.")],
+    ) -> SourcedAnswer:
         """Have the local model answer a question from the passages that match it, with its sources."""
-        with _one_line_errors(), one_run:
-            answer = rag.ask(question, **generate)
-        return SourcedAnswer(answer=answer.text, sources=_passages(answer.passages).passages)
+        assert run_ask is not None
+        with _one_line_errors():
+            return await run_ask(question, ctx.request_context.request)
 
-    for tool in (search, read_passage, list_documents, ask):
-        server.add_tool(tool, annotations=_READ_ONLY)
+    server: MCPServer = MCPServer("gemify", version=__version__, instructions=_INSTRUCTIONS)
+    server.add_tool(search_passages, "search", annotations=_READ_ONLY)
+    server.add_tool(read_passage, annotations=_READ_ONLY)
+    server.add_tool(list_documents, annotations=_READ_ONLY)
+    if ask is not None:
+        server.add_tool(ask_documents, "ask", annotations=_READ_ONLY)
     return server
 
 
-def _passages(found: Any) -> PassageList:
-    return PassageList(passages=[Passage(**passage.to_json()) for passage in found])
+def _passages(found: Any) -> list[Passage]:
+    return [Passage(**passage.to_json()) for passage in found]
 
 
 @contextmanager
