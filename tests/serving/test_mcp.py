@@ -166,6 +166,8 @@ async def test_the_server_answers_clients_with_its_keys(store: Path) -> None:
             assert answered["sources"] == chat["gemify"]["sources"]
             refused = await client.call_tool("search", {"query": " "})
             assert (refused.is_error, "the query is empty" in refused.content[0].text) == (True, True)
+            refused = await client.call_tool("ask", {"question": " "})
+            assert (refused.is_error, "no question given" in refused.content[0].text) == (True, True)
             texts = [
                 (await client.call_tool("search", {"query": "owls " * 500, "k": 1})).content[0].text for _ in range(20)
             ]

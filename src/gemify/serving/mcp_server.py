@@ -135,9 +135,11 @@ def create_mcp_server(
         """Have the local model answer a question from the passages that match it, with its sources."""
         assert run_ask is not None
         with _one_line_errors():
+            if not question.strip():
+                raise ValueError("no question given: ask something")
             return await run_ask(question, ctx.request_context.request)
 
-    server: MCPServer = MCPServer("gemify", version=__version__, instructions=_INSTRUCTIONS)
+    server: MCPServer = MCPServer("gemify", version=__version__, instructions=_INSTRUCTIONS, log_level="WARNING")
     server.add_tool(search_passages, "search", annotations=_READ_ONLY)
     server.add_tool(read_passage, annotations=_READ_ONLY)
     server.add_tool(list_documents, annotations=_READ_ONLY)
