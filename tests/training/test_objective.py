@@ -12,7 +12,7 @@ import torch
 import gemify.training.objective as objective_module
 import tiny_models
 from gemify import GemModel
-from gemify.model.forward import MaskedBatch, masked_pass
+from gemify.model.forward import MaskedBatch, masked_pass, special_pass, text_pass
 from gemify.model.tokenization import TextTokenizer
 from gemify.paper.objectives import info_nce, next_token_loss
 from gemify.paper.tokens import build_inputs, raw_row, reconstruction_row, split_row
@@ -249,3 +249,56 @@ def test_the_head_at_targets_only_is_the_same_loss(name: str, monkeypatch: pytes
     torch.testing.assert_close(results[0][0], results[1][0])
     for ours_g, theirs_g in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(ours_g, theirs_g, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3", "gpt2", "opt", "cohere2", "qwen2-window"])
+def test_one_special_pass_trains_as_a_pass_of_each_text_does(name: str, tmp_path: Path) -> None:
+    """Twenty steps with the texts' KV joined, against a text pass and a special pass of each view alone."""
+    base = tiny_models.save(tmp_path / "base", name)
+    curves = []
+    for joined in (True, False):
+        gem = make_gem(base, special_tokens=2)
+        assert gem.adapter is not None
+        gem.lm.double()  # twenty steps of large random weights multiply float32's rounding
+        gem.adapter.double()
+        made = make_objective(gem, frozen=True, group_tokens=64, pass_overhead_tokens=1)
+        trained = [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD]
+        optimizer = torch.optim.SGD(trained, lr=1e-3)
+        losses = []
+        for step in range(20):
+            views = [(full_view(range(20 + i, 27 + 2 * i + step % 5)), full_view(range(60, 64 + i))) for i in range(6)]
+            states_ND = made.embed([v for pair in [*VIEWS, *views] for v in pair]) if joined else None
+            if states_ND is None:
+                states_ND = torch.cat([alone(gem, v) for pair in [*VIEWS, *views] for v in pair])
+            loss = info_nce(states_ND[0::2], states_ND[1::2], 20.0)
+            loss.backward()
+            losses.append(torch.stack([loss.detach(), torch.stack([p.grad.norm() for p in trained]).norm()]))  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+        curves.append(torch.stack(losses))
+    torch.testing.assert_close(curves[0], curves[1], atol=1e-5, rtol=1e-5)
+
+
+def alone(gem: GemModel, view: View) -> torch.Tensor:
+    """A view's embedding from passes of its own, with the model's own cache (its sliding windows drop positions)."""
+    ids_BT = torch.tensor([view.ids])
+    with torch.no_grad():
+        text = text_pass(gem.lm, ids_BT, torch.ones_like(ids_BT).bool())
+    seen_BT = torch.tensor([view.seen])
+    hidden_BKD = special_pass(gem.lm, text, gem.special_ids, seen_BT=seen_BT).hidden_BKD
+    assert hidden_BKD is not None
+    return hidden_BKD.mean(1)
+
+
+def test_special_passes_are_few_and_bounded(gem: GemModel) -> None:
+    """One pass forward for a batch whose KV fits ``group_tokens``, however many text passes it takes."""
+    views = [(full_view(range(20, 24 + i)), full_view(range(60, 66 + 3 * i))) for i in range(6)]
+    tokens = []
+    gem.lm.model.layers[0].register_forward_hook(lambda _, args, __: tokens.append(tuple(args[0].shape[:2])))
+    for group_tokens, specials in ((512, 1), (128, 2)):
+        tokens.clear()
+        made = make_objective(gem, frozen=True, group_tokens=group_tokens, pass_overhead_tokens=4)
+        made(MicroBatch(1.0, views=views))
+        assert sum(T == 1 for _, T in tokens) == specials
+        assert sum(T > 1 for _, T in tokens) > 1
+        assert sum(B for B, T in tokens if T == 1) == 12

@@ -39,13 +39,13 @@ from gemify.model.forward import (
     select_specials,
     special_pass,
     suffix_pass,
-    text_pass,
 )
 from gemify.paper.objectives import Temperature, equal_texts, info_nce, next_token_loss, total_loss
 from gemify.paper.tokens import IGNORED, Row, RowInputs, Segment, build_inputs
 from gemify.paper.views import View
 from gemify.training.distributed import all_reduce_max, gather, rank, world_size
 from gemify.training.teacher import Distillation
+from gemify.training.text_passes import TextPasses, TokenCounts
 
 _CPU_CHUNK = 256
 """Targets at a time on a CPU; PyTorch's own choice is far slower there."""
@@ -75,19 +75,6 @@ class MicroBatch:
     keys: list[tuple[int, ...]] | None = None
     """Numbers of each entry's id, anchor, positive and negatives, of all processes' entries: equal for equal texts,
     ``FILLER`` for one that only fills up. None: all differ."""
-
-
-@dataclass
-class TokenCounts:
-    """How many tokens ran through the model, padding included, and how many of them were padding."""
-
-    tokens: int = 0
-    padding: int = 0
-
-    def add(self, mask_BT: Tensor) -> None:
-        """Count a batch; the mask is False at padding."""
-        self.tokens += mask_BT.numel()
-        self.padding += mask_BT.numel() - int(mask_BT.sum())
 
 
 @dataclass(frozen=True)
@@ -141,6 +128,7 @@ class Objective(nn.Module):
         self.group_tokens, self.pass_overhead_tokens = group_tokens, pass_overhead_tokens
         self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
         self.plain_head = has_plain_head(lm)
+        self.texts = TextPasses(lm, group_tokens=group_tokens, pass_overhead_tokens=pass_overhead_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +171,7 @@ class Objective(nn.Module):
             contrastive,
             distillation,
             float(temperature.detach()),
-            counts,
+            replace(counts),  # GradCache counts again on the way back
         )
 
     def _distill(
@@ -260,11 +248,8 @@ class Objective(nn.Module):
     def _ntp_frozen(self, rows: list[Row], own: int, counts: TokenCounts) -> Tensor:
         parts: list[Specials] = []
         order: list[int] = []
-        for group in self._groups([len(r.prefix) for r in rows]):
-            ids_BT, mask_BT = left_pad([rows[i].prefix for i in group])
-            counts.add(mask_BT)
-            with torch.no_grad():
-                text = text_pass(self.lm, ids_BT.to(self.device), mask_BT.to(self.device))
+        for batch in self.texts.batches([len(r.prefix) for r in rows]):
+            text = self.texts.run([rows[i].prefix for i in batch], counts)
             parts.append(
                 special_pass(
                     self.lm,
@@ -274,7 +259,7 @@ class Objective(nn.Module):
                     with_logits=not self.plain_head,
                 )
             )
-            order += group
+            order += batch
         specials = concatenate_specials(self.lm, parts)
         index = {row: i for i, row in enumerate(order)}
         first_N = torch.tensor([rows[i].suffix[0] if i < own else IGNORED for i in order])
@@ -285,9 +270,7 @@ class Objective(nn.Module):
             ids_BT, mask_BT = right_pad([rows[i].suffix for i in group])
             counts.add(mask_BT)
             if ids_BT.shape[1] == 1:
-                if not self.sharded:
-                    continue
-                ids_BT, mask_BT = (nn.functional.pad(t, (0, 1)) for t in (ids_BT, mask_BT))
+                continue
             counts_BT = mask_BT & (torch.tensor(group) < own)[:, None]
             labels_BT = ids_BT.masked_fill(~counts_BT, IGNORED)[:, 1:]
             mine = select_specials(specials, [index[i] for i in group])
@@ -318,32 +301,25 @@ class Objective(nn.Module):
             users[view.ids].append(number)
         out: list[Tensor] = []
         order: list[int] = []
-        groups = self._groups([len(t) for t in texts], rows=self.contrastive_chunk_size)
-        for group in groups:
-            ids_BT, mask_BT = left_pad([texts[i] for i in group])
-            counts.add(mask_BT)
-            uses = [[(row, v) for v in users[texts[i]]] for row, i in enumerate(group)]
-            if self.sharded:
-                passes = [[use for row in uses for use in row]]
-            else:  # first view of every text, second, ...: their KV is not copied
-                passes = [[row[t] for row in uses if t < len(row)] for t in range(max(len(row) for row in uses))]
-            rows = [[row for row, _ in some] for some in passes]
-            seen = [[views[v].seen for _, v in some] for some in passes]
-            inputs = ids_BT.to(self.device), mask_BT.to(self.device)
-            out.append(self._chunk(len(groups), self._embed_texts, *inputs, rows, seen))
-            order += [v for some in passes for _, v in some]
+        batches = self.texts.batches([len(t) for t in texts], rows=self.contrastive_chunk_size)
+        for batch in batches:
+            uses = [(row, v) for row, i in enumerate(batch) for v in users[texts[i]]]
+            rows, seen = [row for row, _ in uses], [views[v].seen for _, v in uses]
+            out.append(self._chunk(len(batches), self._embed_texts, [texts[i] for i in batch], rows, seen, counts))
+            order += [v for _, v in uses]
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 
     def _embed_texts(
-        self, ids_BT: Tensor, mask_BT: Tensor, rows: list[list[int]], seen: list[list[tuple[bool, ...]]]
+        self, texts: list[tuple[int, ...]], rows: list[int], seen: list[tuple[bool, ...]], counts: TokenCounts
     ) -> Tensor:
-        """One pass of some texts, then passes of special tokens, each on some of the rows."""
-        with torch.no_grad(), early_exit(self.lm, self.gem_config.layer):
-            text = text_pass(self.lm, ids_BT, mask_BT)
+        """Embed views: row ``rows[n]`` of the texts, of which the special tokens see ``seen[n]``."""
+        text = self.texts.run(texts, counts, layer=self.gem_config.layer)
+        most = max(1, self.group_tokens // text.mask_BT.shape[1])
         out = []
-        for present, flags in zip(rows, seen, strict=True):
-            some = text if present == list(range(len(mask_BT))) else text.rows(present)
-            flags_BT, _ = left_pad(flags)
+        for at in range(0, len(rows), most):
+            chosen = rows[at : at + most]
+            some = text if chosen == list(range(len(texts))) else text.rows(chosen)
+            flags_BT, _ = left_pad(seen[at : at + most])
             seen_BT = nn.functional.pad(flags_BT.bool(), (some.mask_BT.shape[1] - flags_BT.shape[1], 0))
             with early_exit(self.lm, self.gem_config.layer):
                 specials = special_pass(
