@@ -194,6 +194,8 @@ def test_bad_input_is_one_line(fails: Fails, saved: Path, base_dir: Path, texts_
     assert "holds no pairs" in fails(*mined, texts_file)
     aligned = ["align", "--teacher", "st:x", "-m", saved, "--pairs"]
     assert "no such data file" in fails(*aligned, tmp_path / "none.jsonl")
+    trained = ["align", "--teacher", "st:x", "--base", base_dir, "--data", texts_file, "-o", out]
+    assert "no such data file" in fails(*trained, "--pairs", tmp_path / "none.jsonl")  # before anything is trained
     assert "row 1: no column 'anchor'" in fails(*aligned, tmp_path / "rows.jsonl")
     assert "unknown preset" in fails("train", *ok, "--preset", "best")
     assert "cannot load the model" in fails("train", "--base", "no/such", "--data", texts_file, "-o", out)
@@ -216,6 +218,8 @@ def test_usage_errors_exit_with_2(fails: Fails) -> None:
     assert "Missing option" in fails("mine", "--data", "x.jsonl", code=2)
     assert "give --data and --output to train" in fails("align", "--teacher", "st:x", code=2)
     assert "--model only measures" in fails("align", "--teacher", "st:x", "-m", saved, code=2)
+    steps = ["--pairs", "x.jsonl", "--max-steps", 2]
+    assert "--model only measures" in fails("align", "--teacher", "st:x", "-m", saved, *steps, code=2)
     assert "No such command" in fails("nonsense", code=2)
 
 

@@ -236,7 +236,10 @@ def test_align_trains_into_the_teachers_space_and_says_what_an_index_keeps(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pairs, output, teacher = tmp_path / "pairs.jsonl", tmp_path / "gem", f"st:{teacher_dir}"
+    with_prompts = st.SentenceTransformer(str(teacher_dir), device="cpu")
+    with_prompts.prompts = {"query": "who: ", "document": "it: "}
+    with_prompts.save(str(tmp_path / "teacher"))
+    pairs, output, teacher = tmp_path / "pairs.jsonl", tmp_path / "gem", f"st:{tmp_path / 'teacher'}"
     rows = [
         ("who sat", "the cat sat on the mat"),
         ("what is long", "the river is long"),
@@ -263,12 +266,12 @@ def test_align_trains_into_the_teachers_space_and_says_what_an_index_keeps(
     assert (gem.config.tune, gem.config.attention, gem.config.teacher) == (
         "embedding_lora",
         "bidirectional",
-        str(teacher_dir),
+        str(tmp_path / "teacher"),
     )
-    known = Teacher(teacher, device="cpu").vectors([a for a, _ in rows])
+    known = with_prompts.encode_query([a for a, _ in rows])  # as it would search its own index
     ours = gem.encode([a for a, _ in rows])
     cosine = (ours * known).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(known, axis=1)
-    assert trained["question_cosine"] == pytest.approx(float(cosine.mean()), abs=1e-5)
+    assert trained["question_cosine"] == pytest.approx(float(cosine.mean()), abs=1e-3)  # kept in float16
     measured = align("--model", output, "--pairs", pairs)
     assert measured["searches"] == trained["searches"]
 

@@ -167,8 +167,9 @@ def align(
     """Train a GEM into the space of the embedding model that wrote your index, and say what it finds there."""
     if model is None and (data is None or output is None):
         raise typer.BadParameter("give --data and --output to train, or --model to measure a GEM that there is")
-    if model is not None and (data or output or config or pairs is None):
-        raise typer.BadParameter("--model only measures: it needs --pairs, and no --data, --output or --config")
+    if model is not None and (data or output or config or max_steps or resume or pairs is None):
+        raise typer.BadParameter("--model only measures: it needs --pairs, and no option of training")
+    measured = _read_pairs(pairs) if pairs is not None else None  # before hours of training
     record: dict[str, Any] = {"model": model or str(output)}
     if model is None and output is not None:
         flags = {"base": base, "data": data, "teacher": teacher, "max_steps": max_steps}
@@ -177,33 +178,42 @@ def align(
         if summary is None:
             return
         record |= {"summary": summary}
-    if pairs is not None:
-        record |= _measure_alignment(record["model"], teacher, pairs, device)
+    if measured is not None:
+        record |= _measure_alignment(record["model"], teacher, *measured, device=device)
         if output is not None:
             with atomic_file(output / "alignment.json") as stage:
                 stage.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if as_json:
         print_json(record)
         return
-    if pairs is not None:
+    if measured is not None:
         echo_err(_alignment_table(record))
     typer.echo(record["model"])
 
 
-def _measure_alignment(model: str, teacher: str, pairs: Path, device: str | None) -> dict[str, Any]:
+def _read_pairs(path: Path) -> tuple[list[str], list[str], list[int]]:
+    """Questions, the passages that differ, and which passage belongs to each question."""
+    from gemify.io.rows import load_rows
+
+    rows = load_rows(path, {"anchor": str, "positive": str})
+    passages = {row["positive"]: None for row in rows}
+    number = {passage: n for n, passage in enumerate(passages)}
+    return [row["anchor"] for row in rows], list(passages), [number[row["positive"]] for row in rows]
+
+
+def _measure_alignment(
+    model: str, teacher: str, questions: list[str], passages: list[str], passage_of: list[int], *, device: str | None
+) -> dict[str, Any]:
     """Search each pair's passage among all of them, by the GEM's vectors and by the teacher's."""
     from gemify.evaluation.alignment import measure_alignment
-    from gemify.io.rows import load_rows
     from gemify.training.teacher import Teacher
 
-    rows = load_rows(pairs, {"anchor": str, "positive": str})
-    questions, passages = [row["anchor"] for row in rows], list(dict.fromkeys(row["positive"] for row in rows))
-    number = {passage: n for n, passage in enumerate(passages)}
     gem, by_teacher = load_gem(model, None, "auto", device), Teacher(teacher, device=device)
+    query, document = (by_teacher.prompts.get(name, "") for name in ("query", "document"))
     result = measure_alignment(
         (gem.encode_query(questions), gem.encode_document(passages)),
-        (by_teacher.vectors(questions), by_teacher.vectors(passages)),
-        [number[row["positive"]] for row in rows],
+        (by_teacher.vectors(questions, prompt=query), by_teacher.vectors(passages, prompt=document)),
+        passage_of,
     )
     return {"teacher": teacher, "questions": len(questions), "passages": len(passages), **result}
 

@@ -20,6 +20,8 @@ from gemify.io.vectors import normalize
 
 _CUT = 10
 """Results that count (nDCG@10)."""
+_BLOCK = 1024
+"""Questions whose scores are held at a time."""
 
 
 def measure_alignment(
@@ -66,8 +68,11 @@ def measure_alignment(
 
 def _search(questions_ND: np.ndarray, passages_MD: np.ndarray, passage_of: Sequence[int]) -> dict[str, float]:
     """Rank each question's passage by cosine; an equal score of another passage ranks before it."""
-    scores_NM = questions_ND @ passages_MD.T
-    own_N1 = np.take_along_axis(scores_NM, np.asarray(passage_of)[:, None], axis=1)
-    ranks_N = (scores_NM >= own_N1).sum(1)  # from 1 on
+    ranks = []
+    for at in range(0, len(questions_ND), _BLOCK):
+        scores_BM = questions_ND[at : at + _BLOCK] @ passages_MD.T
+        own_B1 = np.take_along_axis(scores_BM, np.asarray(passage_of[at : at + _BLOCK])[:, None], axis=1)
+        ranks.append((scores_BM >= own_B1).sum(1))  # from 1 on
+    ranks_N = np.concatenate(ranks)
     gains_N = np.where(ranks_N <= _CUT, 1.0 / np.log2(ranks_N + 1.0), 0.0)
     return {"ndcg_at_10": 100.0 * float(gains_N.mean()), "recall_at_1": 100.0 * float((ranks_N == 1).mean())}
