@@ -79,27 +79,25 @@ def positions_of(mask_BT: Tensor) -> Tensor:
     return (mask_BT.long().cumsum(-1) - 1).clamp_(min=0)
 
 
-def text_pass(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, *, before: CachedText | None = None) -> CachedText:
+def text_pass(lm: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor, *, cache: DynamicCache | None = None) -> CachedText:
     """Run left-padded texts [B, T] through the decoder, without the output head, and keep their KV cache.
 
     Args:
         lm: The model.
         ids_BT: The texts.
         mask_BT: False at padding.
-        before: Texts of each row that have run; their cache is not changed. None: there are none, and sliding windows
-            drop old positions.
+        cache: An empty cache to fill. None: the model's own, whose sliding windows drop old positions.
     """
-    cache = new_cache(lm) if before is None else fork(before.cache)
-    whole_BT = mask_BT if before is None else torch.cat([before.mask_BT, mask_BT], dim=1)
+    cache = new_cache(lm) if cache is None else cache
     if ids_BT.shape[1]:
         lm.get_decoder()(
             input_ids=ids_BT,
-            attention_mask=whole_BT.long(),
-            position_ids=positions_of(whole_BT)[:, -ids_BT.shape[1] :],
+            attention_mask=mask_BT.long(),
+            position_ids=positions_of(mask_BT),
             **cache_argument(cache),
             use_cache=True,
         )
-    return CachedText(cache, whole_BT)
+    return CachedText(cache, mask_BT)
 
 
 def special_pass(

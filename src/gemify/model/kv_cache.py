@@ -106,6 +106,8 @@ def join_rows(
 ) -> DynamicCache:
     """Return one cache of all rows of several caches, padded on the left with zeros. It keeps all positions.
 
+    The parts are emptied layer by layer, so that memory holds them once.
+
     Args:
         lm: The model.
         parts: The numbers of each part's rows in the whole, and its `key_values`.
@@ -115,12 +117,13 @@ def join_rows(
     joined = new_full_cache(lm)
     device = parts[0][1][0][0].device
     numbered = [(torch.tensor(numbers).to(device), pairs) for numbers, pairs in parts]  # a GPU waits once a part
-    for index, pair in enumerate(parts[0][1]):
-        whole = [t.new_zeros(rows, t.shape[1], length, t.shape[-1]) for t in pair]
+    for layer in joined.layers:
+        if not parts[0][1]:  # an early exit: the later layers have no KV
+            break
+        whole = [t.new_zeros(rows, t.shape[1], length, t.shape[-1]) for t in parts[0][1][0]]
         for index_N, pairs in numbered:
-            for joint, part in zip(whole, pairs[index], strict=True):
+            for joint, part in zip(whole, pairs.pop(0), strict=True):
                 joint[index_N, :, length - part.shape[-2] :] = part
-        layer = joined.layers[index]
         layer.lazy_initialization(*whole)
         layer.keys, layer.values = whole
     return joined
@@ -384,9 +387,9 @@ class PrefixCache:
         self.nbytes -= size_in_bytes(self._entries.pop(key)[1].cache)
 
 
-def empty_text(lm: PreTrainedModel, rows: int = 1) -> CachedText:
-    """Texts of no tokens, whose cache keeps all positions."""
-    return CachedText(new_full_cache(lm), torch.ones(rows, 0, dtype=torch.bool, device=lm.device))
+def empty_text(lm: PreTrainedModel) -> CachedText:
+    """A text of no tokens, whose cache keeps all positions."""
+    return CachedText(new_full_cache(lm), torch.ones(1, 0, dtype=torch.bool, device=lm.device))
 
 
 def take_prefix(lm: PreTrainedModel, text: CachedText, length: int) -> CachedText:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from gemify.model.early_exit import early_exit
 from gemify.model.forward import left_pad, length_groups, text_pass
-from gemify.model.kv_cache import CachedText, empty_text, join_rows, key_values
+from gemify.model.kv_cache import CachedText, join_rows, key_values, new_full_cache
 
 _KV_PER_TOKEN = 64.0
 """Positions of cached text that cost a special pass as much as one token of a pass: an estimate."""
@@ -78,9 +78,10 @@ class TextPasses:
             ids_BT, mask_BT = left_pad([texts[i] for i in group])
             counts.add(mask_BT)
             with early_exit(self.lm, layer):
-                text = text_pass(self.lm, ids_BT.to(device), mask_BT.to(device), before=empty_text(self.lm, len(group)))
+                text = text_pass(self.lm, ids_BT.to(device), mask_BT.to(device), cache=new_full_cache(self.lm))
             if len(groups) == 1 and group == list(range(len(texts))):
                 return text
             parts.append((group, key_values(text.cache)))
+            del text  # its KV is held by its part alone
         _, mask_BT = left_pad(texts)
         return CachedText(join_rows(self.lm, parts, len(texts), mask_BT.shape[1]), mask_BT.to(device))
