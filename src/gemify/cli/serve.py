@@ -81,11 +81,9 @@ def serve(
     flags: dict[str, Any] = {name: value for name, value in locals().items() if value is not None and name != "config"}
     if "cors_origin" in flags:
         flags["cors_origins"] = tuple(flags.pop("cors_origin"))
-    try:
-        from gemify.serving.server import serve as run
-        from gemify.serving.settings import ServerSettings
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error.name} is not installed: pip install 'gemify[serve]'") from error
+    from gemify.serving.server import serve as run
+    from gemify.serving.settings import ServerSettings
+
     run(ServerSettings.load(flags, config))
 
 

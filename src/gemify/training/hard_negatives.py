@@ -6,6 +6,8 @@ Which candidates count is decided by sentence-transformers' ``mine_hard_negative
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -106,14 +108,15 @@ def mine(
     texts = [e.text for e in Source(corpus)] if corpus is not None else []
     encoder = _Encoder(Teacher(model, device=device), show_progress_bar=show_progress_bar)
     anchors, positives = zip(*pairs, strict=True)
-    found = mine_hard_negatives(
-        Dataset.from_dict({"anchor": anchors, "positive": positives}),
-        encoder,
-        corpus=texts,
-        output_format="n-tuple",
-        verbose=False,
-        **asdict(config),
-    )
+    with contextlib.nullcontext() if show_progress_bar else contextlib.redirect_stderr(io.StringIO()):
+        found = mine_hard_negatives(
+            Dataset.from_dict({"anchor": anchors, "positive": positives}),
+            encoder,
+            corpus=texts,
+            output_format="n-tuple",
+            verbose=False,
+            **asdict(config),
+        )
     with atomic_file(output) as stage, stage.open("w", encoding="utf-8") as file:
         for row in found:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
