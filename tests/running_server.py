@@ -11,17 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from openai import AsyncOpenAI, OpenAI
 
 import tiny_models
 from gemify import GemModel
 from gemify.engine.engine import Engine
+from gemify.engine.requests import Done, EngineRequest, Failed, TokenDelta
 from gemify.retrieval.index import GemIndex
 from gemify.serving.app import create_app
 from gemify.serving.auth import KeyRing
 from gemify.serving.server import Server, listen
 from gemify.serving.settings import ServerSettings
 from tiny_gems import make_gem
+
+FAILURES = [(RuntimeError("secret"), "see its log"), (ValueError("too odd"), "too odd")]
+"""Errors of an engine, and what a client reads of them."""
 
 
 class Served:
@@ -52,6 +57,16 @@ class Served:
                 return
             time.sleep(0.01)
         raise AssertionError("it never came")
+
+    def fail_midway(self, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+        """Let every answer begin and then fail."""
+
+        def failing(ids: Any, sampling: Any, listener: Any, **_: Any) -> EngineRequest:
+            for event in (TokenDelta(0, "so far"), Failed(error), Done()):
+                listener(event)
+            return EngineRequest(listener)
+
+        monkeypatch.setattr(self.engine, "generate", failing)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.address, timeout=30)
@@ -90,6 +105,8 @@ def indexed(root: Path, corpus: dict[str, str], *, tokens: int) -> GemIndex:
     return index
 
 
-def tiny_gem(directory: Path) -> GemModel:
-    """A tiny GEM with a chat template, its trained weights made large so that they matter."""
-    return make_gem(tiny_models.save(directory / "base"))
+def tiny_gem(directory: Path, chat_template: str | None = None) -> GemModel:
+    """A tiny GEM with a chat template (None: the tiny base's), its trained weights made large so that they matter."""
+    gem = make_gem(tiny_models.save(directory / "base"))
+    gem.tokenizer.chat_template = chat_template or gem.tokenizer.chat_template
+    return gem

@@ -17,12 +17,12 @@ from test_tools import SCHEMAS, TEMPLATE, WEATHER
 
 import tiny_models
 from gemify import GemModel
-from gemify.engine.requests import Completion, Done, EngineRequest, Failed, TokenDelta
+from gemify.engine.requests import Completion
 from gemify.model.answer_parser import AnswerDelta, ToolCall
 from gemify.serving.protocol.messages import CreateMessageRequest
 from gemify.serving.response_builder import ChoiceState, build_usage
 from gemify.serving.routes.messages import MessageBuilder
-from running_server import Served, serving
+from running_server import FAILURES, Served, serving, tiny_gem
 from tiny_gems import make_gem
 
 ASK: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
@@ -41,9 +41,7 @@ class Likes(BaseModel):
 
 @pytest.fixture(scope="module")
 def gem(tmp_path_factory: pytest.TempPathFactory) -> GemModel:
-    gem = make_gem(tiny_models.save(tmp_path_factory.mktemp("messages") / "base"))
-    gem.tokenizer.chat_template = TEMPLATE
-    return gem
+    return tiny_gem(tmp_path_factory.mktemp("messages"), TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -311,20 +309,12 @@ def test_keys_and_limits_are_those_of_chats(gem: GemModel) -> None:
             bob.messages.create(**{**params, "model": "other"})
 
 
-@pytest.mark.parametrize(
-    ("raised", "words"), [(RuntimeError("secret"), "see its log"), (ValueError("too odd"), "too odd")]
-)
+@pytest.mark.parametrize(("raised", "words"), FAILURES)
 def test_a_stream_that_fails_midway_says_so(
     gem: GemModel, monkeypatch: pytest.MonkeyPatch, raised: Exception, words: str
 ) -> None:
     with serving(gem) as served:
-
-        def failing(ids: Any, sampling: Any, listener: Any, **_: Any) -> EngineRequest:
-            for event in (TokenDelta(0, "so far"), Failed(raised), Done()):
-                listener(event)
-            return EngineRequest(listener)
-
-        monkeypatch.setattr(served.engine, "generate", failing)
+        served.fail_midway(monkeypatch, raised)
         seen: list[str] = []
         with (
             pytest.raises(anthropic.APIStatusError, match=words) as told,

@@ -12,8 +12,8 @@ import httpx
 import openai
 import pytest
 
-from gemify.engine.requests import Done, EngineRequest, Failed, QueueFullError, TokenDelta
-from running_server import Served, serving, tiny_gem
+from gemify.engine.requests import QueueFullError
+from running_server import FAILURES, Served, serving, tiny_gem
 
 ASK: list[Any] = [{"role": "user", "content": "hello"}]
 CHAT, TEXT, EMBED = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
@@ -309,20 +309,12 @@ def test_an_engines_own_failure_is_500_and_says_nothing(gem: Any, monkeypatch: p
         assert served.post(CHAT, {"messages": ASK, "max_tokens": 1}).status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("raised", "words"), [(RuntimeError("secret"), "see its log"), (ValueError("too odd"), "too odd")]
-)
+@pytest.mark.parametrize(("raised", "words"), FAILURES)
 def test_a_stream_that_fails_midway_says_so(
     gem: Any, monkeypatch: pytest.MonkeyPatch, raised: Exception, words: str
 ) -> None:
     with serving(gem) as served:
-
-        def failing(ids: Any, sampling: Any, listener: Any, **_: Any) -> EngineRequest:
-            for event in (TokenDelta(0, "so far"), Failed(raised), Done()):
-                listener(event)
-            return EngineRequest(listener)
-
-        monkeypatch.setattr(served.engine, "generate", failing)
+        served.fail_midway(monkeypatch, raised)
         chunks = iter(served.client().chat.completions.create(model="tiny", messages=ASK, stream=True))
         assert [next(chunks).choices[0].delta.content for _ in range(2)] == ["", "so far"]
         with pytest.raises(openai.APIError, match=words) as told:

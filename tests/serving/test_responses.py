@@ -16,12 +16,12 @@ from test_tools import SCHEMAS, TEMPLATE, WEATHER
 
 import tiny_models
 from gemify import GemModel
-from gemify.engine.requests import Completion, Done, EngineRequest, Failed, TokenDelta
+from gemify.engine.requests import Completion
 from gemify.model.answer_parser import AnswerDelta, ToolCall
 from gemify.serving.protocol.create_response import CreateResponseRequest
 from gemify.serving.response_builder import ChoiceState, build_usage
 from gemify.serving.routes.responses import ResponseObjectBuilder
-from running_server import Served, serving
+from running_server import FAILURES, Served, serving, tiny_gem
 from tiny_gems import make_gem
 
 ASK = "What is the weather in Rome?"
@@ -35,9 +35,7 @@ PARAMS: dict[str, Any] = {"model": "tiny", "temperature": 0, "input": ASK}
 
 @pytest.fixture(scope="module")
 def gem(tmp_path_factory: pytest.TempPathFactory) -> GemModel:
-    gem = make_gem(tiny_models.save(tmp_path_factory.mktemp("responses") / "base"))
-    gem.tokenizer.chat_template = TEMPLATE
-    return gem
+    return tiny_gem(tmp_path_factory.mktemp("responses"), TEMPLATE)
 
 
 @pytest.fixture(scope="module")
@@ -264,20 +262,12 @@ def test_what_asks_for_nothing_is_taken(served: Served) -> None:
     assert got.headers["x-gemify-ignored"] == "nonsense"
 
 
-@pytest.mark.parametrize(
-    ("raised", "words"), [(RuntimeError("secret"), "see its log"), (ValueError("too odd"), "too odd")]
-)
+@pytest.mark.parametrize(("raised", "words"), FAILURES)
 def test_a_stream_that_fails_midway_says_so(
     gem: GemModel, monkeypatch: pytest.MonkeyPatch, raised: Exception, words: str
 ) -> None:
     with serving(gem) as served:
-
-        def failing(ids: Any, sampling: Any, listener: Any, **_: Any) -> EngineRequest:
-            for event in (TokenDelta(0, "so far"), Failed(raised), Done()):
-                listener(event)
-            return EngineRequest(listener)
-
-        monkeypatch.setattr(served.engine, "generate", failing)
+        served.fail_midway(monkeypatch, raised)
         events = iter(served.client().responses.create(stream=True, **PARAMS))
         seen: Any = [next(events) for _ in range(5)]
         assert seen[-1].delta == "so far"

@@ -11,10 +11,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-import tiny_models
 from gemify import GemModel
 from running_server import Served, serving, tiny_gem
-from tiny_gems import make_gem
 
 ASK: list[Any] = [{"role": "user", "content": "What is the weather in Rome?"}]
 WEATHER: dict[str, Any] = {
@@ -40,10 +38,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def gem(tmp_path_factory: pytest.TempPathFactory) -> GemModel:
-    directory = tmp_path_factory.mktemp("tools")
-    gem = make_gem(tiny_models.save(directory / "base"))
-    gem.tokenizer.chat_template = TEMPLATE
-    return gem
+    return tiny_gem(tmp_path_factory.mktemp("tools"), TEMPLATE)
 
 
 @pytest.fixture(scope="module")
