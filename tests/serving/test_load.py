@@ -3,75 +3,88 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import httpx
 import pytest
+from load_mix import Answer, Call, mix, send, wrong
 
 import tiny_models
 from gemify import GemModel
-from gemify.bench.serve import MemoryWatch, Reply, Request, Server, running, send, traffic
+from gemify.bench.serve import MemoryWatch, Server, running
+from running_server import Served, serving
 from tiny_gems import make_gem
 
-
-def wrong(gem: GemModel, replies: list[Reply]) -> list[str]:
-    """What differs from the library's own answers and embeddings."""
-    found = [f"{reply.request}: {reply.error}" for reply in replies if reply.error]
-    answers: dict[Request, str] = {}
-    for reply in replies:
-        if reply.request.kind == "chat" and not reply.error:
-            if reply.request not in answers:
-                messages = [{"role": "user", "content": reply.request.texts[0]}]
-                answers[reply.request] = gem.chat(messages, max_new_tokens=reply.request.max_tokens, do_sample=False)
-            if reply.answer != answers[reply.request]:
-                found.append(f"{reply.request}: {reply.answer!r} is not {answers[reply.request]!r}")
-    embedded = [reply for reply in replies if reply.request.kind == "embed" and not reply.error]
-    texts = sorted({text for reply in embedded for text in reply.request.texts})
-    vectors = dict(zip(texts, gem.encode(texts, normalize_embeddings=True), strict=True))
-    for reply in embedded:
-        expected = np.stack([vectors[text] for text in reply.request.texts])
-        if not np.allclose(reply.vectors, expected, atol=1e-5):
-            found.append(f"{reply.request}: off by {np.abs(np.asarray(reply.vectors) - expected).max():.1e}")
-    return found
+TUNES: dict[str, dict[str, Any]] = {
+    "gated": {"special_tokens": 2},
+    "embedding_lora": {"special_tokens": 0, "attention": "bidirectional"},
+}
 
 
-@pytest.fixture(scope="module")
-def tiny_gem(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, GemModel]:
-    directory = tmp_path_factory.mktemp("load")
-    gem = make_gem(tiny_models.save(directory / "base"), special_tokens=2)
-    gem.save_pretrained(directory / "gem")
-    return directory / "gem", gem
+def idle_stats(server: Server) -> dict[str, Any]:
+    """The statistics once nothing runs any more."""
+    for _ in range(600):
+        stats: dict[str, Any] = httpx.get(f"{server.url}/v1/stats", timeout=60).json()
+        running_or_waiting = [stats[name] for name in ("num_running_seqs", "num_waiting_seqs", "num_waiting_texts")]
+        if not any(running_or_waiting) and stats["num_running_requests"] == 1:  # this one
+            return stats
+        time.sleep(0.1)
+    raise AssertionError(f"something runs for ever: {stats}")
 
 
-@pytest.fixture(scope="module")
-def tiny_server(tiny_gem: tuple[Path, GemModel]) -> Iterator[Server]:
-    command = ["gemify", "serve", "--model", str(tiny_gem[0]), "--served-model-name", "bench"]
-    with running(command, threads=1) as server:
-        yield server
+def require_right(
+    gem: GemModel, alone: Served, server: Server, calls: Sequence[Call], answers: Sequence[Answer | str], before: Any
+) -> None:
+    """Fail if a call was answered wrongly, or if the engine's books do not balance."""
+    kinds = collections.Counter(call.kind for call in calls)
+    guided = [a for c, a in zip(calls, answers, strict=True) if c.kind in ("structured", "tools")]
+    finished = sum(isinstance(answer, Answer) and answer.finished for answer in guided)
+    print(f"\n{dict(kinds)}; {finished} of {len(guided)} guided answers ended by themselves", flush=True)
+    assert list(wrong(gem, alone, calls, answers)) == []
+    assert finished > 0.9 * len(guided)
+    after = idle_stats(server)
+    ended = {name: after[name] - before[name] for name in ("finished_seqs", "cancelled_requests", "failed_requests")}
+    assert ended["failed_requests"] == 0
+    assert ended["finished_seqs"] + ended["cancelled_requests"] == len(calls) - kinds["embed"] - kinds["rerank"]
 
 
-def test_a_mixed_load_is_answered_right(tiny_server: Server, tiny_gem: tuple[Path, GemModel]) -> None:
-    sent = traffic(300, max_tokens=10)
-    replies = asyncio.run(send(sent, tiny_server.url, tiny_server.url, clients=32))
-    assert len(replies) == 300
-    assert wrong(tiny_gem[1], replies) == []
+@pytest.mark.parametrize("tune", TUNES)
+def test_a_mixed_load_is_answered_right(tmp_path: Path, one_thread: None, tune: str) -> None:
+    gem = make_gem(tiny_models.save(tmp_path / "base"), tune=tune, **TUNES[tune])
+    gem.save_pretrained(tmp_path / "gem")
+    spaces = {str(gem.tokenizer(c, add_special_tokens=False)["input_ids"][-1]): -100 for c in " \n\t\r"}
+    calls = mix(250, max_tokens=10, guided_tokens=250, options={"logit_bias": spaces})
+    with (
+        running(["gemify", "serve", "--model", str(tmp_path / "gem")], threads=1) as server,
+        serving(gem, engine={"prefix_cache_bytes": 0}) as alone,
+    ):
+        before = idle_stats(server)
+        answers = asyncio.run(send(calls, server.url, clients=32))
+        require_right(gem, alone, server, calls, answers, before)
 
 
 @pytest.mark.long
 @pytest.mark.real
-@pytest.mark.timeout(3600)
-def test_2000_requests_from_32_clients(shipped: GemModel) -> None:
-    with running(["gemify", "serve", "--model", "starter", "--served-model-name", "bench"]) as server:
-        asyncio.run(send(traffic(64, max_tokens=16, seed=1), server.url, server.url, clients=32))
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", ["starter", "starter-gated"])
+def test_2000_requests_from_32_clients(name: str, starter: Any) -> None:
+    options: dict[str, Any] = {"max_tokens": 16, "guided_tokens": 80, "options": {}}
+    calls = mix(2000, **options)
+    with running(["gemify", "serve", "--model", name]) as server:
+        asyncio.run(send(mix(64, seed=1, **options), server.url, clients=32))
+        before = idle_stats(server)
         with MemoryWatch([server]) as memory:
             start = time.perf_counter()
-            replies = asyncio.run(send(traffic(2000, max_tokens=16), server.url, server.url, clients=32))
-            print(f"\n{len(replies)} requests in {time.perf_counter() - start:.0f} s", flush=True)
-    quarter = len(memory.seen) // 4
-    early, late = max(memory.seen[quarter : 2 * quarter]), max(memory.seen[-quarter:])
-    print(f"memory after a quarter {early / 1e6:.0f} MB, at the end {late / 1e6:.0f} MB")
-    assert len(replies) == 2000
-    assert wrong(shipped, replies) == []
+            answers = asyncio.run(send(calls, server.url, clients=32))
+            print(f"\n{len(answers)} requests in {time.perf_counter() - start:.0f} s", flush=True)
+        quarter = len(memory.seen) // 4
+        early, late = max(memory.seen[quarter : 2 * quarter]), max(memory.seen[-quarter:])
+        print(f"memory after a quarter {early / 1e6:.0f} MB, at the end {late / 1e6:.0f} MB", flush=True)
+        gem = GemModel.from_pretrained(name)
+        with serving(gem, engine={"prefix_cache_bytes": 0}) as alone:
+            require_right(gem, alone, server, calls, answers, before)
     assert late < 1.05 * early
