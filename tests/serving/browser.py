@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from gemify.serving.routes.health import read_page_file
+
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
@@ -63,6 +65,23 @@ def browsing() -> Iterator[Browser]:
         browser = play.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
         yield browser
         browser.close()
+
+
+@contextmanager
+def open_page_files(browser: Browser) -> Iterator[Page]:
+    """The page's files without a server behind them, for what its modules do alone."""
+
+    def answer(route: Any) -> None:
+        body, headers = read_page_file(route.request.url.rpartition("/")[2] or "index.html")
+        route.fulfill(body=body, headers=headers)
+
+    context = browser.new_context()
+    context.route("http://page.test/**", answer)
+    context.route("http://page.test/v1/**", lambda route: route.abort())
+    page = context.new_page()
+    page.goto("http://page.test/")
+    yield page
+    context.close()
 
 
 class Visit:

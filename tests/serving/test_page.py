@@ -22,6 +22,7 @@ CORPUS = {
     "sea.txt": "Tides follow the moon. " * 30,
     "stone.txt": "Granite is old and hard.\n",
 }
+PLAIN = "async (source) => (await import('/page/markdown.js')).plainText(source)"
 Visiting = Callable[..., Visit]
 
 
@@ -91,7 +92,7 @@ def test_every_part(visit: Visiting, served: Served, width: int, scheme: str) ->
     page.click("button:text('Send')")
     page.locator(".exchange").nth(1).locator(".facts", has_text="10 tokens").wait_for()
     assert page.locator(".exchange").nth(1).locator(".passage").count() == 0
-    page.locator("#forget:enabled").click()
+    page.locator("#new-chat:enabled").click()
     assert page.locator(".exchange").count() == 0
 
     page.click("#tab-search")
@@ -169,7 +170,7 @@ def test_turns_are_the_servers_and_carried_over(visit: Visiting, served: Served)
         messages.append({"role": "user", "content": question})
         reply = served.client().chat.completions.create(model="tiny", messages=messages, max_tokens=12, temperature=0)
         answer = reply.choices[0].message.content
-        assert seen.text(".answer .said") == answer
+        assert seen.text(".answer .said") == seen.page.evaluate(PLAIN, answer)
         assert seen.text(".question .said") == question
         assert answer
         assert "".join(seen.page.locator("#announcer").inner_text().split()) == "".join(answer.split())

@@ -115,16 +115,23 @@ async def page_part(name: str, request: Request) -> Response:
 
 
 def _page_file(name: str) -> Response:
+    body, headers = read_page_file(name)
+    return Response(body, headers=headers)
+
+
+def read_page_file(name: str) -> tuple[bytes, dict[str, str]]:
+    """Return a file of the page and the headers it is sent with; ApiError 404 if there is none of this name."""
     content_type = _CONTENT_TYPES.get(PurePosixPath(name).suffix)
     if content_type is None or name not in _page_names():
         raise ApiError(404, f"there is no {name[:80]!r} in the page", code="not_found")
     headers = {
+        "Content-Type": f"{content_type}; charset=utf-8",
         "Content-Security-Policy": _CONTENT_SECURITY_POLICY,
         "Referrer-Policy": "no-referrer",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cache-Control": "no-cache",
     }
-    return Response((_FILES / name).read_bytes(), media_type=f"{content_type}; charset=utf-8", headers=headers)
+    return (_FILES / name).read_bytes(), headers
 
 
 @cache
