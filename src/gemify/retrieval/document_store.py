@@ -34,10 +34,12 @@ from gemify.retrieval.lance import (
     only_writer,
     open_table,
     readable,
+    sample_rows,
     sql_lists,
     table_names,
     text_index,
     text_query,
+    to_matrix,
     vector_index,
     word_form,
 )
@@ -309,7 +311,7 @@ class Store:
     def pending_versions(self) -> dict[str, int]:
         """Return versions that are not committed (yet, or any more), with their numbers of chunks."""
         with readable(self.uri):
-            now = (self._chunks.version, self._files.version)
+            now = self.version
             if now != self._pending_at:
                 committed = {r.version for r in self.files().values()}
                 found: dict[str, int] = {}
@@ -372,6 +374,21 @@ class Store:
         """Yield every live chunk as a search finds it, with score 0, in no order."""
         for row in self.rows():
             yield _hit(row, 0.0)
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """What changes with every commit."""
+        with readable(self.uri):
+            return self._chunks.version, self._files.version
+
+    def sample_vectors(self, limit: int) -> tuple[list[str], list[str], np.ndarray]:
+        """Return ids, files and vectors, [N, D], of at most ``limit`` live chunks, evenly spread over the table."""
+        pending = self.pending_versions()
+        with readable(self.uri):
+            rows = sample_rows(self._chunks, ["version", "ordinal", "file", "vector"], limit)
+        rows = rows.filter(np.array([v not in pending for v in rows["version"].to_pylist()], dtype=bool))
+        keys = zip(rows["version"].to_pylist(), rows["ordinal"].to_pylist(), strict=True)
+        return [f"{version}-{n}" for version, n in keys], rows["file"].to_pylist(), to_matrix(rows["vector"])
 
     def read(self, chunk_id: str, before: int = 0, after: int = 0) -> list[Hit]:
         """Return a live chunk and its neighbours in its file, in order, with score 0; nothing if there is none."""

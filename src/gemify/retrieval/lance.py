@@ -12,6 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from gemify.io.directory import error_reason, is_disk_full, is_remote
 from gemify.io.extras import describe_missing
 
@@ -99,6 +101,21 @@ def text_query(query: str, columns: Sequence[str]) -> Any:
     from lancedb.query import MatchQuery, MultiMatchQuery
 
     return MatchQuery(query, columns[0]) if len(columns) == 1 else MultiMatchQuery(query, list(columns))
+
+
+def sample_rows(table: Any, columns: Sequence[str], limit: int) -> Any:
+    """Return columns of at most ``limit`` rows, evenly spread over a table, as an Arrow table."""
+    rows = table.count_rows()
+    if rows <= limit:
+        return table.search().select(list(columns)).to_arrow()
+    offsets = [number * rows // limit for number in range(limit)]
+    return table.take_offsets(offsets).select(list(columns)).to_arrow()
+
+
+def to_matrix(column: Any) -> np.ndarray:
+    """Return an Arrow column of vectors as an array, float32 [N, D]."""
+    width = column.type.list_size
+    return np.asarray(column.combine_chunks().flatten(), dtype=np.float32).reshape(-1, width)
 
 
 def sql_lists(values: Iterable[str]) -> Iterator[str]:

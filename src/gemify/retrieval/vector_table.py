@@ -31,10 +31,12 @@ from gemify.retrieval.lance import (
     is_old_text_index,
     open_table,
     readable,
+    sample_rows,
     sql_lists,
     table_names,
     text_index,
     text_query,
+    to_matrix,
     vector_index,
     word_forms,
 )
@@ -313,6 +315,25 @@ class Corpus:
         with readable(self.uri):
             for batch in self._table.search().select(self._hit_columns).to_batches(4096):
                 yield from (self._hit(row, 0.0) for row in batch.to_pylist())
+
+    @property
+    def version(self) -> tuple[int, ...]:
+        """What changes with every commit."""
+        with readable(self.uri):
+            return (int(self._table.version),)
+
+    def sample_vectors(self, limit: int) -> tuple[list[str], list[str], np.ndarray]:
+        """Return ids, files (the corpus) and vectors, [N, D], of at most ``limit`` passages, evenly spread.
+
+        Binary vectors are of signs, -1 and 1.
+        """
+        with readable(self.uri):
+            rows = sample_rows(self._table, ["id", "vector"], limit)
+        vectors_ND = to_matrix(rows["vector"])
+        if self.meta.precision == "binary":
+            bits_ND = np.unpackbits(vectors_ND.astype(np.uint8), axis=1, count=self.meta.dimension)
+            vectors_ND = bits_ND.astype(np.float32) * 2 - 1
+        return rows["id"].to_pylist(), [self.uri] * len(rows), vectors_ND
 
     def read(self, passage_id: str, before: int = 0, after: int = 0) -> list[Hit]:
         """Return the passages of an id, with score 0. Rows have no neighbours."""

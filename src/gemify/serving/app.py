@@ -24,10 +24,11 @@ from gemify.retrieval.index import GemIndex
 from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.dispatch import EngineClient
 from gemify.serving.errors import ApiError, bad_request
+from gemify.serving.map_cache import MapCache
 from gemify.serving.middleware import RequestMiddleware
 from gemify.serving.protocol.responses import ErrorResponse
 from gemify.serving.rag import RagService, kv_store_of
-from gemify.serving.routes import chat, embeddings, health, messages, rerank, responses, tokenize
+from gemify.serving.routes import chat, embeddings, health, messages, rerank, responses, stores, tokenize
 from gemify.serving.settings import ServerSettings
 from gemify.serving.state import AppState, Metrics
 from gemify.serving.tokenization import RequestTokenizer
@@ -115,6 +116,7 @@ def create_app(
         tokenizer=tokenizer,
         grammars=engine.grammar_compiler(),
         rag=rag,
+        maps=MapCache(),
     )
     app = FastAPI(
         title="gemify",
@@ -128,6 +130,7 @@ def create_app(
     app.state.gemify = state
     for route in (chat, responses, messages, embeddings, rerank, tokenize):
         app.include_router(route.router, responses=_ERRORS)
+    app.include_router(stores.router, responses={s: _ERRORS[s] for s in (400, 401, 403, 404, 503)})
     app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)
     app.include_router(health.page_router)

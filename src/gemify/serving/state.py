@@ -19,6 +19,7 @@ from gemify.engine.grammar import GrammarCompiler
 from gemify.rag.context import SearchIndex
 from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.errors import ApiError, bad_request, too_many_requests
+from gemify.serving.map_cache import MapCache
 from gemify.serving.protocol.requests import ApiRequest
 from gemify.serving.rag import RagService
 from gemify.serving.settings import ServerSettings
@@ -108,6 +109,7 @@ class AppState:
     grammars: GrammarCompiler
     rag: RagService | None
     """None: no index, or no chat template."""
+    maps: MapCache
     ready: bool = False
     """The model has answered once."""
     stopping: bool = False

@@ -7,11 +7,13 @@ import { poll, startLoad } from "./load.js";
 import { startRecovery } from "./recovery.js";
 import { offerSearch, startSearch } from "./search.js";
 import { startSimilarity } from "./similarity.js";
+import { offerStoreMap, startStoreMap } from "./store_map.js";
 import { startTabs } from "./tabs.js";
 
 startTabs();
 startChat();
 startSearch();
+startStoreMap();
 startSimilarity();
 startRecovery();
 startKey();
@@ -21,6 +23,7 @@ function heard(stats) {
   offerChat(stats.has_chat);
   offerSources(stats.has_index);
   offerSearch(stats.has_index, stats.passages);
+  offerStoreMap(stats.has_store);
   byId("model").textContent = stats.model;
 }
 

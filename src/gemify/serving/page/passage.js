@@ -5,17 +5,20 @@ import { element } from "./element.js";
 const LONG = { characters: 320, lines: 5 };
 const LONG_BESIDE = { characters: 120, lines: 3 };
 
-/** A card; one that stands beside an answer shows less at first. */
+/** The end of a path, which tells files apart. */
+export const shortName = (path) => path.split(/[\\/]/).slice(-2).join("/");
+
+/** A card; one that stands beside an answer shows less at first. The number may be null. */
 export function passageCard(passage, number, beside = false) {
   const long = beside ? LONG_BESIDE : LONG;
-  const file = passage.file.split(/[\\/]/).slice(-2).join("/"); // the whole path is in the title
+  const file = shortName(passage.file); // the whole path is in the title
   const name = passage.heading || passage.title || file || passage.id;
   const where = [file, passage.place, score(passage)].filter(Boolean).join(" · ");
   const text = element("p", { class: "passage-text" }, passage.text);
   const card = element(
     "li",
     { class: "card passage", tabindex: "-1" },
-    element("h3", {}, element("span", { class: "number" }, `[${number}]`), ` ${name}`),
+    element("h3", {}, ...(number ? [element("span", { class: "number" }, `[${number}]`), " "] : []), name),
     element("p", { class: "muted where", title: passage.file }, where),
     text,
   );

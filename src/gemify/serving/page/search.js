@@ -3,6 +3,7 @@
 import { post } from "./api.js";
 import { byId, onSubmit } from "./element.js";
 import { passageCard } from "./passage.js";
+import { light } from "./store_map.js";
 
 export function startSearch() {
   onSubmit(byId("search-form"), byId("search-error"), search);
@@ -26,10 +27,12 @@ async function search() {
     const body = { query: byId("query").value, k: byId("search-count").valueAsNumber, mode: form.elements.mode.value };
     const { data } = await post("v1/search", body);
     byId("found").replaceChildren(...data.map((passage, i) => passageCard(passage, i + 1)));
+    light(data);
     const took = Math.round(performance.now() - started);
     status.textContent = data.length ? `${data.length} ${data.length === 1 ? "passage" : "passages"} in ${took} ms` : "nothing found";
   } catch (error) {
     byId("found").replaceChildren();
+    light([]);
     status.textContent = "";
     throw error;
   }

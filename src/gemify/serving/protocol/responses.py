@@ -319,6 +319,30 @@ class SearchResponse(ApiModel):
     usage: CompletionUsage
 
 
+class PassagesResponse(ApiModel):
+    """Passages in the order of their file, with score 0."""
+
+    object: Literal["list"]
+    data: list[Passage]
+
+
+class StoreMapResponse(ApiModel):
+    """Passages of a store in two dimensions, by the principal components of their vectors."""
+
+    object: Literal["store.map"]
+    ids: list[str]
+    points: list[list[float]]
+    """The place of each, [x, y]."""
+    files: list[str]
+    """The one with the most passages first."""
+    file_indices: list[int]
+    """The number of each passage's file in ``files``."""
+    num_passages: int
+    """Of the store; at most 20,000 of them are in the map."""
+    explained_variance: float
+    """The share of the vectors' variance that the two dimensions have."""
+
+
 class RecoverResponse(ApiModel):
     """A text, and what its special tokens remember of it."""
 

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
 
+from gemify.retrieval.index import GemIndex
 from gemify.serving.errors import ApiError
 from gemify.serving.protocol.responses import HealthResponse, ListModelsResponse, Model
 from gemify.serving.state import AppState, get_state
@@ -65,6 +66,7 @@ async def stats(request: Request) -> Response:
             "ready": state.ready and not state.stopping,
             "num_running_requests": state.metrics.in_flight_now,
             "has_index": state.index is not None,
+            "has_store": isinstance(state.index, GemIndex),
             "has_chat": state.tokenizer.has_chat,
             "special_tokens": gem.config.k,
             "dimensions": gem.get_embedding_dim(),
