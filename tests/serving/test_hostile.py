@@ -7,7 +7,7 @@ import random
 import re
 import socket
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import httpx
@@ -15,24 +15,11 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
-from gemify.serving import server
+from gemify.serving import mcp_route, server
 from gemify.serving.protocol import create_response, messages, requests
 from gemify.serving.routes import tokenize
-from running_server import Served, serving, tiny_gem
+from running_server import Served, indexed, serving
 
-PATHS = (
-    "/v1/embeddings",
-    "/v1/chat/completions",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/v1/search",
-    "/v1/recover",
-    "/v1/rerank",
-    "/tokenize",
-    "/detokenize",
-)
 GOOD: dict[str, Any] = {
     "/v1/embeddings": {"input": "a"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
@@ -42,10 +29,26 @@ GOOD: dict[str, Any] = {
     "/v1/messages/count_tokens": {"messages": [{"role": "user", "content": "a"}]},
     "/v1/search": {"query": "a"},
     "/v1/recover": {"input": "a", "max_tokens": 2},
-    "/v1/rerank": {"query": "a", "documents": ["a", "b"]},
+    **{path: {"query": "a", "documents": ["a", "b"]} for path in ("/v1/rerank", "/rerank", "/v2/rerank")},
     "/tokenize": {"prompt": "a"},
     "/detokenize": {"tokens": [5, 6]},
+    "/mcp": {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "tools/call",
+        "params": {"name": "search", "arguments": {"query": "a"}},
+    },
 }
+PATHS = tuple(GOOD)
+GETS = ("/", "/page/{name}", "/openapi.json", "/v1/models", "/v1/models/{name:path}", "/v1/stats")
+GETS = (*GETS, "/health", "/ready", "/metrics")
+TOOLS: dict[str, dict[str, Any]] = {
+    "search": {"query": "a", "k": 1, "mode": "hybrid"},
+    "read_passage": {"id": 0, "before": 1, "after": 1},
+    "list_documents": {"contains": "a", "limit": 1, "offset": 0},
+    "ask": {"question": "a"},
+}
+"""Tools of /mcp with arguments."""
 REQUESTS: dict[str, type[BaseModel]] = {
     "/v1/embeddings": requests.CreateEmbeddingRequest,
     "/v1/chat/completions": requests.CreateChatCompletionRequest,
@@ -55,20 +58,23 @@ REQUESTS: dict[str, type[BaseModel]] = {
     "/v1/messages/count_tokens": messages.CountTokensRequest,
     "/v1/search": requests.SearchRequest,
     "/v1/recover": requests.RecoverRequest,
-    "/v1/rerank": requests.RerankRequest,
+    **dict.fromkeys(("/v1/rerank", "/rerank", "/v2/rerank"), requests.RerankRequest),
     "/tokenize": tokenize.TokenizeRequest,
     "/detokenize": tokenize.DetokenizeRequest,
 }
+HEADERS = {"content-type": "application/json", "accept": "application/json, text/event-stream"}
 HEAD = b"POST /v1/embeddings HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Served]:
     patience, server.CLIENT_TIMEOUT_S = server.CLIENT_TIMEOUT_S, 1.0
-    gem = tiny_gem(tmp_path_factory.mktemp("model"))
-    with serving(gem, max_body_bytes=1_000_000, body_timeout=1.0, default_max_tokens=8) as running:
+    tokens, mcp_route._MAX_NEW_TOKENS = mcp_route._MAX_NEW_TOKENS, 2
+    index = indexed(tmp_path_factory.mktemp("store"), {"owls.txt": "Owls hunt at night.\n" * 9}, tokens=64)
+    options = {"max_body_bytes": 1_000_000, "body_timeout": 1.0, "default_max_tokens": 8}
+    with serving(index.model, index=index, **options) as running:  # type: ignore[arg-type]
         yield running
-    server.CLIENT_TIMEOUT_S = patience
+    server.CLIENT_TIMEOUT_S, mcp_route._MAX_NEW_TOKENS = patience, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -130,30 +136,77 @@ def wrong_values() -> list[Any]:
     ]  # fmt: skip
 
 
+def test_every_route_has_a_hostile_case(served: Served) -> None:
+    routes = {
+        (route.path, method)
+        for included in served.app.routes
+        for route in getattr(getattr(included, "original_router", None), "routes", [included])
+        for method in route.methods - {"HEAD", "OPTIONS"}
+    }
+    assert routes == {*((path, "POST") for path in PATHS), *((path, "GET") for path in GETS)}
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_every_field_with_every_wrong_value(served: Served, path: str) -> None:
-    """Some 2,000 requests in all; an answer is at most 2 tokens unless the request says more."""
-    fields = REQUESTS[path].model_fields
+    """Some 3,000 requests in all; an answer is at most 2 tokens unless the request says more."""
+    fields: Iterable[str] = REQUESTS[path].model_fields if path in REQUESTS else GOOD[path]
     seen: dict[int, int] = {}
-    with served.http() as http:
+    with served.http(headers=HEADERS) as http:
         for field in fields:
             for value in wrong_values():
                 body = GOOD[path] | {field: value}
                 if field.startswith("max_") and isinstance(value, int) and value > 3:
                     continue
-                response = http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+                response = http.post(path, content=json.dumps(body))
                 seen[response.status_code] = seen.get(response.status_code, 0) + 1
-                assert response.status_code in (200, 400, 404), (body, response.text)
-                if response.status_code != 200:
-                    assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-    assert seen[404 if path == "/v1/search" else 400] > 20
+                assert response.status_code in (200, 202, 400, 404), (body, response.text)
+                if response.status_code >= 400:
+                    require_error(path, response)
+    assert seen[400] > 20
+
+
+def require_error(path: str, response: httpx.Response) -> None:
+    """Fail unless an error is in its form: JSON-RPC's, Anthropic's or OpenAI's."""
+    error = response.json()["error"]
+    if path == "/mcp" and "jsonrpc" in response.json():
+        assert set(error) >= {"code", "message"}
+    else:
+        assert set(error) == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_argument_of_a_tool_with_every_wrong_value(served: Served, name: str) -> None:
+    refused = 0
+    with served.http(headers=HEADERS) as http:
+        for argument in TOOLS[name]:
+            for value in wrong_values():
+                params = {"name": name, "arguments": TOOLS[name] | {argument: value}}
+                response = http.post("/mcp", content=json.dumps(GOOD["/mcp"] | {"params": params}))
+                assert response.status_code in (200, 400), (params, response.text)
+                refused += (
+                    response.status_code == 400 or "error" in response.json() or response.json()["result"]["isError"]
+                )
+    assert refused > 20 * len(TOOLS[name])
+
+
+def test_odd_names_and_queries(served: Served) -> None:
+    odd = ["%00", "..%2f..%2fsettings.py", "%ff%fe", "a" * 5000, "%F0%9F%90%88", "{name}", "?" + "a=b&" * 2000, "#"]
+    with served.http() as http:
+        for path in GETS:
+            for name in odd:
+                asked = re.sub(r"\{.*\}", name, path) if "{" in path else f"{path}?{name}"
+                response = http.get(asked)
+                assert response.status_code in (200, 404), (asked, response.text)
+        for path in PATHS:
+            for method in ("GET", "PUT", "PATCH", "DELETE", "TRACE"):
+                assert http.request(method, path).status_code == 405, (method, path)
 
 
 def test_mutated_bytes(served: Served) -> None:
     """Good bodies with bytes changed, left out and doubled."""
     draw = random.Random(0)
-    with served.http() as http:
-        for at in range(250):
+    with served.http(headers=HEADERS) as http:
+        for at in range(300):
             path = PATHS[at % len(PATHS)]
             raw = bytearray(json.dumps(GOOD[path]).encode())
             for _ in range(draw.randint(1, 4)):
@@ -165,8 +218,8 @@ def test_mutated_bytes(served: Served) -> None:
                     del raw[place]
                 else:
                     raw[place:place] = raw[place : place + draw.randint(1, 9)]
-            response = http.post(path, content=bytes(raw), headers={"content-type": "application/json"})
-            assert response.status_code in (200, 400, 404), (raw, response.text)
+            response = http.post(path, content=bytes(raw))
+            assert response.status_code in (200, 202, 400, 404), (raw, response.text)
 
 
 BROKEN: dict[str, tuple[bytes, list[int]]] = {

@@ -13,12 +13,13 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import response_schema_conformance, status_code_conformance
 
-from running_server import Served, serving, tiny_gem
+from running_server import Served, indexed, serving, tiny_gem
 
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Served]:
-    with serving(tiny_gem(tmp_path_factory.mktemp("model")), default_max_tokens=8) as running:
+    index = indexed(tmp_path_factory.mktemp("store"), {"owls.txt": "Owls hunt at night.\n" * 9}, tokens=64)
+    with serving(index.model, index=index, default_max_tokens=8) as running:  # type: ignore[arg-type]
         yield running
 
 
