@@ -39,6 +39,8 @@ TOOLS: dict[str, dict[str, Any]] = {
     "weather": SCHEMAS[0],
     "now": {"type": "object", "properties": {}, "additionalProperties": False},
 }
+QUESTIONS = [f"Tell me of {subject}." for subject in ("a lighthouse", "rain", "the weather in Rome", "chess", "tea")]
+"""Of all but plain chats: few, since each must be answered alone, too."""
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 EMBEDDINGS, RERANK = "/v1/embeddings", "/v1/rerank"
 Names = Callable[[str], dict[str, Any]]
@@ -83,7 +85,8 @@ def mix(count: int, *, max_tokens: int, guided_tokens: int, options: Mapping[str
 
 
 def _draw_call(draw: random.Random, plain: Any, max_tokens: int, guided: dict[str, Any]) -> Call:
-    asked: dict[str, Any] = {"messages": [{"role": "user", "content": plain.texts[0]}]}
+    question = draw.choice(QUESTIONS)
+    asked: dict[str, Any] = {"messages": [{"role": "user", "content": question}]}
     how: dict[str, Any] = draw.choice([{"temperature": 0}, {"temperature": 1, "seed": draw.randrange(9)}])
     stream = {"stream": True} if draw.random() < 0.5 else {}
     part = draw.random()
@@ -93,7 +96,7 @@ def _draw_call(draw: random.Random, plain: Any, max_tokens: int, guided: dict[st
         return _call_of_tools(draw, asked, guided | how | stream)
     if part < 0.35:
         path, limit = draw.choice([(MESSAGES, "max_tokens"), (RESPONSES, "max_output_tokens")])
-        body = asked if path == MESSAGES else {"input": plain.texts[0]}
+        body = asked if path == MESSAGES else {"input": question}
         return _call("plain", path, body | {limit: max_tokens, "temperature": 0})
     if part < 0.4:
         return _call("rerank", RERANK, {"query": plain.texts[0], "documents": ["a lighthouse", "rain", "tea", "ice"]})
@@ -101,6 +104,7 @@ def _draw_call(draw: random.Random, plain: Any, max_tokens: int, guided: dict[st
         return _call("leaves", CHAT, asked | draw.choice([{}, *GUIDED]) | guided | {"stream": True})
     if plain.kind == "embed":
         return _call("embed", EMBEDDINGS, {"input": list(plain.texts)})
+    asked = {"messages": [{"role": "user", "content": plain.texts[0]}]}
     return _call("plain", CHAT, asked | {"max_tokens": max_tokens, "temperature": 0} | stream)
 
 
@@ -220,10 +224,11 @@ def wrong(gem: GemModel, alone: Served, calls: Sequence[Call], answers: Sequence
             if problem := _breaks(call, fields, answer):
                 yield f"{call}: {problem}: {answer}"
             if fields.get("temperature") == 0:
-                if call not in first:
-                    (first[call],) = asyncio.run(send([call], alone.url, clients=1))
-                if answer != first[call]:
-                    yield f"{call}: {answer}, alone {first[call]}"
+                whole = _call(call.kind, call.path, fields | {"stream": False})
+                if whole not in first:
+                    (first[whole],) = asyncio.run(send([whole], alone.url, clients=1))
+                if answer != first[whole]:
+                    yield f"{call}: {answer}, alone {first[whole]}"
 
 
 def _vectors(gem: GemModel, texts: Sequence[str], known: dict[str, np.ndarray]) -> np.ndarray:

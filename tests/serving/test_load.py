@@ -45,7 +45,7 @@ def require_right(
     finished = sum(isinstance(answer, Answer) and answer.finished for answer in guided)
     print(f"\n{dict(kinds)}; {finished} of {len(guided)} guided answers ended by themselves", flush=True)
     assert list(wrong(gem, alone, calls, answers)) == []
-    assert finished > 0.9 * len(guided)
+    assert finished > 0.8 * len(guided)
     after = idle_stats(server)
     ended = {name: after[name] - before[name] for name in ("finished_seqs", "cancelled_requests", "failed_requests")}
     assert ended["failed_requests"] == 0
