@@ -52,6 +52,26 @@ def test_ask_answers_with_sources(store: Path) -> None:
     assert record["timing"]["computed"] > 0
 
 
+def test_reranking_changes_which_passages_are_given(store: Path) -> None:
+    options = ["-s", store, "--max-new-tokens", 2, "-k", 1, "--mode", "fts", "--json"]
+    question = "Owls hunt and tides follow the moon."
+    sources = {
+        name: json.loads(run("ask", question, *options, "--rerank", name)[1])["sources"] for name in ("none", "lm")
+    }
+    code, out, err = run("search", question, "-s", store, "-k", 2, "--mode", "fts", "--rerank", "lm", "--json")
+    assert code == 0, err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert len(found) == 2
+    assert found[0]["score"] > found[1]["score"]
+    assert sources["lm"][0]["text"] == found[0]["text"]
+    assert sources["lm"][0]["score"] == pytest.approx(found[0]["score"], abs=1e-4)
+    assert sources["lm"][0]["text"] != sources["none"][0]["text"]
+    for verb in ("ask", "search"):
+        code, _, err = run(verb, question, "-s", store, "--rerank", "cross")
+        assert code == 1
+        assert "unknown rerank 'cross': choose one of none, bi, lm" in err
+
+
 def test_kept_caches_serve_the_next_question(store: Path, tmp_path: Path) -> None:
     options = ["-s", store, "--keep-kv", "--kv-bits", 32, "--kv-store", tmp_path / "kv", "--max-new-tokens", 6, "-k", 1]
     plain = run("ask", "owls?", "-s", store, "--order", "passages-first", "--max-new-tokens", 6, "-k", 1, "--json")[1]

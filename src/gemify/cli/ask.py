@@ -20,6 +20,7 @@ from gemify.cli.options import (
     KvStoreDir,
     MaxNewTokens,
     Quantize,
+    Rerank,
     SearchMode,
     Seed,
     StoreModel,
@@ -62,6 +63,7 @@ def ask(
     store: StoreUri,
     k: Passages = 3,
     mode: SearchMode = "hybrid",
+    rerank: Rerank = "none",
     order: OrderOption = None,
     context: ContextOption = "text",
     keep_kv: KeepKv = False,
@@ -126,7 +128,9 @@ def open_rag(options: Mapping[str, Any]) -> GemRag:
     from gemify.rag.kv_store import kv_store_factory
     from gemify.rag.pipeline import GemRag, RagSettings
     from gemify.retrieval.index import GemIndex
+    from gemify.retrieval.rerank import require_rerank, rerank_index
 
+    require_rerank(options["rerank"])
     store, keep_kv, system = options["store"], options["keep_kv"], options["system"]
     settings = RagSettings(
         passages=options["k"],
@@ -145,7 +149,7 @@ def open_rag(options: Mapping[str, Any]) -> GemRag:
     kv = open_kv_store(gem) if open_kv_store is not None else None
     index = GemIndex.open(store, gem, create=False)
     index.require_text()
-    return GemRag(gem, index, kv=kv, settings=settings)
+    return GemRag(gem, rerank_index(index, options["rerank"], gem), kv=kv, settings=settings)
 
 
 def generate_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The verbs that compare, under `gemify bench`: rag, retrieval, search, vectors, serve, encode, train and gpu."""
+"""The verbs that compare, under `gemify bench`: rag, retrieval, search, rerank, vectors, serve, encode, train, gpu."""
 
 from __future__ import annotations
 
@@ -133,6 +133,34 @@ def search(
     gem, index = _open_index(store, model, dtype, device)
     report = bench_search(gem, index, queries=num_queries, k=k, show_progress_bar=not quiet)
     write_report(report, search_table(report), output, as_json)
+
+
+@bench.command()
+def rerank(
+    task: Annotated[str, typer.Option("--task", "-t", help="A reranking or retrieval task, such as WikiQAReranking.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Directory of local data (mteb/); none: the Hugging Face hub.")
+    ] = None,
+    model: Model = "starter",
+    depth: Annotated[int, typer.Option(min=1, help="Candidates of a retrieval task, the best by vectors.")] = 100,
+    prior: Annotated[
+        bool, typer.Option("--prior", help="Also subtract each passage's odds under an empty question.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only so many queries, and a part of the corpus.")] = None,
+    dtype: ExactDtype = "float32",
+    output: ReportFile = None,
+    device: Device = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Measure how well candidates are ordered by vectors, by the odds of yes against no, and by both."""
+    from gemify.bench.rerank import bench_rerank, to_markdown
+    from gemify.evaluation.mteb_tasks import make_task
+
+    chosen = make_task(task, data, limit=limit)
+    gem = load_gem(model, None, dtype, device)
+    report = bench_rerank(gem, chosen, depth=depth, prior=prior, show_progress_bar=not quiet)
+    write_report(report, to_markdown(report), output, as_json)
 
 
 @bench.command()

@@ -22,6 +22,7 @@ from gemify.cli.options import (
     NewStoreModel,
     Quantize,
     Quiet,
+    Rerank,
     SearchMode,
     StoreModel,
     StoreUri,
@@ -187,6 +188,7 @@ def search(
     store: StoreUri,
     k: TopK = 5,
     mode: SearchMode = "hybrid",
+    rerank: Rerank = "none",
     model: StoreModel = None,
     base: Base = None,
     dtype: Dtype = "auto",
@@ -198,13 +200,17 @@ def search(
     from typing import get_args
 
     from gemify.retrieval.index import GemIndex, Mode
+    from gemify.retrieval.rerank import require_rerank, rerank_index
 
+    require_rerank(rerank)
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
     require_utf8(query)
     name = store_model_name(store, model)
-    gem = None if mode == "fts" and model is None else load_gem(name, base, dtype, device, quantize)
-    passages = GemIndex.open(store, gem, create=False).search(query, k=k, mode=mode)  # type: ignore[arg-type]
+    needs_model = mode != "fts" or model is not None or rerank != "none"
+    gem = load_gem(name, base, dtype, device, quantize) if needs_model else None
+    opened = GemIndex.open(store, gem, create=False)
+    passages = rerank_index(opened, rerank, gem).search(query, k=k, mode=mode)  # type: ignore[arg-type]
     for number, passage in enumerate(passages, start=1):
         if as_json:
             print_json(passage.to_json())

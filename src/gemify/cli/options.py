@@ -53,6 +53,10 @@ MaxLength = Annotated[int, typer.Option(min=8, help="Maximum tokens of a text.")
 StoreUri = Annotated[str, typer.Option("--store", "-s", help="Directory of the store, or a URI such as s3://...")]
 TopK = Annotated[int, typer.Option("-k", min=1, help="Number of passages to retrieve.")]
 SearchMode = Annotated[str, typer.Option(help="vector (meaning), fts (words, BM25) or hybrid.")]
+Rerank = Annotated[
+    str,
+    typer.Option(help="Sort what is found anew, by the same model: bi (vectors), lm (odds of yes, slow) or none."),
+]
 KeepKv = Annotated[
     bool, typer.Option("--keep-kv", help="Keep the passages' KV caches on disk and use them. They contain the text.")
 ]

@@ -16,6 +16,7 @@ from gemify import __version__
 from gemify.io.tables import first_line
 from gemify.rag.pipeline import GemRag
 from gemify.retrieval.index import GemIndex, Mode
+from gemify.retrieval.rerank import RerankedIndex
 from gemify.serving.protocol.responses import Passage
 
 _READ_ONLY = ToolAnnotations(read_only_hint=True, open_world_hint=False)
@@ -68,7 +69,9 @@ def create_local_server(rag: GemRag, **generate: Any) -> MCPServer:
         generate: options of transformers' `generate`, for the answers.
     """
     index, one_run = rag.index, asyncio.Lock()
-    assert isinstance(index, GemIndex)
+    documents = index.index if isinstance(index, RerankedIndex) else index
+    assert index is not None
+    assert isinstance(documents, GemIndex)
 
     async def search(query: str, k: int, mode: Mode, _: Any) -> list[Passage]:
         async with one_run:
@@ -79,7 +82,7 @@ def create_local_server(rag: GemRag, **generate: Any) -> MCPServer:
             answer = await asyncio.to_thread(rag.ask, question, **generate)
         return SourcedAnswer(answer=answer.text, sources=_passages(answer.passages))
 
-    return create_mcp_server(index, search=search, ask=ask, default_mode=cast(Mode, rag.settings.mode))
+    return create_mcp_server(documents, search=search, ask=ask, default_mode=cast(Mode, rag.settings.mode))
 
 
 def create_mcp_server(
