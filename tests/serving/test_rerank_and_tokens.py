@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gemify import GemModel
+from gemify.retrieval.rerank import LmReranker, YesNoPrompts
 from running_server import Served, serving, tiny_gem
 
 TEXTS = ["a cat on a mat", "rain in Rome", "the weather of tomorrow", "wörds 猫"]
@@ -56,6 +57,44 @@ def test_jinas_form(served: Served, gem: GemModel, path: str) -> None:
     assert served.post(path, {"query": "a", "documents": []}).status_code == 400
     assert served.post(path, {"query": "a", "documents": [1]}).status_code == 400
     assert served.post(path, {"query": "", "documents": ["a"]}).status_code == 400
+
+
+def test_yes_and_no_rank_as_the_library_does(served: Served, gem: GemModel) -> None:
+    texts = [*TEXTS, "", "</s><|reserved_1|> yes", "long " * 900, *(f"text {n}" for n in range(12))]
+    scores = LmReranker(gem)("weather?", texts)
+    client = cohere.ClientV2(api_key="any", base_url=served.url)
+    got = client.rerank(
+        model="tiny",
+        query="weather?",
+        documents=texts,
+        request_options={"additional_body_parameters": {"rerank": "lm"}},
+    )
+    assert [r.index for r in got.results] == np.argsort(-scores).tolist()
+    chances = 1 / (1 + np.exp(-np.sort(scores)[::-1]))
+    assert [r.relevance_score for r in got.results] == pytest.approx(chances.tolist(), abs=1e-5)
+    for path, fields in (("/v1/rerank", {"rerank": "cross"}), ("/v1/rerank", {"rerank": "none"})):
+        refused = served.post(path, {"query": "a", "documents": ["b"], **fields})
+        assert refused.status_code == 400
+        assert "rerank" in refused.json()["error"]["message"]
+    long = served.post("/v1/rerank", {"query": "a " * 900, "documents": ["b"], "rerank": "lm"})
+    assert long.status_code == 400
+    assert "leaves no room for a passage" in long.json()["error"]["message"]
+
+
+def test_passages_take_no_place_in_the_prefix_cache(gem: GemModel) -> None:
+    with serving(gem, keys={"ann": "secret-of-ann"}, tokens_per_minute=20_000) as running:
+        key = {"authorization": "Bearer secret-of-ann"}
+        body = {"query": "which?", "documents": [f"passage {n} " * 30 for n in range(10)], "rerank": "lm"}
+        before = running.engine.stats()
+        first = running.post("/v1/rerank", body, **key).json()
+        prefix, rows = YesNoPrompts(gem.tokenizer, 1024)("which?", body["documents"])  # type: ignore[arg-type]
+        assert first["usage"]["prompt_tokens"] == len(prefix) + sum(len(row) - len(prefix) for row in rows)
+        again = running.post("/v1/rerank", body, **key).json()
+        assert [r["index"] for r in again["results"]] == [r["index"] for r in first["results"]]
+        after = running.engine.stats()
+        token_bytes = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, their width, float32
+        assert after.prefix_cache_bytes - before.prefix_cache_bytes == len(prefix) * token_bytes
+        assert running.post("/v1/rerank", {**body, "documents": body["documents"] * 10}, **key).status_code == 429
 
 
 def test_numbers_of_eight_bits_and_signs(served: Served, gem: GemModel) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from gemify.rag.pipeline import GemRag, RagSettings
 from gemify.retrieval.index import GemIndex
+from gemify.retrieval.rerank import rerank_index
 from running_server import Served, indexed, serving
 
 CORPUS = {
@@ -44,6 +45,36 @@ def test_search_is_the_librarys(served: Served, index: GemIndex, mode: Any) -> N
     assert first == expected[0].to_json() | {"score": 0.0}
     assert set(first) == {"id", "text", "file", "place", "title", "heading", "score"}
     assert got["usage"]["prompt_tokens"] == (0 if mode == "fts" else len("owls hunt"))
+
+
+@pytest.mark.parametrize("rerank", ["bi", "lm"])
+@pytest.mark.parametrize("mode", ["fts", "hybrid"])
+def test_what_is_found_is_sorted_as_the_library_does(served: Served, index: GemIndex, mode: Any, rerank: Any) -> None:
+    query = "what is old, and when do owls hunt?"
+    body = {"query": query, "k": 2, "mode": mode, "rerank": rerank}
+    got = served.post("/v1/search", body, **KEY).json()
+    expected = rerank_index(index, rerank, served.gem).search(query, k=2, mode=mode)
+    assert [d["id"] for d in got["data"]] == [p.id for p in expected]
+    assert [d["score"] for d in got["data"]] == pytest.approx([p.score for p in expected], abs=1e-5)
+    assert got["usage"]["prompt_tokens"] > len(query)
+    assert served.post("/v1/search", body | {"rerank": "cross"}, **KEY).status_code == 400
+
+
+def test_a_chat_answers_from_the_passages_that_are_best_after_reranking(served: Served, index: GemIndex) -> None:
+    question = "what is old, and when do owls hunt?"
+    settings = RagSettings(passages=1, max_new_tokens=10)
+    reranked, plain = rerank_index(index, "lm", served.gem), GemRag(served.gem, index, settings=settings)
+    expected = GemRag(served.gem, reranked, settings=settings).ask(question)
+    body = {
+        "messages": [{"role": "user", "content": question}],
+        "max_tokens": 10,
+        "temperature": 0,
+        "gemify": {"search": {"k": 1, "rerank": "lm"}},
+    }
+    got = served.post("/v1/chat/completions", body, **KEY).json()
+    assert got["choices"][0]["message"]["content"] == expected.text
+    assert [s["id"] for s in got["gemify"]["sources"]] == [p.id for p in expected.passages]
+    assert expected.passages[0].id != plain.ask(question).passages[0].id  # type: ignore[attr-defined]
 
 
 def test_a_chat_answers_from_the_index_as_the_library_does(served: Served, index: GemIndex) -> None:

@@ -21,6 +21,7 @@ from gemify import __version__
 from gemify.engine.sampling import SamplingParams
 from gemify.rag.context import SearchIndex
 from gemify.retrieval.index import GemIndex
+from gemify.retrieval.rerank import YesNoPrompts
 from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.dispatch import EngineClient
 from gemify.serving.errors import ApiError, bad_request
@@ -117,6 +118,7 @@ def create_app(
         grammars=engine.grammar_compiler(),
         rag=rag,
         maps=MapCache(),
+        yes_no_prompts=YesNoPrompts.of(engine.gem),
     )
     app = FastAPI(
         title="gemify",

@@ -23,6 +23,8 @@ from gemify.engine.requests import (
 from gemify.serving.errors import from_engine_error, timeout_error
 
 T = TypeVar("T")
+Output = TokenDelta | Completion | PromptLogprobs | EmbeddingOutput | PrefillOutput
+"""An event that is no end."""
 
 
 class ClientDisconnectedError(Exception):
@@ -73,13 +75,28 @@ class EngineClient:
 
     async def events(self) -> AsyncIterator[tuple[int, TokenDelta | Completion | EmbeddingOutput | PromptLogprobs]]:
         """Yield the number of a request and its event, until all requests are done; ApiError if one fails."""
+        async for number, event in self._outputs():
+            if not isinstance(event, PrefillOutput):
+                yield number, event
+
+    async def prefills(self) -> AsyncIterator[tuple[int, PrefillOutput]]:
+        """Yield the number of a prefill and its output, until all requests are done; more may be submitted meanwhile.
+
+        Raises:
+            ApiError: a request has failed.
+        """
+        async for number, event in self._outputs():
+            if isinstance(event, PrefillOutput):
+                yield number, event
+
+    async def _outputs(self) -> AsyncIterator[tuple[int, Output]]:
         while self._num_open:
             number, event = await self._events.get()
             if isinstance(event, Done):
                 self._num_open -= 1
             elif isinstance(event, Failed):
                 raise from_engine_error(event.error)
-            elif not isinstance(event, PrefillOutput):
+            else:
                 yield number, event
 
     @property

@@ -41,6 +41,7 @@ from gemify.rag.context import SearchIndex
 from gemify.rag.kv_store import KvStore, kv_store_factory
 from gemify.rag.pipeline import GemRag, PreparedPrompt, RagSettings
 from gemify.rag.prompt_cache import Ids, PromptRun
+from gemify.retrieval.rerank import RerankedIndex, ScoreFn
 from gemify.serving.dispatch import SubmitFn
 from gemify.serving.settings import ServerSettings
 
@@ -195,6 +196,7 @@ class RagService:
         bind: Callable[[ChatTemplate], ChatTemplate],
         k: int,
         mode: str,
+        score: ScoreFn | None,
         max_tokens: int,
         tokenize_query: Callable[[str], Sequence[int]],
         charge: Callable[[int], None],
@@ -207,6 +209,7 @@ class RagService:
             bind: gives the chat template the request's variables.
             k: how many passages.
             mode: of the search.
+            score: reranks what is found; called in another thread. None: nothing does.
             max_tokens: positions that the answer needs.
             tokenize_query: token ids of a question that is embedded alone; called in another thread.
             charge: called with the number of tokens before they are run, in another thread; may refuse them.
@@ -216,6 +219,7 @@ class RagService:
             ValueError: a prompt that does not fit the model, or a search that cannot be made.
         """
         exact, template = self._kv is None, bind(self._template)
+        index = self._index if score is None else RerankedIndex(self._index, score)
         runner = EngineRunner(
             self._engine, tokenize_query=tokenize_query, charge=charge, cache_salt=cache_salt, is_exact=exact
         )
@@ -223,7 +227,7 @@ class RagService:
         def work() -> PreparedPrompt:
             rag = GemRag(
                 self._engine.gem,
-                self._index,
+                index,
                 kv=self._kv,
                 settings=replace(self._settings, passages=k, mode=mode),
                 runner=runner,

@@ -17,6 +17,7 @@ from starlette.requests import HTTPConnection, Request
 from gemify.engine.engine import EngineStats
 from gemify.engine.grammar import GrammarCompiler
 from gemify.rag.context import SearchIndex
+from gemify.retrieval.rerank import YesNoPrompts
 from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.errors import ApiError, bad_request, too_many_requests
 from gemify.serving.map_cache import MapCache
@@ -110,6 +111,8 @@ class AppState:
     rag: RagService | None
     """None: no index, or no chat template."""
     maps: MapCache
+    yes_no_prompts: YesNoPrompts | None
+    """None: no chat template."""
     ready: bool = False
     """The model has answered once."""
     stopping: bool = False

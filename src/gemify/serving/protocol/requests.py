@@ -164,6 +164,8 @@ Content = Annotated[
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 SearchMode = Literal["vector", "fts", "hybrid"]
+Rerank = Literal["none", "bi", "lm"]
+_RERANK = "How what is found is sorted anew. bi: vectors; lm: the model's odds of yes against no."
 
 
 class ApiRequest(BaseModel):
@@ -359,6 +361,7 @@ class ChatSearch(BaseModel):
 
     k: int = Field(default=3, ge=1, le=50, description="How many passages.")
     mode: SearchMode = "hybrid"
+    rerank: Rerank = Field(default="none", description=_RERANK)
 
 
 class GemifyOptions(BaseModel):
@@ -417,6 +420,7 @@ class SearchRequest(ApiRequest):
     query: str = Field(min_length=1, max_length=100_000)
     k: int = Field(default=5, ge=1, le=100)
     mode: SearchMode = Field(default="hybrid", description="vector: meaning; fts: words (BM25); hybrid: both.")
+    rerank: Rerank = Field(default="none", description=_RERANK)
     truncate: Truncation | None = Field(default=None, description="Of a query that is too long. Default end.")
 
 
@@ -434,3 +438,4 @@ class RerankRequest(ApiRequest):
     documents: Annotated[Any, BeforeValidator(_documents), WithJsonSchema(_DOCUMENTS)]
     top_n: int | None = Field(default=None, ge=1, le=MAX_INT, description="How many of the best. Default all.")
     return_documents: bool | None = Field(default=None, description="Default true; in /v2/rerank false.")
+    rerank: Literal["bi", "lm"] = Field(default="bi", description="bi: vectors; lm: the model's odds of yes.")

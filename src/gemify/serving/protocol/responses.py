@@ -364,7 +364,7 @@ class HealthResponse(ApiModel):
 
 
 class RerankResult(ApiModel):
-    """A document, and the cosine of its vector and the query's."""
+    """A document, and the cosine of its vector and the query's; by ``lm``, the probability of yes against no."""
 
     index: int
     relevance_score: float

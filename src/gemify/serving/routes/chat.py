@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
@@ -26,6 +28,7 @@ from gemify.serving.protocol.structured_outputs import after_thoughts
 from gemify.serving.protocol.tools import NamedToolChoice
 from gemify.serving.rag import RagPrompt
 from gemify.serving.request_body import JsonRoute
+from gemify.serving.rerank import score
 from gemify.serving.response_builder import AnswerBuilder
 from gemify.serving.state import admit, get_key_name, get_state
 from gemify.serving.tokenization import bind_template
@@ -136,11 +139,19 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
         state.rate_limiter.check_tokens(key, tokens)
         state.rate_limiter.add_tokens(key, tokens)
 
+    scoring: list[Future[tuple[np.ndarray, int]]] = []
+
+    def score_passages(question: str, texts: Sequence[str]) -> np.ndarray:
+        assert search.rerank != "none"
+        scoring.append(asyncio.run_coroutine_threadsafe(score(request, question, texts, search.rerank), loop))
+        return scoring[-1].result()[0]
+
     work = state.rag.prepare(
         [message.for_template() for message in body.messages],
         bind=lambda template: bind_template(template, body),
         k=search.k,
         mode=search.mode,
+        score=None if search.rerank == "none" else score_passages,
         max_tokens=body.max_completion_tokens or body.max_tokens or 1,
         tokenize_query=tokenize_query,
         charge=charge,
@@ -150,6 +161,9 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
         return await run_until_disconnect(request.receive, work, state.settings.timeout)
     except Exception as error:
         raise from_engine_error(error) from error
+    finally:
+        for future in scoring:
+            future.cancel()
 
 
 @router.post(

@@ -22,7 +22,9 @@ from gemify.io.vectors import normalize
 from gemify.model.encode import mean_of_parts
 from gemify.model.prefill import common_subsequence_length
 from gemify.model.tokenization import Truncate
+from gemify.retrieval.rerank import CANDIDATES, sort_passages, text_with_context
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
+from gemify.serving.embedding import embed
 from gemify.serving.errors import bad_request
 from gemify.serving.protocol.requests import CreateEmbeddingRequest, RecoverRequest, SearchRequest
 from gemify.serving.protocol.responses import (
@@ -34,6 +36,7 @@ from gemify.serving.protocol.responses import (
     SearchResponse,
 )
 from gemify.serving.request_body import JsonRoute
+from gemify.serving.rerank import score
 from gemify.serving.response_builder import ChoiceState, build_usage
 from gemify.serving.state import add_log_fields, admit, get_key_name, get_state
 from gemify.serving.tokenization import TextOptions
@@ -95,32 +98,6 @@ def _text_options(body: CreateEmbeddingRequest, request: Request) -> TextOptions
     return TextOptions(truncate, most, state.tokenizer.prompt_of(body.prompt_name, body.input_type))
 
 
-async def embed(request: Request, rows: list[list[int]]) -> tuple[np.ndarray, int]:
-    """Embed texts for a request, whose key is charged.
-
-    Args:
-        request: the HTTP request; the work is given up if its client disconnects.
-        rows: token ids of each text.
-
-    Returns:
-        Vectors [N, D] as the model gives them, and the number of tokens.
-    """
-    state = get_state(request)
-    key, num_tokens = get_key_name(request), sum(map(len, rows))
-    state.rate_limiter.check_tokens(key, num_tokens)
-    with EngineClient() as client:
-        client.submit(partial(state.engine.embed, rows))
-        state.rate_limiter.add_tokens(key, num_tokens)
-        add_log_fields(request, prompt_tokens=client.prompt_tokens, texts=len(rows))
-
-        async def collect() -> np.ndarray:
-            outputs = [event.vectors_ND async for _, event in client.events() if isinstance(event, EmbeddingOutput)]
-            return outputs[0]
-
-        vectors_ND = await run_until_disconnect(request.receive, collect(), state.settings.timeout)
-        return vectors_ND, client.prompt_tokens
-
-
 def _build_response(vectors_ND: np.ndarray, body: CreateEmbeddingRequest, model: str, num_tokens: int) -> Response:
     vectors_ND = vectors_ND[:, : body.dimensions]
     if body.normalize is not False:
@@ -152,9 +129,13 @@ async def search(body: SearchRequest, request: Request) -> Response:
         vectors_PD, tokens = await embed(request, texts.rows)
         vector = mean_of_parts(torch.from_numpy(vectors_PD), texts.parts, overhead=texts.overhead)[0].numpy()
     try:
-        found = await asyncio.to_thread(partial(index.search, body.query, k=body.k, mode=body.mode, vector=vector))
+        k = body.k if body.rerank == "none" else max(body.k, CANDIDATES)
+        found = await asyncio.to_thread(partial(index.search, body.query, k=k, mode=body.mode, vector=vector))
     except ValueError as error:
         raise bad_request(first_line(error), "query") from error
+    if body.rerank != "none":
+        scores, scored_tokens = await score(request, body.query, list(map(text_with_context, found)), body.rerank)
+        found, tokens = sort_passages(found, scores, body.k), tokens + scored_tokens
     return SearchResponse(
         object="list",
         data=[Passage(**passage.to_json()) for passage in found],

@@ -1,4 +1,4 @@
-"""POST /v1/rerank, /rerank and /v2/rerank: documents by how near they are to a query, in Jina's and Cohere's forms."""
+"""POST /v1/rerank, /rerank and /v2/rerank: documents by how well they fit a query, in Jina's and Cohere's forms."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from gemify.io.vectors import normalize
 from gemify.serving.errors import bad_request
 from gemify.serving.protocol.requests import RerankRequest
 from gemify.serving.protocol.responses import CompletionUsage, RerankResponse, RerankResult
 from gemify.serving.request_body import JsonRoute
-from gemify.serving.routes.embeddings import embed
+from gemify.serving.rerank import score
 from gemify.serving.state import admit
-from gemify.serving.tokenization import TextOptions
 
 router = APIRouter(route_class=JsonRoute)
 
@@ -23,13 +21,13 @@ router = APIRouter(route_class=JsonRoute)
 @router.post("/v1/rerank", response_model=None, responses={200: {"model": RerankResponse}}, tags=["rerank"])
 @router.post("/rerank", response_model=None, responses={200: {"model": RerankResponse}}, tags=["rerank"])
 async def rerank(body: RerankRequest, request: Request) -> Response:
-    """Sort documents by the cosine of their vectors and the query's, the best first (Jina's form)."""
+    """Sort documents by their scores for the query, the best first (Jina's form)."""
     return await _rerank(body, request, return_documents=body.return_documents is not False)
 
 
 @router.post("/v2/rerank", response_model=None, responses={200: {"model": RerankResponse}}, tags=["rerank"])
 async def rerank_as_cohere(body: RerankRequest, request: Request) -> Response:
-    """Sort documents by the cosine of their vectors and the query's, the best first (Cohere's form)."""
+    """Sort documents by their scores for the query, the best first (Cohere's form)."""
     return await _rerank(body, request, return_documents=bool(body.return_documents))
 
 
@@ -41,14 +39,9 @@ async def _rerank(body: RerankRequest, request: Request, *, return_documents: bo
             f"documents must hold at most {limit - 1} texts, got {len(body.documents)}: send several requests",
             "documents",
         )
-    tokenizer = state.tokenizer
-    rows: list[list[int]] = []
-    for texts, kind in (([body.query], "query"), (body.documents, "document")):
-        options = TextOptions("end", prompt=tokenizer.prompt_of(None, kind))
-        rows += (await tokenizer.tokenize_texts(texts, options)).rows
-    vectors_ND, num_tokens = await embed(request, rows)
-    query_D, *documents_D = normalize(vectors_ND)
-    scores = np.stack(documents_D) @ query_D
+    scores, num_tokens = await score(request, body.query, body.documents, body.rerank)
+    if body.rerank == "lm":
+        scores = np.exp(-np.logaddexp(0, -scores))  # of yes, where it is yes or no
     best = np.argsort(-scores, kind="stable")[: body.top_n]
     shown = [{"document": {"text": body.documents[i]}} if return_documents else {} for i in best]
     return RerankResponse(
