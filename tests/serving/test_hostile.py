@@ -41,7 +41,7 @@ GOOD: dict[str, Any] = {
 }
 PATHS = tuple(GOOD)
 GETS = ("/", "/page/{name}", "/openapi.json", "/v1/models", "/v1/models/{name:path}", "/v1/stats")
-GETS = (*GETS, "/health", "/ready", "/metrics")
+GETS = (*GETS, "/v1/stores/map", "/v1/passages/{passage_id:path}", "/health", "/ready", "/metrics")
 TOOLS: dict[str, dict[str, Any]] = {
     "search": {"query": "a", "k": 1, "mode": "hybrid"},
     "read_passage": {"id": 0, "before": 1, "after": 1},

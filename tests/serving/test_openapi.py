@@ -31,7 +31,7 @@ def test_described_requests_get_described_answers(served: Served, mode: Generati
     operations = [found.ok() for found in described.get_all_operations()]
     assert len(operations) == 21
     for operation in operations:
-        if mode is GenerationMode.NEGATIVE and operation.method == "get":
+        if mode is GenerationMode.NEGATIVE and operation.method == "get" and not list(operation.query):
             continue  # there is nothing to get wrong
 
         @settings(
