@@ -51,6 +51,14 @@ def missing_links(page: str, directory: Path) -> list[str]:
     return [link for link in links if not (directory / link).exists()]
 
 
+def bare_brackets(page: str) -> list[str]:
+    """Brackets outside code that begin no link: the site takes ``[1]`` for a reference to a link that is not there."""
+    text = re.sub(r"(`+).+?\1", "", prose(page), flags=re.DOTALL)
+    defined = {name.lower() for name in re.findall(r"^\[([^\]]+)\]:", text, re.MULTILINE)}
+    found = re.findall(r"(?<![\]\\!])\[([^\[\]]+)\](?![(:\[])", text)
+    return [name for name in found if name.lower() not in defined]
+
+
 # Commands
 
 

@@ -35,6 +35,11 @@ def test_links_lead_somewhere(name: str) -> None:
     assert not missing, f"{name} links to {missing}"
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_brackets_outside_code_are_links(name: str) -> None:
+    assert not docs_checks.bare_brackets(PAGES[name])
+
+
 @pytest.mark.parametrize("name", TODAY)
 def test_docs_name_functions_and_tests_that_exist(name: str) -> None:
     missing = [why for span in docs_checks.spans(PAGES[name]) if (why := NAMES.missing(span))]
@@ -168,6 +173,11 @@ def test_a_wrong_default_is_found() -> None:
 )
 def test_a_default_is_read_as_a_reader_would(text: str, value: Any, right: bool) -> None:
     assert docs_checks.states(text, value) is right
+
+
+def test_a_bare_bracket_is_found() -> None:
+    page = "See [1], [a link](x.md), ![a picture](y.png), [known], `[code]` and \\[escaped].\n\n[known]: z.md\n"
+    assert docs_checks.bare_brackets(page) == ["1"]
 
 
 def test_a_link_to_nothing_is_found(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import tiny_models
 from gemify.cli.ask import clean_text
 from gemify.cli.main import app
-from gemify.rag.kv_store import parse_bytes
+from gemify.io.tables import parse_bytes
 from tiny_gems import make_gem
 
 RUNNER = CliRunner()

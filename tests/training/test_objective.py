@@ -302,3 +302,48 @@ def test_special_passes_are_few_and_bounded(gem: GemModel) -> None:
         assert sum(T == 1 for _, T in tokens) == specials
         assert sum(T > 1 for _, T in tokens) > 1
         assert sum(B for B, T in tokens if T == 1) == 12
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3", "gpt2", "qwen2-window"])
+@pytest.mark.parametrize(("layer", "chunk"), [(None, None), (1, None), (None, 3)])
+def test_cached_texts_train_as_texts_that_run(name: str, layer: int | None, chunk: int | None, tmp_path: Path) -> None:
+    """Two epochs over the same views; in the second no token of a text runs."""
+    gem = make_gem(tiny_models.save(tmp_path / "base", name), special_tokens=2, layer=layer)
+    assert gem.adapter is not None
+    trained = [*gem.adapter.lora_parameters(), gem.adapter.rows.rows_KD]
+    ran: list[int] = []
+    gem.lm.get_input_embeddings().register_forward_hook(lambda _, args, __: ran.append(args[0].shape[-1]))
+    epochs = []
+    for cached in (0, 10**9):
+        options = {"text_cache_bytes": cached, "contrastive_chunk_size": chunk}
+        made = make_objective(gem, frozen=True, group_tokens=64, pass_overhead_tokens=1, **options)
+        for _ in range(2):
+            ran.clear()
+            losses = made(batch(1.0))
+            losses.total.backward()
+            epochs.append([losses.total.detach(), *(p.grad.clone() for p in trained if p.grad is not None)])
+            for p in trained:
+                p.grad = None
+    for epoch in epochs[1:]:
+        torch.testing.assert_close(epoch, epochs[0], atol=1e-5, rtol=1e-4)
+    assert max(ran) == 2, "only the special tokens run"
+    assert losses.counts.cached == sum(len(ids) for ids in {v.ids for pair in VIEWS for v in pair})
+
+
+def test_a_text_cache_is_bounded_and_keeps_what_recurs(gem: GemModel) -> None:
+    drawn = replace(full_view([30, 31, 32]), recurs=False)
+    whole = full_view(range(20, 28))
+    made = make_objective(gem, frozen=True, text_cache_bytes=10**9)
+    made.embed([whole, drawn])
+    cache = made.texts.cache
+    assert cache is not None
+    assert len(cache) == 1
+    assert cache.get(whole.ids, None) is not None
+    per_token = cache.nbytes // len(whole.ids)
+    assert cache.nbytes == len(whole.ids) * per_token
+    small = make_objective(gem, frozen=True, text_cache_bytes=12 * per_token)
+    first = small.embed([full_view(range(20, 30)), full_view(range(40, 45))])
+    again = small.embed([full_view(range(20, 30)), full_view(range(40, 45))])
+    torch.testing.assert_close(first, again, atol=1e-5, rtol=1e-4)
+    assert small.texts.cache is not None
+    assert [len(small.texts.cache), small.texts.cache.nbytes] == [1, 10 * per_token]

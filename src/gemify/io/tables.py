@@ -1,4 +1,4 @@
-"""Text for people: Markdown tables and their cells, errors as one line."""
+"""Text for people: Markdown tables and their cells, errors as one line, sizes in bytes."""
 
 from __future__ import annotations
 
@@ -59,3 +59,13 @@ def first_line(error: BaseException | str) -> str:
         The first line without surrounding white space; the exception's type name if it has no text.
     """
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """Bytes of a size such as 500MB. ValueError for anything else."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"a size must be a number of bytes such as 500MB or 2GB, got {text!r}")
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))

@@ -13,7 +13,7 @@ Where the data holds pairs (an anchor and its positive), these are the two views
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
@@ -27,6 +27,8 @@ class View:
 
     ids: tuple[int, ...]
     seen: tuple[bool, ...]
+    recurs: bool = True
+    """False if the ids were drawn at random: another epoch has others of the same text."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,13 @@ class Views:
         if self.kind == "span":
             length = max(1, round(n * (1.0 - self.rate)))
             start = rng.randrange(n - length + 1)
-            return full_view(text[start : start + length])
+            return replace(full_view(text[start : start + length]), recurs=length == n)
         kept = [rng.random() >= self.rate for _ in range(n)]
         if not any(kept):
             kept[rng.randrange(n)] = True
         if self.kind == "mask":
             return View(tuple(text), tuple(kept))
-        return full_view([t for t, keep in zip(text, kept, strict=True) if keep])
+        return replace(full_view([t for t, keep in zip(text, kept, strict=True) if keep]), recurs=all(kept))
 
     @staticmethod
     def _halves(text: Sequence[int], rng: Random) -> tuple[View, View]:
@@ -85,7 +87,7 @@ class Views:
             return full_view(text), full_view(text)
         low, high = max(1, n // 3), max(1, n - n // 3)
         cut = min(n - 1, rng.randint(low, high))
-        return full_view(text[:cut]), full_view(text[cut:])
+        return replace(full_view(text[:cut]), recurs=False), replace(full_view(text[cut:]), recurs=False)
 
 
 def full_view(text: Sequence[int]) -> View:

@@ -16,7 +16,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,7 +27,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from gemify.io.atomic import atomic_file
-from gemify.io.tables import first_line
+from gemify.io.tables import first_line, parse_bytes
 from gemify.model.gem import GemModel
 from gemify.model.kv_cache import CachedText, empty_text, from_key_values, key_values, new_full_cache, slice_key_values
 from gemify.model.pretrained import cache_fingerprint
@@ -244,16 +243,6 @@ def kv_store_factory(
         return KvStore(target, fingerprint=fingerprint, bits=bits, budget_bytes=budget_bytes)
 
     return open_kv_store
-
-
-def parse_bytes(text: str | None) -> int | None:
-    """Bytes of a size such as 500MB. ValueError for anything else."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text.upper())
-    if not match or float(match[1]) <= 0:
-        raise ValueError(f"a size must be a number of bytes such as 500MB or 2GB, got {text!r}")
-    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " "))
 
 
 class PassageCache:

@@ -225,7 +225,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
     def add_template(self, view: View) -> View:
         """Return a view as it runs, with BOS and template. Of these nothing is dropped or hidden."""
         prefix, suffix = self.bos_ids + tuple(self.tokenize.prefix_ids), tuple(self.tokenize.suffix_ids)
-        return View(prefix + view.ids + suffix, (True,) * len(prefix) + view.seen + (True,) * len(suffix))
+        seen = (True,) * len(prefix) + view.seen + (True,) * len(suffix)
+        return View(prefix + view.ids + suffix, seen, view.recurs)
 
     def _select_contrastive(self, examples: list[TokenizedExample], rows: list[Row]) -> list[TokenizedExample]:
         """The examples to contrast: a batch of their own, or (as in the paper) the special rows of the same batch."""

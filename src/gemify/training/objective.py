@@ -45,7 +45,7 @@ from gemify.paper.tokens import IGNORED, Row, RowInputs, Segment, build_inputs
 from gemify.paper.views import View
 from gemify.training.distributed import all_reduce_max, gather, rank, world_size
 from gemify.training.teacher import Distillation
-from gemify.training.text_passes import TextPasses, TokenCounts
+from gemify.training.text_passes import TextCache, TextPasses, TokenCounts
 
 _CPU_CHUNK = 256
 """Targets at a time on a CPU; PyTorch's own choice is far slower there."""
@@ -108,6 +108,7 @@ class Objective(nn.Module):
         contrastive_chunk_size: Views whose activations are held at a time (GradCache). None: all.
         sharded: Every process holds a part of the weights.
         distillation: The linear map into a teacher's space, and the weights of the losses. None: there is no teacher.
+        text_cache_bytes: Memory for the KV of texts that later epochs have again (``gated``, ``tokens``). 0: none.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class Objective(nn.Module):
         contrastive_chunk_size: int | None = None,
         sharded: bool = False,
         distillation: Distillation | None = None,
+        text_cache_bytes: int = 0,
     ) -> None:
         super().__init__()
         self.distillation = distillation
@@ -128,7 +130,12 @@ class Objective(nn.Module):
         self.group_tokens, self.pass_overhead_tokens = group_tokens, pass_overhead_tokens
         self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
         self.plain_head = has_plain_head(lm)
-        self.texts = TextPasses(lm, group_tokens=group_tokens, pass_overhead_tokens=pass_overhead_tokens)
+        self.texts = TextPasses(
+            lm,
+            group_tokens=group_tokens,
+            pass_overhead_tokens=pass_overhead_tokens,
+            cache=TextCache(text_cache_bytes) if text_cache_bytes else None,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -302,18 +309,26 @@ class Objective(nn.Module):
         out: list[Tensor] = []
         order: list[int] = []
         batches = self.texts.batches([len(t) for t in texts], rows=self.contrastive_chunk_size)
+        keep = {view.ids for view in views if view.recurs}
         for batch in batches:
             uses = [(row, v) for row, i in enumerate(batch) for v in users[texts[i]]]
             rows, seen = [row for row, _ in uses], [views[v].seen for _, v in uses]
-            out.append(self._chunk(len(batches), self._embed_texts, [texts[i] for i in batch], rows, seen, counts))
+            out.append(
+                self._chunk(len(batches), self._embed_texts, [texts[i] for i in batch], rows, seen, counts, keep)
+            )
             order += [v for _, v in uses]
         return torch.cat(out)[torch.tensor(order, device=self.device).argsort()]
 
     def _embed_texts(
-        self, texts: list[tuple[int, ...]], rows: list[int], seen: list[tuple[bool, ...]], counts: TokenCounts
+        self,
+        texts: list[tuple[int, ...]],
+        rows: list[int],
+        seen: list[tuple[bool, ...]],
+        counts: TokenCounts,
+        keep: set[tuple[int, ...]],
     ) -> Tensor:
         """Embed views: row ``rows[n]`` of the texts, of which the special tokens see ``seen[n]``."""
-        text = self.texts.run(texts, counts, layer=self.gem_config.layer)
+        text = self.texts.run(texts, counts, layer=self.gem_config.layer, keep=keep)
         most = max(1, self.group_tokens // text.mask_BT.shape[1])
         out = []
         for at in range(0, len(rows), most):

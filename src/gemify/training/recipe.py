@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 from huggingface_hub.dataclasses import type_validator
 
-from gemify.io.tables import first_line
+from gemify.io.tables import first_line, parse_bytes
 from gemify.model.attention import require_kernel
 from gemify.model.config import (
     POOLINGS,
@@ -156,6 +156,9 @@ class Recipe:
     """sdpa, eager or flex_attention (GPUs: block masks, for long rows). None: the model's own."""
     group_tokens: int = 8192
     """Most tokens of one forward pass, padding included; a batch is split into groups of similar length."""
+    text_cache: str | None = None
+    """Memory for the KV of texts, such as 8GB, so that later epochs run the special tokens alone (``gated``,
+    ``tokens``). Texts that lose tokens at random are not kept. None: texts run in every epoch."""
     shuffle_buffer: int = 10_000
     save_steps: int = 50
     save_total_limit: int = 2
@@ -192,6 +195,8 @@ class Recipe:
             raise ValueError(f"max_length must be at least 2 and min_length ({self.min_length}), got {self.max_length}")
         if self.min_length < 2:
             raise ValueError(f"min_length must be at least 2 (a row is split in two), got {self.min_length}")
+        if parse_bytes(self.text_cache) is not None and self.tune not in ("gated", "tokens"):
+            raise ValueError(f"text_cache needs texts that run without adapter (gated, tokens), got tune {self.tune}")
         if self.contrastive_chunk_size is not None and self.contrastive_chunk_size < 1:
             raise ValueError(f"contrastive_chunk_size must be at least 1, got {self.contrastive_chunk_size}")
 

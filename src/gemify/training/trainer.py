@@ -25,6 +25,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from gemify.io.atomic import atomic_file, sync
 from gemify.io.signals import StopRequestedError, stop_signals
+from gemify.io.tables import parse_bytes
 from gemify.model.base import enable_activation_checkpointing, max_positions
 from gemify.model.encode import peak_memory_bytes, throughput
 from gemify.model.forward import PASS_OVERHEAD_TOKENS
@@ -56,6 +57,7 @@ _LONG_PASS_OVERHEAD = 60.0
 _GPU_PASS_OVERHEAD = 4096.0
 """The same on a GPU, where starting a pass's kernels takes as long as some thousands of tokens."""
 _LOSSES = ("ntp", "contrastive", "distillation")
+_COUNTS = ("tokens", "padding", "cached")
 
 
 class _GemTrainer(Trainer):
@@ -93,7 +95,7 @@ class _GemTrainer(Trainer):
             if part is not None:
                 self._parts[name] = self._parts.get(name, 0.0) + float(part.detach()) * share
         self._parts.update(alpha=inputs["batch"].alpha, scale=losses.scale)
-        for name in ("tokens", "padding"):
+        for name in _COUNTS if self.recipe.text_cache else _COUNTS[:2]:
             self._parts[name] = self._parts.get(name, 0) + getattr(losses.counts, name)
         return (losses.total, None) if return_outputs else losses.total
 
@@ -117,11 +119,11 @@ class _GemTrainer(Trainer):
     def _reduce(self, parts: dict[str, float]) -> dict[str, float]:
         """Combine this process's measurements with the others': means of losses, sums of token counts."""
         world = self.args.world_size
-        weights: dict[str, float] = {**dict.fromkeys(_LOSSES, 1.0 / world), "tokens": 1, "padding": 1}
+        weights: dict[str, float] = {**dict.fromkeys(_LOSSES, 1.0 / world), **dict.fromkeys(_COUNTS, 1.0)}
         names = [name for name in weights if name in parts]
         sums = all_reduce_sum([parts[name] for name in names], self.args.device)
         reduced = {name: total * weights[name] for name, total in zip(names, sums, strict=True)}
-        reduced.update({name: int(reduced[name]) for name in ("tokens", "padding") if name in reduced})
+        reduced.update({name: int(reduced[name]) for name in _COUNTS if name in reduced})
         return {**parts, **reduced}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -334,6 +336,7 @@ def build_objective(
         contrastive_chunk_size=recipe.contrastive_chunk_size,
         sharded=sharded,
         distillation=distillation,
+        text_cache_bytes=parse_bytes(recipe.text_cache) or 0,
     )
     return gem, objective
 
@@ -441,6 +444,8 @@ def _summary(trainer: _GemTrainer) -> dict[str, Any]:
         "device": gem.device.type,
         "base_fingerprint": gem.config.base_fingerprint,
     }
+    if trainer.recipe.text_cache:
+        summary["cached_tokens"] = sum(entry.get("cached", 0) for entry in steps)
     summary |= trainer.batches.skipped_rows()
     if pairs is not None:
         summary["sts_spearman"] = trainer.sts(pairs)
