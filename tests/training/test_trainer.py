@@ -138,6 +138,30 @@ def test_accumulation_of_ntp_equals_one_large_batch(
     assert [r["grad_norm"] for r in a] == pytest.approx([r["grad_norm"] for r in b], rel=1e-4)
 
 
+@pytest.mark.parametrize("tune", ["gated", "tokens"])
+def test_a_text_cache_runs_texts_in_the_first_epoch_alone(base_dir: Path, tmp_path: Path, tune: str) -> None:
+    """Sixteen pairs, eight a batch: every second step begins an epoch. The curve is that of texts that run."""
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"anchor": f"the anchor of pair {i}", "positive": f"a longer positive text {i * i}"} for i in range(16)]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"tune": tune, "ntp_steps": 0, "contrastive_batch_size": 8, "drop_rate": 0.0, "lora_dropout": 0.0}
+    runs = {}
+    for name, cache in (("plain", None), ("cached", "100MB"), ("small", "20kB")):
+        made = recipe(base_dir, pairs, text_cache=cache, **options)
+        runs[name] = train(made, tmp_path / name, show_progress_bar=False)
+    losses = {name: [r["loss"] for r in curve(tmp_path / name) if "loss" in r] for name in runs}
+    assert losses["cached"] == pytest.approx(losses["plain"], abs=1e-5)
+    assert losses["small"] == pytest.approx(losses["plain"], abs=1e-5)
+    vectors = {name: gem.encode(["some text", "another one"]) for name, (gem, _) in runs.items()}
+    assert vectors["cached"] == pytest.approx(vectors["plain"], abs=1e-5)
+    steps = [r for r in curve(tmp_path / "cached") if "loss" in r]
+    assert [r["tokens"] == 0 for r in steps] == [False] * 2 + [True] * 6
+    assert all(r["cached"] == 0 for r in steps[:2])
+    assert runs["cached"][1]["cached_tokens"] == 3 * runs["cached"][1]["tokens"]
+    assert 0 < runs["small"][1]["cached_tokens"] < runs["cached"][1]["cached_tokens"]
+    assert "cached_tokens" not in runs["plain"][1]
+
+
 _CHILD = """
 import sys
 from pathlib import Path
