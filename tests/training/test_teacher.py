@@ -17,7 +17,7 @@ from test_trainer import curve, weights
 
 from gemify import GemModel
 from gemify.cli.main import app
-from gemify.paper.objectives import cosine_loss, similarity_loss
+from gemify.paper.objectives import cosine_loss, info_nce, matryoshka_loss, similarity_loss
 from gemify.training.recipe import Recipe
 from gemify.training.teacher import Teacher
 from gemify.training.trainer import train
@@ -107,6 +107,35 @@ def test_the_cosine_loss_is_sentence_transformers(teacher_dir: Path) -> None:
     theirs = losses.EmbedDistillLoss(model, distance_metric="cosine")([features], targets)
     ours = cosine_loss(model(model.tokenize(TEXTS))["sentence_embedding"], targets)
     torch.testing.assert_close(ours, theirs)
+
+
+def test_the_contrastive_loss_of_cut_vectors_is_sentence_transformers(teacher_dir: Path) -> None:
+    """Its MatryoshkaLoss around its MultipleNegativesRankingLoss is the sum where ours is the mean."""
+    generator = torch.Generator().manual_seed(2)
+    q_BD, d_BD = (torch.randn(6, 12, generator=generator) for _ in range(2))
+    model = st.SentenceTransformer(str(teacher_dir), device="cpu")
+    inner = losses.MultipleNegativesRankingLoss(model, scale=20.0)
+    theirs = losses.MatryoshkaLoss(model, inner, matryoshka_dims=[12, 8, 3])
+    embeddings = iter([q_BD, d_BD])
+    model.forward = lambda features, **_: {"sentence_embedding": next(embeddings)}  # type: ignore[method-assign]
+    expected = theirs([{}, {}], None) / 3
+    ours = matryoshka_loss(lambda dim: info_nce(q_BD[:, :dim], d_BD[:, :dim], 20.0), (3, 8), 12)
+    assert float(ours) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_cut_vectors_learn_the_teachers_similarities(
+    base_dir: Path, texts_file: Path, teacher_dir: Path, home: Path, tmp_path: Path
+) -> None:
+    """Vectors cut to 2 of 12 numbers: nearer to the teacher's similarities than without ``matryoshka_dims``."""
+    texts = [line for line in texts_file.read_text().splitlines() if line.strip()][:40]
+    targets_NP = torch.tensor(Teacher(f"st:{teacher_dir}").vectors(texts))
+    found = {}
+    for dims in ([], [2]):
+        options = {"max_steps": 60, "batch_size": 16, "cosine_weight": 0.0, "similarity_weight": 1.0}
+        made = recipe(base_dir, str(texts_file), teacher_dir, matryoshka_dims=dims, contrastive_lr=1e-2, **options)
+        gem, _ = train(made, tmp_path / str(len(dims)), show_progress_bar=False)
+        found[len(dims)] = float(similarity_loss(torch.tensor(gem.encode(texts, truncate_dim=2)), targets_NP))
+    assert found[1] < found[0]
 
 
 def test_the_similarity_loss_is_the_divergence_of_the_teachers_rows() -> None:

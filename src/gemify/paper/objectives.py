@@ -7,6 +7,7 @@ needs nothing else.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -182,6 +183,17 @@ def similarity_loss(
         return logits_NN[others_NN].view(N, N - 1).log_softmax(-1)
 
     return F.kl_div(rows(vectors_NP), rows(targets_NP), reduction="batchmean", log_target=True)
+
+
+def matryoshka_loss(loss: Callable[[int], Tensor], dims: Sequence[int], width: int) -> Tensor:
+    """Return the mean of a loss over vectors cut to each of some dimensions, and over whole ones (arXiv 2205.13147).
+
+    Args:
+        loss: The loss of vectors cut to their first numbers, by how many these are.
+        dims: Dimensions to cut to.
+        width: Dimensions of a whole vector.
+    """
+    return torch.stack([loss(dim) for dim in sorted({*dims, width})]).mean() if dims else loss(width)
 
 
 def total_loss(ntp: Tensor | None, contrastive: Tensor | None, alpha: float) -> Tensor:

@@ -40,7 +40,7 @@ from gemify.model.forward import (
     special_pass,
     suffix_pass,
 )
-from gemify.paper.objectives import Temperature, equal_texts, info_nce, next_token_loss, total_loss
+from gemify.paper.objectives import Temperature, equal_texts, info_nce, matryoshka_loss, next_token_loss, total_loss
 from gemify.paper.tokens import IGNORED, Row, RowInputs, Segment, build_inputs
 from gemify.paper.views import View
 from gemify.training.distributed import all_reduce_max, gather, rank, world_size
@@ -108,6 +108,7 @@ class Objective(nn.Module):
         contrastive_chunk_size: Views whose activations are held at a time (GradCache). None: all.
         sharded: Every process holds a part of the weights.
         distillation: The linear map into a teacher's space, and the weights of the losses. None: there is no teacher.
+        matryoshka_dims: Dimensions to which vectors are cut in the contrastive loss, beside whole ones.
         text_cache_bytes: Memory for the KV of texts that later epochs have again (``gated``, ``tokens``). 0: none.
     """
 
@@ -122,6 +123,7 @@ class Objective(nn.Module):
         contrastive_chunk_size: int | None = None,
         sharded: bool = False,
         distillation: Distillation | None = None,
+        matryoshka_dims: tuple[int, ...] = (),
         text_cache_bytes: int = 0,
     ) -> None:
         super().__init__()
@@ -129,6 +131,7 @@ class Objective(nn.Module):
         self.lm, self.adapter, self.temperature, self.gem_config = lm, adapter, Temperature(), config
         self.group_tokens, self.pass_overhead_tokens = group_tokens, pass_overhead_tokens
         self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
+        self.matryoshka_dims = matryoshka_dims
         self.plain_head = has_plain_head(lm)
         self.texts = TextPasses(
             lm,
@@ -202,14 +205,19 @@ class Objective(nn.Module):
         own_index_B = torch.arange(own, device=views_ND.device) * world_size() + rank()
         candidates_NWD = gather(views_BWD[:, 1:], pairs)
         keys_BK = None if batch.keys is None else torch.tensor(batch.keys, device=views_ND.device)
-        loss = info_nce(
-            views_BWD[:own, 0],
-            candidates_NWD[:, 0],
-            temperature,
-            candidates_NWD[:, 1:].flatten(0, 1),
-            own_index_B=own_index_B,
-            excluded_BN=None if keys_BK is None else equal_texts(keys_BK, own_index_B),
-        )
+        excluded_BN = None if keys_BK is None else equal_texts(keys_BK, own_index_B)
+
+        def cut(dim: int) -> Tensor:
+            return info_nce(
+                views_BWD[:own, 0, :dim],
+                candidates_NWD[:, 0, :dim],
+                temperature,
+                candidates_NWD[:, 1:, :dim].flatten(0, 1),
+                own_index_B=own_index_B,
+                excluded_BN=excluded_BN,
+            )
+
+        loss = matryoshka_loss(cut, self.matryoshka_dims, views_ND.shape[-1])
         return loss * (own * world_size() / pairs)
 
     def embed(self, views: list[View], counts: TokenCounts | None = None) -> Tensor:

@@ -130,6 +130,9 @@ class Recipe:
     warmup_steps: int = 5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    matryoshka_dims: tuple[int, ...] = ()
+    """Dimensions to which vectors are cut in the contrastive loss and that of similarities, beside whole vectors, so
+    that cut ones are good too. Not in the paper."""
     view: ViewKind = "delete"
     drop_rate: float = 0.1
     drop_both: bool = False
@@ -235,6 +238,8 @@ class Recipe:
             raise ValueError("cosine_weight and similarity_weight are 0: nothing is learned from the teacher")
         if self.teacher is not None and self.contrastive_batch_size is None:
             raise ValueError("a teacher needs a batch of its own: set contrastive_batch_size")
+        if any(dim < 1 for dim in self.matryoshka_dims):
+            raise ValueError(f"matryoshka_dims must be at least 1 each, got {list(self.matryoshka_dims)}")
         contrastive = schedule.alpha(self.max_steps - 1) > 0.0
         if contrastive and self.contrastive_batch_size is not None and self.contrastive_batch_size < 2:
             raise ValueError(

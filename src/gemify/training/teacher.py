@@ -21,7 +21,7 @@ from gemify.io.tables import first_line
 from gemify.model.gem import GemModel
 from gemify.model.gguf_cache import cache_directory
 from gemify.model.projection import Projection, ridge
-from gemify.paper.objectives import cosine_loss, similarity_loss
+from gemify.paper.objectives import cosine_loss, matryoshka_loss, similarity_loss
 from gemify.paper.views import View
 from gemify.training.distributed import gather, world_size
 from gemify.training.recipe import Recipe
@@ -45,7 +45,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.projection, self.keep = projection, recipe.projection == "keep"
         self.cosine_weight, self.similarity_weight = recipe.cosine_weight, recipe.similarity_weight
-        self.contrastive_weight = recipe.contrastive_weight
+        self.contrastive_weight, self.matryoshka_dims = recipe.contrastive_weight, recipe.matryoshka_dims
 
     @torch.no_grad()
     def fit(self, embed: Callable[[list[View]], Tensor], samples: Iterable[tuple[list[View], np.ndarray]]) -> None:
@@ -91,7 +91,12 @@ class Distillation(nn.Module):
             if keys_BK is not None:
                 keys_N = keys_BK[:, 1 : 1 + width].flatten()
                 excluded_NN = (keys_N[:, None] == keys_N) | (keys_N < 0)
-            divergence = similarity_loss(whole(vectors_ND), whole(targets_NP), excluded_NN=excluded_NN)
+            all_ND, all_NP = whole(vectors_ND), whole(targets_NP)
+
+            def cut(dim: int) -> Tensor:
+                return similarity_loss(all_ND[:, :dim], all_NP, excluded_NN=excluded_NN)
+
+            divergence = matryoshka_loss(cut, self.matryoshka_dims, all_ND.shape[-1])
             loss = loss + self.similarity_weight * divergence
         return vectors_ND, loss
 

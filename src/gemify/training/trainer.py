@@ -327,6 +327,11 @@ def build_objective(
             gem.config = dataclasses.replace(gem.config, projection_dim=teacher_dim, teacher=space)
             gem.projection = projection
     _require_positions(recipe, gem)
+    if max(recipe.matryoshka_dims, default=0) > gem.get_embedding_dim():
+        raise ValueError(
+            f"matryoshka_dims must be at most {gem.get_embedding_dim()}, the dimensions of a vector,"
+            f" got {max(recipe.matryoshka_dims)}"
+        )
     objective = Objective(
         gem.lm,
         gem.adapter,
@@ -336,6 +341,7 @@ def build_objective(
         contrastive_chunk_size=recipe.contrastive_chunk_size,
         sharded=sharded,
         distillation=distillation,
+        matryoshka_dims=recipe.matryoshka_dims,
         text_cache_bytes=parse_bytes(recipe.text_cache) or 0,
     )
     return gem, objective
