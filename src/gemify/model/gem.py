@@ -20,13 +20,14 @@ from gemify.model.early_exit import early_exit, enable_early_exit
 from gemify.model.embedding_mixin import EmbeddingMixin, Texts
 from gemify.model.encode import ThroughputMeter
 from gemify.model.forward import left_pad, special_pass, text_pass
+from gemify.model.hub import HubMixin
 from gemify.model.prefill import Prefill, find_eos_ids, greedy_from_specials
 from gemify.model.pretrained import GemParts, embedding_fingerprint, load_pretrained, prepare_base, save_parts
 from gemify.model.projection import Projection
 from gemify.model.tokenization import PLAIN, TextTokenizer
 
 
-class GemModel(EmbeddingMixin):
+class GemModel(EmbeddingMixin, HubMixin):
     """A decoder-only language model with special tokens whose hidden states are text embeddings.
 
     Make one with `from_base` (untrained) or `from_pretrained` (saved).
@@ -146,7 +147,8 @@ class GemModel(EmbeddingMixin):
             base: Where to look for the base model. None: where the configuration says.
             max_length: Most tokens of a text, template and special tokens included, up to the base's positions. None:
                 what the GEM was saved with.
-            loading: dtype, device, attn_implementation, revision, trust_remote_code and quantize (int8, int4).
+            loading: dtype, device, attn_implementation, revision, token, trust_remote_code and quantize (int8, int4).
+                ``revision`` is the GEM's in a repo, and the base's with a directory.
 
         Returns:
             The GEM, in evaluation mode.

@@ -119,7 +119,7 @@ def prepare_base(
 
 def load_pretrained(path: str | Path, *, base: str | None, **loading: Unpack[Loading]) -> GemParts:
     """Load a saved GEM: see `GemModel.from_pretrained`."""
-    directory = resolve_directory(path)
+    directory = _find_directory(path, loading)
     config = GemConfig.from_directory(directory)
     full = config.tune == "full" or not (directory / ADAPTER_FILE).is_file()
     if full and not (directory / "config.json").is_file():
@@ -163,6 +163,14 @@ def load_pretrained(path: str | Path, *, base: str | None, **loading: Unpack[Loa
     quantize_layers(lm, quantization)
     lm.eval()
     return GemParts(lm, tokenizer, config, adapter, projection)
+
+
+def _find_directory(path: str | Path, loading: Loading) -> Path:
+    """Find a GEM's directory. ``revision`` is taken out of the options where it is the GEM's, not its base's."""
+    directory = resolve_directory(path, revision=loading.get("revision"), token=loading.get("token"))
+    if directory != Path(path):
+        loading.pop("revision", None)
+    return directory
 
 
 def save_parts(parts: GemParts, path: str | Path, *, merge: bool, weights: dict[str, torch.Tensor] | None) -> None:

@@ -14,9 +14,10 @@ pytest.importorskip("markdown_it")
 
 from huggingface_hub import ModelCard
 
-from gemify.evaluation.report.render import CARD_FILE, write_card
+from gemify.evaluation.report.render import write_card
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.model.config import CONFIG_FILE, GemConfig
+from gemify.model.hub import CARD_FILE
 
 
 @pytest.fixture
@@ -81,7 +82,7 @@ def test_a_new_card_holds_the_measured_figures_and_no_other(gem: Path, tmp_path:
 def test_the_hubs_own_reader_understands_it(gem: Path, tmp_path: Path) -> None:
     card = ModelCard.load(write_card(gem, *measured(tmp_path / "out")))
     assert (card.data.library_name, card.data.base_model) == ("gemify", "org/small-lm")
-    assert card.data.tags == ["embeddings", "feature-extraction", "gemify"]
+    assert card.data.tags == ["embeddings", "feature-extraction", "gemify", "sentence-transformers"]
     assert card.data.model_name == "my-gem"
     found = {(r.task_type, r.dataset_name, r.metric_type): r.metric_value for r in card.data.eval_results}
     assert found == {

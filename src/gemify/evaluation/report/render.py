@@ -33,8 +33,8 @@ from gemify.evaluation.report.sections import PUBLISHED, mark_subset, write_sect
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.io.atomic import atomic_file
 from gemify.io.tables import MISSING, escape_markdown
-from gemify.model.base import STARTER, STARTER_REPO
 from gemify.model.config import GemConfig
+from gemify.model.hub import CARD_FILE, model_card
 
 if TYPE_CHECKING:
     from markdown_it.token import Token
@@ -141,7 +141,6 @@ def _mark_published(tokens: Sequence[Token]) -> None:
             token.attrSet("class", "published")
 
 
-CARD_FILE = "README.md"
 _START, _END = "<!-- gemify: measured results -->", "<!-- gemify: end of measured results -->"
 
 
@@ -159,7 +158,7 @@ def write_card(directory: Path, store: ResultStore, entry: ModelEntry) -> Path:
     config = GemConfig.from_directory(directory)
     path = directory / CARD_FILE
     name = directory.resolve().name
-    text = path.read_text(encoding="utf-8") if path.is_file() else _description(name, config)
+    text = path.read_text(encoding="utf-8") if path.is_file() else model_card(name, config)
     block = f"{_START}\n{card_section(store, entry).strip()}\n{_END}"
     found = re.search(f"{re.escape(_START)}.*?{re.escape(_END)}", text, re.S)
     text = text[: found.start()] + block + text[found.end() :] if found else f"{text.rstrip()}\n\n{block}\n"
@@ -215,36 +214,3 @@ def eval_results(store: ResultStore, entry: ModelEntry) -> list[dict[str, Any]]:
         }
         for kind, task, metric, value in found
     ]
-
-
-def _description(name: str, config: GemConfig) -> str:
-    base = STARTER_REPO if config.base == STARTER else config.base
-    hub_name = base if base.count("/") == 1 and not Path(base).exists() else None
-    weights = (
-        "The base model's weights are untouched: without a special token in the input, logits are the base's to the"
-        " bit."
-        if config.frozen_base
-        else "The base model's weights were trained, so its language model has changed: see the differences below."
-    )
-    return f"""---
-library_name: gemify
-tags:
-- embeddings
-- feature-extraction
-- gemify
-{f"base_model: {hub_name}" if hub_name else ""}
----
-
-# {name}
-
-One language model that writes and embeds: {Path(base).name}, tuned `{config.tune}` with {config.k} special token(s)
-by gemify (GEM, arXiv 2506.04344). {weights}
-
-```python
-from gemify import GemModel
-
-gem = GemModel.from_pretrained("{name}")
-vectors = gem.encode(["a text", "another"])
-answer = gem.chat([{{"role": "user", "content": "a question"}}])
-```
-"""
