@@ -87,9 +87,7 @@ def train(
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory (lora, full)."),
     ] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager or flex_attention (GPUs).")] = None,
-    text_cache: Annotated[
-        str | None, typer.Option(help="Memory for the KV of texts, such as 8GB: later epochs do not run them (gated).")
-    ] = None,
+    text_cache: Annotated[str | None, typer.Option(help="Memory for kept KV of texts, such as 8GB (gated).")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     device: Device = None,
     quiet: Quiet = False,
