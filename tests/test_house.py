@@ -184,7 +184,7 @@ for module in pkgutil.walk_packages(gemify.__path__, "gemify."):
         name = module.name.removeprefix("gemify.")
         if not name.startswith(("serving.", "bench.encoder_server", "integrations.vllm.server")):  # the verb says it
             extra = name.removeprefix("integrations.").replace("_", "-")
-            assert extra in ("langchain", "llama-index", "sentence-transformers"), error
+            assert extra in ("langchain", "llama-index", "llm", "sentence-transformers"), error
             assert f"pip install 'gemify[{extra}]'" in str(error), error
 """
 

@@ -21,8 +21,8 @@ import tiny_models
 from gemify import GemModel
 from gemify.evaluation.baselines import BaselineEncoder
 from gemify.evaluation.models import encoder_entry
-from gemify.evaluation.mteb_runner import run_task
-from gemify.evaluation.mteb_tasks import GEM16, LLM2VEC15, LOCAL_TASKS
+from gemify.evaluation.mteb_runner import is_finished, mteb_model, run_task
+from gemify.evaluation.mteb_tasks import GEM16, LLM2VEC15, LOCAL_TASKS, make_task
 from gemify.evaluation.results import ModelEntry, ResultStore
 from gemify.evaluation.suite import SUITES, Plan, evaluate
 from gemify.model.base import load_base
@@ -479,3 +479,17 @@ def test_run_task_and_evaluate_share_their_results(run: Run, model: str) -> None
     score = run_task(toy, make_task("STSBenchmark", run.data), gem, run.store)
     assert toy.asked == []
     assert score == pytest.approx(run.store.scores(gem)["STSBenchmark"]["score"])
+
+
+def test_mteb_runs_a_gem_as_one_of_its_models(model: str, data: Path, tmp_path: Path) -> None:
+    import mteb
+
+    run = Run(tmp_path / "ours", data)
+    (entry,) = [e for e in run(model, STS) if e.facts["kind"] == "gem"]
+    meta = mteb_model(model, device="cpu")
+    assert (meta.name, meta.revision, meta.max_tokens) == (entry.name, entry.revision, 512)
+    result = mteb.evaluate(
+        meta, make_task("STSBenchmark", data), cache=mteb.ResultCache(cache_path=tmp_path / "theirs"), co2_tracker=False
+    )
+    assert 100 * result.task_results[0].get_score() == pytest.approx(run.store.scores(entry)["STSBenchmark"]["score"])
+    assert is_finished(ResultStore(tmp_path / "theirs"), entry, "STSBenchmark")

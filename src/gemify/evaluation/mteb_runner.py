@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from gemify.evaluation.models import EvalModels, EvalSettings
 from gemify.evaluation.results import ModelEntry, ResultStore
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,46 @@ class MtebEncoder:
         from mteb.similarity_functions import pairwise_cos_sim
 
         return pairwise_cos_sim(embeddings1, embeddings2)
+
+
+def mteb_model(path: str, *, base: str | None = None, dtype: str = "float32", device: str | None = None) -> Any:
+    """Return a GEM as a model of mteb, under the name and revision that `gemify eval` uses.
+
+        mteb.evaluate(mteb_model("starter"), mteb.get_tasks(["STSBenchmark"]))
+
+    Args:
+        path: A GEM's directory, repo id or shipped name.
+        base: Where its base is. None: where its configuration says.
+        dtype: Of the weights and the arithmetic.
+        device: Where it runs. None: the accelerator if there is one.
+
+    Returns:
+        mteb's ``ModelMeta``. Its ``load_model`` loads the GEM.
+
+    Raises:
+        ValueError: No GEM is there.
+    """
+    from mteb.models.model_meta import ModelMeta, ScoringFunction
+
+    models = EvalModels(path, base=base, settings=EvalSettings(dtype), device=device)
+    entry, config = models.gem_entry(), models.config
+    assert config is not None
+
+    def load_gem(*_: Any, **__: Any) -> MtebEncoder:
+        return MtebEncoder(models.gem, entry)
+
+    facts = {
+        "loader": load_gem,
+        "name": entry.name,
+        "revision": entry.revision,
+        "max_tokens": config.max_length,
+        "framework": ["PyTorch", "Transformers", "Sentence Transformers"],
+        "similarity_fn_name": ScoringFunction.COSINE,
+        "use_instructions": bool(config.prompts),
+        "modalities": ["text"],
+        "model_type": ["dense"],
+    }
+    return ModelMeta.create_empty(facts)
 
 
 def instruction_of(task: Any) -> str:

@@ -113,7 +113,7 @@ class ChatGem(SharedModelMixin, GenerationSettings, BaseChatModel):
     def _start(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> TextStream:
         if stop is not None:
             options = {**options, "stop": stop}
-        return stream_chat(self.gem, [_message(m) for m in messages], **self._stream_options(options))
+        return stream_chat(self.gem, [_message(m) for m in messages], **self.stream_options(options))
 
     def _generate(
         self,

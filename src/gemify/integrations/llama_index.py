@@ -134,7 +134,7 @@ class GemLLM(SharedModelMixin, GenerationSettings, CustomLLM):
     def _continue(self, prompt: str, formatted: bool, options: dict[str, Any]) -> TextStream:
         assert self.completion_to_prompt is not None
         return stream(
-            self.gem, prompt if formatted else self.completion_to_prompt(prompt), **self._stream_options(options)
+            self.gem, prompt if formatted else self.completion_to_prompt(prompt), **self.stream_options(options)
         )
 
     @llm_completion_callback()
@@ -226,7 +226,7 @@ class GemLLM(SharedModelMixin, GenerationSettings, CustomLLM):
         if not self.metadata.is_chat_model:
             assert self.messages_to_prompt is not None
             return self._continue(self.messages_to_prompt(messages), True, options)
-        return stream_chat(self.gem, plain, **self._stream_options(options))
+        return stream_chat(self.gem, plain, **self.stream_options(options))
 
 
 async def _in_thread(pieces: TextStream) -> AsyncGenerator[str, None]:

@@ -42,7 +42,7 @@ class GenerationSettings(BaseModel):
     seed: int | None = None
     """Seed of the sampling."""
 
-    def _stream_options(self, given: dict[str, Any]) -> dict[str, Any]:
+    def stream_options(self, given: dict[str, Any]) -> dict[str, Any]:
         """Options of `gemify.model.streaming.stream` for one call: these settings, and ``given`` ones in their place.
 
         Raises:

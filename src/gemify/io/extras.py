@@ -11,6 +11,7 @@ EXTRAS = {
     "sentence_transformers": "sentence-transformers",
     "langchain_core": "langchain",
     "llama_index": "llama-index",
+    "llm": "llm",
     "lancedb": "rag",
     "pyarrow": "rag",
     "filelock": "rag",
