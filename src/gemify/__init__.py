@@ -6,19 +6,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["GemConfig", "GemIndex", "GemModel", "GemRag", "RagSettings", "__version__"]
+__all__ = ["GemConfig", "GemIndex", "GemModel", "GemRag", "GemTrainer", "RagSettings", "__version__"]
 
 if TYPE_CHECKING:
     from gemify.model.config import GemConfig
     from gemify.model.gem import GemModel
     from gemify.rag.pipeline import GemRag, RagSettings
     from gemify.retrieval.index import GemIndex
+    from gemify.training.gem_trainer import GemTrainer
 
 _ROOMS = {
     "GemConfig": "gemify.model.config",
     "GemModel": "gemify.model.gem",
     "GemIndex": "gemify.retrieval.index",
     "GemRag": "gemify.rag.pipeline",
+    "GemTrainer": "gemify.training.gem_trainer",
     "RagSettings": "gemify.rag.pipeline",
 }
 

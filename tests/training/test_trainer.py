@@ -244,14 +244,14 @@ def _plain(made: Recipe) -> dict[str, Any]:
 def test_a_loss_that_is_no_number_ends_the_run(
     base_dir: Path, texts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = gemify.training.trainer._GemTrainer.create_optimizer
+    real = gemify.training.trainer.GemTrainer.create_optimizer
 
     def poisoned(self: Any, *args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             self.gem.adapter.rows.rows_KD.fill_(float("nan"))
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(gemify.training.trainer._GemTrainer, "create_optimizer", poisoned)
+    monkeypatch.setattr(gemify.training.trainer.GemTrainer, "create_optimizer", poisoned)
     with pytest.raises(FloatingPointError, match="became nan at step 1: lower the learning rate"):
         train(recipe(base_dir, texts_file), tmp_path / "run", show_progress_bar=False)
     assert not (tmp_path / "run" / "config_gemify.json").exists()

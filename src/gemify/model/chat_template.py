@@ -29,6 +29,7 @@ Message = Mapping[str, Any]
 
 _PARAMETERS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 _PROBES = ("a", "Z")  # no text begins, or ends, with both
+_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def pop_chat_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -120,10 +121,90 @@ class ChatTemplate:
             except Exception as error:  # templates raise what they like
                 return self._tokenize_folded(given, options, error)
 
-    def content_span(self, messages: Sequence[Message]) -> tuple[int, int]:
-        """Start and end position of the last message's content in the ids. An empty span: it cannot be told."""
-        ids = self.apply(messages)
-        others = [self.apply([*messages[:-1], {**messages[-1], "content": probe}]) for probe in _PROBES]
+    def assistant_mask(
+        self, messages: Sequence[Message], *, tools: Sequence[Any] | None = None, since: int = 0
+    ) -> tuple[Ids, tuple[bool, ...]]:
+        """Token ids of a whole conversation, and which of them the assistant writes, the ends of its turns included.
+
+        A template with ``{% generation %}`` says so itself. In others an answer is what follows the generation prompt.
+
+        Args:
+            messages: The oldest first.
+            tools: JSON schemas of tools, for templates that name them.
+            since: The first message that counts.
+
+        Raises:
+            ValueError: The template refuses the conversation.
+        """
+        if since == 0 and (marked := self._marked_mask(messages, tools)) is not None:
+            return marked
+        ids = self.apply(messages, tools=tools, add_generation_prompt=False)
+        mask = [False] * len(ids)
+        for index, message in enumerate(messages):
+            if index >= since and message.get("role") == "assistant":
+                start, end = self._answer_span(ids, messages, index, tools)
+                mask[start:end] = [True] * (end - start)
+        return ids, tuple(mask)
+
+    def _marked_mask(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None
+    ) -> tuple[Ids, tuple[bool, ...]] | None:
+        """The mask by the template's own marks, or None where it has none or cannot be asked."""
+        given = _replace_surrogates([dict(message) for message in messages])
+        options = {"tools": list(tools) if tools else None, **self._template_kwargs}
+        template = str(self._tokenizer.get_chat_template())
+        if not _GENERATION_MARK.search(template) or self._spells_control_token([given, options]):
+            return None  # control tokens as text and marks do not go together in transformers
+        with self._lock:
+            try:
+                found = self._tokenizer.apply_chat_template(given, return_assistant_tokens_mask=True, **options)
+            except Exception:  # `apply` then says why, or mends it
+                return None
+        return tuple(found["input_ids"]), tuple(map(bool, found["assistant_masks"]))
+
+    def _answer_span(
+        self, ids: Ids, messages: Sequence[Message], index: int, tools: Sequence[Any] | None
+    ) -> tuple[int, int]:
+        """Start and end position of an answer in a conversation's ids, its end of turn included."""
+        before = self._apply_or_none(messages[:index], tools, add_generation_prompt=True)
+        after = self._apply_or_none(messages[: index + 1], tools, add_generation_prompt=False)
+        starts, ends = (known is not None and ids[: len(known)] == known for known in (before, after))
+        start, end = len(before or ()), len(after or ())
+        if not (starts and ends):  # earlier messages are rendered otherwise, or a token crosses the border
+            first, last = self.content_span(messages, index=index, tools=tools, add_generation_prompt=False)
+            start = start if starts else first
+            end = end if ends else last + self._turn_end(ids[last:], messages[: index + 1], after, tools)
+        stops = [at for at in range(start, end) if ids[at] == self._tokenizer.eos_token_id]
+        return start, stops[-1] + 1 if stops else max(start, end)
+
+    def _turn_end(self, rest: Ids, messages: Sequence[Message], ids: Ids | None, tools: Sequence[Any] | None) -> int:
+        """How many ids behind the last message's content belong to its turn, in a conversation that goes on."""
+        if ids is None:
+            return 0
+        _, end = self.content_span(messages, tools=tools, add_generation_prompt=False)
+        return common_prefix_length(ids[end:], rest)
+
+    def _apply_or_none(self, messages: Sequence[Message], tools: Sequence[Any] | None, **options: bool) -> Ids | None:
+        """As `apply`; None for a part of a conversation that the template refuses."""
+        try:
+            return self.apply(messages, tools=tools, **options)
+        except ValueError:
+            return None
+
+    def content_span(self, messages: Sequence[Message], *, index: int = -1, **options: Any) -> tuple[int, int]:
+        """Start and end position of a message's content in the ids. An empty span: it cannot be told.
+
+        Args:
+            messages: The oldest first.
+            index: Which message.
+            options: Those of `apply`.
+        """
+        ids = self.apply(messages, **options)
+        others = []
+        for probe in _PROBES:
+            changed = list(messages)
+            changed[index] = {**messages[index], "content": probe}
+            others.append(self.apply(changed, **options))
         start = min(common_prefix_length(ids, other) for other in others)
         end = len(ids) - min(common_prefix_length(ids[::-1], other[::-1]) for other in others)
         return (start, end) if start < end else (start, start)

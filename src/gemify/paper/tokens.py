@@ -41,6 +41,24 @@ class Row:
     kind: RowKind
     prefix: tuple[int, ...]
     suffix: tuple[int, ...] = ()
+    learned: tuple[bool, ...] | None = None
+    """Which tokens of prefix and suffix are prediction targets. None: all."""
+
+    @property
+    def prefix_labels(self) -> list[int]:
+        """Ids of the prefix, IGNORED where they are no target."""
+        return self._labels(self.prefix, 0)
+
+    @property
+    def suffix_labels(self) -> list[int]:
+        """Ids of the suffix, IGNORED where they are no target."""
+        return self._labels(self.suffix, len(self.prefix))
+
+    def _labels(self, ids: tuple[int, ...], start: int) -> list[int]:
+        if self.learned is None:
+            return list(ids)
+        flags = self.learned[start : start + len(ids)]
+        return [token if flag else IGNORED for token, flag in zip(ids, flags, strict=True)]
 
     @property
     def has_special_tokens(self) -> bool:
@@ -120,11 +138,11 @@ def build_inputs(row: Row, special_ids: Sequence[int], *, shared_position: bool 
     """
     m, k = len(row.prefix), len(special_ids)
     if not row.has_special_tokens:
-        return RowInputs(list(row.prefix), [int(Segment.TEXT)] * m, list(range(m)), list(row.prefix))
+        return RowInputs(list(row.prefix), [int(Segment.TEXT)] * m, list(range(m)), row.prefix_labels)
     n, start = len(row.suffix), suffix_start(m, k, shared=shared_position)
     return RowInputs(
         ids=[*row.prefix, *special_ids, *row.suffix],
         segments=[int(Segment.TEXT)] * m + [int(Segment.SPECIAL)] * k + [int(Segment.SUFFIX)] * n,
         positions=[*range(m), *special_positions(m, k, shared=shared_position), *range(start, start + n)],
-        labels=[*row.prefix, *[IGNORED] * k, *row.suffix],
+        labels=[*row.prefix_labels, *[IGNORED] * k, *row.suffix_labels],
     )

@@ -5,18 +5,22 @@ Examples come from files read as a stream (any size), or from a Hugging Face dat
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from random import Random
 from typing import Any
 
 import numpy as np
 from torch.utils.data import IterableDataset
 
+from gemify.model.chat_template import ChatTemplate
 from gemify.model.tokenization import TextTokenizer
 from gemify.paper.objectives import FILLER
 from gemify.paper.tokens import Row, random_split, raw_row, reconstruction_row, soft_prompt_row, split_row, summary_row
 from gemify.paper.views import View, full_view
+from gemify.training.conversations import ChatTokens
 from gemify.training.distributed import RankShard
 from gemify.training.examples import Example, Source
 from gemify.training.objective import MicroBatch, target_count
@@ -52,11 +56,13 @@ class TokenizedExample:
     negatives: tuple[tuple[int, ...], ...] = ()
     """Of a pair: what the anchor is not to be near."""
     id: str | None = None
+    chat: ChatTokens | None = None
+    """The conversation of which the texts are the first question and answer."""
 
     @property
     def length(self) -> int:
-        """Tokens of the text, or of both texts of a pair."""
-        return len(self.ids) + len(self.second)
+        """Tokens of the text, of both texts of a pair, or of the conversation."""
+        return len(self.chat.ids) if self.chat is not None else len(self.ids) + len(self.second)
 
     def with_negatives(self, chosen: Sequence[int]) -> TokenizedExample:
         """Return the example with some of its negatives."""
@@ -152,27 +158,52 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
             return self.recipe.batch_size
         return contrastive if alpha == 1.0 else max(contrastive, self.recipe.batch_size)
 
+    def held_out(self) -> Iterator[tuple[MicroBatch, dict[str, int]]]:
+        """Give every example once, in blocks of a batch; a last single one is left out.
+
+        Yields:
+            The batch, for both losses if the run has both, and each loss's weight in a mean: its targets or pairs.
+        """
+        alphas = {self.recipe.schedule.alpha(step) for step in (0, self.recipe.max_steps - 1)}
+        alpha = alphas.pop() if alphas in ({0.0}, {1.0}) else 0.5
+        pools = itertools.chain.from_iterable(map(self._pools, self.sources))
+        blocks = (p[at : at + self.recipe.batch_size] for p in pools for at in range(0, len(p), self.recipe.batch_size))
+        for number, block in enumerate(blocks):
+            if len(block) >= max(2, self.world):
+                rows, views, _, keys = self._parts(alpha, block, f"held out {number}")
+                counts = {"ntp": self._target_count(rows)} if rows else {}
+                counts |= {"contrastive": len(views)} if views else {}
+                whole = MicroBatch(alpha, rows, views, step_targets=counts.get("ntp", 1), keys=keys)
+                yield shard_batch(whole, self.rank, self.world), counts
+
     def _step(self, step: int, micro: list[list[TokenizedExample]]) -> Iterator[dict[str, MicroBatch]]:
         alpha = self.recipe.schedule.alpha(step)
-        with_rows = alpha < 1.0 or self.recipe.contrastive_batch_size is None
-        made = []
-        for index, examples in enumerate(micro):
-            rng = Random(f"{self.recipe.seed} {step} {index}")
-            rows = [self._row(e, rng) for e in examples[: self.recipe.batch_size]] if with_rows else []
-            chosen = self._select_contrastive(examples, rows) if alpha > 0.0 else []
-            chosen = self._draw_negatives(chosen, Random(f"{self.recipe.seed} negatives {step} {index}"))
-            if self.teacher is not None and len({bool(e.second) for e in chosen}) > 1:
-                chosen = [single for e in chosen for single in self._singles(e)]
-            chosen, keys = self._fill_up(chosen)
-            views = [self._texts(e) if self.teacher is not None else self._views(e, rng) for e in chosen]
-            vectors = self._teach(chosen) if self.teacher is not None and chosen else None
-            made.append((rows if alpha < 1.0 else [], views, vectors, keys))
-        targets = sum(target_count(r, frozen_base=self.recipe.frozen_base) for rows, *_ in made for r in rows)
+        made = [self._parts(alpha, examples, f"{step} {index}") for index, examples in enumerate(micro)]
+        targets = sum(self._target_count(rows) for rows, *_ in made)
         for rows, views, vectors, keys in made:
             whole = MicroBatch(
                 alpha, rows, views, step_targets=targets, micro_batches=len(made), targets=vectors, keys=keys
             )
             yield {"batch": shard_batch(whole, self.rank, self.world)}
+
+    def _target_count(self, rows: list[Row]) -> int:
+        return sum(target_count(row, frozen_base=self.recipe.frozen_base) for row in rows)
+
+    def _parts(
+        self, alpha: float, examples: list[TokenizedExample], name: str
+    ) -> tuple[list[Row], list[tuple[View, ...]], list[np.ndarray] | None, list[tuple[int, ...]] | None]:
+        """Rows, views, the teacher's vectors and the texts' keys of a micro-batch, drawn by its name."""
+        rng = Random(f"{self.recipe.seed} {name}")
+        with_rows = alpha < 1.0 or self.recipe.contrastive_batch_size is None
+        rows = [self._row(e, rng) for e in examples[: self.recipe.batch_size]] if with_rows else []
+        chosen = self._select_contrastive(examples, rows) if alpha > 0.0 else []
+        chosen = self._draw_negatives(chosen, Random(f"{self.recipe.seed} negatives {name}"))
+        if self.teacher is not None and len({bool(e.second) for e in chosen}) > 1:
+            chosen = [single for e in chosen for single in self._singles(e)]
+        chosen, keys = self._fill_up(chosen)
+        views = [self._texts(e) if self.teacher is not None else self._views(e, rng) for e in chosen]
+        vectors = self._teach(chosen) if self.teacher is not None and chosen else None
+        return rows if alpha < 1.0 else [], views, vectors, keys
 
     def _draw_negatives(self, examples: list[TokenizedExample], rng: Random) -> list[TokenizedExample]:
         """The examples with ``num_negatives`` of the negatives that each has."""
@@ -235,7 +266,18 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         special = [e for e, row in zip(examples, rows, strict=True) if row.has_special_tokens]
         return special if len(special) >= 2 else examples[:2]  # a lone row has no negatives, and nothing to learn
 
+    def _chat_row(self, example: TokenizedExample, chat: ChatTokens, rng: Random) -> Row:
+        """A row of a conversation."""
+        if rng.random() < self.recipe.p:
+            return chat.raw_row()
+        texts = [text for text in (example.ids[len(self.bos_ids) :], example.second) if text]
+        if texts and rng.random() < self.recipe.reconstruction:
+            return chat.reconstruction_row(rng.choice(texts), bos_ids=self.bos_ids, end_ids=self.end_ids)
+        return chat.split_row(rng)
+
     def _row(self, example: TokenizedExample, rng: Random) -> Row:
+        if example.chat is not None:
+            return self._chat_row(example, example.chat, rng)
         if rng.random() < self.recipe.p:
             return raw_row(example.ids if example.kind == "positive" else (*example.ids, *example.second))
         if example.kind == "summary":
@@ -274,16 +316,16 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         for example in source:
             waiting.append(example)
             if len(waiting) == 1024:
-                pool += self._tokens(waiting)
+                pool += self._tokens(waiting, source)
                 waiting = []
                 if len(pool) >= self.recipe.shuffle_buffer:
                     yield pool
                     pool = []
-        pool += self._tokens(waiting)
+        pool += self._tokens(waiting, source)
         if pool:
             yield pool
 
-    def _tokens(self, examples: list[Example]) -> list[TokenizedExample]:
+    def _tokens(self, examples: list[Example], source: Source) -> list[TokenizedExample]:
         limit = self.recipe.max_length
         tokenize = self.tokenize.tokenize_plain
         first = tokenize([e.text for e in examples], max_tokens=limit - len(self.bos_ids))
@@ -293,10 +335,23 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         for example, ids, more in zip(examples, first, second, strict=True):
             known = [(text, tuple(next(others))) for text in example.negatives]
             negatives = tuple(ids for _, ids in known if ids)
-            if len(ids) >= self.recipe.min_length and (example.second is None or more):
+            chat = None
+            if example.conversation is not None:
+                template = self._chat_template
+                try:
+                    chat = example.conversation.tokenize(template, max_tokens=limit)
+                except ValueError as error:
+                    source.skip(example.row, error)
+                    continue
+            is_long = len(ids if chat is None else chat.ids) >= self.recipe.min_length
+            is_learned = chat is None or bool(chat.targets)  # a long question may leave no room for its answer
+            if is_long and is_learned and (example.second is None or more):
                 pair = (example.second, *(text for text, ids in known if ids)) if example.second else ()
                 texts = (example.text, *pair) if self.teacher else ()
-                made.append(
-                    TokenizedExample((*self.bos_ids, *ids), tuple(more), example.kind, texts, negatives, example.id)
-                )
+                anchor = (*self.bos_ids, *ids)
+                made.append(TokenizedExample(anchor, tuple(more), example.kind, texts, negatives, example.id, chat))
         return made
+
+    @cached_property
+    def _chat_template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenize.tokenizer)

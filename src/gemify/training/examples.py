@@ -6,6 +6,8 @@
     query, positive_passages          passages of title and text, with negative_passages (Tevatron)
     context, summary                  what to write of a text
     prompt, answer                    likewise
+    messages                          a conversation, as are conversations and prompt, completion
+                                      (`gemify.training.conversations`)
 
 A row with several positives is a pair each. ``id``, ``_id`` or ``query_id`` names a row: rows of one id are no
 negatives of each other.
@@ -16,7 +18,8 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,7 @@ from gemify.io.rows import (
     row_id,
 )
 from gemify.io.tables import first_line
+from gemify.training.conversations import Conversation, conversation_columns
 from gemify.training.recipe import DataSource, Recipe
 
 logger = logging.getLogger(__name__)
@@ -64,6 +68,10 @@ class Example:
     """Of a positive pair: what ``text`` is not to be near."""
     id: str | None = None
     """Rows of one id are no negatives of each other."""
+    conversation: Conversation | None = None
+    """What ``text`` and ``second`` are the first question and answer of."""
+    row: int = field(default=0, compare=False)
+    """The row's number in its file."""
 
 
 @dataclass
@@ -80,14 +88,21 @@ class Source:
     """Whether a row without text is an example too (row i is then example i) or is skipped."""
     skip_bad: bool = False
     """Whether malformed rows are left out and counted."""
+    rows: Iterable[Any] | None = None
+    """Rows in memory in place of a file: texts, tuples of anchor and positive, lists of messages, or mappings."""
     skipped: int = field(default=0, init=False)
     """How many rows were left out so far, each counted once."""
     first_bad: str = field(default="", init=False)
     """The first of them, and why."""
-    _last_bad: int = field(default=0, init=False)
+    _bad: set[int] = field(default_factory=set, init=False)
     _warned: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
+        if self.rows is not None:
+            if isinstance(self.rows, str) or iter(self.rows) is self.rows:
+                kind = type(self.rows).__name__
+                raise ValueError(f"{self.name} is read once an epoch, got {kind}: give a list or a datasets.Dataset")
+            return
         if not self.name:
             raise ValueError(
                 "no training data: give --data FILE (.txt, .jsonl, .csv, .parquet) or a Hugging Face data set name"
@@ -100,17 +115,25 @@ class Source:
             raise ValueError(f"{self.name} is empty: it holds no text to train on")
 
     def __iter__(self) -> Iterator[Example]:
-        for number, row in self._read_file() if Path(self.name).is_file() else self._load_dataset():
+        for number, row in self._numbered_rows():
             try:
                 values = row()
                 self._warn_unused(values)
                 examples = self._examples(values)
             except ValueError as error:
-                self._skip(number, error)
+                self.skip(number, error)
                 continue
             for example in examples:
+                if example.conversation is not None:
+                    example = replace(example, row=number)
                 if self.keep_empty or example.second is not None or example.text.strip():
                     yield example
+
+    def _numbered_rows(self) -> Iterator[tuple[int, Any]]:
+        """Numbers of rows, each with a function that reads the row."""
+        if self.rows is not None:
+            return ((n, partial(_as_mapping, row, self.text_column)) for n, row in enumerate(self.rows, start=1))
+        return self._read_file() if Path(self.name).is_file() else self._load_dataset()
 
     def _read_file(self) -> Iterator[tuple[int, Any]]:
         columns: list[str] = []
@@ -131,13 +154,14 @@ class Source:
             raise ValueError(f"{self.name!r} is neither a file nor a data set that can be loaded: {reason}") from error
         return ((number, lambda row=row: row) for number, row in enumerate(rows, start=1))
 
-    def _skip(self, number: int, error: ValueError) -> None:
+    def skip(self, number: int, error: ValueError) -> None:
         """Count a malformed row, or end with it. The file is read once an epoch: a row counts once."""
         where = f"{self.name} row {number}: {error}"
         if not self.skip_bad:
             raise ValueError(where) from error
-        if number > self._last_bad:
-            self.skipped, self._last_bad = self.skipped + 1, number
+        if number not in self._bad:
+            self._bad.add(number)
+            self.skipped += 1
             self.first_bad = self.first_bad or where
 
     def _used(self, names: Collection[str]) -> set[str]:
@@ -145,6 +169,8 @@ class Source:
         for text in (self.text_column, self.text_column.partition(".")[0]):
             if text in names:
                 return {text}
+        if found := conversation_columns(names):
+            return found
         for kind, first, second in _PAIRS:
             if first in names and second in names:
                 negatives = {name for name in names if _NEGATIVES.fullmatch(name)} if kind == "positive" else set()
@@ -163,6 +189,10 @@ class Source:
     def _examples(self, row: Mapping[str, Any]) -> list[Example]:
         name = row_id(row, _IDS)
         if not has_column(row, self.text_column):
+            if not self.keep_empty and (conversation := Conversation.from_row(row)) is not None:
+                first, second = conversation.pair
+                kind = "text" if second is None else "positive"
+                return [Example(first, second, kind, id=name, conversation=conversation)]
             for kind, first, second in _PAIRS:
                 if first in row and second in row:
                     negatives = [
@@ -175,6 +205,22 @@ class Source:
         if isinstance(find_column(row, self.text_column), list) and not self.keep_empty:
             return [Example(text, id=name) for text in _texts(row, self.text_column)]
         return [Example(require_text(row, self.text_column), id=name)]
+
+
+def _as_mapping(row: Any, text_column: str) -> Mapping[str, Any]:
+    """A row in memory by its columns."""
+    if isinstance(row, Mapping):
+        return row
+    if isinstance(row, str):
+        return {text_column: row}
+    if isinstance(row, list | tuple) and row and all(isinstance(item, Mapping) for item in row):
+        return {"messages": list(row)}
+    if isinstance(row, list | tuple) and len(row) > 1 and all(isinstance(item, str) for item in row):
+        return {"anchor": row[0], "positive": row[1], "negative": list(row[2:])}
+    raise ValueError(
+        f"a row must be a text, a tuple of anchor, positive and negatives, a list of messages, or a mapping of columns,"
+        f" got {type(row).__name__}"
+    )
 
 
 def open_sources(recipe: Recipe) -> list[tuple[Source, DataSource]]:

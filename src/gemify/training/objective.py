@@ -90,10 +90,9 @@ class Losses:
 
 
 def target_count(row: Row, *, frozen_base: bool) -> int:
-    """Count a row's next-token targets: the suffix if the base is frozen, else every token but the first."""
-    if frozen_base:
-        return len(row.suffix)
-    return max(0, len(row.prefix) - 1) + len(row.suffix)
+    """Count a row's next-token targets: in the suffix if the base is frozen, else in all but the first token."""
+    labels = row.suffix_labels if frozen_base else row.prefix_labels[1:] + row.suffix_labels
+    return len(labels) - labels.count(IGNORED)
 
 
 class Objective(nn.Module):
@@ -277,7 +276,8 @@ class Objective(nn.Module):
             order += batch
         specials = concatenate_specials(self.lm, parts)
         index = {row: i for i, row in enumerate(order)}
-        first_N = torch.tensor([rows[i].suffix[0] if i < own else IGNORED for i in order])
+        labels = [row.suffix_labels if i < own else [IGNORED] * len(row.suffix) for i, row in enumerate(rows)]
+        first_N = torch.tensor([labels[i][0] for i in order])
         last_BN = specials.logits_BV if specials.hidden_BKD is None else specials.hidden_BKD[:, -1]
         assert last_BN is not None
         found = [self._at_targets(last_BN, first_N)]
@@ -286,8 +286,7 @@ class Objective(nn.Module):
             counts.add(mask_BT)
             if ids_BT.shape[1] == 1:
                 continue
-            counts_BT = mask_BT & (torch.tensor(group) < own)[:, None]
-            labels_BT = ids_BT.masked_fill(~counts_BT, IGNORED)[:, 1:]
+            labels_BT = right_pad([labels[i] for i in group], fill=IGNORED)[0][:, 1:]
             mine = select_specials(specials, [index[i] for i in group])
             inputs = ids_BT[:, :-1].to(self.device), mask_BT[:, :-1].to(self.device)
             found.append(self._at_targets(suffix_pass(self.lm, mine, *inputs, body_only=self.plain_head), labels_BT))

@@ -8,96 +8,44 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 import os
-import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerControl, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
-from gemify.io.atomic import atomic_file, sync
+from gemify.io.atomic import atomic_file
 from gemify.io.signals import StopRequestedError, stop_signals
-from gemify.io.tables import parse_bytes
-from gemify.model.base import enable_activation_checkpointing, max_positions
-from gemify.model.encode import peak_memory_bytes, throughput
-from gemify.model.forward import PASS_OVERHEAD_TOKENS
+from gemify.model.base import enable_activation_checkpointing
+from gemify.model.encode import throughput
 from gemify.model.gem import GemModel
 from gemify.model.projection import Projection
 from gemify.training.batches import Batches
-from gemify.training.callbacks import Pair, Progress, StopOnSignal, read_pairs, spearman
-from gemify.training.checkpoints import CHECKPOINTS, RECIPE_FILE, STATE_FILE, prepare_directory
-from gemify.training.distributed import all_reduce_sum, barrier
+from gemify.training.callbacks import Progress, StopOnSignal, read_pairs, spearman
+from gemify.training.checkpoints import CHECKPOINTS, RECIPE_FILE, prepare_directory
+from gemify.training.distributed import barrier
 from gemify.training.examples import open_sources
-from gemify.training.fsdp import (
-    ShardedTrainer,
-    gather_weights,
-    is_sharded,
-    load_weights,
-    select_lm_weights,
-    unshard_root,
-)
+from gemify.training.fsdp import ShardedTrainer, gather_weights, is_sharded, select_lm_weights
+from gemify.training.gem_trainer import LOSSES, Evaluator, GemTrainer, make_objective, require_positions
 from gemify.training.objective import Objective
 from gemify.training.recipe import Recipe
 from gemify.training.teacher import Distillation, Teacher
 
-logger = logging.getLogger(__name__)
-
 SUMMARY_FILE = "summary.json"
-_TEMPERATURE_FILE = "temperature.safetensors"
-_LONG_PASS_OVERHEAD = 60.0
-"""What a pass with its way back costs beside its tokens, in tokens: measured in bfloat16 on one CPU core."""
-_GPU_PASS_OVERHEAD = 4096.0
-"""The same on a GPU, where starting a pass's kernels takes as long as some thousands of tokens."""
-_LOSSES = ("ntp", "contrastive", "distillation")
-_COUNTS = ("tokens", "padding", "cached")
 
 
-class _GemTrainer(Trainer):
-    """transformers' Trainer with our batches, losses, schedule and checkpoints."""
+class _RecipeTrainer(GemTrainer):
+    """GemTrainer with a recipe's own schedule, and with all that the recipe says."""
 
     lr_scheduler: Any
-    control: TrainerControl
 
     def __init__(
-        self, gem: GemModel, recipe: Recipe, batches: Batches, pairs: list[Pair] | None, **options: Any
+        self, gem: GemModel, recipe: Recipe, batches: Batches, evaluator: Evaluator | None, **options: Any
     ) -> None:
-        super().__init__(**options)
-        self.gem, self.recipe, self.batches, self.pairs = gem, recipe, batches, pairs
-        self._parts: dict[str, float] = {}
-        self._since = time.perf_counter()
-
-    def get_train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
-        # Not prepared by accelerate: a micro-batch is already this process's shard, and moves to the device itself.
-        self._since = time.perf_counter()
-        # A generator of its own: starting an iterator draws a seed, which would move the random state on a resume.
-        return DataLoader(self.batches, batch_size=None, generator=torch.Generator())
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        losses = model(inputs["batch"])
-        if not bool(torch.isfinite(losses.total)):
-            raise FloatingPointError(
-                f"the loss became {float(losses.total.detach())} at step {self.state.global_step + 1}: lower the"
-                " learning rate or use --precision fp32; the last checkpoint is untouched"
-            )
-        share = 1.0 / self.recipe.gradient_accumulation_steps
-        for name in _LOSSES:
-            part = getattr(losses, name)
-            if part is not None:
-                self._parts[name] = self._parts.get(name, 0.0) + float(part.detach()) * share
-        self._parts.update(alpha=inputs["batch"].alpha, scale=losses.scale)
-        for name in _COUNTS if self.recipe.text_cache else _COUNTS[:2]:
-            self._parts[name] = self._parts.get(name, 0) + getattr(losses.counts, name)
-        return (losses.total, None) if return_outputs else losses.total
+        self.eval_rows = None
+        self._setup(gem, recipe, batches, evaluator, **options)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.lr_scheduler is None:
@@ -108,92 +56,8 @@ class _GemTrainer(Trainer):
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            parts, self._parts = self._reduce(self._parts), {}
-            before, self._since = self._since, time.perf_counter()
-            parts["seconds"] = round(self._since - before, 3)
-            logs = {**logs, **parts, "peak_memory_mb": round(peak_memory_bytes() / 2**20, 1)}
-        super().log(logs, start_time)
 
-    def _reduce(self, parts: dict[str, float]) -> dict[str, float]:
-        """Combine this process's measurements with the others': means of losses, sums of token counts."""
-        world = self.args.world_size
-        weights: dict[str, float] = {**dict.fromkeys(_LOSSES, 1.0 / world), **dict.fromkeys(_COUNTS, 1.0)}
-        names = [name for name in weights if name in parts]
-        sums = all_reduce_sum([parts[name] for name in names], self.args.device)
-        reduced = {name: total * weights[name] for name, total in zip(names, sums, strict=True)}
-        reduced.update({name: int(reduced[name]) for name in _COUNTS if name in reduced})
-        return {**parts, **reduced}
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        assert self.pairs is not None
-        metrics = {"eval_sts": self.sts(self.pairs)}
-        self.log(dict(metrics))
-        self._since = time.perf_counter()  # a step's seconds are those of training
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def sts(self, pairs: list[Pair]) -> float:
-        with unshard_root(self._objective()):
-            return round(spearman(self.gem, pairs), 3)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """As a GEM. The objective's whole weights are given where this process holds a part of them."""
-        directory = Path(output_dir or self.args.output_dir)
-        self.gem.save_pretrained(
-            directory, weights=None if state_dict is None else select_lm_weights(self.gem, state_dict)
-        )
-        t = self._objective().temperature.t if state_dict is None else state_dict["temperature.t"]
-        save_file({"t": t.detach().cpu().reshape(())}, directory / _TEMPERATURE_FILE)
-        if (distillation := self._objective().distillation) is not None:
-            distillation.projection.save(directory)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        directory = Path(resume_from_checkpoint)
-        objective, t = self._objective(), load_file(directory / _TEMPERATURE_FILE)["t"]
-        if objective.distillation is not None:
-            objective.distillation.projection.load_from(directory)
-        if self.gem.adapter is not None:
-            self.gem.adapter.load(directory)
-        else:
-            saved = type(self.gem.lm).from_pretrained(directory, dtype=torch.float32).state_dict()
-            if objective.sharded:
-                return load_weights(objective, saved, t)
-            self.gem.lm.load_state_dict(saved)
-        with torch.no_grad():
-            objective.temperature.t.copy_(t)
-
-    def _objective(self) -> Objective:
-        objective = self.accelerator.unwrap_model(self.model)
-        assert isinstance(objective, Objective)
-        return objective
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the base class, but in a staging directory that is renamed when complete."""
-        run = Path(self.args.output_dir)
-        stage = run / ".stage"
-        name = f"checkpoint-{self.state.global_step}"
-        try:
-            self.args.output_dir = str(stage)
-            super()._save_checkpoint(model, trial)
-        except BaseException:
-            shutil.rmtree(stage, ignore_errors=True)
-            raise
-        finally:
-            self.args.output_dir = str(run)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            shutil.rmtree(run / name, ignore_errors=True)
-            for path in [*(stage / name).iterdir(), stage / name]:
-                sync(path)
-            os.replace(stage / name, run / name)
-            sync(run)
-            shutil.rmtree(stage, ignore_errors=True)
-            rotate_checkpoints(output_dir=str(run), save_total_limit=self.args.save_total_limit)
-
-
-class _ShardedGemTrainer(ShardedTrainer, _GemTrainer):
+class _ShardedRecipeTrainer(ShardedTrainer, _RecipeTrainer):
     """The same with weights sharded over the processes."""
 
 
@@ -238,8 +102,6 @@ def train(
     torch.manual_seed(recipe.seed)
     runs_on = torch.device("cuda") if sharded and torch.cuda.is_available() else gem.device
     arguments = _arguments(recipe, output, device=runs_on, evaluated=pairs is not None)
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # one process drives one device; several devices are for `accelerate launch`
     batches = Batches(
         recipe,
         sources,
@@ -253,11 +115,11 @@ def train(
     barrier()  # every process has checked the directory: now one may write to it
     with stop_signals() as flag:
         stopper = StopOnSignal(flag)
-        trainer = (_ShardedGemTrainer if sharded else _GemTrainer)(
+        trainer = (_ShardedRecipeTrainer if sharded else _RecipeTrainer)(
             gem,
             recipe,
             batches,
-            pairs,
+            (lambda trained: {"sts": round(spearman(trained, pairs), 3)}) if pairs else None,
             model=objective,
             args=arguments,
             callbacks=[Progress(output, show=show_progress_bar), stopper],
@@ -271,7 +133,7 @@ def train(
     return _finish(trainer, output, objective)
 
 
-def _run(trainer: _GemTrainer, output: Path, checkpoint: Path | None) -> None:
+def _run(trainer: _RecipeTrainer, output: Path, checkpoint: Path | None) -> None:
     """Write the recipe and run the steps, from a checkpoint if there is one."""
     recipe, arguments = trainer.recipe, trainer.args
     trainer.remove_callback(ProgressCallback)
@@ -281,16 +143,14 @@ def _run(trainer: _GemTrainer, output: Path, checkpoint: Path | None) -> None:
     if arguments.should_save:
         with atomic_file(output / RECIPE_FILE) as stage:
             stage.write_text(recipe.to_yaml(), encoding="utf-8")
-    if checkpoint is not None:
-        trainer.batches.start_step = int(json.loads((checkpoint / STATE_FILE).read_text())["global_step"])
-    elif (distillation := trainer._objective().distillation) is not None:
+    if checkpoint is None and (distillation := trainer._objective().distillation) is not None:
         distillation.fit(trainer._objective().embed, trainer.batches.sample(recipe.ridge_texts))
     if arguments.process_index:
         torch.manual_seed(recipe.seed + arguments.process_index)  # the processes' dropout differs
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
-def _finish(trainer: _GemTrainer, output: Path, objective: Objective) -> tuple[GemModel, dict[str, Any]]:
+def _finish(trainer: _RecipeTrainer, output: Path, objective: Objective) -> tuple[GemModel, dict[str, Any]]:
     """Save the trained GEM and its summary, and return both."""
     gem = trainer.gem
     gem.lm.eval()
@@ -326,31 +186,8 @@ def build_objective(
             space = str(recipe.teacher).removeprefix("st:")
             gem.config = dataclasses.replace(gem.config, projection_dim=teacher_dim, teacher=space)
             gem.projection = projection
-    _require_positions(recipe, gem)
-    if max(recipe.matryoshka_dims, default=0) > gem.get_embedding_dim():
-        raise ValueError(
-            f"matryoshka_dims must be at most {gem.get_embedding_dim()}, the dimensions of a vector,"
-            f" got {max(recipe.matryoshka_dims)}"
-        )
-    objective = Objective(
-        gem.lm,
-        gem.adapter,
-        gem.config,
-        group_tokens=recipe.group_tokens,
-        pass_overhead_tokens=_pass_overhead_tokens(recipe, gem.device),
-        contrastive_chunk_size=recipe.contrastive_chunk_size,
-        sharded=sharded,
-        distillation=distillation,
-        matryoshka_dims=recipe.matryoshka_dims,
-        text_cache_bytes=parse_bytes(recipe.text_cache) or 0,
-    )
-    return gem, objective
-
-
-def _pass_overhead_tokens(recipe: Recipe, device: torch.device) -> float:
-    if device.type != "cpu":
-        return _GPU_PASS_OVERHEAD
-    return _LONG_PASS_OVERHEAD if recipe.tune == "embedding_lora" else PASS_OVERHEAD_TOKENS
+    require_positions(recipe, gem)
+    return gem, make_objective(gem, recipe, sharded=sharded, distillation=distillation)
 
 
 def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
@@ -391,18 +228,6 @@ def _device(device: str | None) -> str | None:
     return f"cuda:{rank}" if device is None and rank is not None and torch.cuda.is_available() else device
 
 
-def _require_positions(recipe: Recipe, gem: GemModel) -> None:
-    """Refuse rows longer than the model's positions: a reconstruction row holds its text twice, a view the template."""
-    k, template = gem.config.k, gem.config.max_text_tokens - gem.max_seq_length
-    longest = recipe.max_length + k + max(recipe.max_length + 1, template)
-    limit = max_positions(gem.lm) or longest
-    if longest > limit:
-        raise ValueError(
-            f"rows of max_length {recipe.max_length} take up to {longest} positions, {recipe.base} has {limit}:"
-            f" set --max-length to at most {min((limit - k - 1) // 2, limit - k - template)}"
-        )
-
-
 def uses_bf16(recipe: Recipe, device: str | None) -> bool:
     """Return whether a run computes in bfloat16."""
     if recipe.precision == "auto":
@@ -436,15 +261,15 @@ def _arguments(recipe: Recipe, output: Path, *, device: torch.device, evaluated:
     )
 
 
-def _summary(trainer: _GemTrainer) -> dict[str, Any]:
-    gem, pairs = trainer.gem, trainer.pairs
+def _summary(trainer: _RecipeTrainer) -> dict[str, Any]:
+    gem = trainer.gem
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]  # those before a resume too
     last = steps[-1]
     tokens, padding, seconds = (sum(entry[name] for entry in steps) for name in ("tokens", "padding", "seconds"))
     summary: dict[str, Any] = {
         "steps": trainer.state.global_step,
         "loss": last["loss"],
-        **{name: last[name] for name in _LOSSES if name in last},
+        **{name: last[name] for name in LOSSES if name in last},
         **throughput(tokens, padding, seconds),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "device": gem.device.type,
@@ -453,6 +278,6 @@ def _summary(trainer: _GemTrainer) -> dict[str, Any]:
     if trainer.recipe.text_cache:
         summary["cached_tokens"] = sum(entry.get("cached", 0) for entry in steps)
     summary |= trainer.batches.skipped_rows()
-    if pairs is not None:
-        summary["sts_spearman"] = trainer.sts(pairs)
+    if trainer.evaluator is not None:
+        summary["sts_spearman"] = trainer.score()["sts"]
     return summary
