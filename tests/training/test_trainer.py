@@ -162,6 +162,34 @@ def test_a_text_cache_runs_texts_in_the_first_epoch_alone(base_dir: Path, tmp_pa
     assert "cached_tokens" not in runs["plain"][1]
 
 
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+@pytest.mark.parametrize("tune", ["gated", "embedding_lora"])
+def test_a_quantized_base_is_trained_on(
+    base_dir: Path, texts_file: Path, tmp_path: Path, tune: str, quantize: str
+) -> None:
+    """The losses are near those of the base as it is, and the saved GEM has its vectors on the quantized base."""
+    options = {"tune": tune, "lora_dropout": 0.0, "precision": "bf16", "ntp_steps": 0}
+    options |= {"special_tokens": 0, "attention": "bidirectional"} if tune == "embedding_lora" else {}
+    runs = {}
+    for name, bits in (("plain", None), ("quantized", quantize)):
+        made = recipe(base_dir, texts_file, quantize=bits, **options)
+        runs[name], _ = train(made, tmp_path / name, show_progress_bar=False)
+    ours, plain = ([r["loss"] for r in curve(tmp_path / name) if "loss" in r] for name in ("quantized", "plain"))
+    assert ours != plain
+    assert ours == pytest.approx(plain, rel=0.3)
+    again = GemModel.from_pretrained(tmp_path / "quantized", quantize=quantize)
+    assert torch.equal(torch.as_tensor(again.encode("hello")), torch.as_tensor(runs["quantized"].encode("hello")))
+    assert again.config.base_fingerprint == runs["plain"].config.base_fingerprint
+
+
+def test_only_a_frozen_base_is_quantized() -> None:
+    for wrong in ({"tune": "lora"}, {"tune": "full"}, {"tune": "gated", "precision": "fp32"}):
+        with pytest.raises(ValueError, match="quantize needs a frozen base .* and bfloat16"):
+            Recipe.from_dict({"data": "x", "quantize": "int4", **wrong})
+    with pytest.raises(ValueError, match="unknown quantization 'int3'"):
+        Recipe.from_dict({"data": "x", "quantize": "int3"})
+
+
 _CHILD = """
 import sys
 from pathlib import Path

@@ -57,9 +57,7 @@ def train(
     gradient_accumulation_steps: Annotated[int | None, typer.Option(help="Batches per optimizer step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate while alpha is 0.")] = None,
     contrastive_lr: Annotated[float | None, typer.Option(help="Learning rate after that.")] = None,
-    special_tokens: Annotated[
-        int | None, typer.Option("--special-tokens", "-k", help="Number of special tokens.")
-    ] = None,
+    special_tokens: Annotated[int | None, typer.Option("--special-tokens", "-k", help="How many.")] = None,
     pooling: Annotated[str | None, typer.Option(help="mean or concat, over the special tokens.")] = None,
     attention: Annotated[str | None, typer.Option(help="Of the embedding pass: causal or bidirectional.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Embedding model to learn from: st:DIR or st:NAME.")] = None,
@@ -87,6 +85,7 @@ def train(
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory (lora, full)."),
     ] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager or flex_attention (GPUs).")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Bits of a frozen base on a CPU: int8 or int4.")] = None,
     text_cache: Annotated[str | None, typer.Option(help="Memory for kept KV of texts, such as 8GB (gated).")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
     device: Device = None,

@@ -26,6 +26,7 @@ from gemify.model.config import (
     require_layer,
     require_special_tokens,
 )
+from gemify.model.quantization import parse_quantization
 from gemify.model.tokenization import PLAIN, require_template
 from gemify.paper.objectives import Schedule
 from gemify.paper.views import VIEW_KINDS, ViewKind, Views
@@ -154,6 +155,9 @@ class Recipe:
     # running
     seed: int = 0
     precision: Precision = "auto"
+    quantize: str | None = None
+    """Bits of the frozen base's weights on a CPU: int8 or int4. None: as they are. No gradient runs through a gated
+    text, so this is QLoRA without its cost."""
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
     """sdpa, eager or flex_attention (GPUs: block masks, for long rows). None: the model's own."""
@@ -181,6 +185,7 @@ class Recipe:
             raise ValueError(f"special_tokens is {self.special_tokens}, but {len(self.special_names)} names are given")
         require_kernel(self.attn_implementation)
         self._check_ranges()
+        self._check_frozen_base()
         self._check_rows()
         self._check_contrast()
 
@@ -198,10 +203,17 @@ class Recipe:
             raise ValueError(f"max_length must be at least 2 and min_length ({self.min_length}), got {self.max_length}")
         if self.min_length < 2:
             raise ValueError(f"min_length must be at least 2 (a row is split in two), got {self.min_length}")
-        if parse_bytes(self.text_cache) is not None and self.tune not in ("gated", "tokens"):
-            raise ValueError(f"text_cache needs texts that run without adapter (gated, tokens), got tune {self.tune}")
         if self.contrastive_chunk_size is not None and self.contrastive_chunk_size < 1:
             raise ValueError(f"contrastive_chunk_size must be at least 1, got {self.contrastive_chunk_size}")
+
+    def _check_frozen_base(self) -> None:
+        if parse_bytes(self.text_cache) is not None and self.tune not in ("gated", "tokens"):
+            raise ValueError(f"text_cache needs texts that run without adapter (gated, tokens), got tune {self.tune}")
+        if parse_quantization(self.quantize) is not None and (not self.frozen_base or self.precision == "fp32"):
+            raise ValueError(
+                f"quantize needs a frozen base (gated, tokens, embedding_lora) and bfloat16, got tune {self.tune} and"
+                f" precision {self.precision}"
+            )
 
     def _check_rows(self) -> None:
         if self.frozen_base and self.special_tokens and self.mix:

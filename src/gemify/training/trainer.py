@@ -191,7 +191,7 @@ def build_objective(
 
 
 def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
-    bf16 = uses_bf16(recipe, device)
+    bf16 = uses_bf16(recipe, device) or recipe.quantize not in (None, "none")
     if recipe.attn_implementation == "flex_attention" and (device == "cpu" or not torch.cuda.is_available()):
         raise ValueError(
             "attn_implementation 'flex_attention' cannot train on a CPU (it has no backward pass there): use sdpa"
@@ -217,6 +217,7 @@ def _model(recipe: Recipe, device: str | None, *, sharded: bool) -> GemModel:
         dtype=torch.bfloat16 if bf16 and recipe.frozen_base else torch.float32,
         device="cpu" if sharded else device,
         attn_implementation=recipe.attn_implementation,
+        quantize=recipe.quantize,
     )
 
 
