@@ -184,7 +184,7 @@ def test_a_quantized_base_is_trained_on(
 
 def test_only_a_frozen_base_is_quantized() -> None:
     for wrong in ({"tune": "lora"}, {"tune": "full"}, {"tune": "gated", "precision": "fp32"}):
-        with pytest.raises(ValueError, match="quantize needs a frozen base .* and bfloat16"):
+        with pytest.raises(ValueError, match=r"quantize needs a frozen base .* and bfloat16"):
             Recipe.from_dict({"data": "x", "quantize": "int4", **wrong})
     with pytest.raises(ValueError, match="unknown quantization 'int3'"):
         Recipe.from_dict({"data": "x", "quantize": "int3"})
