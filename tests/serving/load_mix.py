@@ -99,7 +99,8 @@ def _draw_call(draw: random.Random, plain: Any, max_tokens: int, guided: dict[st
         body = asked if path == MESSAGES else {"input": question}
         return _call("plain", path, body | {limit: max_tokens, "temperature": 0})
     if part < 0.4:
-        return _call("rerank", RERANK, {"query": plain.texts[0], "documents": ["a lighthouse", "rain", "tea", "ice"]})
+        by = draw.choice([{}, {"rerank": "lm"}])
+        return _call("rerank", RERANK, {"query": question, "documents": ["a lighthouse", "rain", "tea", "ice"], **by})
     if part < 0.44:
         return _call("leaves", CHAT, asked | draw.choice([{}, *GUIDED]) | guided | {"stream": True})
     if plain.kind == "embed":
@@ -213,13 +214,12 @@ def wrong(gem: GemModel, alone: Served, calls: Sequence[Call], answers: Sequence
             if not np.allclose(answer.numbers, expected, atol=1e-5):
                 yield f"{call}: off by {np.abs(np.asarray(answer.numbers) - expected).max():.1e}"
         elif call.kind == "rerank":
-            query_D, *documents_D = _vectors(gem, [fields["query"], *fields["documents"]], vectors)
-            scores = np.asarray([query_D @ documents_D[int(index)] for index, _ in answer.numbers])
-            if (
-                not np.allclose(scores, [score for _, score in answer.numbers], atol=1e-5)
-                or (np.diff(scores) > 1e-6).any()
+            expected = _scores(gem, alone, call, vectors)
+            given = [score for _, score in answer.numbers]
+            if given != sorted(given, reverse=True) or not np.allclose(
+                given, [expected[int(index)] for index, _ in answer.numbers], atol=1e-5
             ):
-                yield f"{call}: {answer.numbers}, not {scores}"
+                yield f"{call}: {answer.numbers}, not {expected}"
         elif call.kind != "leaves":
             if problem := _breaks(call, fields, answer):
                 yield f"{call}: {problem}: {answer}"
@@ -229,6 +229,17 @@ def wrong(gem: GemModel, alone: Served, calls: Sequence[Call], answers: Sequence
                     (first[whole],) = asyncio.run(send([whole], alone.url, clients=1))
                 if answer != first[whole]:
                     yield f"{call}: {answer}, alone {first[whole]}"
+
+
+def _scores(gem: GemModel, alone: Served, call: Call, vectors: dict[str, np.ndarray]) -> list[float]:
+    """The documents' scores for the query: cosines of the library, or the odds that the other server gives."""
+    fields = call.fields
+    if "rerank" in fields:
+        (got,) = asyncio.run(send([call], alone.url, clients=1))
+        assert isinstance(got, Answer), got
+        return [score for _, score in sorted(got.numbers)]
+    query_D, *documents_D = _vectors(gem, [fields["query"], *fields["documents"]], vectors)
+    return [float(query_D @ document_D) for document_D in documents_D]
 
 
 def _vectors(gem: GemModel, texts: Sequence[str], known: dict[str, np.ndarray]) -> np.ndarray:
