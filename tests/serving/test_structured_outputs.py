@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -189,3 +190,36 @@ def test_a_grammar_that_nothing_may_follow_fails_alone(served: Served, client: O
     with pytest.raises(openai.BadRequestError, match="forbids every token"):
         client.chat.completions.create(model="tiny", messages=ASK, max_tokens=9, extra_body=fields)
     assert served.post("/v1/chat/completions", {"messages": ASK, "max_tokens": 1}).status_code == 200
+
+
+def test_a_slow_grammar_holds_up_no_other_request(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither embeddings, which need a thread as well, nor a grammar that is kept."""
+    grammars, slow = served.app.state.gemify.grammars, threading.Event()
+    compile_at_once = grammars._compile
+    monkeypatch.setattr(grammars, "_compile", lambda grammar: slow.wait(60) and compile_at_once(grammar))
+
+    async def ask() -> None:
+        client = served.async_client()
+
+        async def answer(word: str) -> str | None:
+            got = await client.chat.completions.create(
+                model="tiny", messages=ASK, max_tokens=60, extra_body={"guided_choice": [word]}
+            )
+            return got.choices[0].message.content
+
+        slow.set()
+        assert await answer("kept") == "kept"
+        slow.clear()
+        waiting = [asyncio.create_task(answer(f"new {i}")) for i in range(40)]
+        try:
+            while served.app.state.gemify.metrics.in_flight_now < 40:
+                await asyncio.sleep(0.01)
+            await client.embeddings.create(model="tiny", input="a")
+            assert await answer("kept") == "kept"
+            assert not any(task.done() for task in waiting)
+        finally:
+            slow.set()
+        assert await asyncio.gather(*waiting) == [f"new {i}" for i in range(40)]
+        await client.close()
+
+    asyncio.run(asyncio.wait_for(ask(), 60))

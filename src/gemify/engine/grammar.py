@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -79,6 +80,26 @@ class GrammarCompiler:
         self._tokenizer: LLTokenizer | None = None
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
         self._lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="gemify-grammar")
+
+    def submit(self, grammar: str) -> Future[Grammar]:
+        """Compile a grammar in a thread of its own, one after the other; a kept one is there at once.
+
+        Args:
+            grammar: as llguidance's `grammar_from` writes it.
+
+        Returns:
+            What `compile` returns, or raises.
+        """
+        if (kept := self._find(grammar)) is not None:
+            found: Future[Grammar] = Future()
+            found.set_result(kept)
+            return found
+        return self._threads.submit(self.compile, grammar)
+
+    def close(self) -> None:
+        """Compile nothing more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def compile(self, grammar: str) -> Grammar:
         """Compile a grammar, or find it among those kept. Up to some seconds for the largest.
@@ -91,14 +112,20 @@ class GrammarCompiler:
         """
         if len(grammar) > _MAX_CHARACTERS:
             raise ValueError(f"the grammar has {len(grammar):,} characters, at most {_MAX_CHARACTERS:,} are compiled")
+        if (kept := self._find(grammar)) is not None:
+            return kept
+        compiled = self._compile(grammar)
+        with self._lock:
+            self._kept[grammar] = compiled
+            if len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+        return compiled
+
+    def _find(self, grammar: str) -> Grammar | None:
         with self._lock:
             if grammar in self._kept:
                 self._kept.move_to_end(grammar)
-                return self._kept[grammar]
-            compiled = self._kept[grammar] = self._compile(grammar)
-            if len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
-            return compiled
+            return self._kept.get(grammar)
 
     def _compile(self, grammar: str) -> Grammar:
         try:

@@ -175,6 +175,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         warming.cancel()
         finished = await asyncio.to_thread(partial(state.engine.stop, timeout_s=state.settings.stop_timeout))
         state.tokenizer.close()
+        state.grammars.close()
         if state.rag is not None:
             state.rag.close()
         logger.info("stopped" if finished else "stopped; the last requests were cancelled")
@@ -183,6 +184,9 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _warm_up(state: AppState) -> None:
     """Embed and generate something, so that the first client does not wait for one-time work; then be ready."""
     try:
+        await asyncio.wrap_future(
+            state.grammars.submit('start: "a"')
+        )  # tables of all tokens, which hold all threads up
         rows = (await state.tokenizer.tokenize_texts(["ready"])).rows
         with EngineClient() as client:
             client.submit(partial(state.engine.embed, rows))

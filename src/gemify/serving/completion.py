@@ -112,7 +112,7 @@ class CompletionHandler:
         if self.grammar is None:
             return None
         try:
-            return await asyncio.to_thread(self.state.grammars.compile, self.grammar)
+            return await asyncio.wrap_future(self.state.grammars.submit(self.grammar))
         except ValueError as error:
             raise bad_request(str(error)) from error
 
