@@ -15,12 +15,16 @@ from typer.testing import CliRunner, Result
 import tiny_models
 from gemify import GemModel
 from gemify.cli.main import app
+from gemify.rag.pipeline import GemRag
 from gemify.retrieval.index import GemIndex
+from gemify.retrieval.rerank import rerank_index
 from running_server import serving
 from tiny_gems import make_gem
 
 mcp = pytest.importorskip("mcp", reason="mcp is not installed: pip install 'gemify[mcp]'")
 from mcp.client.streamable_http import create_mcp_http_client, streamable_http_client  # noqa: E402
+
+from gemify.serving.mcp_server import create_local_server  # noqa: E402
 
 HANDSHAKE = {
     "jsonrpc": "2.0",
@@ -94,6 +98,19 @@ async def test_a_client_searches_reads_lists_and_asks(store: Path) -> None:
             assert result.is_error
             assert words in result.content[0].text
         assert (await call("search", query="moon", k=1, mode="fts"))["passages"][0]["file"].endswith("tides.txt")
+
+
+async def test_a_reranked_index_is_searched_read_and_listed(store: Path) -> None:
+    gem = GemModel.from_pretrained(str(store.parent / "gem"))
+    reranked = rerank_index(GemIndex.open(store, gem, create=False), "lm", gem)
+    async with mcp.Client(create_local_server(GemRag(gem, reranked))) as client:
+        found = (await client.call_tool("search", {"query": "owls", "k": 2})).structured_content["passages"]
+        expected = reranked.search("owls", k=2)
+        assert [p["id"] for p in found] == [p.id for p in expected]
+        assert [p["score"] for p in found] == pytest.approx([p.score for p in expected], abs=1e-5)
+        read = await client.call_tool("read_passage", {"id": found[0]["id"]})
+        assert read.structured_content["passages"][0]["text"] == found[0]["text"]
+        assert (await client.call_tool("list_documents", {})).structured_content["total"] == 2
 
 
 def test_stdout_holds_the_protocol_alone(store: Path) -> None:
