@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gemify import GemModel
+from gemify.engine.requests import Done, Event
 from gemify.retrieval.rerank import LmReranker, YesNoPrompts
 from running_server import Served, serving, tiny_gem
 
@@ -95,6 +96,27 @@ def test_passages_take_no_place_in_the_prefix_cache(gem: GemModel) -> None:
         token_bytes = 2 * 2 * 2 * 8 * 4  # layers, keys and values, heads, their width, float32
         assert after.prefix_cache_bytes - before.prefix_cache_bytes == len(prefix) * token_bytes
         assert running.post("/v1/rerank", {**body, "documents": body["documents"] * 10}, **key).status_code == 429
+
+
+def test_few_passages_are_in_the_engine_at_a_time(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    submitted: list[int] = []  # how many were not done then
+    done: list[Event] = []
+    prefill = served.engine.prefill
+
+    def counted(ids: Any, listener: Any, **options: Any) -> Any:
+        def listen(event: Event) -> None:
+            if isinstance(event, Done):
+                done.append(event)
+            listener(event)
+
+        submitted.append(len(submitted) + 1 - len(done))
+        return prefill(ids, listen, **options)
+
+    monkeypatch.setattr(served.engine, "prefill", counted)
+    body = {"query": "which?", "documents": [f"passage {n}" for n in range(30)], "rerank": "lm"}
+    assert len(served.post("/v1/rerank", body).json()["results"]) == 30
+    assert len(submitted) == 31  # with the prefix
+    assert 1 < max(submitted) <= 9  # eight, and one whose output came before its end
 
 
 def test_numbers_of_eight_bits_and_signs(served: Served, gem: GemModel) -> None:
