@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import gemify.training.objective as objective_module
+import gemify.training.output_head as output_head
 import tiny_models
 from gemify import GemModel
 from gemify.model.forward import MaskedBatch, masked_pass, special_pass, text_pass
@@ -19,7 +19,7 @@ from gemify.paper.tokens import build_inputs, raw_row, reconstruction_row, split
 from gemify.paper.views import View, full_view
 from gemify.training.batches import Batches
 from gemify.training.examples import Source
-from gemify.training.objective import MicroBatch, has_plain_head, target_count
+from gemify.training.objective import MicroBatch, target_count
 from gemify.training.recipe import Recipe
 from tiny_gems import make_gem, make_objective
 
@@ -230,18 +230,18 @@ def test_an_anchor_of_several_pairs_runs_once(gem: GemModel) -> None:
 def test_the_head_at_targets_only_is_the_same_loss(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Head and loss together, in chunks, where the model's head is plain; else (scaled, capped logits) its own."""
     lm = tiny_models.build(name, "eager" if name in tiny_models.EAGER_ONLY else "sdpa")
-    plain = has_plain_head(lm)
+    plain = output_head.has_plain_head(lm)
     assert plain == (name in ("llama", "gpt2", "opt"))
     if not plain:
         return
-    monkeypatch.setattr(objective_module, "_CPU_CHUNK", 8)
+    monkeypatch.setattr(output_head, "_CPU_CHUNK", 8)
     ids_BT = torch.randint(10, 300, (3, 9), generator=torch.Generator().manual_seed(0))
     hidden = lm.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
     results = []
     for ours in (True, False):
         lm.zero_grad()
         if ours:
-            loss = objective_module.target_loss(lm, hidden, ids_BT[:, 1:].flatten())
+            loss = output_head.target_loss(lm, hidden, ids_BT[:, 1:].flatten())
         else:
             loss = next_token_loss(lm(input_ids=ids_BT).logits[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten())
         loss.backward()

@@ -185,6 +185,23 @@ def similarity_loss(
     return F.kl_div(rows(vectors_NP), rows(targets_NP), reduction="batchmean", log_target=True)
 
 
+def cosent_loss(first_ND: Tensor, second_ND: Tensor, scores_N: Tensor, *, scale: float = 20.0) -> Tensor:
+    """Return the CoSENT loss of N pairs with scores: pairs of a higher score shall have a higher cosine.
+
+    ``log(1 + sum exp(scale (cos_j - cos_i)))`` over all i and j where pair i has the higher score, as in
+    sentence-transformers' ``CoSENTLoss``. Pairs of one score give 0.
+
+    Args:
+        first_ND: Vectors of the pairs' first texts.
+        second_ND: Vectors of their second texts.
+        scores_N: Scores, on any scale.
+        scale: The inverse of the temperature.
+    """
+    cosines_N = scale * F.cosine_similarity(first_ND.float(), second_ND.float(), dim=-1)
+    differences_NN = (cosines_N[None, :] - cosines_N[:, None])[scores_N[:, None] > scores_N[None, :]]
+    return torch.cat([differences_NN, differences_NN.new_zeros(1)]).logsumexp(0)
+
+
 def matryoshka_loss(loss: Callable[[int], Tensor], dims: Sequence[int], width: int) -> Tensor:
     """Return the mean of a loss over vectors cut to each of some dimensions, and over whole ones (arXiv 2205.13147).
 

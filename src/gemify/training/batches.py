@@ -56,6 +56,8 @@ class TokenizedExample:
     negatives: tuple[tuple[int, ...], ...] = ()
     """Of a pair: what the anchor is not to be near."""
     id: str | None = None
+    score: float | None = None
+    """How alike the texts of a scored pair are."""
     chat: ChatTokens | None = None
     """The conversation of which the texts are the first question and answer."""
 
@@ -170,29 +172,25 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         blocks = (p[at : at + self.recipe.batch_size] for p in pools for at in range(0, len(p), self.recipe.batch_size))
         for number, block in enumerate(blocks):
             if len(block) >= max(2, self.world):
-                rows, views, _, keys = self._parts(alpha, block, f"held out {number}")
-                counts = {"ntp": self._target_count(rows)} if rows else {}
-                counts |= {"contrastive": len(views)} if views else {}
-                whole = MicroBatch(alpha, rows, views, step_targets=counts.get("ntp", 1), keys=keys)
+                made = replace(self._micro_batch(alpha, block, f"held out {number}"), targets=None)
+                counts = {"ntp": self._target_count(made.rows)} if made.rows else {}
+                counts |= {"contrastive": len(made.views)} if made.views else {}
+                whole = replace(made, step_targets=counts.get("ntp", 1))
                 yield shard_batch(whole, self.rank, self.world), counts
 
     def _step(self, step: int, micro: list[list[TokenizedExample]]) -> Iterator[dict[str, MicroBatch]]:
         alpha = self.recipe.schedule.alpha(step)
-        made = [self._parts(alpha, examples, f"{step} {index}") for index, examples in enumerate(micro)]
-        targets = sum(self._target_count(rows) for rows, *_ in made)
-        for rows, views, vectors, keys in made:
-            whole = MicroBatch(
-                alpha, rows, views, step_targets=targets, micro_batches=len(made), targets=vectors, keys=keys
-            )
+        made = [self._micro_batch(alpha, examples, f"{step} {index}") for index, examples in enumerate(micro)]
+        targets = sum(self._target_count(batch.rows) for batch in made)
+        for batch in made:
+            whole = replace(batch, step_targets=targets, micro_batches=len(made))
             yield {"batch": shard_batch(whole, self.rank, self.world)}
 
     def _target_count(self, rows: list[Row]) -> int:
         return sum(target_count(row, frozen_base=self.recipe.frozen_base) for row in rows)
 
-    def _parts(
-        self, alpha: float, examples: list[TokenizedExample], name: str
-    ) -> tuple[list[Row], list[tuple[View, ...]], list[np.ndarray] | None, list[tuple[int, ...]] | None]:
-        """Rows, views, the teacher's vectors and the texts' keys of a micro-batch, drawn by its name."""
+    def _micro_batch(self, alpha: float, examples: list[TokenizedExample], name: str) -> MicroBatch:
+        """Rows, views, the teacher's vectors, the texts' keys and scores of a micro-batch, drawn by its name."""
         rng = Random(f"{self.recipe.seed} {name}")
         with_rows = alpha < 1.0 or self.recipe.contrastive_batch_size is None
         rows = [self._row(e, rng) for e in examples[: self.recipe.batch_size]] if with_rows else []
@@ -203,7 +201,14 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         chosen, keys = self._fill_up(chosen)
         views = [self._texts(e) if self.teacher is not None else self._views(e, rng) for e in chosen]
         vectors = self._teach(chosen) if self.teacher is not None and chosen else None
-        return rows if alpha < 1.0 else [], views, vectors, keys
+        scores = [e.score for e in chosen if e.score is not None]
+        if scores and len(scores) < len(chosen):
+            raise ValueError(
+                "a batch holds pairs with scores and other rows: keep them in files of their own, and give these as a"
+                " list (data)"
+            )
+        rows = rows if alpha < 1.0 else []
+        return MicroBatch(alpha, rows, views, targets=vectors, keys=keys, scores=scores or None)
 
     def _draw_negatives(self, examples: list[TokenizedExample], rng: Random) -> list[TokenizedExample]:
         """The examples with ``num_negatives`` of the negatives that each has."""
@@ -247,7 +252,9 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
     def _views(self, example: TokenizedExample, rng: Random) -> tuple[View, ...]:
         """Two views of a text or of a pair and its negatives, each with BOS and template."""
         text = example.ids[len(self.bos_ids) :]
-        if example.kind == "positive":
+        if example.score is not None:
+            first, second = full_view(text), full_view(example.second)
+        elif example.kind == "positive":
             first, second = self.recipe.views.of_pair(text, example.second, rng)
         else:
             first, second = self.recipe.views.of_text(text, rng)
@@ -279,7 +286,7 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         if example.chat is not None:
             return self._chat_row(example, example.chat, rng)
         if rng.random() < self.recipe.p:
-            return raw_row(example.ids if example.kind == "positive" else (*example.ids, *example.second))
+            return raw_row(example.ids if example.kind in ("positive", "scored") else (*example.ids, *example.second))
         if example.kind == "summary":
             return summary_row(example.ids, (*example.second, *self.end_ids))
         if example.kind == "soft_prompt":
@@ -349,7 +356,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
                 pair = (example.second, *(text for text, ids in known if ids)) if example.second else ()
                 texts = (example.text, *pair) if self.teacher else ()
                 anchor = (*self.bos_ids, *ids)
-                made.append(TokenizedExample(anchor, tuple(more), example.kind, texts, negatives, example.id, chat))
+                known_of = negatives, example.id, example.score, chat
+                made.append(TokenizedExample(anchor, tuple(more), example.kind, texts, *known_of))
         return made
 
     @cached_property

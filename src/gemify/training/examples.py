@@ -1,6 +1,7 @@
 """Rows of files and data sets -> training examples: texts, or pairs with their negatives.
 
     text column                       a text; a list: a text each
+    sentence1, sentence2, score       a pair and how alike its texts are, on any scale (sentence-transformers)
     anchor, positive                  a pair (sentence-transformers); also with negative, negative_1, negative_2, ...
     query, positive | pos             a pair; pos and neg may be lists (BGE, FlagEmbedding)
     query, positive_passages          passages of title and text, with negative_passages (Tevatron)
@@ -16,6 +17,7 @@ negatives of each other.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -45,12 +47,14 @@ logger = logging.getLogger(__name__)
 _PAIRS = (
     ("summary", "context", "summary"),
     ("soft_prompt", "prompt", "answer"),
+    ("scored", "sentence1", "sentence2"),
     ("positive", "anchor", "positive"),
     ("positive", "query", "positive"),
     ("positive", "query", "pos"),
     ("positive", "query", "positive_passages"),
 )
 _NEGATIVES = re.compile(r"negatives?(_\d+)?|neg|negative_passages")
+_SCORE = "score"
 _IDS = ("id", "_id", "query_id")
 _NOTES = frozenset([*_IDS, "task"])
 """Columns that are no texts and need no word: ids, and what `gemify pairs` says of its own."""
@@ -70,6 +74,8 @@ class Example:
     """Rows of one id are no negatives of each other."""
     conversation: Conversation | None = None
     """What ``text`` and ``second`` are the first question and answer of."""
+    score: float | None = None
+    """How alike the texts of a scored pair are."""
     row: int = field(default=0, compare=False)
     """The row's number in its file."""
 
@@ -173,8 +179,8 @@ class Source:
             return found
         for kind, first, second in _PAIRS:
             if first in names and second in names:
-                negatives = {name for name in names if _NEGATIVES.fullmatch(name)} if kind == "positive" else set()
-                return {first, second, *negatives}
+                others = {name for name in names if _NEGATIVES.fullmatch(name)} if kind == "positive" else set()
+                return {first, second, *others, *({_SCORE} if kind == "scored" else ())}
         return set()
 
     def _warn_unused(self, columns: Collection[str]) -> None:
@@ -198,6 +204,9 @@ class Source:
                     negatives = [
                         n for c in row if kind == "positive" and _NEGATIVES.fullmatch(c) for n in _texts(row, c)
                     ]
+                    if kind == "scored":
+                        texts = require_text(row, first), require_text(row, second)
+                        return [Example(*texts, kind, id=name, score=_number(row, _SCORE))]
                     anchor, others = require_text(row, first), _texts(row, second)
                     if not others:
                         raise ValueError(f"{second!r} holds no text")
@@ -226,6 +235,18 @@ def _as_mapping(row: Any, text_column: str) -> Mapping[str, Any]:
 def open_sources(recipe: Recipe) -> list[tuple[Source, DataSource]]:
     """The data of a recipe, each with its weight."""
     return [(Source(d.path, recipe.text_column, recipe.split, skip_bad=recipe.skip_bad), d) for d in recipe.sources]
+
+
+def _number(row: Mapping[str, Any], column: str) -> float:
+    """The number in a column, as a number or as text."""
+    value = find_column(row, column) if has_column(row, column) else None
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{column!r} must hold a number, got {value!r}")
+    return number
 
 
 def _texts(row: Mapping[str, Any], column: str) -> list[str]:

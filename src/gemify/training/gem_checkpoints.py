@@ -89,8 +89,9 @@ class GemCheckpoints(Trainer):
         directory = Path(resume_from_checkpoint)
         self.batches.start_step = int(json.loads((directory / STATE_FILE).read_text())["global_step"])
         objective, t = self._objective(), load_file(directory / _TEMPERATURE_FILE)["t"]
-        if objective.distillation is not None:
-            objective.distillation.projection.load_from(directory)
+        trained = objective.projection if objective.distillation is None else objective.distillation.projection
+        if trained is not None:
+            trained.load_from(directory)
         if objective.sharded:
             return load_weights(objective, read_lm_weights(self.gem, directory), t)
         load_gem_weights(self.gem, directory)

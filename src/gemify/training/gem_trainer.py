@@ -359,6 +359,7 @@ def make_objective(
         contrastive_chunk_size=recipe.contrastive_chunk_size,
         sharded=sharded,
         distillation=distillation,
+        projection=gem.projection if distillation is None else None,
         matryoshka_dims=recipe.matryoshka_dims,
         text_cache_bytes=parse_bytes(recipe.text_cache) or 0,
     )

@@ -3,11 +3,6 @@
 Frozen base (``gated``, ``tokens``): cache surgery. The text runs without gradients, the special tokens run on its KV
 cache with gradients, the suffix runs on theirs. Nothing goes backward through the text, and only the suffix is a target
 (the text's own loss is a constant). Trained base (``lora``, ``full``): one masked pass, every token is a target.
-
-The next-token loss is computed from hidden states at the targets only. A vocabulary is large: the logits of a batch
-take more memory than the rest of a small model's step. PyTorch's `linear_cross_entropy` runs output head and loss
-together, a part of the targets at a time. Models that do more to their logits than one matrix (soft caps, scales), and
-older PyTorch, take the ordinary way.
 """
 
 from __future__ import annotations
@@ -18,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -40,15 +34,22 @@ from gemify.model.forward import (
     special_pass,
     suffix_pass,
 )
-from gemify.paper.objectives import Temperature, equal_texts, info_nce, matryoshka_loss, next_token_loss, total_loss
+from gemify.model.projection import Projection
+from gemify.paper.objectives import (
+    Temperature,
+    cosent_loss,
+    equal_texts,
+    info_nce,
+    matryoshka_loss,
+    next_token_loss,
+    total_loss,
+)
 from gemify.paper.tokens import IGNORED, Row, RowInputs, Segment, build_inputs
 from gemify.paper.views import View
 from gemify.training.distributed import all_reduce_max, gather, rank, world_size
+from gemify.training.output_head import has_plain_head, target_loss
 from gemify.training.teacher import Distillation
 from gemify.training.text_passes import TextCache, TextPasses, TokenCounts
-
-_CPU_CHUNK = 256
-"""Targets at a time on a CPU; PyTorch's own choice is far slower there."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ class MicroBatch:
     keys: list[tuple[int, ...]] | None = None
     """Numbers of each entry's id, anchor, positive and negatives, of all processes' entries: equal for equal texts,
     ``FILLER`` for one that only fills up. None: all differ."""
+    scores: list[float] | None = None
+    """How alike the texts of each pair are, of all processes' pairs. None: pairs have no scores."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Objective(nn.Module):
         contrastive_chunk_size: Views whose activations are held at a time (GradCache). None: all.
         sharded: Every process holds a part of the weights.
         distillation: The linear map into a teacher's space, and the weights of the losses. None: there is no teacher.
+        projection: The map that a GEM trained further has already. None: its vectors are the pooled states.
         matryoshka_dims: Dimensions to which vectors are cut in the contrastive loss, beside whole ones.
         text_cache_bytes: Memory for the KV of texts that later epochs have again (``gated``, ``tokens``). 0: none.
     """
@@ -122,11 +126,12 @@ class Objective(nn.Module):
         contrastive_chunk_size: int | None = None,
         sharded: bool = False,
         distillation: Distillation | None = None,
+        projection: Projection | None = None,
         matryoshka_dims: tuple[int, ...] = (),
         text_cache_bytes: int = 0,
     ) -> None:
         super().__init__()
-        self.distillation = distillation
+        self.distillation, self.projection = distillation, projection
         self.lm, self.adapter, self.temperature, self.gem_config = lm, adapter, Temperature(), config
         self.group_tokens, self.pass_overhead_tokens = group_tokens, pass_overhead_tokens
         self.contrastive_chunk_size, self.sharded = contrastive_chunk_size, sharded
@@ -167,6 +172,8 @@ class Objective(nn.Module):
             ntp = loss(batch.rows, own, counts) * (batch.micro_batches / max(1, batch.step_targets))
         if batch.alpha > 0.0:
             views_ND = self.embed([v for views in batch.views for v in views], counts)
+            if self.projection is not None:
+                views_ND = self.projection(views_ND)
             if self.distillation is None:
                 contrastive = self._contrastive(batch, views_ND, temperature)
                 embedding = contrastive
@@ -201,6 +208,8 @@ class Objective(nn.Module):
         views_BWD = views_ND.view(len(batch.views), -1, views_ND.shape[-1])
         own = len(batch.views) if batch.own_pairs is None else batch.own_pairs
         pairs = len(batch.views) if batch.pairs is None else batch.pairs
+        if batch.scores is not None:
+            return self._scored(gather(views_BWD, pairs), batch.scores)
         own_index_B = torch.arange(own, device=views_ND.device) * world_size() + rank()
         candidates_NWD = gather(views_BWD[:, 1:], pairs)
         keys_BK = None if batch.keys is None else torch.tensor(batch.keys, device=views_ND.device)
@@ -219,8 +228,17 @@ class Objective(nn.Module):
         loss = matryoshka_loss(cut, self.matryoshka_dims, views_ND.shape[-1])
         return loss * (own * world_size() / pairs)
 
+    def _scored(self, pairs_N2D: Tensor, scores: list[float]) -> Tensor:
+        """The loss of pairs with scores, the same in every process."""
+        scores_N = torch.tensor(scores, device=pairs_N2D.device)
+
+        def cut(dim: int) -> Tensor:
+            return cosent_loss(pairs_N2D[:, 0, :dim], pairs_N2D[:, 1, :dim], scores_N)
+
+        return matryoshka_loss(cut, self.matryoshka_dims, pairs_N2D.shape[-1])
+
     def embed(self, views: list[View], counts: TokenCounts | None = None) -> Tensor:
-        """Embed views as the contrastive loss does.
+        """Embed views as the contrastive loss does, up to the pooled states.
 
         Args:
             views: N views, template and BOS included.
@@ -404,40 +422,3 @@ class Objective(nn.Module):
             counts.padding += batch.ids_BT.numel() - sum(len(laid_out[i].ids) for i in group)
             batches.append((group, batch))
         return batches
-
-
-@torch.no_grad()
-def has_plain_head(lm: PreTrainedModel) -> bool:
-    """Return whether the model's logits are its output head's output, unchanged. Runs two tokens."""
-    head = lm.get_output_embeddings()
-    if type(head) is not nn.Linear:
-        return False
-    ids_BT = torch.tensor([[1, 0]], device=lm.device)
-    logits_BTV = lm(input_ids=ids_BT, use_cache=False).logits
-    return torch.equal(logits_BTV, head(lm.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state))
-
-
-def target_loss(lm: PreTrainedModel, hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
-    """Return the summed cross-entropy of the output head's logits.
-
-    Args:
-        lm: A model with a plain head (`has_plain_head`).
-        hidden_ND: Last hidden states at the positions that have a target.
-        targets_N: Token ids. All of them count.
-    """
-    head = lm.get_output_embeddings()
-    on_cpu = hidden_ND.device.type == "cpu"
-    autocast = torch.is_autocast_enabled(hidden_ND.device.type)
-    small = targets_N.numel() <= _CPU_CHUNK
-    emulated = on_cpu and (autocast or hidden_ND.dtype != torch.float32)  # linear_cross_entropy is slow there
-    if small or emulated or not hasattr(F, "linear_cross_entropy"):
-        return next_token_loss(head(hidden_ND), targets_N)
-    weight_VD, bias_V = head.weight, head.bias
-    if autocast:
-        dtype = torch.get_autocast_dtype(hidden_ND.device.type)
-        hidden_ND, weight_VD = hidden_ND.to(dtype), weight_VD.to(dtype)
-        bias_V = None if bias_V is None else bias_V.to(dtype)
-    chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=_CPU_CHUNK if on_cpu else None)
-    return F.linear_cross_entropy(
-        hidden_ND, weight_VD, targets_N, linear_bias=bias_V, reduction="sum", options=chunks
-    ).float()
