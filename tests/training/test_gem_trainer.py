@@ -231,7 +231,7 @@ def test_the_hub_gets_a_gem_with_a_card(base_dir: Path, tmp_path: Path, monkeypa
     trainer.push_to_hub(tags="mine")
     assert (GemModel.from_pretrained(hub).encode("hello") == gem.encode("hello")).all()
     card = huggingface_hub.ModelCard.load(hub / "README.md")
-    assert card.data.tags == ["gemify", "sentence-transformers", "mine"]
+    assert card.data.tags == ["embeddings", "feature-extraction", "gemify", "sentence-transformers", "mine"]
     assert "| contrastive |" in card.text
 
 

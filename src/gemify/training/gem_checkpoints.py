@@ -17,6 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from gemify.io.atomic import sync
 from gemify.model.gem import GemModel
+from gemify.model.hub import CARD_FILE, model_card
 from gemify.training.batches import Batches
 from gemify.training.checkpoints import STATE_FILE
 from gemify.training.fsdp import load_weights, select_lm_weights
@@ -51,28 +52,19 @@ class GemCheckpoints(Trainer):
             model_name: The title.
             options: Further entries of the card's data.
         """
-        path = Path(self.args.output_dir) / "README.md"
+        path = Path(self.args.output_dir) / CARD_FILE
         if not self.is_world_process_zero() or path.exists():
             return
+        card = ModelCard(model_card(model_name or Path(self.args.output_dir).name, self.gem.config))
         more = [tags] if isinstance(tags, str) else tags or []
-        base, config = self.gem.config.base, self.gem.config
-        data = ModelCardData(
-            language=language,
-            license=license,
-            base_model=None if not base or base == "starter" or Path(base).exists() else base,
-            library_name="gemify",
-            pipeline_tag="feature-extraction",
-            tags=["gemify", "sentence-transformers", *more],
-            **options,
-        )
+        data: Any = card.data
+        known = {**data.to_dict(), "pipeline_tag": "feature-extraction", **options}
+        known |= {"language": language, "license": license, "tags": [*data.tags, *more]}
+        card.data = ModelCardData(**known)
         measured = {k: v for entry in self.state.log_history[-20:] for k, v in entry.items() if k != "epoch"}
-        text = (
-            f"# {model_name or Path(self.args.output_dir).name}\n\nA GEM (arXiv 2506.04344): one model that writes and"
-            f" embeds. Base: {config.base}; tuning scope: {config.tune}; {config.k} special tokens.\n\n"
-            "```python\nfrom gemify import GemModel\ngem = GemModel.from_pretrained(...)\n```\n\n"
-        )
         table = "".join(f"| {name} | {value} |\n" for name, value in measured.items())
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}| measured | value |\n|---|---|\n{table}").save(path)
+        card.content = f"{card.content}\n| measured | value |\n|---|---|\n{table}"
+        card.save(path)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """As a GEM. The objective's whole weights are given where this process holds a part of them."""
