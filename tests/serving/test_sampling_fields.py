@@ -172,3 +172,24 @@ def test_what_is_well_known_and_not_here_is_refused_by_name(
             create(**ask, extra_body={field: value})
         assert raised.value.code == "unsupported_parameter"
         create(**ask, extra_body={field: harmless})
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "value", "harmless"),
+    [
+        ("/v1/embeddings", "add_special_tokens", False, True),
+        ("/v1/embeddings", "task", "retrieval", None),
+        ("/v1/rerank", "truncate_prompt_tokens", 5, -1),
+        ("/v2/rerank", "max_tokens_per_doc", 5, None),
+        ("/tokenize", "chat_template", "{{ messages }}", None),
+    ],
+)
+def test_other_routes_refuse_what_is_well_known_there(
+    served: Served, path: str, field: str, value: Any, harmless: Any
+) -> None:
+    bodies = {"/v1/embeddings": {"input": "a"}, "/tokenize": {"prompt": "a"}}
+    body = bodies.get(path, {"query": "a", "documents": ["a"]})
+    refused = served.post(path, body | {field: value})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, field)
+    assert IGNORED not in served.post(path, body | {field: harmless}).headers
+    assert served.post(path, body | {"suffix": "a"}).headers[IGNORED] == "suffix"  # well known elsewhere

@@ -155,7 +155,7 @@ class ResponseStreamOptions(_Part):
 class CreateResponseRequest(ApiRequest):
     """A conversation to answer. Nothing is stored."""
 
-    known_fields = unsupported.IGNORED.union(unsupported.RESPONSES)
+    unsupported_fields = (unsupported.RESPONSES,)
 
     input: Annotated[list[Item], BeforeValidator(_items, json_schema_input_type=str | list[Item])] = Field(
         min_length=1, max_length=_MAX_ITEMS, description="A text, or messages, calls, their outputs and thoughts."
@@ -177,11 +177,6 @@ class CreateResponseRequest(ApiRequest):
     metadata: dict[str, str] | None = Field(default=None, max_length=64, description="Comes back in the response.")
     stream: bool | None = Field(default=None, description="Server-sent events, the last of them response.completed.")
     stream_options: ResponseStreamOptions | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, given: Any) -> Any:
-        return unsupported.refuse(given, unsupported.RESPONSES)
 
     @model_validator(mode="after")
     def _require_message(self) -> Self:

@@ -166,7 +166,7 @@ class OutputConfig(_Part):
 class CountTokensRequest(ApiRequest):
     """A conversation in Anthropic's form."""
 
-    known_fields = unsupported.IGNORED.union(unsupported.MESSAGES)
+    unsupported_fields = (unsupported.MESSAGES,)
 
     messages: list[MessageParam] = Field(min_length=1, max_length=_MAX_MESSAGES)
     system: Content | None = None
@@ -174,11 +174,6 @@ class CountTokensRequest(ApiRequest):
     tool_choice: MessagesToolChoice | None = None
     thinking: ThinkingConfig | None = None
     output_config: OutputConfig | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, given: Any) -> Any:
-        return unsupported.refuse(given, unsupported.MESSAGES)
 
     def to_chat(self, *, thinks: bool, can_switch_thoughts: bool) -> CreateChatCompletionRequest:
         """Return the same request in OpenAI's form.

@@ -176,12 +176,18 @@ class ApiRequest(BaseModel):
     model: str | None = Field(default=None, description="As /v1/models names it; left out, the one there is.")
     user: str | None = Field(default=None, description="Taken and ignored.")
 
-    known_fields: ClassVar[frozenset[str]] = unsupported.KNOWN
+    unsupported_fields: ClassVar[tuple[unsupported.Fields, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, given: Any) -> Any:
+        return refuse(given, *cls.unsupported_fields)
 
     @property
     def unknown_fields(self) -> list[str]:
         """Names of fields that mean nothing here."""
-        return [name for name in self.model_extra or {} if name not in self.known_fields]
+        known = unsupported.IGNORED.union(*self.unsupported_fields)
+        return [name for name in self.model_extra or {} if name not in known]
 
 
 def _truncate(value: Any) -> Any:
@@ -200,6 +206,8 @@ Truncation = Annotated[
 
 class CreateEmbeddingRequest(ApiRequest):
     """Texts to embed."""
+
+    unsupported_fields = (unsupported.EMBEDDING,)
 
     input: Inputs = Field(description="A text, texts, token ids or lists of token ids.")
     encoding_format: Literal["float", "base64", "int8", "uint8", "binary", "ubinary"] | None = Field(
@@ -287,6 +295,8 @@ class GenerationRequestBody(ApiRequest, StructuredRequest):
 class CreateCompletionRequest(GenerationRequestBody):
     """Prompts to continue as they are, without a chat template."""
 
+    unsupported_fields = (unsupported.GENERATION, unsupported.COMPLETION)
+
     prompt: Inputs = Field(description="A prompt, prompts, token ids or lists of token ids.")
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Log probabilities of the tokens, and of so many others at their place."
@@ -296,11 +306,6 @@ class CreateCompletionRequest(GenerationRequestBody):
         default=None, ge=0, le=MAX_INT, description="Longest answer. 0, with echo: the prompt alone."
     )
     echo: bool | None = Field(default=None, description="Put the prompt before the answer, with its logprobs.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, given: Any) -> Any:
-        return refuse(given, unsupported.GENERATION, unsupported.COMPLETION)
 
     @model_validator(mode="after")
     def _require_echo(self) -> Self:
@@ -376,6 +381,8 @@ class GemifyOptions(BaseModel):
 class CreateChatCompletionRequest(GenerationRequestBody, ToolRequest):
     """A conversation to answer."""
 
+    unsupported_fields = (unsupported.GENERATION, unsupported.CHAT)
+
     messages: list[ChatMessage] = Field(min_length=1, max_length=2048)
     max_completion_tokens: int | None = Field(
         default=None, ge=1, le=MAX_INT, description="Longest answer; beats max_tokens."
@@ -395,11 +402,6 @@ class CreateChatCompletionRequest(GenerationRequestBody, ToolRequest):
         default=None, max_length=100, description="For chat templates that read it; others refuse it."
     )
     gemify: GemifyOptions | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse(cls, given: Any) -> Any:
-        return refuse(given, unsupported.GENERATION, unsupported.CHAT)
 
     @model_validator(mode="after")
     def _require_logprobs(self) -> Self:
@@ -433,6 +435,8 @@ class RecoverRequest(ApiRequest):
 
 class RerankRequest(ApiRequest):
     """A query and documents."""
+
+    unsupported_fields = (unsupported.RERANK,)
 
     query: str = Field(min_length=1)
     documents: Annotated[Any, BeforeValidator(_documents), WithJsonSchema(_DOCUMENTS)]

@@ -13,6 +13,8 @@ Fields = Mapping[str, tuple[tuple[Any, ...], str]]
 _MAX_TOKENS = "it is max_tokens here"
 _ONE_AT_A_TIME = "tokens are sampled one at a time: leave it out"
 _TEXT_ONLY = "this model reads and writes text"
+_ENCODING = "it is encoding_format here"
+_CUT = "documents are cut at the model's longest text: cut them yourself"
 
 GENERATION: Fields = {
     # vLLM
@@ -100,6 +102,35 @@ RESPONSES: Fields = {
     "top_logprobs": ((0,), "use logprobs of /v1/chat/completions"),
     "moderation": ((), "leave it out"),
 }
+EMBEDDING: Fields = {
+    "add_special_tokens": ((True,), "give token ids as the input"),
+    "messages": ((), "give texts as input"),
+    "images": (([],), _TEXT_ONLY),
+    "chat_template": ((), "give texts as input, as they are to be embedded"),
+    "priority": ((0,), "requests are answered in their order"),
+    "embedding_types": ((["float"],), _ENCODING),  # Cohere
+    "output_dtype": (("float",), _ENCODING),  # Voyage
+    "output_dimension": ((), "it is dimensions here"),
+    "embedding_type": (("float",), _ENCODING),  # Jina
+    "task": ((), "it is input_type or prompt_name here"),
+    "late_chunking": ((False,), "each text is embedded by itself"),
+    "return_multivector": ((False,), "a text has one vector"),
+}
+RERANK: Fields = {
+    "max_tokens_per_doc": ((), _CUT),  # Cohere
+    "max_chunks_per_doc": ((1,), _CUT),
+    "rank_fields": ((["text"],), "give each document's text"),
+    "priority": ((0,), "requests are answered in their order"),
+    "truncate_prompt_tokens": ((-1,), _CUT),  # vLLM
+    "top_k": ((), "it is top_n here"),  # Voyage
+    "truncation": ((True,), _CUT),
+    "raw_scores": ((False,), "there is one kind of score for each rerank"),  # text-embeddings-inference
+    "return_embeddings": ((False,), "use /v1/embeddings"),  # Jina
+}
+TOKENIZE: Fields = {
+    "chat_template": ((), "the model's own is used"),
+    "mm_processor_kwargs": (({},), _TEXT_ONLY),
+}
 MESSAGE: Fields = {
     "function_call": ((), "use tool_calls"),
     "audio": ((), _TEXT_ONLY),
@@ -111,8 +142,6 @@ IGNORED = frozenset(
     }
 )  # fmt: skip
 """Well-known fields that change no answer."""
-KNOWN = IGNORED.union(GENERATION, COMPLETION, CHAT)
-"""Fields that need no mention when they come: they change nothing, or have been refused if they would."""
 
 
 def refuse(given: Any, *tables: Fields) -> Any:

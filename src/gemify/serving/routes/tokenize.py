@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
+from gemify.serving.protocol import unsupported
 from gemify.serving.protocol.requests import MAX_INT, ApiRequest, ChatMessage, CreateChatCompletionRequest
 from gemify.serving.protocol.responses import DetokenizeResponse, TokenizeResponse
 from gemify.serving.protocol.tools import Tool
@@ -19,6 +20,8 @@ router = APIRouter(route_class=JsonRoute)
 
 class TokenizeRequest(ApiRequest):
     """A prompt, or a conversation."""
+
+    unsupported_fields = (unsupported.TOKENIZE,)
 
     prompt: str | None = None
     messages: list[ChatMessage] | None = Field(default=None, min_length=1, max_length=2048)
