@@ -127,7 +127,12 @@ COMMANDS = {
     ("bench", "serve"): "gemify[serve]",
     ("mcp", "--store", "store"): "gemify[mcp]",
 }
-MODULES = {"langchain": "langchain", "llama_index": "llama-index", "sentence_transformers": "sentence-transformers"}
+MODULES = {
+    "langchain": "langchain",
+    "llama_index": "llama-index",
+    "sentence_transformers": "sentence-transformers",
+    "trl": "trl",
+}
 
 
 @pytest.mark.long

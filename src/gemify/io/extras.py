@@ -33,6 +33,7 @@ EXTRAS = {
     "limits": "serve",
     "llguidance": "serve",
     "mcp": "mcp",
+    "trl": "trl",
 }
 """The smallest extra that brings a package, by the name under which it is imported."""
 

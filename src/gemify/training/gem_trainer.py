@@ -99,7 +99,7 @@ class GemTrainer(GemCheckpoints):
         if train_dataset is None:
             raise ValueError("GemTrainer needs a train_dataset: texts, pairs or conversations")
         arguments = copy.copy(args or TrainingArguments(output_dir="trainer_output"))
-        made = build_recipe(model, arguments, recipe or {}, num_rows=_num_rows(train_dataset))
+        made = build_recipe(model, arguments, recipe or {}, num_rows=count_rows(train_dataset))
         arguments.max_steps = made.max_steps
         arguments.ignore_data_skip = True  # Batches starts at the right step by itself
         if made.gradient_checkpointing:
@@ -107,7 +107,7 @@ class GemTrainer(GemCheckpoints):
             arguments.activation_checkpointing = False  # the Trainer would ask the objective for it
         if arguments.ddp_find_unused_parameters is None:
             arguments.ddp_find_unused_parameters = True  # the temperature rests while alpha is 0
-        batches = _batches(model, made, open_rows(train_dataset, made), arguments)
+        batches = make_batches(model, made, open_rows(train_dataset, made), arguments)
         self.eval_rows = None if eval_dataset is None else open_rows(eval_dataset, made, name="eval_dataset")
         self._setup(
             model,
@@ -226,7 +226,7 @@ class GemTrainer(GemCheckpoints):
     def _held_out(self, sources: list[tuple[Source, DataSource]]) -> dict[str, float]:
         """The losses of every held-out row, and the metrics of their vectors."""
         objective, alpha = self._objective(), self.recipe.schedule.alpha(max(0, self.state.global_step - 1))
-        batches = _batches(self.gem, self.recipe, sources, self.args)
+        batches = make_batches(self.gem, self.recipe, sources, self.args)
         was_training, sums, weights = objective.training, {}, {}  # type: ignore[var-annotated]
         objective.eval()
         with torch.no_grad(), self._autocast():
@@ -377,9 +377,10 @@ def require_positions(recipe: Recipe, gem: GemModel) -> None:
         )
 
 
-def _batches(
+def make_batches(
     gem: GemModel, recipe: Recipe, sources: list[tuple[Source, DataSource]], args: TrainingArguments
 ) -> Batches:
+    """Build the batches of a model's run; each process takes its shard."""
     return Batches(
         recipe,
         sources,
@@ -390,6 +391,7 @@ def _batches(
     )
 
 
-def _num_rows(dataset: Any) -> int | None:
+def count_rows(dataset: Any) -> int | None:
+    """Count the rows of a data set, or of a mapping of them; None if one does not know its length."""
     parts = list(dataset.values()) if isinstance(dataset, Mapping) else [dataset]
     return sum(map(len, parts)) if all(isinstance(part, Sized) for part in parts) else None
