@@ -79,14 +79,14 @@ def run(name: str, args: argparse.Namespace, train: list[Any], held_out: list[An
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     gem = GemModel.from_base(args.base, tune=args.tune, dtype=torch.float32)
-    data = Dataset.from_list([{"messages": [dict(m) for m in chat.messages]} for chat in train])
+    messages = [[dict(m) for m in chat.messages] for chat in train]
+    data = Dataset.from_list([{"prompt": said[:-1], "completion": said[-1:]} for said in messages])
     config = SFTConfig(
         str(directory),
         max_steps=args.max_steps,
         per_device_train_batch_size=args.batch_size,
         learning_rate=args.lr,
         max_length=args.max_length,
-        completion_only_loss=False,
         bf16=False,
         save_steps=args.save_steps,
         save_total_limit=1,
@@ -126,6 +126,7 @@ def main() -> None:
     parser.add_argument("--num-texts", type=int, default=256, help="held-out conversations, and texts")
     args = parser.parse_args()
     chats = [example.conversation for example in Source(args.chats) if example.conversation is not None]
+    chats = [chat for chat in chats if chat.messages[-1]["role"] == "assistant"]
     train, held_out = chats[: -args.num_texts], chats[-args.num_texts :]
     args.held_out_texts = [line for _, line in load_lines(args.texts)][: args.num_texts]
     args.pairs = read_pairs(args.sts)
