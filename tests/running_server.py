@@ -35,7 +35,8 @@ class Served:
     def __init__(self, engine: Engine, settings: ServerSettings, app: Any, address: tuple[str, int]) -> None:
         self.engine, self.settings, self.app, self.address = engine, settings, app, address
         self.gem: GemModel = engine.gem
-        self.url = f"http://{address[0]}:{address[1]}"
+        scheme = "http" if settings.ssl_certfile is None else "https"
+        self.url = f"{scheme}://{address[0]}:{address[1]}"
 
     def client(self, key: str = "no key is needed", **options: Any) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60, **options)

@@ -264,6 +264,7 @@ def test_every_option_has_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
         "max_bodies_bytes": str(300 << 20),
         "host": "::1",
         "stop_timeout": "7.5",
+        "root_path": "/64",
         "truncate": "mean",
     }
     for name, field in ServerSettings.model_fields.items():

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gemify.cli.ask import ask_options, generate_options, open_rag
-from gemify.cli.options import KvBudget, KvStoreDir, MaxTextLength
+from gemify.cli.options import KvBudget, KvStoreDir, MaxTextLength, fail
 
 
 def serve(
@@ -55,12 +55,21 @@ def serve(
         list[str] | None, typer.Option("--cors-origin", help="A web page's origin that may call; may be repeated.")
     ] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds a request may take. [default: 600]")] = None,
+    root_path: Annotated[str | None, typer.Option(help="Prefix of all paths behind a proxy. [default: none]")] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate, for HTTPS. [default: none]")] = None,
+    ssl_keyfile: Annotated[
+        Path | None, typer.Option(help="Key of the certificate. [default: in the certificate's file]")
+    ] = None,
     drain_seconds: Annotated[
         float | None,
         typer.Option(min=0, help="Seconds to serve on after SIGTERM, while /ready answers 503. [default: 0]"),
     ] = None,
     served_model_name: Annotated[
-        str | None, typer.Option(help="What clients call the model. [default: the directory's name]")
+        list[str] | None,
+        typer.Option(
+            help="What clients call the model; repeat it, or use commas, for several. Answers have the first."
+            " [default: the directory's name]"
+        ),
     ] = None,
     strict: Annotated[
         bool | None,
@@ -81,10 +90,18 @@ def serve(
     flags: dict[str, Any] = {name: value for name, value in locals().items() if value is not None and name != "config"}
     if "cors_origin" in flags:
         flags["cors_origins"] = tuple(flags.pop("cors_origin"))
+    if "served_model_name" in flags:
+        flags["served_model_name"] = ",".join(flags["served_model_name"])
+    from gemify.serving.server import require_certificate
     from gemify.serving.server import serve as run
     from gemify.serving.settings import ServerSettings
 
-    run(ServerSettings.load(flags, config))
+    settings = ServerSettings.load(flags, config)
+    try:
+        require_certificate(settings)
+    except (ValueError, OSError) as error:
+        fail(str(error), code=2)
+    run(settings)
 
 
 def mcp(**options: Any) -> None:

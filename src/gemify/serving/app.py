@@ -123,6 +123,7 @@ def create_app(
     app = FastAPI(
         title="gemify",
         version=__version__,
+        servers=[{"url": settings.root_path}] if settings.root_path else None,
         summary="One language model that writes and embeds, behind OpenAI's routes and some of its own.",
         docs_url=None,  # they would load scripts from elsewhere
         redoc_url=None,

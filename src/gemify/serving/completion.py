@@ -97,7 +97,14 @@ class CompletionHandler:
             limiter.add_tokens(key, num_tokens)
             if self.body.stream:
                 names = self._builder.names_events
-                return EventStreamResponse(client, self._stream(client), timeout_s=timeout_s, names_events=names)
+                keep_alive_s = self.state.settings.sse_keep_alive_seconds
+                return EventStreamResponse(
+                    client,
+                    self._stream(client),
+                    timeout_s=timeout_s,
+                    keep_alive_s=keep_alive_s,
+                    names_events=names,
+                )
         except BaseException:
             client.cancel()
             raise

@@ -28,6 +28,7 @@ class EventStreamResponse(Response):
         client: the engine's requests.
         chunks: what is sent.
         timeout_s: seconds that the response may take.
+        keep_alive_s: seconds of silence after which a comment is sent, so that no proxy closes the connection.
         names_events: whether the chunks have names.
     """
 
@@ -39,11 +40,13 @@ class EventStreamResponse(Response):
         chunks: AsyncGenerator[ApiModel, None],
         *,
         timeout_s: float,
+        keep_alive_s: float,
         names_events: bool = False,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._client, self._chunks, self._timeout_s = client, chunks, timeout_s
+        self._keep_alive_s, self._last_sent = keep_alive_s, 0.0
         self._names_events, self._num_sent = names_events, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,13 +65,31 @@ class EventStreamResponse(Response):
                 await self._chunks.aclose()
 
     async def _send_chunks(self, send: Send) -> None:
-        async for chunk in self._chunks:
-            await _send_event(send, chunk.to_json(), name=chunk.event)
-            self._num_sent += 1
+        clock = asyncio.get_running_loop().time
+        self._last_sent = clock()
+        keeping_alive = asyncio.create_task(self._send_comments(send))
+        try:
+            async for chunk in self._chunks:
+                await _send_event(send, chunk.to_json(), name=chunk.event)
+                self._last_sent = clock()
+                self._num_sent += 1
+        finally:
+            keeping_alive.cancel()
+            await asyncio.wait([keeping_alive])
         if self._names_events:
             await send({"type": "http.response.body", "body": b""})
         else:
             await _send_event(send, b"[DONE]", last=True)
+
+    async def _send_comments(self, send: Send) -> None:
+        """Send a comment, which clients skip, whenever nothing was sent for a while."""
+        clock = asyncio.get_running_loop().time
+        while True:
+            if (left_s := self._last_sent + self._keep_alive_s - clock()) > 0:
+                await asyncio.sleep(left_s)
+                continue
+            await send({"type": "http.response.body", "body": b": keep-alive\n\n", "more_body": True})
+            self._last_sent = clock()
 
     async def _send_error(self, send: Send, body: bytes) -> None:
         if not self._names_events:

@@ -18,6 +18,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
+from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemify.serving.dispatch import ClientDisconnectedError
@@ -45,6 +46,12 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        root_path = get_state(HTTPConnection(scope)).settings.root_path
+        if root_path and scope["path"] == root_path:  # the page's links are relative
+            await RedirectResponse(f"{root_path}/")(scope, receive, send)
+            return
+        if root_path and scope["path"].startswith(f"{root_path}/"):  # a proxy may strip it
+            scope = {**scope, "path": scope["path"].removeprefix(root_path)}
         await _RequestCycle(self._app, scope, receive, send).run()
 
 

@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Generator
@@ -185,7 +186,8 @@ def serve(settings: ServerSettings) -> None:
         app = create_app(engine, settings, index, keys=keys)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
-        logger.info(f"serving {settings.model_name} at http://{shown}:{port}")
+        scheme = "http" if settings.ssl_certfile is None else "https"
+        logger.info(f"serving {settings.model_names[0]} at {scheme}://{shown}:{port}{settings.root_path}")
         Server(app).run(sockets=[listener])
 
 
@@ -196,6 +198,23 @@ def require_keys(settings: ServerSettings, keys: KeyRing) -> None:
             f"--host {settings.host} lets other machines in and there are no API keys: give --api-keys FILE or"
             f" {KEYS_VARIABLE}, or say --allow-no-key"
         )
+
+
+def require_certificate(settings: ServerSettings) -> None:
+    """Raise ValueError or OSError if the files for TLS do not serve."""
+    if settings.ssl_certfile is None:
+        return
+    for path in (settings.ssl_certfile, settings.ssl_keyfile or settings.ssl_certfile):
+        path.read_bytes()  # OpenSSL's errors name no file
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, password=lambda: "")
+    except ssl.SSLError as error:
+        key = settings.ssl_keyfile or settings.ssl_certfile
+        raise ValueError(
+            f"{settings.ssl_certfile} and {key} are no certificate and its unencrypted key in PEM:"
+            f" {(error.reason or str(error)).lower().replace('_', ' ')}"
+        ) from error
 
 
 def listen(settings: ServerSettings) -> socket.socket:
@@ -228,6 +247,7 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI) -> None:
+        settings: ServerSettings = app.state.gemify.settings
         config = uvicorn.Config(
             app,
             http=HttpProtocol,
@@ -237,6 +257,8 @@ class Server(uvicorn.Server):
             access_log=False,
             server_header=False,
             backlog=_BACKLOG,
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
             timeout_keep_alive=30,
         )
         super().__init__(config)
@@ -263,7 +285,7 @@ class Server(uvicorn.Server):
         for peer in waiting:
             peer.setblocking(False)
             with contextlib.suppress(OSError):  # gone again
-                await loop.connect_accepted_socket(self._connect, peer)
+                await loop.connect_accepted_socket(self._connect, peer, ssl=self.config.ssl)
         await asyncio.sleep(0.05)  # those that were accepted a moment ago become connections
         ending = asyncio.create_task(self._abort_in_time())
         await super().shutdown(sockets)

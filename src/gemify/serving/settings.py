@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -30,10 +31,11 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+_ROOT_PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)+")
 _Number = BeforeValidator(_refuse_bool)
 Count = Annotated[int, _Number, Field(ge=1)]
 Seconds = Annotated[float, _Number, Field(ge=1e-3)]
-Origins = Annotated[tuple[str, ...], BeforeValidator(_split), NoDecode]
+Names = Annotated[tuple[str, ...], BeforeValidator(_split), NoDecode]
 
 
 class ServerSettings(BaseSettings):
@@ -59,8 +61,8 @@ class ServerSettings(BaseSettings):
     """cpu, cuda, mps, ..."""
     trust_remote_code: bool = False
     """Run Python that comes with the base model."""
-    served_model_name: str | None = None
-    """What clients call the model; None: its directory's name."""
+    served_model_name: Names = ()
+    """What clients call the model; answers have the first of several. None: its directory's name."""
     store: str | None = None
     """An index for /v1/search."""
     keep_kv: bool = False
@@ -80,8 +82,14 @@ class ServerSettings(BaseSettings):
     """A file of keys, ``name: key`` a line."""
     allow_no_key: bool = False
     """Serve other machines without keys."""
-    cors_origins: Origins = ()
+    cors_origins: Names = ()
     """Origins of web pages that may call."""
+    root_path: str = ""
+    """Prefix of all paths behind a proxy, which may strip it or not."""
+    ssl_certfile: Path | None = None
+    """The certificate for TLS, with its chain; None: HTTP."""
+    ssl_keyfile: Path | None = None
+    """Its key; None: it is in the certificate's file."""
 
     max_length: Count | None = None
     """Most tokens of a text to embed, up to the base's positions; None: as the model was saved."""
@@ -119,6 +127,8 @@ class ServerSettings(BaseSettings):
     """Seconds a request may take."""
     body_timeout: Seconds = 30.0
     """Seconds in which a request's body must have arrived."""
+    sse_keep_alive_seconds: Seconds = 15.0
+    """Seconds of silence after which a stream sends a comment."""
     drain_seconds: Annotated[float, _Number, Field(ge=0)] = 0.0
     """Seconds after SIGTERM in which /ready answers 503 and everything else is served as before."""
     stop_timeout: Seconds | None = None
@@ -135,6 +145,20 @@ class ServerSettings(BaseSettings):
             if origin != "*" and not origin.startswith(("http://", "https://")):
                 raise ValueError(f"a CORS origin is * or starts with http:// or https://, got {origin!r}")
         return origins
+
+    @field_validator("root_path")
+    @classmethod
+    def _require_prefix(cls, path: str) -> str:
+        path = path.rstrip("/")
+        if path and _ROOT_PATH.fullmatch(path) is None:
+            raise ValueError(f"must be a path such as /gemify, got {path!r}")
+        return path
+
+    @model_validator(mode="after")
+    def _require_certificate(self) -> Self:
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ValueError("ssl_keyfile needs ssl_certfile, the certificate of that key")
+        return self
 
     @model_validator(mode="after")
     def _require_room_for_a_body(self) -> Self:
@@ -191,12 +215,12 @@ class ServerSettings(BaseSettings):
             return False
 
     @property
-    def model_name(self) -> str:
-        """What clients call the model."""
+    def model_names(self) -> tuple[str, ...]:
+        """What clients may call the model. The first name is the one in answers."""
         if self.served_model_name:
             return self.served_model_name
         path = Path(self.model)
-        return path.resolve().name if path.is_dir() else self.model
+        return (path.resolve().name if path.is_dir() else self.model,)
 
 
 def variable_name(option: str) -> str:

@@ -123,8 +123,8 @@ class AppState:
 
     @property
     def model(self) -> str:
-        """What clients call the model."""
-        return self.settings.model_name
+        """What answers call the model."""
+        return self.settings.model_names[0]
 
     @property
     def requires_local_host(self) -> bool:
@@ -133,10 +133,11 @@ class AppState:
 
     def require_model(self, name: str | None) -> None:
         """Raise ApiError 404 unless the request names this server's model, or none."""
-        if name is not None and name != self.model:
+        if name is not None and name not in self.settings.model_names:
+            known = ", ".join(map(repr, self.settings.model_names))
             raise ApiError(
                 404,
-                f"the model {name[:200]!r} is not here: this server has {self.model!r}",
+                f"the model {name[:200]!r} is not here: this server has {known}",
                 param="model",
                 code="model_not_found",
             )

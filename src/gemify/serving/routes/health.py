@@ -78,8 +78,10 @@ async def stats(request: Request) -> Response:
 
 @models_router.get("/v1/models", response_model=ListModelsResponse)
 async def list_models(request: Request) -> ListModelsResponse:
-    """List the models of this server: one."""
-    return ListModelsResponse(object="list", data=[_build_model(get_state(request))])
+    """List the names of this server's model."""
+    state = get_state(request)
+    models = [_build_model(state, name) for name in state.settings.model_names]
+    return ListModelsResponse(object="list", data=models)
 
 
 @models_router.get("/v1/models/{name:path}", response_model=Model)
@@ -87,11 +89,11 @@ async def retrieve_model(name: str, request: Request) -> Model:
     """Return the model of this name."""
     state = get_state(request)
     state.require_model(name)
-    return _build_model(state)
+    return _build_model(state, name)
 
 
-def _build_model(state: AppState) -> Model:
-    return Model(id=state.model, object="model", created=state.started, owned_by="gemify")
+def _build_model(state: AppState, name: str) -> Model:
+    return Model(id=name, object="model", created=state.started, owned_by="gemify")
 
 
 page_router = APIRouter(include_in_schema=False)
