@@ -35,9 +35,7 @@ def serve(
     api_keys: Annotated[
         Path | None, typer.Option(help="File of `name: key` lines. [default: the environment's GEMIFY_API_KEYS]")
     ] = None,
-    allow_no_key: Annotated[
-        bool | None, typer.Option("--allow-no-key", help="Serve other machines without keys.")
-    ] = None,
+    allow_no_key: Annotated[bool | None, typer.Option("--allow-no-key", help="Serve others without keys.")] = None,
     max_length: MaxTextLength = None,
     truncate: Annotated[
         str | None,
@@ -45,12 +43,8 @@ def serve(
     ] = None,
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key. [default: no limit]")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Of each key. [default: no limit]")] = None,
-    max_num_seqs: Annotated[
-        int | None, typer.Option(min=1, help="Most answers generated at a time. [default: 16]")
-    ] = None,
-    max_queue_size: Annotated[
-        int | None, typer.Option(min=1, help="Most texts and answers in the queue. [default: 2048]")
-    ] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Most answers at a time. [default: 16]")] = None,
+    max_queue_size: Annotated[int | None, typer.Option(min=1, help="Most that wait. [default: 2048]")] = None,
     cors_origin: Annotated[
         list[str] | None, typer.Option("--cors-origin", help="A web page's origin that may call; may be repeated.")
     ] = None,
@@ -71,10 +65,7 @@ def serve(
             " [default: the directory's name]"
         ),
     ] = None,
-    strict: Annotated[
-        bool | None,
-        typer.Option("--strict", help="Refuse requests with unknown fields. [default: a header names them]"),
-    ] = None,
+    strict: Annotated[bool | None, typer.Option("--strict", help="Refuse requests with unknown fields.")] = None,
     log_prompts: Annotated[bool | None, typer.Option("--log-prompts", help="Log what clients send.")] = None,
     trust_remote_code: Annotated[
         bool | None, typer.Option("--trust-remote-code", help="Run code that comes with the base model.")
