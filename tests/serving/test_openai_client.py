@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import math
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ import torch
 from openai import OpenAI
 
 from gemify import GemModel
+from gemify.serving.auth import ANONYMOUS
 from running_server import Served, serving, tiny_gem
 
 CHAT: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello there"}]
@@ -333,6 +337,34 @@ def test_recovery_is_the_librarys(served: Served, gem: GemModel) -> None:
     assert got["output"] == gem.recover("hello there", max_new_tokens=12)
     assert got["input_tokens"] == len(gem.tokenizer("hello there", add_special_tokens=False)["input_ids"])
     assert 0 <= got["matching_tokens"] <= min(got["input_tokens"], got["output_tokens"])
+
+
+def test_what_a_key_used_and_what_answers_took_is_counted(served: Served) -> None:
+    def counted() -> dict[str, float]:
+        lines = served.http().get("/metrics").text.splitlines()
+        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+
+    before = counted()
+    body = {"prompt": "ab", "max_tokens": 4, "temperature": 0, "logit_bias": {"40": 100}}
+    usage = served.post("/v1/completions", body).json()["usage"]
+    after = counted()
+    name = ANONYMOUS
+    tokens = f'gemify_key_tokens_total{{key="{name}"}}'
+    assert after[tokens] - before.get(tokens, 0) == usage["total_tokens"]
+    requests = f'gemify_key_requests_total{{key="{name}",status="200"}}'
+    assert after[requests] > before.get(requests, 0)
+    for histogram in ("gemify_time_per_output_token_seconds", "gemify_request_queue_seconds"):
+        assert after[f"{histogram}_count"] == before[f"{histogram}_count"] + 1
+        assert after[f"{histogram}_sum"] >= before[f"{histogram}_sum"]
+
+
+def test_the_grafana_board_asks_for_metrics_that_exist(served: Served) -> None:
+    served.post("/v1/embeddings", {"input": "a"})  # counters of keys and routes appear with their first request
+    board = json.loads((Path(__file__).parents[2] / "deploy" / "grafana.json").read_text())
+    asked = {name for p in board["panels"] for t in p["targets"] for name in re.findall(r"gemify_\w+", t["expr"])}
+    there = set(re.findall(r"^(gemify_\w+)", served.http().get("/metrics").text, re.MULTILINE))
+    assert asked
+    assert asked <= there
 
 
 def test_stats_metrics_and_health(served: Served) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -149,3 +151,25 @@ def test_the_page_needs_no_key_and_loads_nothing_from_elsewhere(served: Served) 
         assert page.headers["x-content-type-options"] == "nosniff"
         assert http.get("/page/page.js").headers["content-type"] == "text/javascript; charset=utf-8"
         assert http.get("/page/page.css").headers["content-type"] == "text/css; charset=utf-8"
+
+
+def test_a_store_indexed_anew_is_searched_without_a_restart(tmp_path: Path) -> None:
+    """Files are added; then the store is deleted and made again. Every search reads what is there."""
+    made = indexed(tmp_path, CORPUS, tokens=48)
+    assert made.model is not None
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "quartz.txt").write_text("Quartz is clear.\n")
+
+    with serving(made.model, index=made) as running:  # type: ignore[arg-type]
+
+        def found(query: str, mode: str) -> list[str]:
+            data = running.post("/v1/search", {"query": query, "k": 1, "mode": mode}).json()["data"]
+            return [passage["text"] for passage in data]
+
+        assert found("quartz", "fts") == []
+        GemIndex.open(made.store.uri, made.model, create=False).add([tmp_path / "more"])
+        assert found("quartz", "fts") == ["Quartz is clear."]
+        shutil.rmtree(made.store.uri)
+        GemIndex.open(made.store.uri, made.model, tokens=48, overlap=8).add([tmp_path / "more"])
+        assert found("owls", "fts") == []
+        assert found("what is clear?", "vector") == ["Quartz is clear."]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -122,11 +123,19 @@ class EngineRequest:
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
         self.cancelled = self.done = False
+        self._submitted = time.perf_counter()
+        self.queue_seconds: float | None = None
+        """Seconds that it waited for its first pass. None: it waits still."""
 
     @property
     def num_items(self) -> int:
         """Texts or sequences it still waits for: its size in the queue."""
         return 1
+
+    def start(self) -> None:
+        """End its time in the queue, at its first pass."""
+        if self.queue_seconds is None:
+            self.queue_seconds = time.perf_counter() - self._submitted
 
     def cancel(self) -> None:
         """Stop working on the request, from any thread. Its memory is free at the engine's next step."""

@@ -165,6 +165,7 @@ class GenerationScheduler:
             if chosen and (alone or not self._can_allocate([*chosen, request]) or self._must_wait(request, chosen)):
                 break
             chosen.append(request)
+            request.start()
             if alone:
                 break
         return chosen

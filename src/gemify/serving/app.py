@@ -107,13 +107,16 @@ def create_app(
     if index is not None and tokenizer.has_chat:
         open_kv_store = kv_store_of(settings)
         rag = RagService(engine, index, kv=open_kv_store(engine.gem) if open_kv_store is not None else None)
+    metrics = Metrics(engine.stats)
     state = AppState(
         engine=engine,
         settings=settings,
         index=index,
         keys=KeyRing.read(settings.api_keys) if keys is None else keys,
-        rate_limiter=RateLimiter(settings.requests_per_minute, settings.tokens_per_minute),
-        metrics=Metrics(engine.stats),
+        rate_limiter=RateLimiter(
+            settings.requests_per_minute, settings.tokens_per_minute, on_tokens=metrics.count_tokens
+        ),
+        metrics=metrics,
         tokenizer=tokenizer,
         grammars=engine.grammar_compiler(),
         rag=rag,

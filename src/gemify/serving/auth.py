@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from limits import RateLimitItemPerMinute
@@ -98,9 +98,17 @@ class RateLimiter:
     Args:
         requests_per_minute: counted over the last 60 seconds; None: no limit.
         tokens_per_minute: counted in fixed minutes; None: no limit.
+        on_tokens: hears the name and the tokens that are counted.
     """
 
-    def __init__(self, requests_per_minute: int | None, tokens_per_minute: int | None) -> None:
+    def __init__(
+        self,
+        requests_per_minute: int | None,
+        tokens_per_minute: int | None,
+        *,
+        on_tokens: Callable[[str, int], None] = lambda *_: None,
+    ) -> None:
+        self._on_tokens = on_tokens
         storage = MemoryStorage()
         self._moving, self._fixed = MovingWindowRateLimiter(storage), FixedWindowRateLimiter(storage)
         self._requests = RateLimitItemPerMinute(requests_per_minute) if requests_per_minute else None
@@ -126,6 +134,7 @@ class RateLimiter:
 
     def add_tokens(self, name: str, tokens: int) -> None:
         """Count tokens: a prompt's when it is accepted, an answer's when it has been generated."""
+        self._on_tokens(name, tokens)
         if self._tokens is not None and tokens:
             self._fixed.hit(self._tokens, name, cost=tokens)
 

@@ -78,6 +78,7 @@ class CompletionHandler:
             for choice in self._choices:
                 choice.parser = self.parser()
         self._held: list[tuple[int, AnswerDelta | Completion | None]] = []
+        self._first_token_at: float | None = None
         """Events that no chunk has been built of; None: the start of an answer."""
         if self.echoed is not None and self.top_logprobs is None:
             for number in range(len(self.prompts)):
@@ -167,7 +168,8 @@ class CompletionHandler:
             self._awaits_embedding = False
             return
         if not any(choice.num_deltas for choice in self._choices):
-            self.state.metrics.time_to_first_token.observe(time.perf_counter() - self._start)
+            self._first_token_at = time.perf_counter()
+            self.state.metrics.time_to_first_token.observe(self._first_token_at - self._start)
         index = number * self._n + event.index
         if self.body.max_tokens == 0:  # the engine generates at least one token
             if isinstance(event, TokenDelta):
@@ -229,6 +231,13 @@ class CompletionHandler:
     def _count_tokens(self, client: EngineClient) -> None:
         """Charge the answers' tokens to the key and log them, however the request ended."""
         self.state.rate_limiter.add_tokens(get_key_name(self.request), self._completion_tokens)
+        metrics = self.state.metrics
+        longest = max((choice.completion_tokens for choice in self._choices), default=0)
+        if self._first_token_at is not None and longest > 1:
+            metrics.time_per_output_token.observe((time.perf_counter() - self._first_token_at) / (longest - 1))
+        for waited in (request.queue_seconds for request in client.requests):
+            if waited is not None:
+                metrics.queue_time.observe(waited)
         add_log_fields(
             self.request,
             prompt_tokens=client.prompt_tokens,

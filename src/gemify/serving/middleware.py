@@ -161,7 +161,7 @@ class _RequestCycle:
         """Release the body's memory, count the request and write its log line."""
         self._state.body_bytes -= self._request.body_bytes
         route = str(getattr(self._scope.get("route"), "path", "none"))
-        self._state.metrics.finish_request(route, self._scope["method"], self._status, seconds)
+        self._state.metrics.finish_request(route, self._scope["method"], self._status, seconds, self._request.key_name)
         fields = {
             "request": self._request.id,
             "key": self._request.key_name,

@@ -61,6 +61,24 @@ class Metrics:
             buckets=_BUCKETS_S,
             registry=registry,
         )
+        self.time_per_output_token = Histogram(
+            "gemify_time_per_output_token_seconds",
+            "Between two tokens of an answer, its mean.",
+            buckets=_BUCKETS_S,
+            registry=registry,
+        )
+        self.queue_time = Histogram(
+            "gemify_request_queue_seconds",
+            "From a prompt to its first pass through the model.",
+            buckets=_BUCKETS_S,
+            registry=registry,
+        )
+        self._key_requests = Counter(
+            "gemify_key_requests", "Requests answered, by the key's name.", ["key", "status"], registry=registry
+        )
+        self._key_tokens = Counter(
+            "gemify_key_tokens", "Tokens of prompts, texts and answers, by the key's name.", ["key"], registry=registry
+        )
         self._in_flight = Gauge("gemify_http_requests_in_flight", "Requests being answered.", registry=registry)
         self.in_flight_now = 0
         """Requests being answered."""
@@ -71,12 +89,18 @@ class Metrics:
         self.in_flight_now += 1
         self._in_flight.set(self.in_flight_now)
 
-    def finish_request(self, route: str, method: str, status: int, seconds: float) -> None:
-        """Count a request that has been answered."""
+    def finish_request(self, route: str, method: str, status: int, seconds: float, key_name: str | None) -> None:
+        """Count a request that has been answered. ``key_name`` None: it was not authorized."""
         self.in_flight_now -= 1
         self._in_flight.set(self.in_flight_now)
         self._requests.labels(route, method if method in _METHODS else "other", str(status)).inc()
         self._seconds.labels(route).observe(seconds)
+        if key_name is not None:
+            self._key_requests.labels(key_name, str(status)).inc()
+
+    def count_tokens(self, key_name: str, tokens: int) -> None:
+        """Count tokens that a key has used."""
+        self._key_tokens.labels(key_name).inc(tokens)
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
