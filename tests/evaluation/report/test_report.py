@@ -351,6 +351,7 @@ def test_settings_tell_rows_apart(store: ResultStore) -> None:
     store.register(gem_entry(revision="bb-bfloat16", dtype="bfloat16"))
     store.register(gem_entry(revision="bb-float32-instructions", instructions=True))
     store.register(gem_entry(revision="bb-float32-limit9", limit=9))
+    store.register(gem_entry(revision="bb-int4", dtype="bfloat16", quantize="int4"))
     store.register(gem_entry("gem/run9"))
     labels = [m.label for m in load_models([store.directory]) if m.fact("kind") == "gem"]
     assert labels == [
@@ -358,6 +359,7 @@ def test_settings_tell_rows_apart(store: ResultStore) -> None:
         "GEM gated4 (float32, no instructions) [gem/run1 bb-float32]",
         "GEM gated4 (float32, with instructions)",
         "GEM gated4 (float32, no instructions, SUBSET RUN, limit 9)",
+        "GEM gated4 (int4, no instructions)",
         "GEM gated4 (float32, no instructions) [gem/run9 bb-float32]",
     ]
 

@@ -176,11 +176,15 @@ def _read_cells(stores: Sequence[ResultStore], entry: ModelEntry) -> dict[Kind, 
 def describe_settings(facts: Mapping[str, Any], names: Iterable[str] = ("dtype", "instructions", "limit")) -> list[str]:
     """The settings that a figure depends on, a few words each."""
     words = {
-        "dtype": str(facts.get("dtype") or "dtype not known"),
+        "dtype": _arithmetic(facts),
         "instructions": "with instructions" if facts.get("instructions") else "no instructions",
         "limit": "whole tasks" if facts.get("limit") is None else f"{SUBSET}, limit {facts['limit']}",
     }
     return [words[name] for name in names]
+
+
+def _arithmetic(facts: Mapping[str, Any]) -> str:
+    return str(facts.get("quantize") or facts.get("dtype") or "dtype not known")
 
 
 def _labels(entries: Sequence[ModelEntry]) -> dict[tuple[str, str], str]:
@@ -189,7 +193,7 @@ def _labels(entries: Sequence[ModelEntry]) -> dict[tuple[str, str], str]:
     labels = {}
     for entry in entries:
         alike = [e for e in entries if plain[e.key] == plain[entry.key]]
-        differ = [n for n in ("dtype", "instructions") if len({e.facts.get(n) for e in alike}) > 1]
+        differ = [n for n in ("dtype", "instructions") if len({describe_settings(e.facts, [n])[0] for e in alike}) > 1]
         if entry.facts.get("limit") is not None:
             differ.append("limit")
         words = describe_settings(entry.facts, differ)
