@@ -176,14 +176,14 @@ def _read_cells(stores: Sequence[ResultStore], entry: ModelEntry) -> dict[Kind, 
 def describe_settings(facts: Mapping[str, Any], names: Iterable[str] = ("dtype", "instructions", "limit")) -> list[str]:
     """The settings that a figure depends on, a few words each."""
     words = {
-        "dtype": _arithmetic(facts),
+        "dtype": _precision(facts),
         "instructions": "with instructions" if facts.get("instructions") else "no instructions",
         "limit": "whole tasks" if facts.get("limit") is None else f"{SUBSET}, limit {facts['limit']}",
     }
     return [words[name] for name in names]
 
 
-def _arithmetic(facts: Mapping[str, Any]) -> str:
+def _precision(facts: Mapping[str, Any]) -> str:
     return str(facts.get("quantize") or facts.get("dtype") or "dtype not known")
 
 
