@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tiny_models
 from gemify.rag.pipeline import GemRag, RagSettings
 from gemify.retrieval.index import GemIndex
 from gemify.retrieval.rerank import rerank_index
 from running_server import Served, indexed, serving
+from tiny_gems import make_gem
 
 CORPUS = {
     "birds.md": "# Birds\n\nOwls hunt at night.\n\n# Bees\n\nBees dance.\n",
@@ -173,3 +175,15 @@ def test_a_store_indexed_anew_is_searched_without_a_restart(tmp_path: Path) -> N
         GemIndex.open(made.store.uri, made.model, tokens=48, overlap=8).add([tmp_path / "more"])
         assert found("owls", "fts") == []
         assert found("what is clear?", "vector") == ["Quartz is clear."]
+
+
+def test_a_store_that_another_model_made_again_is_not_searched(tmp_path: Path) -> None:
+    made = indexed(tmp_path, CORPUS, tokens=48)
+    other = make_gem(tiny_models.save(tmp_path / "other"), seed=9)
+    with serving(made.model, index=made) as running:  # type: ignore[arg-type]
+        shutil.rmtree(made.store.uri)
+        GemIndex.open(made.store.uri, other, tokens=48, overlap=8).add([tmp_path / "sea.txt"])
+        for mode in ("fts", "vector", "hybrid"):
+            answer = running.post("/v1/search", {"query": "moon", "mode": mode})
+            assert answer.status_code == 400
+            assert "was made again by another model" in answer.json()["error"]["message"]

@@ -157,12 +157,9 @@ class Store:
             with contextlib.suppress(ValueError):
                 open_table(database, _FILES, uri)
                 return True
-        if _CHUNKS not in tables:
-            return False
-        try:
-            return bool(open_table(database, _CHUNKS, uri).count_rows())
-        except ValueError:
-            return False
+        with contextlib.suppress(ValueError):
+            return _CHUNKS in tables and bool(open_table(database, _CHUNKS, uri).count_rows())
+        return False
 
     @classmethod
     def create(cls, uri: str | Path, meta: StoreMeta) -> Store:
@@ -298,6 +295,11 @@ class Store:
         self._chunks.create_index("vector", config=vector_index(kind, partitions=parts), replace=True)
 
     # Reading
+
+    def read_meta(self) -> StoreMeta:
+        """Return model and settings as of the last commit."""
+        with readable(self.uri):
+            return _read_meta(self._files.schema.metadata, self.uri)
 
     def __len__(self) -> int:
         """Return the number of live chunks."""
@@ -445,6 +447,4 @@ def _read_meta(metadata: dict[bytes, bytes] | None, uri: str) -> StoreMeta:
             return StoreMeta(**{**values, "chunk": ChunkSettings(**values["chunk"])})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the store {uri} does not say how it was made: delete it and index again") from error
-    raise ValueError(
-        f"the store {uri} has format version {version}, this gemify reads {FORMAT_VERSION}: index again, elsewhere"
-    )
+    raise ValueError(f"the store {uri} has format version {version}, not {FORMAT_VERSION}: index again, elsewhere")

@@ -206,7 +206,8 @@ class GemIndex:
             At most ``k`` passages, best first.
 
         Raises:
-            ValueError: The query is empty, a setting is not allowed, or the search needs a model that is missing.
+            ValueError: The query is empty, a setting is not allowed, the search needs a model that is missing, or
+                another model has made the store again.
         """
         if mode not in get_args(Mode):
             raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
@@ -214,6 +215,7 @@ class GemIndex:
             raise ValueError(f"k must be at least 1, got {k}")
         if not query.strip() and (mode != "vector" or vector is None):
             raise ValueError("the query is empty: give some words")
+        self._require_same_store()
         if mode == "fts":
             return [_passage(hit, hit.score) for hit in self.store.text_search(query, k)]
         vector_D = self._embed_query(query) if vector is None else np.asarray(vector, dtype=np.float32)
@@ -224,6 +226,16 @@ class GemIndex:
         hits = {hit.id: hit for ranking in rankings for hit in ranking}
         fused = fuse([[hit.id for hit in ranking] for ranking in rankings])
         return [_passage(hits[name], score) for name, score in fused[:k]]
+
+    def _require_same_store(self) -> None:
+        """Refuse a store that another model has made again since it was opened: its vectors are of another space."""
+        if isinstance(self.store, Store):
+            opened, made = self.store.meta, self.store.read_meta()
+            if (made.fingerprint, made.dimension) != (opened.fingerprint, opened.dimension):
+                raise ValueError(
+                    f"the store {self.store.uri} was made again by another model ({made.model or 'unnamed'}): open it"
+                    " anew, with that model"
+                )
 
     def _embed_query(self, query: str) -> np.ndarray:
         if self.model is None:
