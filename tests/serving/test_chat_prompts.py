@@ -71,6 +71,17 @@ def test_answers_are_the_librarys(tmp_path: Path, template: str, kind: str) -> N
             assert gem.chat(messages, max_new_tokens=8, do_sample=False) == expected[1]
 
 
+def test_a_tokenizer_that_follows_no_schema_serves_the_rest(tmp_path: Path) -> None:
+    """llguidance reads no such tokenizer: the server gets ready, and who asks for a schema is told so."""
+    gem = gem_of(tmp_path, "a transcript without control tokens", "unigram")
+    with serving(gem) as served:
+        body = {"messages": SAID[1:2], "max_tokens": 4, "response_format": {"type": "json_object"}}
+        refused = served.post("/v1/chat/completions", body)
+        assert refused.status_code == 400
+        assert "tokenizer cannot follow a grammar or a schema" in refused.json()["error"]["message"]
+        assert chat(served, SAID[1:2]) == library(gem, SAID[1:2])
+
+
 @pytest.fixture(scope="module")
 def thinking(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Served]:
     with serving(gem_of(tmp_path_factory.mktemp("model"), "drops earlier thoughts", "byte_level")) as running:

@@ -134,7 +134,11 @@ class GrammarCompiler:
         except ModuleNotFoundError as error:
             raise ValueError("grammars need llguidance: pip install 'gemify[serve]'") from error
         if self._tokenizer is None:
-            self._tokenizer = llguidance.hf.from_tokenizer(self._hf_tokenizer, **self._arguments)
+            try:
+                self._tokenizer = llguidance.hf.from_tokenizer(self._hf_tokenizer, **self._arguments)
+            except Exception as error:
+                reason = first_line(error)
+                raise ValueError(f"this model's tokenizer cannot follow a grammar or a schema: {reason}") from error
         limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
         if matcher.is_error():

@@ -6,6 +6,7 @@ EXTRAS = {
     "datasets": "train",
     "mteb": "eval",
     "lm_eval": "eval",
+    "pytrec_eval": "eval",
     "sklearn": "eval",
     "matplotlib": "eval",
     "sentence_transformers": "sentence-transformers",

@@ -188,9 +188,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 async def _warm_up(state: AppState) -> None:
     """Embed and generate something, so that the first client does not wait for one-time work; then be ready."""
     try:
-        await asyncio.wrap_future(
-            state.grammars.submit('start: "a"')
-        )  # tables of all tokens, which hold all threads up
+        try:  # the tables of all tokens, which hold all threads up
+            await asyncio.wrap_future(state.grammars.submit('start: "a"'))
+        except ValueError as error:
+            logger.warning(str(error))
         rows = (await state.tokenizer.tokenize_texts(["ready"])).rows
         with EngineClient() as client:
             client.submit(partial(state.engine.embed, rows))
