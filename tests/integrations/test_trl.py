@@ -115,3 +115,28 @@ def test_what_it_cannot_honour_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=reason):
         GemSFTTrainer(make(base_dir, tune), config(tmp_path), chats(), **options)
+
+
+def test_packing_makes_other_rows_and_so_other_steps(base_dir: Path, tmp_path: Path) -> None:
+    """TRL cuts long texts into many rows: GEM's rows go on as long as its steps do."""
+    texts = Dataset.from_list([{"text": f"text {n} " * 60} for n in range(8)])
+    args = config(tmp_path, max_steps=-1, num_train_epochs=1, packing=True, packing_strategy="wrapped", max_length=32)
+    trainer = GemSFTTrainer(make(base_dir, "lora"), args, texts, recipe={"ntp_steps": 1, "min_length": 2})
+    trainer.train()
+    assert trainer.state.global_step == trainer.recipe.max_steps > 2
+
+
+def test_gems_own_parameters_are_clipped(base_dir: Path, tmp_path: Path) -> None:
+    trainer = GemSFTTrainer(make(base_dir, "lora"), config(tmp_path, max_grad_norm=1e-3), chats(), recipe=RECIPE)
+    norms = []
+    step = type(trainer)._clip_grad_norm
+
+    def watch(self: Any, model: Any) -> Any:
+        found = step(self, model)
+        norms.append(float(torch.stack([p.grad.norm() for p in self._own_parameters() if p.grad is not None]).norm()))
+        return found
+
+    trainer._clip_grad_norm = watch.__get__(trainer)  # type: ignore[method-assign]
+    trainer.train()
+    assert len(norms) == 6
+    assert max(norms) <= 1e-3 * 1.001

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from gemify import GemModel, GemTrainer
 from gemify.training.batches import Batches
 from gemify.training.recipe import Recipe
 from gemify.training.trainer import train
+from tiny_gems import make_gem
 
 RECIPE = {"ntp_steps": 3, "contrastive_batch_size": 4, "min_length": 2}
 
@@ -228,8 +230,12 @@ def test_the_hub_gets_a_gem_with_a_card(base_dir: Path, tmp_path: Path, monkeypa
     gem = GemModel.from_base(str(base_dir))
     trainer = GemTrainer(gem, arguments(tmp_path / "run"), chats(), recipe=RECIPE)
     trainer.train()
+    with pytest.raises(ValueError, match="is a path of this machine"):
+        trainer.push_to_hub()
+    gem.config = dataclasses.replace(gem.config, base="me/base")
     trainer.push_to_hub(tags="mine")
-    assert (GemModel.from_pretrained(hub).encode("hello") == gem.encode("hello")).all()
+    loaded = GemModel.from_pretrained(hub, base=str(base_dir))
+    assert (loaded.encode("hello") == gem.encode("hello")).all()
     card = huggingface_hub.ModelCard.load(hub / "README.md")
     assert card.data.tags == ["embeddings", "feature-extraction", "gemify", "sentence-transformers", "mine"]
     assert "| contrastive |" in card.text
@@ -240,3 +246,30 @@ def test_a_batch_is_that_of_all_processes(base_dir: Path, tmp_path: Path) -> Non
     trainer = GemTrainer(GemModel.from_base(str(base_dir)), args, chats(), recipe=RECIPE)
     assert isinstance(trainer.batches, Batches)
     assert [len(b["batch"].rows) for b in trainer.batches] == [8] * 4
+
+
+def test_a_logged_loss_is_the_mean_over_the_steps_that_had_it(base_dir: Path, tmp_path: Path) -> None:
+    """Three steps of next-token prediction and three of contrast, logged once."""
+    found = {}
+    for every in (1, 6):
+        gem = make_gem(base_dir)
+        args = arguments(tmp_path / str(every), logging_steps=every, learning_rate=1e-9)
+        trainer = GemTrainer(gem, args, chats(), recipe=RECIPE)
+        trainer.train()
+        rows = [e for e in trainer.state.log_history if "loss" in e]
+        assert len(rows) == 6 // every
+        found[every] = {n: np.mean([r[n] for r in rows if n in r]) for n in ("ntp", "contrastive")}
+    assert found[6] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_a_second_call_of_train_begins_at_the_first_step(base_dir: Path, tmp_path: Path) -> None:
+    trainer = GemTrainer(make_gem(base_dir), arguments(tmp_path), chats(), recipe=RECIPE)
+    trainer.batches.start_step = 3  # as the best checkpoint of an earlier call leaves it
+    trainer.train()
+    assert all("ntp" in r for r in curve(trainer)[:3])
+
+
+@pytest.mark.parametrize("name", ["save_strategy", "eval_strategy", "logging_strategy"])
+def test_an_interval_of_an_epoch_is_refused(base_dir: Path, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be steps or no, got epoch"):
+        GemTrainer(make_gem(base_dir), arguments(tmp_path, **{name: "epoch"}), chats(), recipe=RECIPE)

@@ -1,4 +1,4 @@
-"""Pairs with scores: the CoSENT loss against sentence-transformers' own, their rows, whole runs, several processes."""
+"""Pairs with scores: the CoSENT loss against sentence-transformers' own, their rows, whole runs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_run_orders_pairs_as_their_scores_do(base_dir: Path, tmp_path: Path, t
 
 
 def test_scores_of_all_pairs_count_in_every_shard() -> None:
-    """Two shards of a batch and the whole of it: `tests/training/test_distributed.py` runs the processes."""
+    """Every shard has the scores of the whole batch."""
     from gemify.training.batches import shard_batch
 
     views = [(full_view([20 + i, 21]), full_view([30 + i, 22])) for i in range(5)]

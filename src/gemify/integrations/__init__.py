@@ -1,1 +1,1 @@
-"""GEMs in other frameworks: LangChain, LlamaIndex, sentence-transformers, TRL and vLLM."""
+"""GEMs in other frameworks: LangChain, LlamaIndex, sentence-transformers, llm, TRL and vLLM."""

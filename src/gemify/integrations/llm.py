@@ -39,9 +39,13 @@ def load_gem(path: str) -> GemModel:
 
 
 def model_paths() -> dict[str, str]:
-    """Return where each GEM is, by its model id in ``llm``."""
+    """Return where each GEM is, by its model id in ``llm``: its last name, or its whole path where that is taken."""
     others = [path.strip() for path in os.environ.get(MODELS_VARIABLE, "").split(",")]
-    return {f"gemify/{Path(path).name}": path for path in (*SHIPPED, *others) if path}
+    found: dict[str, str] = {}
+    for path in filter(None, (*SHIPPED, *others)):
+        name = f"gemify/{Path(path).name}"
+        found[name if name not in found else f"gemify/{path}"] = path
+    return found
 
 
 class GemChat(llm.Model):

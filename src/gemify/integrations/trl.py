@@ -20,6 +20,7 @@ from torch import nn
 from trl import SFTConfig, SFTTrainer
 
 from gemify.model.gem import GemModel
+from gemify.model.hub import require_public_base
 from gemify.training.gem_checkpoints import GemCheckpoints
 from gemify.training.gem_trainer import LOSSES, Rows, build_recipe, count_rows, make_batches, make_objective, open_rows
 from gemify.training.objective import MicroBatch, Objective
@@ -61,15 +62,18 @@ class GemSFTTrainer(GemCheckpoints, SFTTrainer):
         self.gem, self.gem_weight = model, gem_weight
         rows = train_dataset if gem_dataset is None else gem_dataset
         entries = {"mix": 0.0, "contrastive_batch_size": None, **(recipe or {})}
-        self.recipe = build_recipe(model, arguments, entries, num_rows=count_rows(train_dataset))
-        self.batches = make_batches(model, self.recipe, open_rows(rows, self.recipe), arguments)
-        self.gem_objective = make_objective(model, self.recipe)
+        first = build_recipe(model, arguments, entries, num_rows=count_rows(train_dataset))
+        self.gem_objective = make_objective(model, first)
         self._step, self._steps = -1, iter(())
         self._micro_batches: Iterator[dict[str, MicroBatch]] = iter(())
         self._gem_parts: dict[str, list[float]] = {}
         super().__init__(
             model=model.lm, args=arguments, train_dataset=train_dataset, processing_class=model.tokenizer, **options
         )
+        self.gem_objective.to(self.args.device)
+        # Packing may have made other rows, and so another number of steps.
+        self.recipe = build_recipe(model, arguments, entries, num_rows=count_rows(self.train_dataset))
+        self.batches = make_batches(model, self.recipe, open_rows(rows, self.recipe), arguments)
 
     def _objective(self) -> Objective:
         return self.gem_objective
@@ -110,9 +114,15 @@ class GemSFTTrainer(GemCheckpoints, SFTTrainer):
             if (part := getattr(losses, name)) is not None:
                 self._gem_parts.setdefault(f"gem_{name}", []).append(float(part.detach()))
         # TRL's loss is normalised over the whole step where its tokens are counted, GEM's over a micro-batch.
-        share = 1.0 if num_items_in_batch is None else 1.0 / self.recipe.gradient_accumulation_steps
+        share = 1.0 if num_items_in_batch is None else 1.0 / self.current_gradient_accumulation_steps
         loss = loss + self.gem_weight * share * losses.total
         return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Clip what the Trainer's model does not hold, as a group of its own, and then the model."""
+        if own := [p for p in self._own_parameters() if p.grad is not None]:
+            nn.utils.clip_grad_norm_(own, self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
 
     def _next_batch(self) -> MicroBatch:
         """The next of this step's micro-batches, the same whether the run was resumed or not."""
@@ -145,5 +155,7 @@ def _require_trainable(gem: GemModel, args: SFTConfig, gem_weight: float, option
             raise ValueError(f"{name} is the GEM's to say: give GemModel.from_base tune='lora' and its adapter")
     if gem_weight < 0.0:
         raise ValueError(f"gem_weight must not be negative, got {gem_weight}")
+    if args.push_to_hub:
+        require_public_base(gem.config)
     if args.world_size > 1:
         raise ValueError("GemSFTTrainer runs in one process: for several run gemify train or GemTrainer")

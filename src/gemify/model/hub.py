@@ -53,6 +53,19 @@ answer = gem.chat([{{"role": "user", "content": "a question"}}])
 """
 
 
+def require_public_base(config: GemConfig) -> None:
+    """Refuse to upload a GEM whose base is a path.
+
+    Raises:
+        ValueError: It is one, and the GEM needs its base.
+    """
+    if config.tune != "full" and Path(config.base).exists():
+        raise ValueError(
+            f"the base {config.base} is a path of this machine, where nobody else finds it: give base_model, its repo"
+            " id on the hub, to the GEM's own push_to_hub"
+        )
+
+
 class HubMixin:
     """Uploads a GEM."""
 
@@ -98,11 +111,9 @@ class HubMixin:
         config = self.config
         if base_model is not None:
             config = dataclasses.replace(config, base=base_model, base_revision=None)
-        elif config.tune != "full" and Path(config.base).exists():
-            raise ValueError(
-                f"the base {config.base} is a path of this machine, where nobody else finds it: give base_model, its"
-                " repo id on the hub"
-            )
+        elif config.tune == "full" and Path(config.base).exists():  # the base is not needed again
+            config = dataclasses.replace(config, base=Path(config.base).name)
+        require_public_base(config)
         api = HfApi(token=token)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)

@@ -141,7 +141,7 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
 
 def _message(item: Any, column: str) -> dict[str, Any]:
     role = item.get("role", item.get("from")) if isinstance(item, Mapping) else None
-    if role not in _ROLES and role != "developer":
+    if not isinstance(role, str) or (role not in _ROLES and role != "developer"):
         raise ValueError(
             f"{column!r} must hold messages with a role (or from) of {', '.join(_ROLES)}, got {_describe(role or item)}"
         )

@@ -17,7 +17,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from gemify.io.atomic import sync
 from gemify.model.gem import GemModel
-from gemify.model.hub import CARD_FILE, model_card
+from gemify.model.hub import CARD_FILE, model_card, require_public_base
 from gemify.training.batches import Batches
 from gemify.training.checkpoints import STATE_FILE
 from gemify.training.fsdp import load_weights, select_lm_weights
@@ -55,7 +55,8 @@ class GemCheckpoints(Trainer):
         path = Path(self.args.output_dir) / CARD_FILE
         if not self.is_world_process_zero() or path.exists():
             return
-        card = ModelCard(model_card(model_name or Path(self.args.output_dir).name, self.gem.config))
+        name = getattr(self, "hub_model_id", None) or model_name or Path(self.args.output_dir).name
+        card = ModelCard(model_card(name, self.gem.config))
         more = [tags] if isinstance(tags, str) else tags or []
         data: Any = card.data
         known = {**data.to_dict(), "pipeline_tag": "feature-extraction", **options}
@@ -65,6 +66,15 @@ class GemCheckpoints(Trainer):
         table = "".join(f"| {name} | {value} |\n" for name, value in measured.items())
         card.content = f"{card.content}\n| measured | value |\n|---|---|\n{table}"
         card.save(path)
+
+    def push_to_hub(self, *args: Any, **options: Any) -> Any:
+        """Upload the GEM, as in transformers.
+
+        Raises:
+            ValueError: The base is a path of this machine.
+        """
+        require_public_base(self.gem.config)
+        return super().push_to_hub(*args, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """As a GEM. The objective's whole weights are given where this process holds a part of them."""

@@ -23,6 +23,7 @@ from gemify.model.base import enable_activation_checkpointing, max_positions
 from gemify.model.encode import peak_memory_bytes
 from gemify.model.forward import PASS_OVERHEAD_TOKENS
 from gemify.model.gem import GemModel
+from gemify.model.hub import require_public_base
 from gemify.training.batches import Batches
 from gemify.training.distributed import all_reduce_sum
 from gemify.training.examples import Source
@@ -77,8 +78,8 @@ class GemTrainer(GemCheckpoints):
         optimizers: An optimizer and a schedule of one's own.
 
     Raises:
-        ValueError: The recipe names what the model or the arguments say, or contradicts them; or the data cannot be
-            read twice.
+        ValueError: The recipe names what the model or the arguments say, or contradicts them; the data cannot be
+            read twice; an interval is an epoch; or a base that is a path would go to the hub.
     """
 
     control: TrainerControl
@@ -99,6 +100,9 @@ class GemTrainer(GemCheckpoints):
         if train_dataset is None:
             raise ValueError("GemTrainer needs a train_dataset: texts, pairs or conversations")
         arguments = copy.copy(args or TrainingArguments(output_dir="trainer_output"))
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            if getattr(arguments, name) == "epoch":
+                raise ValueError(f"{name} must be steps or no, got epoch: rows are one stream, set a number of steps")
         made = build_recipe(model, arguments, recipe or {}, num_rows=count_rows(train_dataset))
         arguments.max_steps = made.max_steps
         arguments.ignore_data_skip = True  # Batches starts at the right step by itself
@@ -125,16 +129,19 @@ class GemTrainer(GemCheckpoints):
     def _setup(
         self, gem: GemModel, recipe: Recipe, batches: Batches, evaluator: Evaluator | None, **options: Any
     ) -> None:
+        if options["args"].push_to_hub:
+            require_public_base(gem.config)
         if options["args"].n_gpu > 1:
             options["args"]._n_gpu = 1  # one process drives one device; several devices are for `accelerate launch`
         super().__init__(**options)
         self.gem, self.recipe, self.batches, self.evaluator = gem, recipe, batches, evaluator
         self._parts: dict[str, float] = {}
-        self._micro_batches = 0
+        self._loss_counts: dict[str, int] = {}
         self._since = time.perf_counter()
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train as transformers' Trainer does; the model is in evaluation mode afterwards."""
+        self.batches.start_step = 0  # a resume sets it, as does loading the best checkpoint of an earlier call
         try:
             return super().train(*args, **options)
         finally:
@@ -162,11 +169,11 @@ class GemTrainer(GemCheckpoints):
                 " learning rate or use --precision fp32; the last checkpoint is untouched"
             )
         share = 1.0 / self.recipe.gradient_accumulation_steps
-        self._micro_batches += 1
         for name in LOSSES:
             part = getattr(losses, name)
             if part is not None:
                 self._parts[name] = self._parts.get(name, 0.0) + float(part.detach()) * share
+                self._loss_counts[name] = self._loss_counts.get(name, 0) + 1
         self._parts.update(alpha=inputs["batch"].alpha, scale=losses.scale)
         for name in _COUNTS if self.recipe.text_cache else _COUNTS[:2]:
             self._parts[name] = self._parts.get(name, 0) + getattr(losses.counts, name)
@@ -183,15 +190,16 @@ class GemTrainer(GemCheckpoints):
 
     def _reduce(self, parts: dict[str, float]) -> dict[str, float]:
         """Combine this process's measurements with the others': means of losses, sums of token counts."""
-        steps = max(1, round(self._micro_batches / self.recipe.gradient_accumulation_steps))
-        self._micro_batches = 0
+        # A window of steps may hold both phases: each loss is the mean over the steps that had it.
+        steps = {n: count / self.recipe.gradient_accumulation_steps for n, count in self._loss_counts.items()}
+        self._loss_counts = {}
         world = self.args.world_size
         weights: dict[str, float] = {**dict.fromkeys(LOSSES, 1.0 / world), **dict.fromkeys(_COUNTS, 1.0)}
         names = [name for name in weights if name in parts]
         sums = all_reduce_sum([parts[name] for name in names], self.args.device)
         reduced = {name: total * weights[name] for name, total in zip(names, sums, strict=True)}
         reduced.update({name: int(reduced[name]) for name in _COUNTS if name in reduced})
-        reduced.update({name: reduced[name] / steps for name in LOSSES if name in reduced})
+        reduced.update({name: reduced[name] / max(1.0, steps[name]) for name in LOSSES if name in reduced})
         return {**parts, **reduced}
 
     def evaluate(
