@@ -171,10 +171,12 @@ def test_a_store_indexed_anew_is_searched_without_a_restart(tmp_path: Path) -> N
         assert found("quartz", "fts") == []
         GemIndex.open(made.store.uri, made.model, create=False).add([tmp_path / "more"])
         assert found("quartz", "fts") == ["Quartz is clear."]
+        assert len(running.http().get("/v1/stores/map").json()["files"]) == 4
         shutil.rmtree(made.store.uri)
         GemIndex.open(made.store.uri, made.model, tokens=48, overlap=8).add([tmp_path / "more"])
         assert found("owls", "fts") == []
         assert found("what is clear?", "vector") == ["Quartz is clear."]
+        assert running.http().get("/v1/stores/map").json()["files"] == [str(tmp_path / "more" / "quartz.txt")]
 
 
 def test_a_store_that_another_model_made_again_is_not_searched(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+from gemify.retrieval.document_store import Store
 from gemify.retrieval.index import GemIndex
 from gemify.retrieval.store_map import draw_map
 from gemify.serving.protocol.responses import StoreMapResponse
@@ -15,7 +16,7 @@ class MapCache:
     """The last map of each store. It is drawn anew, one store at a time, when the store has changed."""
 
     def __init__(self) -> None:
-        self._drawn: dict[str, tuple[tuple[int, ...], bytes]] = {}
+        self._drawn: dict[str, tuple[tuple[int | str, ...], bytes]] = {}
         self._one_at_a_time = asyncio.Lock()
 
     async def render(self, index: GemIndex) -> bytes:
@@ -25,7 +26,9 @@ class MapCache:
 
     def _render(self, index: GemIndex) -> bytes:
         store = index.store
-        version = store.version
+        # A store that was made again counts its versions from the beginning: its files are part of the key.
+        files = sorted(f.version for f in store.files().values()) if isinstance(store, Store) else []
+        version: tuple[int | str, ...] = (*store.version, *files)
         known = self._drawn.get(store.uri)
         if known is None or known[0] != version:
             drawn = draw_map(store)

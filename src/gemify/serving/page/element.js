@@ -14,7 +14,7 @@ export function shape(name, attributes = {}, ...children) {
 
 function fill(made, attributes, children) {
   for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children);
+  for (const child of children) made.append(child);  // a spread of very many ends the stack
   return made;
 }
 
