@@ -339,10 +339,19 @@ def test_recovery_is_the_librarys(served: Served, gem: GemModel) -> None:
     assert 0 <= got["matching_tokens"] <= min(got["input_tokens"], got["output_tokens"])
 
 
+HISTOGRAMS = (
+    "gemify_time_to_first_token_seconds",
+    "gemify_time_per_output_token_seconds",
+    "gemify_request_queue_seconds",
+    'gemify_http_request_seconds{route="/v1/completions"}',
+)
+
+
 def test_what_a_key_used_and_what_answers_took_is_counted(served: Served) -> None:
     def counted() -> dict[str, float]:
         lines = served.http().get("/metrics").text.splitlines()
-        return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if line[0] != "#")}
+        found = (line.rsplit(" ", 1) for line in lines if line[0] != "#")
+        return {re.sub(r"(_sum|_count)({.*})$", r"\2\1", name): float(value) for name, value in found}
 
     before = counted()
     body = {"prompt": "ab", "max_tokens": 4, "temperature": 0, "logit_bias": {"40": 100}}
@@ -353,9 +362,15 @@ def test_what_a_key_used_and_what_answers_took_is_counted(served: Served) -> Non
     assert after[tokens] - before.get(tokens, 0) == usage["total_tokens"]
     requests = f'gemify_key_requests_total{{key="{name}",status="200"}}'
     assert after[requests] > before.get(requests, 0)
-    for histogram in ("gemify_time_per_output_token_seconds", "gemify_request_queue_seconds"):
-        assert after[f"{histogram}_count"] == before[f"{histogram}_count"] + 1
-        assert after[f"{histogram}_sum"] >= before[f"{histogram}_sum"]
+    took = {name: after[f"{name}_sum"] - before[f"{name}_sum"] for name in HISTOGRAMS}
+    assert all(after[f"{name}_count"] == before[f"{name}_count"] + 1 for name in HISTOGRAMS)
+    first, token, queue, whole = took.values()
+    assert 0 < queue < first < first + 3 * token < whole
+    served.post("/v1/completions", {**body, "prompt": ["ab", "cd"], "n": 2})
+    served.post("/v1/completions", {**body, "max_tokens": 0, "echo": True, "logprobs": 1})
+    more = counted()
+    counts = [more[f"{name}_count"] - after[f"{name}_count"] for name in HISTOGRAMS]
+    assert counts == [2, 4, 3, 2], "a first token a request, an answer's tokens, a prompt's wait, a request"
 
 
 def test_the_grafana_board_asks_for_metrics_that_exist(served: Served) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import importlib
 import ipaddress
+import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,9 +27,11 @@ from starlette.requests import Request
 from starlette.responses import StreamingResponse
 from typer.testing import CliRunner
 
+import gemify.serving.server as server_module
+import gemify.serving.settings as settings_module
 from gemify import GemModel
 from gemify.cli.main import app
-from gemify.serving.server import listen
+from gemify.serving.server import Server, listen
 from gemify.serving.settings import ServerSettings
 from running_server import Served, indexed, serving, tiny_gem
 
@@ -153,10 +156,25 @@ async def _search_by_mcp(url: str, headers: dict[str, str]) -> None:
         assert "Owls hunt" in found.structured_content["passages"][0]["text"]
 
 
-@pytest.mark.parametrize("path", ["gemify", "https://a.example/gem", "/a//b", "/a b", "/a?b", "/\N{SNOWMAN}"])
+@pytest.mark.parametrize(
+    "path", ["gemify", "https://a.example/gem", "/a//b", "/a b", "/a?b", "/a/./..", "/\N{SNOWMAN}"]
+)
 def test_a_prefix_is_a_path(path: str) -> None:
     with pytest.raises(ValueError, match="--root-path must be a path such as /gemify, got "):
         ServerSettings.load({"root_path": path})
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/gem", "/page/", "/mcp", "/rerank", "/health"])
+def test_a_prefix_hides_no_route(path: str) -> None:
+    """A proxy may strip it: what stays would be another path."""
+    with pytest.raises(ValueError, match="--root-path must not begin with /"):
+        ServerSettings.load({"root_path": path})
+
+
+def test_the_first_parts_of_all_routes_are_known(gem: GemModel) -> None:
+    with serving(gem) as served:
+        paths = {route.path for route in served.app.routes if hasattr(route, "path")}
+    assert {path.split("/")[1] for path in paths} - {""} <= settings_module._FIRST_PARTS
 
 
 # TLS
@@ -187,6 +205,20 @@ def certificate(directory: Path) -> tuple[Path, Path]:
     (directory / "locked.pem").write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, locked))
     (directory / "both.pem").write_bytes((directory / "key.pem").read_bytes() + made.public_bytes(pem))
     return directory / "cert.pem", directory / "key.pem"
+
+
+def test_a_silent_peer_of_the_backlog_does_not_hold_up_the_stop(
+    gem: GemModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_module, "_HANDSHAKE_S", 0.2)
+    cert, key = certificate(tmp_path)
+    with serving(gem, ssl_certfile=cert, ssl_keyfile=key) as served:
+        server = Server(served.app)
+        server.config.load()
+        server.lifespan = server.config.lifespan_class(server.config)
+        ours, theirs = socket.socketpair()
+        with ours, pytest.raises(OSError, match=r"handshake is taking longer than 0\.2 seconds"):
+            asyncio.run(asyncio.wait_for(server._accept(theirs), 20))
 
 
 @pytest.mark.parametrize("apart", [True, False], ids=["two files", "one file"])

@@ -233,6 +233,20 @@ def test_what_is_kept_is_bounded(page: Any) -> None:
     assert (count, size < 4_000_000) == (4, True)
     assert page.evaluate(fill, [1, 2_000_000])[0] == [False]
     assert page.evaluate(fill, [210, 10])[1] == 200
+    full = """async () => {
+      const { saveChat, listChats } = await import("/page/chats.js");
+      const turn = { question: "q", answer: "a", thoughts: "", facts: "", calls: [], sources: null };
+      const set = Storage.prototype.setItem;
+      const others = new Set(Object.keys(localStorage));
+      Storage.prototype.setItem = function (key, text) {
+        if (!others.has(key)) throw new DOMException("full", "QuotaExceededError");
+        set.call(this, key, text);
+      };
+      const kept = saveChat({ id: null, title: "t", revision: 0, turns: [turn] });
+      Storage.prototype.setItem = set;
+      return [kept, listChats().length];
+    }"""
+    assert page.evaluate(full) == [None, 200], "another page fills the storage: no chat of ours is given up in vain"
     page.evaluate("localStorage.clear()")
     say(page, "long", delta(content="word " * 300_000))
     page.locator("#chats-note", has_text="is not kept").wait_for(state="attached")

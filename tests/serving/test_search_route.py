@@ -187,5 +187,6 @@ def test_a_store_that_another_model_made_again_is_not_searched(tmp_path: Path) -
         GemIndex.open(made.store.uri, other, tokens=48, overlap=8).add([tmp_path / "sea.txt"])
         for mode in ("fts", "vector", "hybrid"):
             answer = running.post("/v1/search", {"query": "moon", "mode": mode})
-            assert answer.status_code == 400
-            assert "was made again by another model" in answer.json()["error"]["message"]
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "store_unavailable"
+            assert str(tmp_path) not in answer.text

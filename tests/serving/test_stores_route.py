@@ -58,6 +58,7 @@ def test_a_passage_is_read_with_its_neighbours(served: Served, index: GemIndex) 
             f"/v1/passages/{found.id}?before=-1": 400,
         }.items():
             refused = http.get(path)
+            assert "store" not in refused.text, "no path of the server's machine"
             assert (refused.status_code, "\n" in refused.json()["error"]["message"]) == (status, False), path
 
 

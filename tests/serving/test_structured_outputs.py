@@ -192,6 +192,36 @@ def test_a_grammar_that_nothing_may_follow_fails_alone(served: Served, client: O
     assert served.post("/v1/chat/completions", {"messages": ASK, "max_tokens": 1}).status_code == 200
 
 
+def test_who_waits_for_a_grammar_may_leave(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request ends, and what was not begun is compiled no more."""
+    grammars, slow, compiled = served.app.state.gemify.grammars, threading.Event(), []
+    monkeypatch.setattr(grammars, "_compile", lambda grammar: slow.wait(60) and compiled.append(grammar))
+    metrics = served.app.state.gemify.metrics
+
+    async def ask() -> None:
+        client = served.async_client()
+        fields = [{"guided_choice": [f"left {i}"]} for i in range(3)]
+        waiting = [
+            asyncio.create_task(client.chat.completions.create(model="tiny", messages=ASK, extra_body=f))
+            for f in fields
+        ]
+        while metrics.in_flight_now < 3:
+            await asyncio.sleep(0.01)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        while metrics.in_flight_now:
+            await asyncio.sleep(0.01)
+        await client.close()
+
+    try:
+        asyncio.run(asyncio.wait_for(ask(), 60))
+    finally:
+        slow.set()
+    grammars._threads.submit(lambda: None).result(60)  # after all that still waited
+    assert len(compiled) <= 1
+
+
 def test_a_slow_grammar_holds_up_no_other_request(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither embeddings, which need a thread as well, nor a grammar that is kept."""
     grammars, slow = served.app.state.gemify.grammars, threading.Event()

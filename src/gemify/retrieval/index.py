@@ -15,6 +15,7 @@ from gemify.retrieval.chunking import ChunkSettings
 from gemify.retrieval.document_store import Hit, Precision, Store, StoreMeta
 from gemify.retrieval.documents import Skipped
 from gemify.retrieval.ingest import Embedder, IndexOptions, IndexReport, IndexRun
+from gemify.retrieval.lance import StoreUnavailableError
 from gemify.retrieval.loaders import Columns, FileListing, find_files
 from gemify.retrieval.vector_table import Corpus, find_store, open_store
 
@@ -42,6 +43,10 @@ class Passage:
     def to_json(self) -> dict[str, Any]:
         """Return the fields under their names in HTTP answers and in ``--json`` output."""
         return {"place" if name == "location" else name: value for name, value in vars(self).items()}
+
+
+class PassageNotFoundError(ValueError):
+    """A store has no passage of this id, any more."""
 
 
 class GemIndex:
@@ -184,11 +189,12 @@ class GemIndex:
             The passages in the order of the file, with score 0.
 
         Raises:
-            ValueError: There is no such passage, any more.
+            PassageNotFoundError: There is no such passage, any more.
+            ValueError: The store is damaged.
         """
         hits = self.store.read(passage_id, before, after)
         if not hits:
-            raise ValueError(f"no passage {passage_id[:100]!r} in {self.store.uri}: search again, its file may be new")
+            raise PassageNotFoundError(f"no passage {passage_id[:100]!r}: search again, its file may be new")
         return [_passage(hit, 0.0) for hit in hits]
 
     def search(
@@ -232,7 +238,7 @@ class GemIndex:
         if isinstance(self.store, Store):
             opened, made = self.store.meta, self.store.read_meta()
             if (made.fingerprint, made.dimension) != (opened.fingerprint, opened.dimension):
-                raise ValueError(
+                raise StoreUnavailableError(
                     f"the store {self.store.uri} was made again by another model ({made.model or 'unnamed'}): open it"
                     " anew, with that model"
                 )

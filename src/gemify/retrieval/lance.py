@@ -26,6 +26,10 @@ _VOWEL_SIGNS = re.compile("[\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u0640\u064b-
 _PART = 500  # values of one SQL list
 
 
+class StoreUnavailableError(ValueError):
+    """A store that was there cannot be used: it is damaged or gone, or another model has made it again."""
+
+
 def connect(uri: str) -> Any:
     """Return the database at a URI. Every read sees the last commit."""
     os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are for its developers
@@ -56,7 +60,9 @@ def open_table(database: Any, name: str, uri: str) -> Any:
     except ValueError as error:
         if "not found" not in str(error):
             raise
-        raise ValueError(f"the store {uri} has lost its {name}: restore it, or delete it and index again") from error
+        raise StoreUnavailableError(
+            f"the store {uri} has lost its {name}: restore it, or delete it and index again"
+        ) from error
 
 
 def vector_index(kind: IndexKind, *, partitions: int, distance: str = "dot") -> Any:
@@ -127,13 +133,13 @@ def sql_lists(values: Iterable[str]) -> Iterator[str]:
 
 @contextlib.contextmanager
 def readable(uri: str) -> Iterator[None]:
-    """Turn LanceDB's errors into a ValueError of one line, and a full disk into OSError."""
+    """Turn LanceDB's errors into a StoreUnavailableError of one line, and a full disk into OSError."""
     try:
         yield
     except RuntimeError as error:
         if is_disk_full(error):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), uri) from error
-        raise ValueError(
+        raise StoreUnavailableError(
             f"the store {uri} cannot be used ({error_reason(error)}): restore it, or delete it and index again"
         ) from error
 

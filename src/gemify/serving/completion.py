@@ -6,9 +6,10 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -30,6 +31,7 @@ from gemify.serving.protocol.responses import (
 from gemify.serving.response_builder import AnswerBuilder, ChoiceState, Kind, ResponseBuilder, build_usage
 from gemify.serving.state import AppState, add_log_fields, get_key_name, get_state
 
+T = TypeVar("T")
 logger = logging.getLogger("gemify.serving")
 
 GenerationBody = CreateChatCompletionRequest | CreateCompletionRequest
@@ -78,8 +80,8 @@ class CompletionHandler:
             for choice in self._choices:
                 choice.parser = self.parser()
         self._held: list[tuple[int, AnswerDelta | Completion | None]] = []
-        self._first_token_at: float | None = None
         """Events that no chunk has been built of; None: the start of an answer."""
+        self._has_begun = False
         if self.echoed is not None and self.top_logprobs is None:
             for number in range(len(self.prompts)):
                 self._echo(number, ())
@@ -120,7 +122,8 @@ class CompletionHandler:
         if self.grammar is None:
             return None
         try:
-            return await asyncio.wrap_future(self.state.grammars.submit(self.grammar))
+            waiting = _result(self.state.grammars.submit(self.grammar))
+            return await run_until_disconnect(self.request.receive, waiting, self.state.settings.timeout)
         except ValueError as error:
             raise bad_request(str(error)) from error
 
@@ -167,10 +170,8 @@ class CompletionHandler:
             self.gemify_fields["embedding"] = normalize(event.vectors_ND)[0].tolist()
             self._awaits_embedding = False
             return
-        if not any(choice.num_deltas for choice in self._choices):
-            self._first_token_at = time.perf_counter()
-            self.state.metrics.time_to_first_token.observe(self._first_token_at - self._start)
         index = number * self._n + event.index
+        self._measure(self._choices[index], event)
         if self.body.max_tokens == 0:  # the engine generates at least one token
             if isinstance(event, TokenDelta):
                 return
@@ -178,6 +179,17 @@ class CompletionHandler:
         self._held += [(index, delta) for delta in self._choices[index].add(event)]
         if isinstance(event, Completion):
             self._held.append((index, event))
+
+    def _measure(self, choice: ChoiceState, event: TokenDelta | Completion) -> None:
+        """Observe how long the first token of all answers took, and the further ones of each answer."""
+        now, metrics = time.perf_counter(), self.state.metrics
+        if not self._has_begun:
+            self._has_begun = True
+            metrics.time_to_first_token.observe(now - self._start)
+        if choice.first_token_at is None:
+            choice.first_token_at = now
+        if isinstance(event, Completion) and event.completion_tokens > 1:
+            metrics.time_per_output_token.observe((now - choice.first_token_at) / (event.completion_tokens - 1))
 
     async def _stream(self, client: EngineClient) -> AsyncGenerator[ApiModel, None]:
         """Yield chunks; none before the prompt's embedding, which the first one carries."""
@@ -231,19 +243,19 @@ class CompletionHandler:
     def _count_tokens(self, client: EngineClient) -> None:
         """Charge the answers' tokens to the key and log them, however the request ended."""
         self.state.rate_limiter.add_tokens(get_key_name(self.request), self._completion_tokens)
-        metrics = self.state.metrics
-        longest = max((choice.completion_tokens for choice in self._choices), default=0)
-        if self._first_token_at is not None and longest > 1:
-            metrics.time_per_output_token.observe((time.perf_counter() - self._first_token_at) / (longest - 1))
         for waited in (request.queue_seconds for request in client.requests):
             if waited is not None:
-                metrics.queue_time.observe(waited)
+                self.state.metrics.queue_time.observe(waited)
         add_log_fields(
             self.request,
             prompt_tokens=client.prompt_tokens,
             cached_tokens=client.cached_tokens,
             completion_tokens=self._completion_tokens,
         )
+
+
+async def _result(future: Future[T]) -> T:
+    return await asyncio.wrap_future(future)
 
 
 def to_sampling_params(

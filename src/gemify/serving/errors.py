@@ -6,6 +6,7 @@ Under /v1/messages the same with ``"type": "error"`` and Anthropic's types.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from gemify.engine.requests import EngineStoppingError, QueueFullError
+from gemify.retrieval.lance import StoreUnavailableError
+
+logger = logging.getLogger("gemify.serving")
 
 _TYPES = {
     401: "authentication_error",
@@ -93,13 +97,16 @@ def timeout_error(timeout_s: float) -> ApiError:
 
 
 def from_engine_error(error: Exception) -> ApiError:
-    """Return the response to an error of the engine; an error that is the server's own is raised again."""
+    """Return the response to an error of the engine or the index; one that is the server's own is raised again."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):
         return too_many_requests(str(error), error.retry_after, code="queue_full")
     if isinstance(error, EngineStoppingError):
         return service_stopping()
+    if isinstance(error, StoreUnavailableError):
+        logger.error(str(error))  # it names a path of this machine
+        return ApiError(503, "the index cannot be read now: see the server's log", code="store_unavailable")
     if isinstance(error, ValueError):
         return bad_request(str(error))
     if isinstance(error, FloatingPointError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 from gemify.retrieval.document_store import Store
 from gemify.retrieval.index import GemIndex
@@ -17,14 +18,17 @@ class MapCache:
 
     def __init__(self) -> None:
         self._drawn: dict[str, tuple[tuple[int | str, ...], bytes]] = {}
-        self._one_at_a_time = asyncio.Lock()
+        self._one_at_a_time = threading.Lock()  # held by the thread that draws, whether its client waits or not
 
     async def render(self, index: GemIndex) -> bytes:
         """Return the JSON of a store's map. Raises ValueError if the store is damaged."""
-        async with self._one_at_a_time:
-            return await asyncio.to_thread(self._render, index)
+        return await asyncio.to_thread(self._render, index)
 
     def _render(self, index: GemIndex) -> bytes:
+        with self._one_at_a_time:
+            return self._draw_changed(index)
+
+    def _draw_changed(self, index: GemIndex) -> bytes:
         store = index.store
         # A store that was made again counts its versions from the beginning: its files are part of the key.
         files = sorted(f.version for f in store.files().values()) if isinstance(store, Store) else []

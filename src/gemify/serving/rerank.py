@@ -6,7 +6,6 @@ go on in between.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from functools import partial
 from itertools import islice
@@ -70,7 +69,8 @@ async def _score_by_odds(request: Request, question: str, texts: Sequence[str]) 
     if state.yes_no_prompts is None:
         raise bad_request("this model has no chat template, or no tokens for yes and no: rerank with bi", "rerank")
     try:
-        prefix, rows = await asyncio.to_thread(state.yes_no_prompts, question, texts)
+        laid_out = state.tokenizer.run_in_thread(state.yes_no_prompts, question, texts)
+        prefix, rows = await run_until_disconnect(request.receive, laid_out, state.settings.timeout)
     except ValueError as error:
         raise bad_request(first_line(error), "query") from error
     num_tokens = len(prefix) + sum(len(row) - len(prefix) for row in rows)

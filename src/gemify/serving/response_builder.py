@@ -51,6 +51,8 @@ class ChoiceState:
     tool_calls: list[ToolCall] = field(default_factory=list)
     reasoning_tokens: int = 0
     """Tokens that had text of thoughts."""
+    first_token_at: float | None = None
+    """By `time.perf_counter`."""
     parser: AnswerParser | None = None
     """None: all of the answer is text."""
 

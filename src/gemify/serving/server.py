@@ -44,6 +44,8 @@ CLIENT_TIMEOUT_S = 30.0
 """Seconds in which a client must have sent a request's head, or must have read some of what waits for it."""
 _SHUTDOWN_GRACE_S = 1.0
 """Seconds in which an idle connection may send one more request after the shutdown has begun."""
+_HANDSHAKE_S = 5.0
+"""Seconds in which a connection of the backlog must have shaken hands (TLS) after the shutdown has begun."""
 
 
 class HttpProtocol(H11Protocol):
@@ -281,15 +283,19 @@ class Server(uvicorn.Server):
                     waiting.append(listener.accept()[0])
         for server in self.servers:
             server.close()
-        loop = asyncio.get_running_loop()
-        for peer in waiting:
-            peer.setblocking(False)
-            with contextlib.suppress(OSError):  # gone again
-                await loop.connect_accepted_socket(self._connect, peer, ssl=self.config.ssl)
-        await asyncio.sleep(0.05)  # those that were accepted a moment ago become connections
         ending = asyncio.create_task(self._abort_in_time())
+        await asyncio.gather(*map(self._accept, waiting), return_exceptions=True)  # some are gone again
+        await asyncio.sleep(0.05)  # those that were accepted a moment ago become connections
         await super().shutdown(sockets)
         ending.cancel()
+
+    async def _accept(self, peer: socket.socket) -> None:
+        """Serve a connection of the backlog. One that does not shake hands is given up."""
+        peer.setblocking(False)
+        tls: dict[str, Any] = {}
+        if self.config.ssl is not None:
+            tls = {"ssl": self.config.ssl, "ssl_handshake_timeout": _HANDSHAKE_S}
+        await asyncio.get_running_loop().connect_accepted_socket(self._connect, peer, **tls)
 
     async def _abort_in_time(self) -> None:
         """Abort what the engine has not finished after ``stop_timeout``. Uvicorn itself waits for every response."""

@@ -32,6 +32,10 @@ def _split(value: Any) -> Any:
 
 
 _ROOT_PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)+")
+_FIRST_PARTS = frozenset(
+    "v1 v2 page mcp rerank tokenize detokenize health ready metrics openapi.json".split()  # noqa: SIM905
+)
+"""What the server's own paths begin with: a prefix that a proxy strips must not be one of them."""
 _Number = BeforeValidator(_refuse_bool)
 Count = Annotated[int, _Number, Field(ge=1)]
 Seconds = Annotated[float, _Number, Field(ge=1e-3)]
@@ -62,7 +66,7 @@ class ServerSettings(BaseSettings):
     trust_remote_code: bool = False
     """Run Python that comes with the base model."""
     served_model_name: Names = ()
-    """What clients call the model; answers have the first of several. None: its directory's name."""
+    """What clients call the model; answers have the first of several. Empty: its directory's name."""
     store: str | None = None
     """An index for /v1/search."""
     keep_kv: bool = False
@@ -150,8 +154,11 @@ class ServerSettings(BaseSettings):
     @classmethod
     def _require_prefix(cls, path: str) -> str:
         path = path.rstrip("/")
-        if path and _ROOT_PATH.fullmatch(path) is None:
+        parts = set(path.split("/"))
+        if path and (_ROOT_PATH.fullmatch(path) is None or parts & {".", ".."}):
             raise ValueError(f"must be a path such as /gemify, got {path!r}")
+        if (first := path[1:].split("/")[0]) in _FIRST_PARTS:
+            raise ValueError(f"must not begin with /{first}, as routes of the server do: choose another, got {path!r}")
         return path
 
     @model_validator(mode="after")

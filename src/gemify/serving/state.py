@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -48,30 +49,18 @@ class Metrics:
         self._requests = Counter(
             "gemify_http_requests", "Requests answered.", ["route", "method", "status"], registry=registry
         )
-        self._seconds = Histogram(
-            "gemify_http_request_seconds",
-            "From a request to the end of its response.",
-            ["route"],
-            buckets=_BUCKETS_S,
-            registry=registry,
+        histogram = partial(Histogram, buckets=_BUCKETS_S, registry=registry)
+        self._seconds = histogram(
+            "gemify_http_request_seconds", "From a request to the end of its response.", ["route"]
         )
-        self.time_to_first_token = Histogram(
-            "gemify_time_to_first_token_seconds",
-            "From a prompt to the first token of its answer.",
-            buckets=_BUCKETS_S,
-            registry=registry,
+        self.time_to_first_token = histogram(
+            "gemify_time_to_first_token_seconds", "From a prompt to the first token of its answer."
         )
-        self.time_per_output_token = Histogram(
-            "gemify_time_per_output_token_seconds",
-            "Between two tokens of an answer, its mean.",
-            buckets=_BUCKETS_S,
-            registry=registry,
+        self.time_per_output_token = histogram(
+            "gemify_time_per_output_token_seconds", "Between two tokens of an answer, its mean."
         )
-        self.queue_time = Histogram(
-            "gemify_request_queue_seconds",
-            "From a prompt to its first pass through the model.",
-            buckets=_BUCKETS_S,
-            registry=registry,
+        self.queue_time = histogram(
+            "gemify_request_queue_seconds", "From a prompt to its first pass through the model."
         )
         self._key_requests = Counter(
             "gemify_key_requests", "Requests answered, by the key's name.", ["key", "status"], registry=registry
@@ -136,7 +125,7 @@ class AppState:
     """None: no index, or no chat template."""
     maps: MapCache
     yes_no_prompts: YesNoPrompts | None
-    """None: no chat template."""
+    """None: no chat template, or yes and no are the same tokens."""
     ready: bool = False
     """The model has answered once."""
     stopping: bool = False

@@ -90,6 +90,7 @@ function store({ id, ...chat }) {
   const others = keys().filter((other) => other !== key).map((other) => ({ key: other, ...weighed(other) }));
   others.sort((a, b) => b.updated - a.updated);
   let size = others.reduce((sum, other) => sum + other.size, text.length);
+  const removed = [];
   for (;;) {
     try {
       if (others.length < MOST.chats && size <= MOST.characters) {
@@ -100,10 +101,21 @@ function store({ id, ...chat }) {
       // No room, or no storage at all.
     }
     const oldest = others.pop();
-    if (oldest === undefined) return false;
+    if (oldest === undefined) return putBack(removed);
     size -= oldest.size;
+    removed.push([oldest.key, localStorage.getItem(oldest.key)]);
     localStorage.removeItem(oldest.key);
   }
+}
+
+/** Undo removals that made no room: another page of this address may hold it. */
+function putBack(removed) {
+  try {
+    for (const [key, text] of removed) localStorage.setItem(key, text);
+  } catch {
+    // Full again, by another tab.
+  }
+  return false;
 }
 
 /** What a key holds: how long it is, and how old. What is no chat is the oldest. */

@@ -14,7 +14,7 @@ _MAX_TOKENS = "it is max_tokens here"
 _ONE_AT_A_TIME = "tokens are sampled one at a time: leave it out"
 _TEXT_ONLY = "this model reads and writes text"
 _ENCODING = "it is encoding_format here"
-_CUT = "documents are cut at the model's longest text: cut them yourself"
+_CUT = "documents are cut at the longest text that the model takes, by lm at 512 tokens: cut them yourself"
 
 GENERATION: Fields = {
     # vLLM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -26,7 +27,7 @@ from gemify.serving.protocol.requests import (
 from gemify.serving.protocol.responses import CreateChatCompletionResponse, CreateCompletionResponse
 from gemify.serving.protocol.structured_outputs import after_thoughts
 from gemify.serving.protocol.tools import NamedToolChoice
-from gemify.serving.rag import RagPrompt
+from gemify.serving.rag import RagPrompt, RequestCancelledError
 from gemify.serving.request_body import JsonRoute
 from gemify.serving.rerank import score
 from gemify.serving.response_builder import AnswerBuilder
@@ -140,9 +141,12 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
         state.rate_limiter.add_tokens(key, tokens)
 
     scoring: list[Future[tuple[np.ndarray, int]]] = []
+    ended = threading.Event()
 
     def score_passages(question: str, texts: Sequence[str]) -> np.ndarray:
         assert search.rerank != "none"
+        if ended.is_set():
+            raise RequestCancelledError
         scoring.append(asyncio.run_coroutine_threadsafe(score(request, question, texts, search.rerank), loop))
         return scoring[-1].result()[0]
 
@@ -162,6 +166,7 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
     except Exception as error:
         raise from_engine_error(error) from error
     finally:
+        ended.set()
         for future in scoring:
             future.cancel()
 

@@ -22,10 +22,11 @@ from gemify.io.vectors import normalize
 from gemify.model.encode import mean_of_parts
 from gemify.model.prefill import common_subsequence_length
 from gemify.model.tokenization import Truncate
+from gemify.retrieval.lance import StoreUnavailableError
 from gemify.retrieval.rerank import CANDIDATES, sort_passages, text_with_context
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.embedding import embed
-from gemify.serving.errors import bad_request
+from gemify.serving.errors import bad_request, from_engine_error
 from gemify.serving.protocol.requests import CreateEmbeddingRequest, RecoverRequest, SearchRequest
 from gemify.serving.protocol.responses import (
     CompletionUsage,
@@ -131,6 +132,8 @@ async def search(body: SearchRequest, request: Request) -> Response:
     try:
         k = body.k if body.rerank == "none" else max(body.k, CANDIDATES)
         found = await asyncio.to_thread(partial(index.search, body.query, k=k, mode=body.mode, vector=vector))
+    except StoreUnavailableError as error:
+        raise from_engine_error(error) from error
     except ValueError as error:
         raise bad_request(first_line(error), "query") from error
     if body.rerank != "none":

@@ -8,9 +8,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
-from gemify.io.tables import first_line
-from gemify.retrieval.index import GemIndex
-from gemify.serving.errors import ApiError
+from gemify.retrieval.index import GemIndex, PassageNotFoundError
+from gemify.serving.errors import ApiError, from_engine_error
 from gemify.serving.protocol.responses import Passage, PassagesResponse, StoreMapResponse
 from gemify.serving.state import AppState, get_state
 
@@ -26,7 +25,7 @@ async def store_map(request: Request) -> Response:
     try:
         body = await state.maps.render(_require_store(state))
     except ValueError as error:
-        raise ApiError(503, first_line(error), code="store_unavailable") from error
+        raise from_engine_error(error) from error
     return Response(body, media_type="application/json")
 
 
@@ -41,8 +40,10 @@ async def read_passages(
     index = _require_store(get_state(request))
     try:
         found = await asyncio.to_thread(index.read, passage_id, before=before, after=after)
+    except PassageNotFoundError as error:
+        raise ApiError(404, str(error), param="passage_id", code="passage_not_found") from error
     except ValueError as error:
-        raise ApiError(404, first_line(error), param="passage_id", code="passage_not_found") from error
+        raise from_engine_error(error) from error
     return PassagesResponse(object="list", data=[Passage(**passage.to_json()) for passage in found]).to_response()
 
 
