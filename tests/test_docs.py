@@ -40,6 +40,14 @@ def test_brackets_outside_code_are_links(name: str) -> None:
     assert not docs_checks.bare_brackets(PAGES[name])
 
 
+@pytest.mark.parametrize("name", [*PAGES, "CHANGELOG.md"])
+def test_lines_are_short(name: str) -> None:
+    """Prose is read in an editor too. Rows of tables cannot be broken."""
+    text = docs_checks.prose((ROOT / name).read_text(encoding="utf-8"))
+    long = [line for line in text.splitlines() if len(line) > 120 and not line.startswith(("|", "!["))]
+    assert not long
+
+
 @pytest.mark.parametrize("name", TODAY)
 def test_docs_name_functions_and_tests_that_exist(name: str) -> None:
     missing = [why for span in docs_checks.spans(PAGES[name]) if (why := NAMES.missing(span))]
