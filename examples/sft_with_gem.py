@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--num-texts", type=int, default=256, help="held-out conversations, and texts")
     args = parser.parse_args()
     chats = [example.conversation for example in Source(args.chats) if example.conversation is not None]
-    chats = [chat for chat in chats if chat.messages[-1]["role"] == "assistant"]
+    chats = [chat for chat in chats if chat.messages[-1]["role"] == "assistant" and not chat.tools]
     train, held_out = chats[: -args.num_texts], chats[-args.num_texts :]
     args.held_out_texts = [line for _, line in load_lines(args.texts)][: args.num_texts]
     args.pairs = read_pairs(args.sts)

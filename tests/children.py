@@ -1,9 +1,11 @@
-"""What tests run in a process of its own: an index run that is killed, and reading without permission."""
+"""What tests run in a process of its own: an index run that is killed, reading without permission, a command."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -158,3 +160,12 @@ def gradients(base: str, batch: Any, options: Any) -> dict[str, Any]:
     return {
         n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in made.named_parameters() if p.requires_grad
     }
+
+
+def run_llm(home: Path, *arguments: str, plugins: str = "", **environment: str) -> str:
+    """What the command `llm` prints, with a user directory and plugins of its own."""
+    given = {**os.environ, "LLM_USER_PATH": str(home), "LLM_LOAD_PLUGINS": plugins, **environment}
+    command = [sys.executable, "-m", "llm", *arguments]
+    done = subprocess.run(command, env=given, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

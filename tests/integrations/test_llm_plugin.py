@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import children
 from gemify import GemModel
 from tiny_gems import save_gem
 
@@ -72,18 +71,8 @@ def run_llm(directory: Path, tmp_path: Path) -> Callable[..., str]:
 
     if not any(e.value == "gemify.integrations.llm" for e in entry_points(group="llm")):
         pytest.skip("gemify is not installed with this entry point: make setup")
-    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path / "llm"), "LLM_LOAD_PLUGINS": "gemify"}
-    environment[llm_plugin.MODELS_VARIABLE] = str(directory)
-
-    def run(*arguments: str) -> str:
-        command = [sys.executable, "-m", "llm", *arguments]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+    options = {"plugins": "gemify", llm_plugin.MODELS_VARIABLE: str(directory)}
+    return partial(children.run_llm, tmp_path / "llm", **options)
 
 
 def test_the_command(run_llm: Callable[..., str], directory: Path) -> None:

@@ -5,10 +5,8 @@ The model is random: the grammar makes its calls valid, and the prompts that the
 
 import asyncio
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict
 from test_tools import TEMPLATE, WEATHER, dense
 
+import children
 from running_server import Served, serving, tiny_gem
 
 QUESTION = "What is the weather in Rome?"
@@ -198,17 +197,7 @@ def run_llm(served: Served, tmp_path: Path) -> Callable[..., str]:
     facts = {"model_id": "tiny", "model_name": "tiny", "api_base": f"{served.url}/v1"}
     models = [facts | {"supports_tools": True, "supports_schema": True}]
     (tmp_path / "extra-openai-models.yaml").write_text(yaml.safe_dump(models))
-    environment = {**os.environ, "LLM_USER_PATH": str(tmp_path), "LLM_LOAD_PLUGINS": ""}
-
-    def run(*arguments: str) -> str:
-        command = [sys.executable, "-m", "llm", *arguments]
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+    return partial(children.run_llm, tmp_path)
 
 
 def test_the_command_llm(served: Served, run_llm: Callable[..., str]) -> None:

@@ -84,6 +84,17 @@ def test_the_usual_shapes_are_one_conversation(tmp_path: Path) -> None:
     assert plain == Example("who?", "the cat", "positive", id="7", conversation=plain.conversation)
 
 
+def test_what_datasets_fills_up_is_left_out(tmp_path: Path) -> None:
+    """A column of messages has one schema: every call has every argument of any call, most of them None."""
+    call = {"function": {"name": "f", "arguments": {"city": "Oslo"}}}
+    filled = {"function": {"name": "f", "arguments": {"city": "Oslo", "day": None}, "strict": None}}
+    rows = [[*MESSAGES, {"role": "assistant", "content": None, "tool_calls": [c]}] for c in (call, filled)]
+    one, other = write(tmp_path / "a.jsonl", [{"messages": row} for row in rows])
+    assert one.conversation is not None
+    assert one.conversation == other.conversation
+    assert one.conversation.messages[-1]["tool_calls"] == [call]
+
+
 def test_messages_win_over_a_prompt_and_a_text_column_over_both(tmp_path: Path, caplog: Any) -> None:
     row = {"prompt": "who is the cat?", "prompt_id": "x", "messages": MESSAGES}
     (example,) = write(tmp_path / "a.jsonl", [row])
@@ -98,6 +109,7 @@ def test_messages_win_over_a_prompt_and_a_text_column_over_both(tmp_path: Path, 
         ({"messages": []}, "'messages' must hold a list of messages, got list"),
         ({"messages": "hello"}, "'messages' must hold a list of messages, got hello"),
         ({"messages": [{"role": "judge", "content": "x"}]}, "with a role .* got judge"),
+        ({"messages": [{"role": ["user"], "content": "x"}]}, "with a role .* got list"),
         ({"messages": ["hello"]}, "with a role .* got hello"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "must be text, got list"),
         ({"messages": [{"role": "user", "content": "x"}]}, "'messages' holds no message of the assistant"),

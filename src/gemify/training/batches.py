@@ -277,7 +277,8 @@ class Batches(IterableDataset):  # type: ignore[type-arg]
         """A row of a conversation."""
         if rng.random() < self.recipe.p:
             return chat.raw_row()
-        texts = [text for text in (example.ids[len(self.bos_ids) :], example.second) if text]
+        room = self.recipe.max_length - len(self.bos_ids)
+        texts = [text[:room] for text in (example.ids[len(self.bos_ids) :], example.second) if text]
         if texts and rng.random() < self.recipe.reconstruction:
             return chat.reconstruction_row(rng.choice(texts), bos_ids=self.bos_ids, end_ids=self.end_ids)
         return chat.split_row(rng)

@@ -150,8 +150,15 @@ def _message(item: Any, column: str) -> dict[str, Any]:
         content = "".join(part["text"] for part in content)
     if content is not None and not isinstance(content, str):
         raise ValueError(f"the content of a message in {column!r} must be text, got {_describe(content)}")
-    other = {k: v for k, v in item.items() if k not in ("role", "from", "content", "value") and v is not None}
+    other = _without_none({k: v for k, v in item.items() if k not in ("role", "from", "content", "value")})
     return {"role": _ROLES.get(role, role), "content": replace_surrogates(content or ""), **other}
+
+
+def _without_none(value: Any) -> Any:
+    """A value less what is None in it: `datasets` gives every message all keys that any message has."""
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, list) else value
 
 
 def _tools(value: Any) -> tuple[Any, ...]:
