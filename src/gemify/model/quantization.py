@@ -11,6 +11,8 @@ tokens a second. Activations stay in bfloat16.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from typing import Literal, get_args
 
 import torch
@@ -148,6 +150,14 @@ def quantize_layers(lm: PreTrainedModel, quantization: Quantization | None) -> N
         raise ValueError(f"no layer of {type(lm).__name__} can be quantized: leave quantize out")
     for name, layer in linear:
         lm.set_submodule(name, made(layer))
+    linear.clear()
+    _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Give memory that was freed back to the system. glibc would keep the former weights for later allocations."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def require_unquantized(lm: PreTrainedModel) -> None:
