@@ -21,6 +21,7 @@ from trl import SFTConfig
 
 from gemify import GemModel
 from gemify.integrations.trl import GemSFTTrainer
+from gemify.io.atomic import atomic_file
 from gemify.io.rows import load_lines
 from gemify.io.tables import markdown_table
 from gemify.model.chat_template import ChatTemplate
@@ -28,6 +29,18 @@ from gemify.training.callbacks import read_pairs, spearman
 from gemify.training.examples import Source
 
 WEIGHTS = {"SFT": 0.0, "SFT + GEM": 1.0}
+SETTINGS = [
+    "chats",
+    "base",
+    "tune",
+    "max_steps",
+    "batch_size",
+    "contrastive_batch_size",
+    "max_length",
+    "lr",
+    "num_texts",
+]
+"""What a kept result depends on."""
 
 
 class Seconds(TrainerCallback):
@@ -73,10 +86,18 @@ def measure(gem: GemModel, chats: list[Any], texts: list[str], pairs: Any, max_l
 def run(name: str, args: argparse.Namespace, train: list[Any], held_out: list[Any]) -> dict[str, Any]:
     """Train or go on, and measure; the result is kept."""
     directory = args.output / name.replace(" + ", "-").lower()
-    result = directory / "result.json"
+    result, settings = directory / "result.json", directory / "settings.json"
+    asked = {key: str(value) for key, value in vars(args).items() if key in SETTINGS}
+    if settings.exists() and (made := json.loads(settings.read_text())) != asked:
+        other = next(key for key in asked if made.get(key) != asked[key])
+        raise SystemExit(
+            f"{directory} was made with {other} {made.get(other)}, not {asked[other]}: give another --output"
+        )
     if result.exists():
         return json.loads(result.read_text())
     directory.mkdir(parents=True, exist_ok=True)
+    with atomic_file(settings) as stage:
+        stage.write_text(json.dumps(asked, indent=2) + "\n")
     torch.manual_seed(0)
     gem = GemModel.from_base(args.base, tune=args.tune, dtype=torch.float32)
     messages = [[dict(m) for m in chat.messages] for chat in train]
@@ -105,7 +126,8 @@ def run(name: str, args: argparse.Namespace, train: list[Any], held_out: list[An
     trainer.train(resume_from_checkpoint=any(directory.glob("checkpoint-*")))
     found = measure(gem, held_out, args.held_out_texts, args.pairs, args.max_length)
     found |= {"seconds": float(seconds.read_text()) if seconds.exists() else 0.0}
-    result.write_text(json.dumps(found, indent=2) + "\n")
+    with atomic_file(result) as stage:
+        stage.write_text(json.dumps(found, indent=2) + "\n")
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from gemify.model.tokenization import TRUNCATIONS
+from gemify.retrieval.rerank import Rerank
 from gemify.serving.errors import json_name, unsupported_parameter
 from gemify.serving.protocol import unsupported
 from gemify.serving.protocol.structured_outputs import StructuredRequest
@@ -164,7 +165,6 @@ Content = Annotated[
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 SearchMode = Literal["vector", "fts", "hybrid"]
-Rerank = Literal["none", "bi", "lm"]
 _RERANK = "How what is found is sorted anew. bi: vectors; lm: the model's odds of yes against no."
 
 
