@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -34,6 +35,23 @@ def gemify(*arguments: object, stdin: str | None = "", **environment: str) -> su
         timeout=300,
         env={**QUIETLY, **environment},
     )
+
+
+def run_main(*arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported everything already."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", ["gemify", *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode()), "utf-8"))
+        try:
+            main()
+        except SystemExit as exit:
+            code = int(exit.code or 0)
+    return subprocess.CompletedProcess(sys.argv, code, out.getvalue(), err.getvalue())
 
 
 Fails = Callable[..., str]
@@ -69,8 +87,8 @@ def saved(base_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_version_and_help() -> None:
     assert gemify("--version").stdout.strip() == __version__
     for verb in ("train", "embed", "generate", "recover", "info"):
-        assert gemify(verb, "--help").returncode == 0
-        assert verb in gemify("--help").stdout
+        assert run_main(verb, "--help").returncode == 0
+        assert verb in run_main("--help").stdout
 
 
 def test_help_needs_no_torch() -> None:
@@ -85,15 +103,15 @@ def test_train_then_everything_else(base_dir: Path, texts_file: Path, pairs_file
     assert done.stdout.strip() == str(tmp_path / "gem")
     assert re.search(r"trained 14,881 parameters for 4 steps: .* tokens/s.* peak memory", done.stderr)
     assert "STS Spearman" in done.stderr
-    out = gemify("embed", "one", "two", "-m", tmp_path / "gem", "--normalize")
+    out = run_main("embed", "one", "two", "-m", tmp_path / "gem", "--normalize")
     rows = [json.loads(line) for line in out.stdout.splitlines()]
     assert [r["text"] for r in rows] == ["one", "two"]
     assert np.linalg.norm(rows[0]["embedding"]) == pytest.approx(1.0, abs=1e-5)
     assert "tokens/s" in out.stderr
-    facts = json.loads(gemify("info", tmp_path / "gem", "--verify", "--json").stdout)
+    facts = json.loads(run_main("info", tmp_path / "gem", "--verify", "--json").stdout)
     assert facts["logits_equal_base"] is True
     assert facts["training"]["steps"] == 4
-    assert "special_tokens" in gemify("info", tmp_path / "gem").stdout
+    assert "special_tokens" in run_main("info", tmp_path / "gem").stdout
 
 
 def test_embed_reads_and_writes_every_format(saved: Path, tmp_path: Path) -> None:
@@ -102,13 +120,17 @@ def test_embed_reads_and_writes_every_format(saved: Path, tmp_path: Path) -> Non
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"body": t}) + "\n" for t in texts))
     (tmp_path / "in.txt").write_text("\n".join(texts))
     npy, jsonl, parquet = (tmp_path / f"out.{e}" for e in ("npy", "jsonl", "parquet"))
-    assert gemify("embed", "-m", saved, "-i", tmp_path / "in.jsonl", "--text-column", "body", "-o", npy).returncode == 0
-    assert gemify("embed", "-m", saved, "-i", tmp_path / "in.txt", "-o", jsonl).returncode == 0
+    assert (
+        run_main("embed", "-m", saved, "-i", tmp_path / "in.jsonl", "--text-column", "body", "-o", npy).returncode == 0
+    )
+    assert run_main("embed", "-m", saved, "-i", tmp_path / "in.txt", "-o", jsonl).returncode == 0
     (tmp_path / "gap.txt").write_text("one\n\nthree\n")
-    assert gemify("embed", "-m", saved, "-i", tmp_path / "gap.txt", "-o", npy, "-q").returncode == 0
+    assert run_main("embed", "-m", saved, "-i", tmp_path / "gap.txt", "-o", npy, "-q").returncode == 0
     assert np.load(npy).shape[0] == 3  # vector i is row i
-    assert gemify("embed", "-m", saved, "-i", tmp_path / "in.jsonl", "--text-column", "body", "-o", npy).returncode == 0
-    assert gemify("embed", "-m", saved, "-o", parquet, stdin="\n".join(texts)).stdout.strip() == str(parquet)
+    assert (
+        run_main("embed", "-m", saved, "-i", tmp_path / "in.jsonl", "--text-column", "body", "-o", npy).returncode == 0
+    )
+    assert run_main("embed", "-m", saved, "-o", parquet, stdin="\n".join(texts)).stdout.strip() == str(parquet)
     np.testing.assert_allclose(np.load(npy), expected, atol=1e-5)
     rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
     np.testing.assert_allclose([r["embedding"] for r in rows], expected, atol=1e-5)
@@ -123,22 +145,22 @@ def test_embed_reads_and_writes_every_format(saved: Path, tmp_path: Path) -> Non
 
 def test_generate_and_recover(saved: Path) -> None:
     gem = GemModel.from_pretrained(saved)
-    plain = gemify("generate", "abc", "-m", saved, "--raw", "--max-new-tokens", 4, "--json", "--embedding")
+    plain = run_main("generate", "abc", "-m", saved, "--raw", "--max-new-tokens", 4, "--json", "--embedding")
     got = json.loads(plain.stdout)
     assert got["text"] == gem.generate("abc", max_new_tokens=4, do_sample=False)
     np.testing.assert_allclose(got["embedding"], gem.encode("abc"), atol=1e-5)
-    chat = json.loads(gemify("generate", "-m", saved, "--max-new-tokens", 4, "--json", stdin="hi").stdout)
+    chat = json.loads(run_main("generate", "-m", saved, "--max-new-tokens", 4, "--json", stdin="hi").stdout)
     assert chat["text"] == gem.chat([{"role": "user", "content": "hi"}], max_new_tokens=4, do_sample=False)
-    back = json.loads(gemify("recover", "abc", "-m", saved, "--max-new-tokens", 4, "--json").stdout)
+    back = json.loads(run_main("recover", "abc", "-m", saved, "--max-new-tokens", 4, "--json").stdout)
     assert back == {"text": "abc", "recovered": gem.recover("abc", max_new_tokens=4)}
-    assert gemify("generate", "abc", "-m", saved, "--max-new-tokens", 2).returncode == 0
+    assert run_main("generate", "abc", "-m", saved, "--max-new-tokens", 2).returncode == 0
 
 
 def test_a_config_file_and_flags_that_win(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         f"base: {base_dir}\ndata: {texts_file}\nmax_steps: 9\nntp_steps: 2\nlr: 1e-3\nbatch_size: 8\n"
     )
-    done = gemify("train", "--config", tmp_path / "r.yaml", "--max-steps", 2, "-o", tmp_path / "gem", "--json", "-q")
+    done = run_main("train", "--config", tmp_path / "r.yaml", "--max-steps", 2, "-o", tmp_path / "gem", "--json", "-q")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2
 
@@ -269,7 +291,7 @@ def test_stdin_is_read_as_a_file_is(saved: Path, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "gemify", "embed", "-m", saved, "-q", "-o", out[0]], input=raw, check=True, env=QUIETLY
     )
-    assert gemify("embed", "-m", saved, "-q", "-i", tmp_path / "texts.txt", "-o", out[1]).returncode == 0
+    assert run_main("embed", "-m", saved, "-q", "-i", tmp_path / "texts.txt", "-o", out[1]).returncode == 0
     np.testing.assert_array_equal(np.load(out[0]), np.load(out[1]))
     assert len(np.load(out[0])) == 3
 
