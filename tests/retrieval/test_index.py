@@ -339,3 +339,29 @@ def test_a_fingerprint_names_the_vectors(base_dir: Path, gem: GemModel, tmp_path
     assert again.fingerprint == gem.fingerprint
     assert GemModel.from_base(str(base_dir)).fingerprint != gem.fingerprint
     assert again.max_seq_length == gem.config.max_length - 1
+
+
+@pytest.mark.parametrize("made", ["now", "earlier"])
+def test_a_store_and_its_documents_move_together(tmp_path: Path, bag: BagOfWords, made: str) -> None:
+    """The paths are right at once, and nothing is embedded or moved; what lies elsewhere keeps its absolute path."""
+    (tmp_path / "it's").mkdir()
+    root, outside = write(tmp_path / "it's" / "docs"), write(tmp_path / "outside", {"wren.txt": "Wrens are loud.\n"})
+    index = GemIndex.open(tmp_path / "it's" / "store", bag)
+    index.add([root, outside])
+    if made == "earlier":  # all paths were absolute
+        start = str(tmp_path / "it's") + os.sep
+        quoted = start.replace("'", "''")
+        index.store._files.update(where="path LIKE 'docs%'", values_sql={"path": f"concat('{quoted}', path)"})
+        assert set(index.store.files()) == {str(p) for d in (root, outside) for p in d.rglob("*") if p.is_file()}
+        assert index.add(root).unchanged == 4
+    (tmp_path / "it's").rename(tmp_path / "b")
+    bag.embedded.clear()
+    index = GemIndex.open(tmp_path / "b" / "store", bag, create=False)
+    assert index.search("mice at night", k=1)[0].file == str(tmp_path / "b" / "docs" / "owl.md")
+    assert index.search("Wrens", mode="fts")[0].file == str(outside / "wren.txt")
+    assert {p.file for p in index.passages()} == set(index.files())
+    report = index.add([tmp_path / "b" / "docs", outside])
+    assert (report.unchanged, report.moved, report.added, report.removed, bag.embedded) == (5, (), (), (), [])
+    (tmp_path / "b" / "docs" / "lark.txt").unlink()
+    assert index.add(tmp_path / "b" / "docs").removed == (str(tmp_path / "b" / "docs" / "lark.txt"),)
+    assert len(index.files()) == 4

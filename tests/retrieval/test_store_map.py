@@ -51,8 +51,9 @@ def test_a_map_shows_what_is_committed(tmp_path: Path, precision: Precision) -> 
     vectors_ND = np.random.default_rng(1).normal(size=(70, 8)).astype(np.float32)
     store = make_store(tmp_path, vectors_ND, {"a": 10, "b": 40, "pending": 20}, precision)
     drawn = draw_map(store)
-    assert drawn.files == ("b", "a")
-    assert [drawn.files[number] for number in drawn.file_of_N] == [name.split("-")[1] for name in drawn.ids]
+    names = [Path(file).name for file in drawn.files]
+    assert names == ["b", "a"]
+    assert [names[number] for number in drawn.file_of_N] == [name.split("-")[1] for name in drawn.ids]
     assert drawn.num_passages == len(drawn.ids) == len(set(drawn.ids)) == 50
     points = dict(zip(drawn.ids, drawn.points_N2, strict=True))
     expected_N2, explained = project(vectors_ND[:50])
@@ -74,4 +75,4 @@ def test_a_large_store_is_sampled_evenly(tmp_path: Path) -> None:
     before = store.version
     store.remove(["a"])
     assert store.version != before
-    assert draw_map(store).files == ("b",)
+    assert [Path(file).name for file in draw_map(store).files] == ["b"]

@@ -115,6 +115,17 @@ def resolve_uri(uri: str | Path) -> str:
     return str(uri) if is_remote(str(uri)) else os.path.abspath(uri)
 
 
+def relative_to(path: str, root: str) -> str:
+    """Return the path below a directory of what lies in it, and any other path as it is.
+
+    Args:
+        path: An absolute path.
+        root: The directory; "" for none.
+    """
+    inner = path.removeprefix(root.rstrip(os.sep) + os.sep) if root else ""
+    return inner if inner and not os.path.isabs(inner) else path
+
+
 def error_reason(error: BaseException) -> str:
     """Return an error's reason in one line, without positions in Lance's sources."""
     if message := re.search("<Message>(.+?)</Message>", str(error)):  # an object store's XML

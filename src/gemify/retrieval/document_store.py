@@ -9,6 +9,7 @@ a file, which names the committed version. A chunk is live if its file's row nam
 LanceDB applies a commit whole or not at all. So a file changes in the moment its row is committed, however many chunks
 it has and whenever the process dies. Chunks of other versions are pending and hidden from every search. The next run
 keeps those of the version it is about to write, in their order, and `optimize` deletes the rest.
+The tables name what lies in the store's parent directory by its path from there, so that both may move together.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
-from gemify.io.directory import is_remote, resolve_uri
+from gemify.io.directory import is_remote, relative_to, resolve_uri
 from gemify.io.vectors import normalize
 from gemify.retrieval.chunking import Chunk, ChunkSettings
 from gemify.retrieval.lance import (
@@ -34,6 +37,7 @@ from gemify.retrieval.lance import (
     only_writer,
     open_table,
     readable,
+    remove_prefix,
     sample_rows,
     sql_lists,
     table_names,
@@ -59,7 +63,7 @@ _QUANTIZE_MIN_ROWS = 256
 _RESCORED = {"int8": 100, "binary": 1000}  # candidates of a search, rescored with their full vectors
 _MAX_UNINDEXED_SHARE = 0.2  # of the rows; with more outside, the vector index is trained anew
 _MAX_SMALL_FRAGMENTS = 8  # with more, they are compacted
-_MOVED_CHUNKS = 5_000  # copied in one commit
+_MOVED_CHUNKS = 5_000  # copied in one commit, about
 _KEPT_FOR = timedelta(minutes=10)  # old files stay on the disk, as a reader may have them open
 
 
@@ -120,6 +124,7 @@ class Store:
 
     def __init__(self, uri: str, database: Any, meta: StoreMeta) -> None:
         self.uri, self.meta = uri, meta
+        self._root = "" if is_remote(uri) else str(Path(uri).parent)
         self._chunks, self._files = open_table(database, _CHUNKS, uri), open_table(database, _FILES, uri)
         self._pending_at: tuple[int, int] | None = None
         self._pending: dict[str, int] = {}
@@ -190,9 +195,17 @@ class Store:
             database.create_table(_FILES, schema=pa.schema(files, metadata=described), mode="overwrite")
         return cls(uri, database, meta)
 
-    def write_lock(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def write_lock(self) -> Iterator[None]:
         """Lock a local store against other writers. The user must give a remote one a single writer."""
-        return only_writer(self.uri)
+        with only_writer(self.uri):
+            with readable(self.uri):  # a store of an earlier version has absolute paths alone
+                remove_prefix(self._files, "path", os.path.join(self._root, ""))
+            yield
+
+    def relative(self, path: str) -> str:
+        """Return a file's path as the tables have it: from the store's parent, if it lies there."""
+        return relative_to(path, self._root)
 
     # Writing
 
@@ -211,7 +224,7 @@ class Store:
         flat = normalize(vectors_ND).astype(kind.value_type.to_pandas_dtype()).ravel()
         columns: dict[str, Any] = {
             "version": [r.version for r in rows],
-            "file": [r.file for r in rows],
+            "file": [self.relative(r.file) for r in rows],
             "ordinal": pa.array([r.chunk.ordinal for r in rows], pa.int32()),
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(flat, kind.value_type), self.meta.dimension),
         }
@@ -227,6 +240,7 @@ class Store:
 
         if records:
             columns = {f.name: [getattr(r, f.name) for r in records] for f in fields(FileRecord)}
+            columns["path"] = [self.relative(path) for path in columns["path"]]
             with readable(self.uri):
                 merge = self._files.merge_insert("path").when_matched_update_all().when_not_matched_insert_all()
                 merge.execute(pa.table(columns).select(self._files.schema.names))
@@ -241,13 +255,16 @@ class Store:
         """
         import pyarrow as pa
 
-        for some in _groups(moves):
+        ends = accumulate(old.chunks for old, _ in moves)
+        for _, group in groupby(zip(ends, moves, strict=True), lambda item: item[0] // _MOVED_CHUNKS):
+            some = [move for _, move in group]
             new = {old.version: new for old, new in some}
             with readable(self.uri):
                 for listed in sql_lists(new):
                     rows = self._chunks.search().where(f"version IN ({listed})").to_arrow()
                     given = [new[version] for version in rows["version"].to_pylist()]
-                    for column, texts in (("version", [r.version for r in given]), ("file", [r.path for r in given])):
+                    paths = [self.relative(record.path) for record in given]
+                    for column, texts in (("version", [r.version for r in given]), ("file", paths)):
                         at = rows.schema.get_field_index(column)
                         rows = rows.set_column(at, rows.schema.field(at), pa.array(texts, pa.string()))
                     self._chunks.add(rows.select(self._chunks.schema.names))
@@ -257,7 +274,7 @@ class Store:
     def remove(self, paths: Iterable[str]) -> None:
         """Remove files. Their chunks become pending."""
         with readable(self.uri):
-            for listed in sql_lists(paths):
+            for listed in sql_lists(map(self.relative, paths)):
                 self._files.delete(f"path IN ({listed})")
 
     def optimize(self) -> None:
@@ -308,7 +325,9 @@ class Store:
     def files(self) -> dict[str, FileRecord]:
         """Return the committed files by path."""
         with readable(self.uri):
-            return {row["path"]: FileRecord(**row) for row in self._files.to_arrow().to_pylist()}
+            rows = self._files.to_arrow().to_pylist()
+        paths = [os.path.join(self._root, row["path"]) for row in rows]
+        return {path: FileRecord(**row | {"path": path}) for path, row in zip(paths, rows, strict=True)}
 
     def pending_versions(self) -> dict[str, int]:
         """Return versions that are not committed (yet, or any more), with their numbers of chunks."""
@@ -374,8 +393,7 @@ class Store:
 
     def hits(self) -> Iterator[Hit]:
         """Yield every live chunk as a search finds it, with score 0, in no order."""
-        for row in self.rows():
-            yield _hit(row, 0.0)
+        return (self._hit(row, 0.0) for row in self.rows())
 
     @property
     def version(self) -> tuple[int, int]:
@@ -390,7 +408,8 @@ class Store:
             rows = sample_rows(self._chunks, ["version", "ordinal", "file", "vector"], limit)
         rows = rows.filter(np.array([v not in pending for v in rows["version"].to_pylist()], dtype=bool))
         keys = zip(rows["version"].to_pylist(), rows["ordinal"].to_pylist(), strict=True)
-        return [f"{version}-{n}" for version, n in keys], rows["file"].to_pylist(), to_matrix(rows["vector"])
+        files = [os.path.join(self._root, file) for file in rows["file"].to_pylist()]
+        return [f"{version}-{n}" for version, n in keys], files, to_matrix(rows["vector"])
 
     def read(self, chunk_id: str, before: int = 0, after: int = 0) -> list[Hit]:
         """Return a live chunk and its neighbours in its file, in order, with score 0; nothing if there is none."""
@@ -405,38 +424,19 @@ class Store:
                 f"version = {listed} AND ordinal >= {at - before} AND ordinal <= {at + after}"
             )
             rows = sorted(query.select(list(_HIT_COLUMNS)).to_arrow().to_pylist(), key=lambda row: row["ordinal"])
-        return [_hit(row, 0.0) for row in rows] if any(row["ordinal"] == at for row in rows) else []
+        return [self._hit(row, 0.0) for row in rows] if any(row["ordinal"] == at for row in rows) else []
 
     def _hits(self, query: Any, k: int, score: str) -> list[Hit]:
         if excluded := [f"version NOT IN ({listed})" for listed in sql_lists(self.pending_versions())]:
             query = query.where(" AND ".join(excluded), prefilter=True)
         found = query.limit(k).select([*_HIT_COLUMNS, score]).to_arrow().to_pylist()
-        hits = [_hit(row, 1 - row[score] if score == "_distance" else row[score]) for row in found]
+        hits = [self._hit(row, 1 - row[score] if score == "_distance" else row[score]) for row in found]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # equal scores in one order
 
-
-def _groups(moves: Sequence[tuple[FileRecord, FileRecord]]) -> Iterator[list[tuple[FileRecord, FileRecord]]]:
-    """Moves whose chunks fit one commit."""
-    some: list[tuple[FileRecord, FileRecord]] = []
-    for move in moves:
-        if some and sum(old.chunks for old, _ in some) + move[0].chunks > _MOVED_CHUNKS:
-            yield some
-            some = []
-        some.append(move)
-    if some:
-        yield some
-
-
-def _hit(row: dict[str, Any], score: float) -> Hit:
-    return Hit(
-        id=f"{row['version']}-{row['ordinal']}",
-        file=row["file"],
-        text=row["text"],
-        title=row["title"],
-        heading=row["heading"],
-        location=row["place"],
-        score=score,
-    )
+    def _hit(self, row: dict[str, Any], score: float) -> Hit:
+        said = {name: row[column] for column, name in _CHUNK_COLUMNS.items() if column in _HIT_COLUMNS}
+        file = os.path.join(self._root, row["file"])
+        return Hit(id=f"{row['version']}-{row['ordinal']}", file=file, score=score, **said)
 
 
 def _read_meta(metadata: dict[bytes, bytes] | None, uri: str) -> StoreMeta:

@@ -131,6 +131,14 @@ def sql_lists(values: Iterable[str]) -> Iterator[str]:
         yield ", ".join(listed[at : at + _PART])
 
 
+def remove_prefix(table: Any, column: str, prefix: str) -> None:
+    """Cut a prefix off the texts of a column that begin with it, in one commit."""
+    for text in sql_lists([prefix] if prefix else []):
+        if table.count_rows(f"starts_with({column}, {text})"):
+            cut = {column: f"right({column}, character_length({column}) - {len(prefix)})"}
+            table.update(where=f"starts_with({column}, {text})", values_sql=cut)
+
+
 @contextlib.contextmanager
 def readable(uri: str) -> Iterator[None]:
     """Turn LanceDB's errors into a StoreUnavailableError of one line, and a full disk into OSError."""
