@@ -21,6 +21,7 @@ import pytest
 from docx.opc.packuri import PackURI
 from docx.opc.part import Part
 from docx.oxml import parse_xml
+from openpyxl.comments import Comment
 from PIL import Image
 from pptx.chart.data import CategoryChartData
 from pptx.enum.chart import XL_CHART_TYPE
@@ -118,6 +119,58 @@ def test_html_rows_are_lines_and_hidden_text_is_left_out(tmp_path: Path) -> None
     assert "gone" not in text
     assert "seen" in text
     assert [s.headings for s in read(tmp_path / "a.html")] == [(), ("Layout",)]
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        ("<table><tr><td>a<td>b<tr><td>c<td>d</table>", "a | b\n\nc | d"),
+        ("<p hidden>gone<p>seen", "seen"),
+        ("<p style='display:none'>gone<h2>seen</h2>", "seen"),
+        ("<li hidden>gone<li>seen", "seen"),
+        ("<dl><dt>a<dd>b<dt>c<dd>d</dl>", "a\n\nb\n\nc\n\nd"),
+        ("<select><option>a<option>b</select><textarea>c</textarea>d", "a\n\nb\n\nc\n\nd"),
+        ("<dialog>gone</dialog><dialog open>a</dialog>b", "a\n\nb"),
+        ("<div>" * 2000 + "a" + "</div>" * 2000 + "<p>b", "a\n\nb"),
+    ],
+)
+def test_html_whose_end_tags_are_left_out(tmp_path: Path, page: str, text: str) -> None:
+    (tmp_path / "a.html").write_text(page)
+    assert text_of(tmp_path / "a.html") == text
+
+
+PAGE = """<html><body><a href="#main" class="skip-link">Skip it</a><header><h1>Owls</h1><nav><ul><li>Home</ul></nav>
+</header><div id="cookieBanner">We use cookies. Accept</div><aside>Related birds</aside>{}<div role="contentinfo">Imprint
+</div><footer>All rights reserved</footer></body></html>"""
+
+
+@pytest.mark.parametrize(
+    ("page", "left"),
+    [
+        (
+            PAGE.format("<main><nav>On this page</nav><p>They hunt.<aside>A note.</aside></main>"),
+            "On this page They hunt. A note.",
+        ),
+        (PAGE.format("<p>They hunt.</p>"), "Related birds They hunt."),
+        (PAGE.format("<table><tr><td>a<td>b</table>"), "Related birds a | b"),
+        (
+            PAGE.format("<section><p>They hunt.</p><footer>By Ann.</footer></section>"),
+            "Related birds They hunt. By Ann.",
+        ),
+        (PAGE.format("<main><section id='cookies'>Cookies of the oven.</section></main>"), "Cookies of the oven."),
+    ],
+)
+def test_what_stands_around_a_page_is_left_out(tmp_path: Path, page: str, left: str) -> None:
+    (tmp_path / "a.html").write_text(page)
+    assert " ".join(text_of(tmp_path / "a.html").split()) == f"Owls {left}"
+
+
+@pytest.mark.parametrize(
+    "page", ["<nav>Owls</nav>", "<footer>Owls</footer><nav></nav>", "<div class='cookie-notice'>Owls</div>"]
+)
+def test_a_page_of_nothing_else_is_read(tmp_path: Path, page: str) -> None:
+    (tmp_path / "a.html").write_text(page)
+    assert text_of(tmp_path / "a.html") == "Owls"
 
 
 @pytest.mark.parametrize("end", ["---", "..."])
@@ -298,6 +351,7 @@ def test_filled_forms_of_a_pdf_are_text_and_scanned_pages_are_named(tmp_path: Pa
         {"/Subtype": name("/Widget"), "/FT": name("/Btn"), "/T": text("agreed"), "/V": name("/Yes")},
         {"/Subtype": name("/Widget"), "/FT": name("/Btn"), "/T": text("declined"), "/V": name("/Off")},
         {"/Subtype": name("/FreeText"), "/Contents": text("typed over it")},
+        {"/Subtype": name("/Highlight"), "/Contents": text("is it so?"), "/T": text("Ann")},
         {"/Subtype": name("/Link"), "/Contents": text("no text")},
     ]
     marks = [pypdf.generic.DictionaryObject({name(key): value for key, value in field.items()}) for field in fields]
@@ -306,7 +360,8 @@ def test_filled_forms_of_a_pdf_are_text_and_scanned_pages_are_named(tmp_path: Pa
     named, found = sorted(read_file(tmp_path / "a.pdf", Columns()), key=lambda item: isinstance(item, Section))
     assert isinstance(named, Skipped)
     assert isinstance(found, Section)
-    assert found.text.split("\n")[:4] == ["A form.", "city: Žilina", "agreed: Yes", "typed over it"]
+    filled = ["A form.", "city: Žilina", "agreed: Yes", "typed over it", "Ann: is it so?", ""]
+    assert found.text.split("\n")[:6] == filled
     assert found.location(0, 5) == "page 1"
     assert named.reason.startswith("pages 2, 3 hold an image without text (scanned?)")
 
@@ -319,7 +374,7 @@ def test_rtf_rows_are_lines_and_footnotes_are_text(tmp_path: Path) -> None:
     assert text_of(tmp_path / "a.rtf").splitlines()[-2:] == ["a | b", "a | b"]
 
 
-def test_word_notes_are_text(tmp_path: Path) -> None:
+def test_word_notes_and_comments_are_text(tmp_path: Path) -> None:
     document = docx.Document()
     document.add_paragraph("Owls hunt.")
     notes = "".join(
@@ -327,15 +382,43 @@ def test_word_notes_are_text(tmp_path: Path) -> None:
     )
     line = "<w:footnote w:type='separator' w:id='0'><w:p><w:r><w:t>no text</w:t></w:r></w:p></w:footnote>"
     kinds = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/"
-    for kind in ("footnotes", "endnotes"):
-        blob = f"<w:{kind} {W}>{line}{notes}</w:{kind}>".encode()
+    paragraphs = "".join(f"<w:p><w:r><w:t>{text}</w:t></w:r></w:p>" for text in ("Is that so?", "Source?"))
+    comment = f"<w:comment w:id='3' w:author='Ann'>{paragraphs}</w:comment>"
+    for kind, inner in {"footnotes": line + notes, "endnotes": line + notes, "comments": comment}.items():
+        blob = f"<w:{kind} {W}>{inner}</w:{kind}>".encode()
         part = Part(PackURI(f"/word/{kind}.xml"), "application/xml", blob, document.part.package)
         document.part.relate_to(part, kinds + kind)
     document.save(str(tmp_path / "a.docx"))
     text = text_of(tmp_path / "a.docx")
     assert "A footnote." in text
     assert "A endnote." in text
+    assert text.endswith("Comment by Ann: Is that so?\nSource?")
     assert "no text" not in text
+
+
+def test_comments_are_text_with_their_place(tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    sheet = book.active
+    sheet.title = "2026"
+    for row in (["Name", "Count"], ["lark", 3]):
+        sheet.append(row)
+    sheet["B2"].comment = Comment("Ann:\ncounted twice", "Ann")
+    sheet["D9"].comment = Comment("an empty cell", "Ann")
+    book.create_sheet("none").append(["x"])
+    book.save(tmp_path / "a.xlsx")
+    rows, remarks, _ = read(tmp_path / "a.xlsx")
+    assert rows.text == "Name: lark | Count: 3"
+    assert remarks.text == "B2: Ann: counted twice (lark | 3)\nD9: an empty cell"
+    assert remarks.location(0, 1) == 'sheet "2026" comments'
+    body = (
+        '<o xmlns:t="urn:t" xmlns:d="urn:d"><body><t:p>Owls<t:annotation><d:creator>Ann</d:creator><t:p>So?</t:p>'
+        "</t:annotation> hunt.</t:p></body></o>"
+    )
+    styles = '<o xmlns:s="urn:s" xmlns:t="urn:t">' + "<s:header><t:p>Letterhead</t:p></s:header>" * 2
+    with zipfile.ZipFile(tmp_path / "a.odt", "w") as archive:
+        archive.writestr("content.xml", body)
+        archive.writestr("styles.xml", styles + "<s:footer><t:p>7</t:p></s:footer></o>")
+    assert text_of(tmp_path / "a.odt").split("\n") == ["Owls hunt.", "Comment by Ann: So?", "", "Letterhead"]
 
 
 def test_an_image_in_rtf_is_no_text(tmp_path: Path) -> None:

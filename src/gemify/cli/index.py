@@ -70,6 +70,7 @@ def index(
     ] = None,
     text_column: TextColumn = "text",
     title_column: TitleColumn = "title",
+    ocr: Annotated[bool, typer.Option("--ocr", help="Recognize the text of scanned PDF pages (extra ocr).")] = False,
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="Leave out what matches, such as '*.log' or 'drafts/*'; may be repeated."),
@@ -92,9 +93,12 @@ def index(
     from gemify.retrieval.document_store import Store
     from gemify.retrieval.index import GemIndex
     from gemify.retrieval.loaders import find_files
+    from gemify.retrieval.ocr import require_ocr
     from gemify.retrieval.vector_table import refuse_corpus
 
     refuse_corpus(store)
+    if ocr:
+        require_ocr()
     existing = Store.open(store) if Store.exists(store) else None
     known = () if existing is None else existing.files()
     files = find_files(paths, known=known, exclude=exclude or ())  # before a model is loaded
@@ -112,24 +116,24 @@ def index(
             files,
             text_column=text_column,
             title_column=title_column,
+            ocr=ocr,
             limit=limit,
             batch_size=batch_size,
             show_progress_bar=not quiet,
         )
     except StopRequestedError as stopped:
         raise ValueError(str(stopped)) from stopped
-    _echo_skipped([f"{skipped.path}: {skipped.reason}" for skipped in report.skipped], len(report.skipped))
     caches = _store_caches(gem, opened, open_kv_store(gem), quiet) if open_kv_store is not None else {}
+    _echo_report(report, caches, {"store": store, "passages": len(opened)}, as_json)
+
+
+def _echo_report(report: IndexReport, caches: dict[str, int], counted: dict[str, Any], as_json: bool) -> None:
+    """Say what a run did: what was skipped on stderr, and the store's passages on stdout."""
+    _echo_skipped([f"{skipped.path}: {skipped.reason}" for skipped in report.skipped], len(report.skipped))
     if as_json:
-        facts = {**dataclasses.asdict(report), **caches}
-        print_json({"store": store, "passages": len(opened), **facts, "tokens_per_second": report.tokens_per_second})
+        facts = {**counted, **dataclasses.asdict(report), **caches}
+        print_json({**facts, "tokens_per_second": report.tokens_per_second})
         return
-    _echo_report(report, caches)
-    typer.echo(f"{len(opened):,} passages in {store}")
-
-
-def _echo_report(report: IndexReport, caches: dict[str, int]) -> None:
-    """Say what a run did, on stderr."""
     echo_err(
         f"{len(report.added):,} files added, {len(report.changed):,} changed, {len(report.removed):,} removed,"
         f" {len(report.moved):,} moved, {report.unchanged:,} unchanged; {report.chunks:,} passages embedded"
@@ -140,6 +144,7 @@ def _echo_report(report: IndexReport, caches: dict[str, int]) -> None:
         echo_err(f"{caches['kv_added']:,} caches added; {kept}")
     if report.unread:
         echo_err("not read: " + ", ".join(f"{count:,} {kind}" for kind, count in report.unread.items()))
+    typer.echo(f"{counted['passages']:,} passages in {counted['store']}")
 
 
 def forget(

@@ -1,4 +1,4 @@
-"""Markdown, HTML, PDF and Word files -> sections, each through a kept library that is imported when first needed.
+"""Markdown, HTML and Word files -> sections, each through a kept library that is imported when first needed.
 
 A section knows the line, page or row of each character. What these libraries raise on damaged files is open-ended, so
 everything they raise is caught and said in one line.
@@ -6,7 +6,6 @@ everything they raise is caught and said in one line.
 
 from __future__ import annotations
 
-import logging
 import re
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -65,11 +64,23 @@ class Skipped:
 _SPACE = re.compile(r"\s+")
 _UNSEEN = ("script", "style", "noscript", "template", "svg", "head")
 _BLOCK = re.compile(
-    "^(address|article|aside|blockquote|body|caption|dd|details|div|dl|dt|fieldset|figcaption|figure|footer|form|h[1-6]"
-    "|header|hr|html|li|main|nav|ol|p|pre|section|summary|table|tbody|td|tfoot|th|thead|tr|ul)$"
+    "^(address|article|aside|blockquote|body|caption|center|dd|details|dialog|div|dl|dt|fieldset|figcaption|figure"
+    "|footer|form|h[1-6]|header|hr|html|legend|li|main|nav|ol|option|p|pre|search|section|summary|table|tbody|td"
+    "|textarea|tfoot|th|thead|tr|ul)$"
 )
 _HEADING = re.compile(r"h([1-6])$")
 _HIDDEN = re.compile(r"(^|[;\s])(display\s*:\s*none|visibility\s*:\s*hidden)", re.IGNORECASE)
+_MAIN = ":is(main, article, [role=main])"
+_BOILERPLATE = (
+    f":is(nav, footer, [role=navigation], [role=contentinfo], [role=search]):not({_MAIN} *, section *, blockquote *)"
+    f", :root:has({_MAIN}) aside:not({_MAIN} *, [role^=doc-]), a[href^='#'][class*=skip i]"
+)
+"""What stands around a page's text, by the words of HTML itself."""
+_CONSENT = re.compile(
+    r"\b(cookie|consent|gdpr)s?[-_]*(banner|bar|notice|consent|popup|modal|dialog|overlay|wall|message|law)|\bonetrust",
+    re.IGNORECASE,
+)
+"""Ids and classes of what asks about cookies."""
 _LAYOUT = ["table", "pre", "ul", "ol", "h1", "h2", "h3", "h4", "h5", "h6"]
 """In a cell these mean that the table lays out a page."""
 
@@ -164,33 +175,42 @@ def _utf8(path: Path) -> str:
 
 
 def read_html(path: Path) -> Iterator[Section | Skipped]:
-    """A section a heading, of what a reader of the page sees."""
-    yield from sections_of_html(path.read_bytes())
+    """A section a heading, of what a reader of the page sees, without menus, footers and the like if text is left."""
+    raw = path.read_bytes()
+    yield from list(sections_of_html(raw, boilerplate=False)) or sections_of_html(raw)
 
 
-def sections_of_html(raw: bytes, *, title: str | None = None) -> Iterator[Section]:
+def sections_of_html(raw: bytes, *, title: str | None = None, boilerplate: bool = True) -> Iterator[Section]:
     """A section a heading, of what a reader of the page sees; a table's row is a line.
 
     Args:
         raw: The page.
         title: None: the page's own.
+        boilerplate: Whether what stands around the page's text is read too.
     """
     from bs4 import BeautifulSoup
 
     if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("a binary file: give HTML")
     try:
-        soup = BeautifulSoup(raw, "html.parser")
+        soup = BeautifulSoup(raw, "lxml")
         own = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
-        for unseen in [*soup(_UNSEEN), *soup(hidden=True), *soup(style=_HIDDEN)]:
+        for unseen in [*soup(_UNSEEN), *soup("dialog", open=False), *soup(hidden=True), *soup(style=_HIDDEN)]:
             if unseen.name not in ("html", "body"):
                 unseen.extract()
+        for around in () if boilerplate else [*soup.select(_BOILERPLATE), *soup(_asks_consent)]:
+            around.extract()
         for row in soup("tr"):
             _join_cells(row)
         blocks = list(_blocks(soup))
     except (RecursionError, AssertionError, LookupError) as error:
         raise ValueError(f"cannot be read as HTML ({type(error).__name__}): restore the file") from error
     yield from _by_heading(blocks, title=own if title is None else title)
+
+
+def _asks_consent(element: Any) -> bool:
+    names = " ".join([element.get("id", ""), *element.get("class", ())])
+    return element.name in ("div", "section", "aside", "dialog") and _CONSENT.search(names) is not None
 
 
 def _join_cells(row: Any) -> None:
@@ -244,74 +264,8 @@ def _lines(words: list[str]) -> list[str]:
     return lines
 
 
-def read_pdf(path: Path) -> Iterator[Section | Skipped]:
-    """One section: the pages one after another, so that a sentence may go on overleaf."""
-    import pypdf
-
-    logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of every oddity that it mends
-    try:
-        reader = pypdf.PdfReader(path)
-        locked = reader.is_encrypted and not reader.decrypt("")
-        pages = [] if locked else list(reader.pages)
-        title = reader.metadata.title if not locked and reader.metadata else None
-    except OSError:
-        raise
-    except pypdf.errors.DependencyError as error:
-        raise ValueError("an encrypted PDF: pip install cryptography, or remove the encryption") from error
-    except Exception as error:
-        raise ValueError(f"cannot be read as PDF ({named(error)}): restore the file") from error
-    if locked:
-        raise ValueError("an encrypted PDF: remove its password")
-    text, starts, scanned = "", [], []
-    for number, page in enumerate(pages, start=1):
-        starts.append(len(text))
-        try:
-            found = _page_text(page)
-            if not found.strip() and _holds_image(page):
-                scanned.append(str(number))
-            text += found + "\n"
-        except Exception as error:
-            yield Skipped(str(path), f"page {number} cannot be read ({named(error)}): restore the file")
-    if not text.strip():
-        raise ValueError("a PDF without text (scanned pages?): run text recognition (OCR) on it")
-    if scanned:
-        which = f"page {scanned[0]} holds" if len(scanned) == 1 else f"pages {', '.join(scanned)} hold"
-        yield Skipped(str(path), f"{which} an image without text (scanned?): run text recognition (OCR) on the file")
-    yield Section(text, title=title if isinstance(title, str) else "", unit="page", starts=tuple(starts))
-
-
-_LINE_END_HYPHEN = re.compile(r"(\w*[^\W\d_])([-\u2010\u00ad]) ?\n([^\W\d_]\w*)")
-
-
-def _page_text(page: Any) -> str:
-    """The text of a page, its words cut at line ends joined, and what was filled into its forms."""
-    text = page.extract_text().replace("\0", "").encode("utf-8", "ignore").decode()
-
-    def join(match: re.Match[str]) -> str:
-        first, hyphen, rest = match.groups()
-        if hyphen == "\u00ad" or (rest[0].islower() and f"{first}-{rest}".casefold() not in text.casefold()):
-            return first + rest
-        return f"{first}-{rest}" if rest[0].islower() else match[0]
-
-    lines = [_LINE_END_HYPHEN.sub(join, text)]
-    for reference in page.get("/Annots") or ():
-        mark = reference.get_object()
-        field = mark["/Parent"].get_object() if "/Parent" in mark and "/T" not in mark else mark
-        value = mark.get("/Contents") if mark.get("/Subtype") == "/FreeText" else field.get("/V")
-        if mark.get("/Subtype") in ("/Widget", "/FreeText") and isinstance(value, str) and value not in ("", "/Off"):
-            name = str(field.get("/TU") or field.get("/T") or "")
-            lines.append(": ".join(filter(None, (name, value.removeprefix("/").replace("\r", "\n")))))
-    return "\n".join(lines).encode("utf-8", "ignore").decode()
-
-
-def _holds_image(page: Any) -> bool:
-    resources = page.get("/Resources")
-    parts = resources.get_object().get("/XObject") if resources is not None else None
-    return parts is not None and any(p.get_object().get("/Subtype") == "/Image" for p in parts.get_object().values())
-
-
 def read_docx(path: Path) -> Iterator[Section | Skipped]:
-    """A section a heading; a table is a line a row, its cells between bars. Notes, headers and footers come last."""
+    """A section a heading; a table is a line a row. Notes, comments, headers and footers come last."""
     import docx
 
     refuse_encrypted(path)
@@ -320,7 +274,7 @@ def read_docx(path: Path) -> Iterator[Section | Skipped]:
         title = document.core_properties.title or ""
         parts = list(_docx_blocks(document.element.body, document))
         around = [part for s in document.sections for part in (s.header, s.footer, s.first_page_header)]
-        parts += [(0, text) for note in _docx_notes(document) for _, text in _docx_blocks(note, document)]
+        parts += [(0, text) for text in _docx_notes(document)]
         texts = ("\n".join(t for _, t in _docx_blocks(p._element, document) if t.strip()) for p in around)
         parts += [(0, text) for text in dict.fromkeys(texts) if text]
     except OSError:
@@ -335,15 +289,17 @@ _NOT_TEXT = (f"{_WORD}del", f"{_WORD}moveFrom", "{http://schemas.openxmlformats.
 _BREAKS = {f"{_WORD}tab": "\t", f"{_WORD}br": "\n", f"{_WORD}cr": "\n", f"{_WORD}noBreakHyphen": "-"}
 
 
-def _docx_notes(document: Any) -> Iterator[Any]:
-    """The footnotes and endnotes of a document, whose parts python-docx does not read."""
+def _docx_notes(document: Any) -> Iterator[str]:
+    """The footnotes, endnotes and comments of a document, with the comments' writers."""
     from docx.oxml import parse_xml
 
     for relation in document.part.rels.values():
-        if relation.reltype.endswith(("/footnotes", "/endnotes")) and not relation.is_external:
+        if relation.reltype.endswith(("/footnotes", "/endnotes", "/comments")) and not relation.is_external:
             for note in parse_xml(relation.target_part.blob):
                 if note.get(f"{_WORD}type", "normal") == "normal":  # others are the lines above the notes
-                    yield note
+                    text = "\n".join(text for _, text in _docx_blocks(note, document) if text.strip())
+                    writer = note.get(f"{_WORD}author")
+                    yield text if writer is None else f"Comment by {writer}: {text}"
 
 
 def _docx_blocks(parent: Any, document: Any) -> Iterator[tuple[int, str]]:

@@ -17,6 +17,7 @@ from gemify.retrieval.documents import Skipped
 from gemify.retrieval.ingest import Embedder, IndexOptions, IndexReport, IndexRun
 from gemify.retrieval.lance import StoreUnavailableError
 from gemify.retrieval.loaders import Columns, FileListing, find_files
+from gemify.retrieval.ocr import require_ocr
 from gemify.retrieval.vector_table import Corpus, find_store, open_store
 
 __all__ = ["Embedder", "GemIndex", "IndexReport", "Mode", "Passage", "Skipped"]
@@ -116,6 +117,7 @@ class GemIndex:
         *,
         text_column: str = "text",
         title_column: str = "title",
+        ocr: bool = False,
         limit: int | None = None,
         batch_size: int = 32,
         commit_tokens: int = 65_536,
@@ -131,6 +133,8 @@ class GemIndex:
             paths: Files and directories, or what `find_files` found.
             text_column: The column of files of rows that holds the text.
             title_column: The column of files of rows that holds the title.
+            ocr: Whether pages of PDF files without text are recognized (extra ``ocr``). What was recognized in earlier
+                runs stays.
             limit: Maximum new or changed files to index now.
             batch_size: Maximum passages that the model embeds at a time.
             commit_tokens: Tokens embedded between two commits.
@@ -142,7 +146,10 @@ class GemIndex:
         Raises:
             ValueError: A path does not exist, the store is damaged, there is no model, or another process writes.
             StopRequestedError: A signal came. What is committed stays.
+            ModuleNotFoundError: ``ocr`` without its extra.
         """
+        if ocr:
+            require_ocr()
         if self.model is None:
             raise ValueError("adding files needs a model: open the index with one")
         if commit_tokens < 1 or batch_size < 1 or (limit is not None and limit < 1):
@@ -154,7 +161,7 @@ class GemIndex:
         if not isinstance(paths, FileListing):
             listed = [paths] if isinstance(paths, str | Path) else list(paths)
             paths = find_files(listed, known=self.store.files())
-        options = IndexOptions(Columns(text_column, title_column), limit, batch_size, commit_tokens)
+        options = IndexOptions(Columns(text_column, title_column), ocr, limit, batch_size, commit_tokens)
         with (
             self.store.write_lock(),
             stop_signals() as stop_flag,

@@ -53,6 +53,7 @@ class IndexOptions:
     """How a run reads and embeds."""
 
     columns: Columns = field(default_factory=Columns)
+    ocr: bool = False
     limit: int | None = None
     batch_size: int = 32
     commit_tokens: int = 65_536
@@ -81,10 +82,6 @@ class IndexReport:
     def tokens_per_second(self) -> float:
         """Speed of embedding; 0 if nothing was embedded."""
         return self.tokens / self.seconds if self.seconds else 0.0
-
-
-def _version(path: Path, digest: str) -> str:
-    return sha256(f"{path}\0{digest}".encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -157,10 +154,16 @@ class IndexRun:
                 continue
             if known := gone.get((digest, path.suffix)):
                 old = known.pop()
-                new = replace(old, path=str(path), version=_version(path, digest), mtime=path.stat().st_mtime)
+                ocr = old.version == self._version(Path(old.path), digest, ocr=True)
+                version = self._version(path, digest, ocr=ocr)
+                new = replace(old, path=str(path), version=version, mtime=path.stat().st_mtime)
                 moves.append((old, new))
         self.store.move(moves)
         return tuple(new.path for _, new in moves)
+
+    def _version(self, path: Path, digest: str, *, ocr: bool) -> str:
+        how = "\0ocr" if ocr and path.suffix.lower() == ".pdf" else ""
+        return sha256(f"{self.store.relative(str(path))}\0{digest}{how}".encode()).hexdigest()[:16]
 
     def _add_file(self, path: Path, old: FileRecord | None, pending: dict[str, int]) -> None:
         limit, version = self.options.limit, ""
@@ -170,8 +173,8 @@ class IndexRun:
         try:
             stat = path.stat()
             digest = content_hash(path, self.options.columns)
-            version = _version(path, digest)
-            if old is not None and old.version == version:
+            version = self._version(path, digest, ocr=self.options.ocr)
+            if old is not None and old.version in (version, self._version(path, digest, ocr=True)):
                 self.unchanged += 1
                 return
             if limit is not None and len(self.added) + len(self.changed) >= limit:
@@ -192,7 +195,7 @@ class IndexRun:
     def _read_chunks(self, path: Path, version: str, *, skip: int) -> int:
         """Queue a file's chunks for a commit, but for the first ``skip``, which the store has. Returns their number."""
         count = 0
-        for item in read_file(path, self.options.columns):
+        for item in read_file(path, self.options.columns, ocr=self.options.ocr):
             if isinstance(item, Skipped):
                 self.skipped.append(item)
                 continue

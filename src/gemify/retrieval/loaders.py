@@ -28,9 +28,10 @@ from gemify.io.rows import (
     row_id,
 )
 from gemify.retrieval import office
-from gemify.retrieval.documents import Section, Skipped, read_docx, read_html, read_markdown, read_pdf
+from gemify.retrieval.documents import Section, Skipped, read_docx, read_html, read_markdown
+from gemify.retrieval.pdf import read_pdf
 
-READING_VERSION = 4
+READING_VERSION = 5
 """Counted up when a reader changes what it yields: files read by an older one are then read again."""
 
 _SOURCE = (
@@ -193,12 +194,13 @@ def content_hash(path: Path, columns: Columns) -> str:
     return digest.hexdigest()
 
 
-def read_file(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
+def read_file(path: Path, columns: Columns, *, ocr: bool = False) -> Iterator[Section | Skipped]:
     """Read the sections of a file, in order.
 
     Args:
         path: A file of any kind; one of no known kind is read as text.
         columns: Columns of files of rows.
+        ocr: Whether pages of PDF files without text are recognized.
 
     Yields:
         Sections, and parts of the file that cannot be read.
@@ -210,7 +212,7 @@ def read_file(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
     try:
         with readable(path):
             if reader is not None:
-                yield from reader(path)
+                yield from read_pdf(path, ocr=ocr) if reader is read_pdf else reader(path)
             elif _holds_rows(path, columns):
                 yield from _read_rows(path, columns)
             else:  # a file of no known kind was named by the user: it may be text

@@ -94,6 +94,9 @@ def _read_pptx(path: Path, archive: _Archive) -> Iterator[Section]:
         for part in (r.target_part for r in slide.part.rels.values() if not r.is_external):
             if part.partname.startswith(("/ppt/charts/chart", "/ppt/diagrams/data")):
                 lines += _slide_text(ElementTree.fromstring(part.blob))
+            elif part.partname.startswith("/ppt/comments/"):
+                said = (e for e in ElementTree.fromstring(part.blob).iter() if _tag(e) in ("t", "text"))
+                lines += [f"Comment: {e.text}" for e in said if e.text]
         if slide.has_notes_slide and slide.notes_slide.notes_text_frame is not None:
             lines.append(slide.notes_slide.notes_text_frame.text)
         if text := "\n\n".join(line for line in lines if line.strip()):
@@ -131,12 +134,37 @@ def _read_xlsx(path: Path, archive: _Archive) -> Iterator[Section]:
         warnings.simplefilter("ignore")  # openpyxl warns of what it does not keep: colours, validation
         book = load_workbook(path, read_only=True, data_only=True, keep_links=False)
         try:
-            sheets = [(str(sheet.title), _sheet_rows(sheet)) for sheet in book.worksheets]
+            sheets = [
+                (str(sheet.title), _sheet_rows(sheet), list(_sheet_remarks(archive, sheet._worksheet_path)))
+                for sheet in book.worksheets
+            ]
         finally:
             book.close()
     title = book.properties.title or ""
-    for name, rows in sheets:
+    for name, rows, remarks in sheets:
         yield from _sheet_sections(name, rows, title)
+        known = {row: " | ".join(cells.values()) for row, cells in rows}
+        lines = [f"{where}{text} ({known[row]})" if row in known else where + text for where, row, text in remarks]
+        if lines:
+            yield Section("\n".join(lines), title=title, headings=(name,), unit="sheet", name=f'"{name}" comments')
+
+
+def _sheet_remarks(archive: _Archive, part: str) -> Iterator[tuple[str, int, str]]:
+    """The comments of a sheet with their cells and rows, and its text boxes (row 0), none of which openpyxl streams."""
+    folder, name = posixpath.split(part.lstrip("/"))
+    relations = f"{folder}/_rels/{name}.rels"
+    for relation in archive.xml(relations) if relations in archive.names else ():
+        kind = relation.attrib.get("Type", "").rpartition("/")[2]
+        target = posixpath.normpath(posixpath.join("/", folder, relation.attrib.get("Target", ""))).lstrip("/")
+        if kind not in ("comments", "drawing") or target not in archive.names:
+            continue
+        root = archive.xml(target)
+        for text in _slide_text(root) if kind == "drawing" else ():
+            if text.strip():
+                yield "", 0, text
+        for comment in (e for e in root.iter() if _tag(e) == "comment"):
+            cell, text = comment.attrib.get("ref", ""), "".join(e.text or "" for e in comment.iter() if _tag(e) == "t")
+            yield f"{cell}: ", int(re.sub(r"\D", "", cell) or 0), " ".join(text.split())
 
 
 def _sheet_rows(sheet: Any) -> list[tuple[int, dict[int, str]]]:
@@ -216,6 +244,20 @@ def _read_odt(path: Path, archive: _Archive) -> Iterator[Section]:
         if text.strip():
             lines.append(text)
     yield from section()
+    lines += dict.fromkeys(_odt_notes(archive, body) if body is not None else ())
+    headings = []
+    yield from section()
+
+
+def _odt_notes(archive: _Archive, body: ElementTree.Element) -> Iterator[str]:
+    """The comments, and what every page has above and below its text."""
+    for comment in (e for e in body.iter() if _tag(e) == "annotation"):
+        writer = next((e.text for e in comment if _tag(e) == "creator"), None) or "unknown"
+        yield f"Comment by {writer}: " + "\n".join(_odt_text(e) for e in _odt_blocks(comment))
+    for part in archive.xml("styles.xml").iter() if "styles.xml" in archive.names else ():
+        text = "\n".join(map(_odt_text, _odt_blocks(part))) if _tag(part).startswith(("header", "footer")) else ""
+        if re.search(r"[^\W\d]", text):  # a number alone is the page's
+            yield text
 
 
 def _odt_blocks(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
