@@ -1,7 +1,8 @@
 """The Python blocks of README and docs run, one after the other, as a reader of the page would run them.
 
 A block that cannot run here says why in a comment right before it: ``<!-- not run: it needs a GPU -->``. What a reader
-has, the directory has: this README, the shipped GEM as ``my-gem``, its export as ``OUT``, a server where one is asked.
+has, the directory has: this README, notes, the shipped GEM as ``my-gem``, its export as ``OUT``, a server where one is
+asked.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BLOCKS = {
 PRINTS = {
     "README.md": ["Paris"],
     "docs/index.md": ["Paris"],
-    "docs/tutorial/ask-documents.md": ["README.md"],
+    "docs/tutorial/ask-documents.md": ["birds.md"],
     "docs/how-to/frameworks.md": ["noon", "noon"],
 }
 """What a page's blocks print, in this order, among other things."""
@@ -81,6 +82,8 @@ def as_read(block: str, shipped: GemModel, directory: Path) -> Any:
     if not (directory / "README.md").is_file():
         shutil.copy(ROOT / "README.md", directory / "README.md")
         shutil.copytree(ROOT / "src" / "gemify" / "shipped" / "starter-gated", directory / "my-gem")
+        (directory / "notes").mkdir()
+        (directory / "notes" / "birds.md").write_text("# Owls\n\nOwls hunt at night.\n")
     if '"OUT' in block and not (directory / "OUT").is_dir():
         done = CliRunner().invoke(app, ["export", "--model", "my-gem", "--output", "OUT"])
         assert done.exit_code == 0, done.output

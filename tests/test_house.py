@@ -27,7 +27,7 @@ MAY_KNOW = {
     "rag": {"io", "model", "rag"},
     "serving": {"io", "model", "engine", "retrieval", "rag", "serving"},
     "evaluation": {"io", "model", "evaluation"},
-    "integrations": {"model", "training", "integrations"},
+    "integrations": {"model", "training", "evaluation", "integrations"},
     "reproduce": {"io", "model", "training", "evaluation", "reproduce"},
     "bench": {"io", "paper", "model", "training", "engine", "retrieval", "rag", "serving", "evaluation", "bench"},
 }
@@ -172,7 +172,7 @@ def test_a_retired_word_is_found() -> None:
 EXTRAS = """
     datasets pyarrow tensorboard sentence_transformers mteb lm_eval matplotlib langchain_core llama_index
     llguidance lancedb lance ray pypdf docx pptx openpyxl bs4 fastapi starlette uvicorn limits prometheus_client
-    rapidocr onnxruntime pypdfium2 mcp mcp_types trl llm pytrec_eval
+    rapidocr onnxruntime pypdfium2 mcp mcp_types trl llm pytrec_eval bitsandbytes
 """.split()  # noqa: SIM905
 IMPORT_ALL = """
 import importlib, pkgutil, gemify
@@ -183,8 +183,8 @@ for module in pkgutil.walk_packages(gemify.__path__, "gemify."):
     except ModuleNotFoundError as error:
         name = module.name.removeprefix("gemify.")
         if not name.startswith(("serving.", "bench.encoder_server", "integrations.vllm.server")):  # the verb says it
-            extra = name.removeprefix("integrations.").replace("_", "-")
-            assert extra in ("langchain", "llama-index", "llm", "sentence-transformers", "trl"), error
+            extra = name.removeprefix("integrations.").replace("_", "-").replace("lm-eval", "eval")
+            assert extra in ("langchain", "llama-index", "llm", "eval", "sentence-transformers", "trl"), error
             assert f"pip install 'gemify[{extra}]'" in str(error), error
 """
 

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import dataclasses
 import json
-import os
-import re
-import subprocess
-import sys
+import runpy
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import pytest
 import torch
@@ -21,148 +14,14 @@ from huggingface_hub import ModelCard
 
 from gemify import GemModel
 from gemify.model.config import CONFIG_FILE
+from running_hub import TOKEN, Hub, in_a_child, running_hub, use_hub
 from tiny_gems import make_gem, save_gem
-
-TOKEN = "hf_of_the_test"
-Files = dict[str, bytes]
-
-
-class Hub(ThreadingHTTPServer):
-    """Repos with branches; each branch is a list of commits, each a whole set of files. Private ones want a token."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.repos: dict[str, dict[str, list[Files]]] = {}
-        self.private: set[str] = set()
-        self.messages: list[str] = []
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    def files(self, repo: str, revision: str = "main") -> Files | None:
-        """The files of a branch, or of a commit."""
-        branches = self.repos[repo]
-        if revision in branches:
-            return branches[revision][-1]
-        return next((files for commits in branches.values() for files in commits if sha(files) == revision), None)
-
-
-def sha(files: Files) -> str:
-    """A commit's name."""
-    return hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def answer(self, status: int, body: Any = None, **headers: str) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def refuse(self, status: int, code: str) -> None:
-        self.answer(status, {"error": code}, X_Error_Code=code, X_Error_Message=code)
-
-    @property
-    def signed(self) -> bool:
-        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        if not self.signed:
-            return self.refuse(401, "Unauthorized")
-        hub, path = self.server, self.path.split("?")[0]
-        if path == "/api/repos/create":
-            asked = json.loads(body)
-            repo = f"{asked['organization']}/{asked['name']}"
-            if repo in hub.repos:
-                return self.answer(409, {"url": f"{hub.url}/{repo}"})
-            hub.repos[repo] = {"main": [{}]}
-            if asked.get("private") or asked.get("visibility") == "private":
-                hub.private.add(repo)
-            return self.answer(200, {"url": f"{hub.url}/{repo}"})
-        if path == "/api/validate-yaml":
-            return self.answer(200, {"errors": [], "warnings": []})
-        match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/(.+)", path)
-        assert match, path
-        repo, what, branch = match.groups()
-        if what == "branch":
-            if branch in hub.repos[repo]:
-                return self.refuse(409, "Conflict")
-            hub.repos[repo][branch] = [dict(hub.repos[repo]["main"][-1])]
-            return self.answer(200, {})
-        if what == "preupload":
-            names = [f["path"] for f in json.loads(body)["files"]]
-            modes = [{"path": n, "uploadMode": "regular", "shouldIgnore": False, "oid": None} for n in names]
-            return self.answer(200, {"files": modes})
-        files = dict(hub.repos[repo][branch][-1])
-        for line in map(json.loads, body.splitlines()):
-            if line["key"] == "header":
-                hub.messages.append(line["value"]["summary"])
-            elif line["key"] == "file":
-                files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        hub.repos[repo][branch].append(files)
-        return self.answer(
-            200, {"commitUrl": f"{hub.url}/{repo}/commit/{sha(files)}", "commitOid": sha(files), "success": True}
-        )
-
-    def do_GET(self) -> None:
-        hub, path = self.server, self.path.split("?")[0]
-        match = re.fullmatch(r"(?:/api/models)?/([^/]+/[^/]+?)(?:/(revision|resolve|tree)/([^/]+)(?:/(.*))?)?", path)
-        if match is None or match[1] not in hub.repos or (match[1] in hub.private and not self.signed):
-            return self.refuse(404, "RepoNotFound")
-        repo, what, revision, name = match.groups()
-        files = hub.files(repo, revision or "main")
-        if files is None:
-            return self.refuse(404, "RevisionNotFound")
-        if what == "resolve":
-            if name not in files:
-                return self.refuse(404, "EntryNotFound")
-            etag = hashlib.sha1(files[name]).hexdigest()
-            return self.answer(200, files[name], ETag=f'"{etag}"', X_Repo_Commit=sha(files))
-        if what == "tree":
-            return self.answer(
-                200,
-                [
-                    {"type": "file", "path": n, "size": len(f), "oid": hashlib.sha1(f).hexdigest()}
-                    for n, f in files.items()
-                ],
-            )
-        listed = [{"rfilename": n} for n in sorted(files)]
-        return self.answer(
-            200, {"id": repo, "sha": sha(files), "siblings": listed, "private": repo in hub.private, "tags": []}
-        )
-
-    do_HEAD = do_GET
 
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    server = Hub()
-    Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def in_a_child(hub: Hub, home: Path, code: str, *arguments: object, token: str | None) -> Any:
-    """What code prints as JSON in a process whose hub is the stand-in: the address is read at import."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_OFFLINE"))}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_TOKEN": token} if token else {}
-    command = [sys.executable, "-c", _BEFORE + code, *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    with running_hub() as server:
+        yield server
 
 
 _BEFORE = """
@@ -174,7 +33,9 @@ def tried(work):
     except ValueError as error:
         return str(error)
 """
-_PUSH_AND_LOAD = """
+_PUSH_AND_LOAD = (
+    _BEFORE
+    + """
 one, other, base = sys.argv[1:]
 def vector(**options):
     return GemModel.from_pretrained("me/my-gem", base=base, **options).encode("hello").tolist()
@@ -184,13 +45,17 @@ GemModel.from_pretrained(other).push_to_hub("me/my-gem", base_model="me/base", r
 push("me/mine", base_model="me/base")
 print(json.dumps([address, vector(), vector(revision="v2"), tried(lambda: vector(revision="v9"))]))
 """
-_WITHOUT_TOKEN = """
+)
+_WITHOUT_TOKEN = (
+    _BEFORE
+    + """
 gem = GemModel.from_pretrained(sys.argv[1])
 print(json.dumps([
     tried(lambda: gem.push_to_hub("me/new", base_model="me/base")),
     tried(lambda: GemModel.from_pretrained("me/my-gem", base=sys.argv[2])),
 ]))
 """
+)
 
 
 def test_a_gem_goes_to_the_hub_and_comes_back(hub: Hub, base_dir: Path, tmp_path: Path) -> None:
@@ -222,6 +87,26 @@ def test_a_gem_goes_to_the_hub_and_comes_back(hub: Hub, base_dir: Path, tmp_path
     assert gone[0].startswith("cannot upload to me/new: ")
     assert gone[1] == "me/my-gem is neither a directory nor a Hugging Face repo that can be reached"
     assert set(hub.repos) == {"me/my-gem", "me/mine"}
+
+
+def test_gems_go_into_a_collection(hub: Hub, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("one", "two"):
+        gem = make_gem(base_dir, seed=len(name))
+        gem.config = dataclasses.replace(gem.config, base="me/base")
+        gem.save_pretrained(tmp_path / name)
+    (tmp_path / "two" / "README.md").write_text("# Measured\n")
+    use_hub(monkeypatch, hub, tmp_path / "home", token=TOKEN)
+    load = GemModel.from_pretrained
+    monkeypatch.setattr(GemModel, "from_pretrained", lambda path: load(path, base=base_dir))
+    main = runpy.run_path(str(Path(__file__).parents[2] / "recipes" / "publish_collection.py"))["main"]
+    arguments = ("me", "My GEMs", str(tmp_path / "one"), str(tmp_path / "two"))
+    addresses = [main(*arguments), main(*arguments)]
+    ((slug, items),) = hub.collections.items()
+    assert addresses == [f"{hub.url}/collections/{slug}"] * 2
+    assert items == ["me/one", "me/two"]
+    cards = [hub.files(repo)["README.md"] for repo in items]  # type: ignore[index]
+    assert b"# me/one" in cards[0]
+    assert cards[1] == b"# Measured\n"
 
 
 def test_a_base_of_this_machine_is_refused(base_dir: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,14 +14,17 @@ from gemify import GemModel
 from gemify.model.adapter import gate
 from gemify.model.base import load_base
 from gemify.model.pretrained import weights_fingerprint
-from gemify.model.quantization import Int4Linear, Int8Linear, Quantization, QuantizedLinear
+from gemify.model.quantization import Int4Linear, Int8Linear, Nf4Linear, Quantization, QuantizedLinear
 from tiny_gems import make_gem, save_gem
 
 PROMPT = torch.tensor([[40, 41, 42, 43, 44, 45, 46, 47]])
-BOTH = pytest.mark.parametrize("quantize", ["int8", "int4"])
+NEEDS_BITSANDBYTES = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+EACH = pytest.mark.parametrize("quantize", ["int8", "int4", pytest.param("nf4", marks=NEEDS_BITSANDBYTES)])
 
 
-@pytest.mark.parametrize(("made", "steps"), [(Int8Linear, 127), (Int4Linear, 7.5)])
+@pytest.mark.parametrize(
+    ("made", "steps"), [(Int8Linear, 127), (Int4Linear, 7.5), pytest.param(Nf4Linear, 3.5, marks=NEEDS_BITSANDBYTES)]
+)
 @pytest.mark.parametrize("rows", [1, 3, 40])
 def test_a_product_is_that_of_weights_near_the_given_ones(made: type[QuantizedLinear], steps: float, rows: int) -> None:
     torch.manual_seed(0)
@@ -32,7 +36,7 @@ def test_a_product_is_that_of_weights_near_the_given_ones(made: type[QuantizedLi
     torch.testing.assert_close(layer(x).float(), expected, atol=2e-2, rtol=2e-2)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_a_gated_gem_is_its_quantized_base_to_the_bit(
     tmp_path: Path, quantize: Quantization, architecture: str
@@ -55,7 +59,7 @@ def test_a_gated_gem_is_its_quantized_base_to_the_bit(
     assert torch.equal(ours, written)
 
 
-@BOTH
+@EACH
 def test_vectors_are_near_the_unquantized_ones(base_dir: Path, tmp_path: Path, quantize: Quantization) -> None:
     directory = save_gem(base_dir, tmp_path / "gem")
     texts = ["a little text", "another one that is a bit longer"]
@@ -64,7 +68,7 @@ def test_vectors_are_near_the_unquantized_ones(base_dir: Path, tmp_path: Path, q
     assert ((exact * near).sum(1) > 0.9).all()
 
 
-@BOTH
+@EACH
 def test_gradients_reach_a_gated_adapter_through_quantized_layers(base_dir: Path, quantize: Quantization) -> None:
     gem = make_gem(base_dir, quantize=quantize)
     assert gem.adapter is not None
@@ -76,12 +80,13 @@ def test_gradients_reach_a_gated_adapter_through_quantized_layers(base_dir: Path
 
 
 def test_fingerprints_tell_quantizations_apart(base_dir: Path) -> None:
-    names = [None, "int8", "int4"]
-    assert len({weights_fingerprint(load_base(str(base_dir), quantize=name)[0]) for name in names}) == 3
+    names = [None, "int8", "int4", *(["nf4"] if find_spec("bitsandbytes") else [])]
+    found = {weights_fingerprint(load_base(str(base_dir), quantize=name)[0]) for name in names}
+    assert len(found) == len(names)
 
 
 def test_what_cannot_be_is_refused(base_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'int3': choose one of none, int8, int4"):
+    with pytest.raises(ValueError, match="'int3': choose one of none, int8, int4, nf4"):
         load_base(str(base_dir), quantize="int3")
     with pytest.raises(ValueError, match="leave dtype out"):
         load_base(str(base_dir), quantize="int4", dtype=torch.float32)

@@ -31,7 +31,7 @@ Dtype = Annotated[
     typer.Option(help="Of the weights: auto (as stored, if the CPU is fast in it), float32, bfloat16 or float16."),
 ]
 ExactDtype = Annotated[str, typer.Option("--dtype", help="Of the weights: float32, bfloat16 or float16.")]
-Quantize = Annotated[str, typer.Option(help="Bits of the weights on a CPU: int8 or int4, which write faster. Or none.")]
+Quantize = Annotated[str, typer.Option(help="Bits of the weights: int8 or int4 (CPUs), nf4 (bitsandbytes) or none.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... [default: the accelerator if there is one]")]
 TrainingPrecision = Annotated[str, typer.Option(help="auto, fp32 or bf16.")]
 AttnImplementation = Annotated[str, typer.Option(help="sdpa, eager or flex_attention (GPUs).")]

@@ -73,7 +73,7 @@ def serve(
     base: Annotated[str | None, typer.Option("--base", help="Look for the base model here instead.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: float32]")] = None,
     quantize: Annotated[
-        str | None, typer.Option(help="Bits of the weights on a CPU: int8 or int4, which write faster. [default: none]")
+        str | None, typer.Option(help="Bits of the weights: int8 or int4 (CPUs), or nf4. [default: none]")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ... [default: the accelerator if any]")] = None,
 ) -> None:

@@ -27,7 +27,14 @@ from gemify.cli.options import (
 from gemify.io.atomic import atomic_file
 
 _SKIP_BAD = typer.Option("--skip-bad", help="Leave malformed rows out, and say how many.")
-_NOT_IN_RECIPE = {"output", "preset", "config", "resume", "device", "quiet", "as_json"}
+_NOT_IN_RECIPE = {"output", "preset", "config", "resume", "report_to", "device", "quiet", "as_json"}
+ReportTo = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="wandb, trackio, mlflow or another that transformers knows, or none; may be repeated."
+        " [default: tensorboard, if it is installed]"
+    ),
+]
 
 
 def train(
@@ -45,9 +52,7 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML recipe; flags win over it.")] = None,
     resume: Resume = False,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    ntp_steps: Annotated[
-        int | None, typer.Option(help="Steps of next-token prediction before contrastive ones.")
-    ] = None,
+    ntp_steps: Annotated[int | None, typer.Option(help="Next-token steps before contrastive ones.")] = None,
     ramp_steps: Annotated[int | None, typer.Option(help="Steps over which alpha rises (0: at once).")] = None,
     alpha_final: Annotated[float | None, typer.Option(help="Final weight of the contrastive loss.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows of a next-token batch.")] = None,
@@ -85,16 +90,18 @@ def train(
         typer.Option("--gradient-checkpointing/--no-gradient-checkpointing", help="Less memory (lora, full)."),
     ] = None,
     attn_implementation: Annotated[str | None, typer.Option(help="sdpa, eager or flex_attention (GPUs).")] = None,
-    quantize: Annotated[str | None, typer.Option(help="Bits of a frozen base on a CPU: int8 or int4.")] = None,
+    quantize: Annotated[str | None, typer.Option(help="Bits of a frozen base: int8 or int4 (CPUs), nf4, none.")] = None,
     text_cache: Annotated[str | None, typer.Option(help="Memory for kept KV of texts, such as 8GB (gated).")] = None,
     seed: Annotated[int | None, typer.Option(help="Random seed.")] = None,
+    report_to: ReportTo = None,
     device: Device = None,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Turn a language model into a GEM."""
     flags = {name: value for name, value in locals().items() if value is not None and name not in _NOT_IN_RECIPE}
-    summary = _run(flags, output, preset, config, resume=resume, device=device, show_progress_bar=not quiet)
+    options: dict[str, Any] = {"resume": resume, "device": device, "show_progress_bar": not quiet}
+    summary = _run(flags, output, preset, config, report_to=report_to or (), **options)
     if summary is None:
         return
     if as_json:
@@ -116,12 +123,9 @@ def _run(
     output: Path,
     preset: str,
     config: Path | None,
-    *,
-    resume: bool,
-    device: str | None,
-    show_progress_bar: bool,
+    **options: Any,
 ) -> dict[str, Any] | None:
-    """Train by the preset, the recipe file and the flags; the last of them wins.
+    """Train by the preset, the recipe file and the flags; the last of them wins. The options are those of `train`.
 
     Returns:
         The summary of the run; None in any but the first of its processes.
@@ -136,7 +140,7 @@ def _run(
     from_file = Recipe.read_yaml(config) if config is not None else {}
     recipe = Recipe.from_dict({**PRESETS[preset], **from_file, **flags}, source=str(config or "the flags"))
     try:
-        _, summary = train(recipe, output, resume=resume, device=device, show_progress_bar=show_progress_bar)
+        _, summary = train(recipe, output, **options)
     except StopRequestedError as stopped:
         fail(str(stopped))
     if "skipped_rows" in summary and rank() == 0:

@@ -142,7 +142,7 @@ def evaluate(
         base: The base model, where it is not the one that the GEM names.
         limit: Rows of every task: a subset run, marked so everywhere.
         dtype: ``float32``, ``bfloat16`` or ``float16``.
-        quantize: ``int8`` or ``int4`` weights of the GEM and its base, in bfloat16.
+        quantize: ``int8``, ``int4`` or ``nf4`` weights of the GEM and its base, in bfloat16.
         device: Of the models; None: the best there is.
         instructions: Put each embedding task's instruction before its texts.
         batch_size: Most texts of a batch.

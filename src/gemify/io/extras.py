@@ -37,6 +37,7 @@ EXTRAS = {
     "prometheus_client": "serve",
     "limits": "serve",
     "llguidance": "serve",
+    "bitsandbytes": "bitsandbytes",
     "mcp": "mcp",
     "trl": "trl",
 }

@@ -86,7 +86,7 @@ class Loading(TypedDict, total=False):
     """Of the Hugging Face Hub. None: that of ``hf auth login`` or ``HF_TOKEN``."""
     trust_remote_code: bool
     quantize: str | None
-    """int8 or int4 (`gemify.model.quantization`)."""
+    """int8, int4, nf4 or none (`gemify.model.quantization`)."""
 
 
 class BaseNotFoundError(ValueError):

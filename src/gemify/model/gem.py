@@ -109,7 +109,7 @@ class GemModel(EmbeddingMixin, HubMixin):
                 not run. None: the last layer.
             attention: What a token of the embedding pass sees, ``causal`` or ``bidirectional`` (``embedding_lora``).
             adapter: LoRA's rank, lora_alpha, lora_dropout and target_modules.
-            loading: dtype, device, attn_implementation, revision, trust_remote_code and quantize (int8, int4).
+            loading: dtype, device, attn_implementation, revision, trust_remote_code and quantize (int8, int4, nf4).
 
         Returns:
             An untrained GEM.
@@ -147,8 +147,8 @@ class GemModel(EmbeddingMixin, HubMixin):
             base: Where to look for the base model. None: where the configuration says.
             max_length: Most tokens of a text, template and special tokens included, up to the base's positions. None:
                 what the GEM was saved with.
-            loading: dtype, device, attn_implementation, revision, token, trust_remote_code and quantize (int8, int4).
-                ``revision`` is the GEM's in a repo, and the base's with a directory.
+            loading: dtype, device, attn_implementation, revision, token, trust_remote_code and quantize (int8, int4,
+                nf4). ``revision`` is the GEM's in a repo, and the base's with a directory.
 
         Returns:
             The GEM, in evaluation mode.

@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits on a CPU, multiplied by torch's own packed kernels.
+"""Weights in 8 or 4 bits, multiplied by packed kernels: torch's own on a CPU, or bitsandbytes'.
 
 A token that is written reads every weight once, so a step takes as long as its weights are large: fewer bits are more
 tokens a second. Activations stay in bfloat16.
@@ -7,20 +7,21 @@ tokens a second. Activations stay in bfloat16.
   weights are turned back into bfloat16, layer by layer.
 - ``int4``: scale and zero point for every 32 weights of an output, as GGUF's Q4_1
   (`torch.ops.aten._weight_int4pack_mm_for_cpu`).
+- ``nf4``: QLoRA's 4-bit NormalFloat, one scale for every 64 weights (`bitsandbytes.matmul_4bit`), also on GPUs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-Quantization = Literal["int8", "int4"]
+Quantization = Literal["int8", "int4", "nf4"]
 GROUP_SIZE = 32
 _CENTRE = 8  # the 4-bit number that stands for the zero point
 
@@ -124,6 +125,41 @@ class Int4Linear(QuantizedLinear):
         return product
 
 
+class Nf4Linear(QuantizedLinear):
+    """Four bits a weight, as bitsandbytes stores them."""
+
+    @torch.no_grad()
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        from bitsandbytes.functional import quantize_4bit
+
+        # A block that crosses rows is read back wrongly by bitsandbytes 0.50's CPU kernel.
+        self.block = 64 if self.in_features % 64 == 0 else GROUP_SIZE
+        packed, state = quantize_4bit(linear.weight.contiguous(), blocksize=self.block, quant_type="nf4")
+        self.packed, self.scale = _constant(packed), _constant(state.absmax)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weights that the kernel multiplies by, [out_features, in_features], bfloat16."""
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight_OI: Tensor = dequantize_4bit(self.packed, self._state())
+        return weight_OI
+
+    def multiply(self, x_ND: Tensor) -> Tensor:
+        """Return the product of some rows with the packed weights."""
+        from bitsandbytes import matmul_4bit
+
+        product: Tensor = matmul_4bit(x_ND, self.packed, self._state())
+        return product
+
+    def _state(self) -> Any:
+        from bitsandbytes.functional import QuantState
+
+        shape = torch.Size([self.out_features, self.in_features])
+        return QuantState(self.scale, shape, blocksize=self.block, quant_type="nf4", dtype=torch.bfloat16)
+
+
 def _constant(tensor: Tensor) -> nn.Parameter:
     """A parameter that is never trained: fingerprints cover parameters."""
     return nn.Parameter(tensor, requires_grad=False)
@@ -135,16 +171,17 @@ def quantize_layers(lm: PreTrainedModel, quantization: Quantization | None) -> N
     Embedding tables and the matrices of a LoRA stay as they are. None does nothing.
 
     Raises:
-        ValueError: The model is not in bfloat16 on a CPU, or has no layer whose shape the kernels take.
+        ValueError: The model is not in bfloat16, or not on a CPU where the kernels are a CPU's, or has no layer whose
+            shape they take.
     """
     if quantization is None:
         return
-    if lm.device.type != "cpu" or lm.dtype != torch.bfloat16:
+    if (quantization != "nf4" and lm.device.type != "cpu") or lm.dtype != torch.bfloat16:
         raise ValueError(
             f"{quantization} weights need bfloat16 on a CPU, got {str(lm.dtype).removeprefix('torch.')} on"
-            f" {lm.device.type}: leave dtype out and give device cpu, or leave quantize out"
+            f" {lm.device.type}: leave dtype out and give device cpu, or quantize nf4, or leave quantize out"
         )
-    made = Int8Linear if quantization == "int8" else Int4Linear
+    made = {"int8": Int8Linear, "int4": Int4Linear, "nf4": Nf4Linear}[quantization]
     linear = [(name, m) for name, m in lm.named_modules() if type(m) is nn.Linear and "lora_" not in name and _fits(m)]
     if not linear:
         raise ValueError(f"no layer of {type(lm).__name__} can be quantized: leave quantize out")

@@ -60,7 +60,7 @@ class ServerSettings(BaseSettings):
     dtype: str | None = None
     """float32, bfloat16 or float16."""
     quantize: str | None = None
-    """Bits of the weights on a CPU: int8 or int4; None: none."""
+    """Bits of the weights: int8 or int4 (CPUs), or nf4; None: none."""
     device: str | None = None
     """cpu, cuda, mps, ..."""
     trust_remote_code: bool = False

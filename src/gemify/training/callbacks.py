@@ -23,23 +23,18 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Progress(TrainerCallback):
-    """A progress bar with the losses, one JSON line per step, and TensorBoard if it is installed.
-
-    First process only.
-    """
+    """A progress bar with the losses, and one JSON line per step. First process only."""
 
     def __init__(self, directory: Path, *, show: bool) -> None:
         self.path = directory / METRICS_FILE
         self.show = show
         self.bar: Any = None
-        self.board: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the outputs. After a resume ``metrics.jsonl`` keeps only the steps before the checkpoint."""
         if not state.is_world_process_zero:
             return
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="train", disable=not self.show)
-        self.board = _tensorboard(self.path.parent / "tensorboard")
         with atomic_file(self.path) as stage:
             stage.write_text("".join(_line(entry) for entry in state.log_history))
 
@@ -58,17 +53,11 @@ class Progress(TrainerCallback):
             file.write(_line({**logs, "step": state.global_step}))
         shown = {k: f"{logs[k]:.3g}" for k in ("ntp", "contrastive", "learning_rate", "eval_sts") if k in logs}
         self.bar.set_postfix({"lr" if k == "learning_rate" else k: v for k, v in shown.items()})
-        if self.board is not None:
-            for name, value in logs.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(f"train/{name}", value, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Close the outputs."""
+        """Close the bar."""
         if self.bar is not None:
             self.bar.close()
-        if self.board is not None:
-            self.board.close()
 
 
 class StopOnSignal(TrainerCallback):
@@ -94,14 +83,6 @@ def _line(entry: dict[str, Any]) -> str:
     return (
         json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in entry.items()}) + "\n"
     )
-
-
-def _tensorboard(directory: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(directory))
 
 
 class Encoder(Protocol):

@@ -156,8 +156,8 @@ class Recipe:
     seed: int = 0
     precision: Precision = "auto"
     quantize: str | None = None
-    """Bits of the frozen base's weights on a CPU: int8 or int4. None: as they are. No gradient runs through a gated
-    text, so this is QLoRA without its cost."""
+    """Bits of the frozen base's weights: int8, int4 (CPUs) or nf4 (bitsandbytes). None: as they are. No gradient runs
+    through a gated text, so this is QLoRA without its cost."""
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
     """sdpa, eager or flex_attention (GPUs: block masks, for long rows). None: the model's own."""

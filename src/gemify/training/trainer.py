@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback, is_tensorboard_available
 
 from gemify.io.atomic import atomic_file
 from gemify.io.signals import StopRequestedError, stop_signals
@@ -63,11 +64,12 @@ class _ShardedRecipeTrainer(ShardedTrainer, _RecipeTrainer):
 
 def train(
     recipe: Recipe,
-    output: Path,
+    output: str | Path,
     *,
     resume: bool = False,
     device: str | None = None,
     show_progress_bar: bool = True,
+    report_to: Sequence[str] = (),
     on_ready: Callable[[GemModel], None] | None = None,
 ) -> tuple[GemModel, dict[str, Any]]:
     """Run a recipe and save the GEM to a directory.
@@ -78,6 +80,8 @@ def train(
         resume: Go on from the last complete checkpoint, with the batches, losses and weights of an uninterrupted run.
         device: Where to train. None: the accelerator if there is one.
         show_progress_bar: Show a progress bar on stderr.
+        report_to: transformers' names of where the metrics go beside ``metrics.jsonl``, such as ``wandb``, or ``none``.
+            Empty: ``tensorboard`` if it is installed.
         on_ready: Called with the untrained model.
 
     Returns:
@@ -88,6 +92,7 @@ def train(
         FloatingPointError: The loss became infinite or not a number.
         StopRequestedError: A signal stopped the run after a checkpoint.
     """
+    output = Path(output)
     sharded = is_sharded(recipe, device)
     checkpoint = prepare_directory(recipe, output, resume=resume)
     device = _device(device)
@@ -101,7 +106,7 @@ def train(
         on_ready(gem)
     torch.manual_seed(recipe.seed)
     runs_on = torch.device("cuda") if sharded and torch.cuda.is_available() else gem.device
-    arguments = _arguments(recipe, output, device=runs_on, evaluated=pairs is not None)
+    arguments = _arguments(recipe, output, device=runs_on, evaluated=pairs is not None, report_to=report_to)
     batches = Batches(
         recipe,
         sources,
@@ -138,6 +143,9 @@ def _run(trainer: _RecipeTrainer, output: Path, checkpoint: Path | None) -> None
     recipe, arguments = trainer.recipe, trainer.args
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(output / "tensorboard")
     if recipe.gradient_checkpointing:
         enable_activation_checkpointing(trainer.gem.lm)
     if arguments.should_save:
@@ -236,7 +244,9 @@ def uses_bf16(recipe: Recipe, device: str | None) -> bool:
     return recipe.precision == "bf16"
 
 
-def _arguments(recipe: Recipe, output: Path, *, device: torch.device, evaluated: bool) -> TrainingArguments:
+def _arguments(
+    recipe: Recipe, output: Path, *, device: torch.device, evaluated: bool, report_to: Sequence[str]
+) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(output / CHECKPOINTS),
         max_steps=recipe.max_steps,
@@ -249,7 +259,7 @@ def _arguments(recipe: Recipe, output: Path, *, device: torch.device, evaluated:
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(report_to) or ["tensorboard" if is_tensorboard_available() else "none"],
         save_steps=recipe.save_steps,
         save_total_limit=recipe.save_total_limit,
         eval_strategy="steps" if evaluated else "no",
