@@ -18,6 +18,7 @@ import openpyxl
 import pptx
 import pypdf
 import pytest
+from docx.enum.style import WD_STYLE_TYPE
 from docx.opc.packuri import PackURI
 from docx.opc.part import Part
 from docx.oxml import parse_xml
@@ -30,6 +31,7 @@ from gemify.retrieval.documents import Section, Skipped
 from gemify.retrieval.lance import connect, text_index, text_query
 from gemify.retrieval.loaders import Columns, find_files, read_file
 
+M = 'xmlns:m="http://schemas.openxmlformats.org/officeDocument/2006/math"'
 W = 'xmlns:w="http://schemas.openxmlformats.org/wordprocessingml/2006/main"'
 
 
@@ -73,6 +75,28 @@ def word(path: Path, *elements: str) -> Path:
             "old place",
         ),
         (
+            f"<w:p {W}><w:r><w:t>in sight</w:t></w:r><w:r><w:rPr><w:vanish/></w:rPr><w:t>gone</w:t></w:r></w:p>",
+            "in sight",
+            "gone",
+        ),
+        (
+            f"<w:p {W} {M}><w:r><w:t>Energy </w:t></w:r><m:oMath><m:r><m:t>E=mc</m:t></m:r></m:oMath></w:p>",
+            "Energy E=mc",
+            "",
+        ),
+        (
+            f"<w:p {W}><w:r><w:ruby><w:rt><w:r><w:t>かん</w:t></w:r></w:rt><w:rubyBase><w:r><w:t>漢字</w:t></w:r></w:rubyBase>"
+            "</w:ruby></w:r></w:p>",
+            "漢字",
+            "かん",
+        ),
+        (
+            f"<w:tbl {W}><w:tr><w:trPr><w:del/></w:trPr><w:tc><w:p><w:r><w:t>gone</w:t></w:r></w:p></w:tc></w:tr><w:tr><w:tc>"
+            "<w:p><w:r><w:t>kept</w:t></w:r></w:p></w:tc></w:tr></w:tbl>",
+            "kept",
+            "gone",
+        ),
+        (
             f"<w:tbl {W}><w:tr><w:tc><w:p><w:r><w:t>outer</w:t></w:r></w:p><w:tbl><w:tr><w:tc><w:p><w:r><w:t>inner</w:t>"
             "</w:r></w:p></w:tc></w:tr></w:tbl><w:p/></w:tc><w:tc><w:p><w:r><w:t>right</w:t></w:r></w:p></w:tc></w:tr>"
             "</w:tbl>",
@@ -100,10 +124,16 @@ def test_words_headers_come_once_and_merged_cells_too(tmp_path: Path) -> None:
     table.cell(0, 2).merge(table.cell(1, 2)).text = "tall"
     for _ in range(2):
         document.add_section().header.is_linked_to_previous = True
-    document.sections[0].header.paragraphs[0].text = "Letterhead"
+    first = document.sections[0]
+    first.different_first_page_header_footer = document.settings.odd_and_even_pages_header_footer = True
+    first.header.paragraphs[0].text = "Letterhead"
+    first.first_page_footer.paragraphs[0].text, first.even_page_header.paragraphs[0].text = "Imprint", "Even"
+    document.styles.add_style("Mine", WD_STYLE_TYPE.PARAGRAPH).base_style = document.styles["Heading 2"]
+    document.add_paragraph("A heading", style="Mine")
     document.save(str(tmp_path / "a.docx"))
     text = text_of(tmp_path / "a.docx")
-    assert [text.count(word) for word in ("wide", "tall", "Letterhead")] == [1, 1, 1]
+    assert [text.count(word) for word in ("wide", "tall", "Letterhead", "Imprint", "Even")] == [1] * 5
+    assert read(tmp_path / "a.docx")[-1].headings == ("A heading",)
 
 
 def test_html_rows_are_lines_and_hidden_text_is_left_out(tmp_path: Path) -> None:
@@ -130,6 +160,7 @@ def test_html_rows_are_lines_and_hidden_text_is_left_out(tmp_path: Path) -> None
         ("<li hidden>gone<li>seen", "seen"),
         ("<dl><dt>a<dd>b<dt>c<dd>d</dl>", "a\n\nb\n\nc\n\nd"),
         ("<select><option>a<option>b</select><textarea>c</textarea>d", "a\n\nb\n\nc\n\nd"),
+        ("<p>Donau&shy;dampf\u00adschiff", "Donaudampfschiff"),
         ("<dialog>gone</dialog><dialog open>a</dialog>b", "a\n\nb"),
         ("<div>" * 2000 + "a" + "</div>" * 2000 + "<p>b", "a\n\nb"),
     ],
@@ -188,6 +219,16 @@ def test_front_matter_is_no_heading(tmp_path: Path, end: str) -> None:
     assert second.location(at, at + 5) == "line 6"
 
 
+def test_front_matter_in_toml_and_with_nested_keys(tmp_path: Path) -> None:
+    (tmp_path / "a.md").write_text('+++\ntitle = "Owls"\ntags = ["birds", "night"]\n+++\nThey hunt.\n')
+    assert [(s.title, s.text.strip()) for s in read(tmp_path / "a.md")] == [
+        ("Owls", "tags: birds, night"),
+        ("Owls", "They hunt."),
+    ]
+    (tmp_path / "b.md").write_text("---\nauthors:\n  - {name: Ann, place: Žilina}\n---\nThey hunt.\n")
+    assert read(tmp_path / "b.md")[0].text == "authors: name: Ann, place: Žilina"
+
+
 @pytest.mark.parametrize("text", ["---\nno: [yaml\n---\nbody\n", "---\njust words\n---\nbody\n", "---\nnever ends\n"])
 def test_what_is_no_front_matter_is_text(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.md").write_text(text)
@@ -240,6 +281,69 @@ def test_a_sheets_rows_have_their_columns_names(tmp_path: Path) -> None:
     assert first.text.splitlines()[:2] == ["Name: lark | Count: 3", "Name: owl | Count: 4"]
     assert first.location(0, 1) == 'sheet "2026" rows 3-27'
     assert second.location(0, 1) == 'sheet "2026" rows 28-39'
+
+
+def test_formulas_that_nothing_has_calculated_are_named(tmp_path: Path) -> None:
+    book = openpyxl.Workbook()
+    for row in (["Fee", "Sum"], [20, "=A2*2"], [30, "=A3*2"]):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    skipped, section = read_file(tmp_path / "a.xlsx", Columns())
+    assert isinstance(skipped, Skipped)
+    assert skipped.reason.startswith('sheet "Sheet": 2 formulas have no value')
+    assert isinstance(section, Section)
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "lines", "place"),
+    [
+        ("a.csv", "Name,Count\nlark,3\nowl,4\n", ["Name: lark | Count: 3", "Name: owl | Count: 4"], "rows 1-2"),
+        ("b.csv", "Name;Price\nlark;3,50\n", ["Name: lark | Price: 3,50"], "row 1"),
+        ("c.tsv", "Name\tCount\nlark\t\n", ["Name: lark"], "row 1"),
+        ("d.csv", 'Name,Note\nlark,"two\nlines"\n', ["Name: lark | Note: two lines"], "row 1"),
+        (
+            "e.csv",
+            "Name,Note\nlark,a\nowl,b,c\nwren,d\n",
+            ["Name: lark | Note: a", "owl,b,c", "Name: wren | Note: d"],
+            "rows 1-3",
+        ),
+        ("f.csv", "1,2\n3,4\n", ["1,2", "3,4"], "lines 1-2"),
+        ("g.csv", "a,a\n3,4\n", ["a,a", "3,4"], "lines 1-2"),
+        ("h.csv", "owls\nlarks\n", ["owls", "larks"], "lines 1-2"),
+    ],
+)
+def test_a_tables_rows_have_their_columns_names(
+    tmp_path: Path, name: str, table: str, lines: list[str], place: str
+) -> None:
+    (tmp_path / name).write_text(table)
+    (section,) = read(tmp_path / name)
+    assert section.text.splitlines() == lines
+    assert section.location(0, len(section.text.rstrip())) == place
+
+
+def test_a_long_table_is_read_in_parts(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("Name,Count\n" + "".join(f"lark,{n}\n" for n in range(1, 61)))
+    parts = read(tmp_path / "a.csv")
+    assert [part.location(0, len(part.text)) for part in parts] == ["rows 1-25", "rows 26-50", "rows 51-60"]
+    assert parts[1].text.startswith("Name: lark | Count: 26\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "error"),
+    [
+        ("a.txt", "Käuze".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
+        ("a.md", "猫头鹰".encode("utf-16"), "iconv -f utf-16 -t utf-8"),
+        ("b.txt", "owls\nKäuze".encode("cp1252"), "line 2 is not UTF-8 text: .* iconv -f cp1252 -t utf-8"),
+        ("c.txt", b"a\r\nb\rc\n", ""),
+    ],
+)
+def test_encodings_and_line_ends(tmp_path: Path, name: str, raw: bytes, error: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    if error:
+        with pytest.raises(ValueError, match=error):
+            read(tmp_path / name)
+    else:
+        assert text_of(tmp_path / name) == "a\nb\nc\n"
 
 
 def test_what_stands_above_the_columns_names_is_no_name(tmp_path: Path) -> None:
@@ -421,6 +525,11 @@ def test_comments_are_text_with_their_place(tmp_path: Path) -> None:
     assert text_of(tmp_path / "a.odt").split("\n") == ["Owls hunt.", "Comment by Ann: So?", "", "Letterhead"]
 
 
+def test_hidden_text_in_rtf_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.rtf").write_bytes(rb"{\rtf1 R2\_D2 {\v gone}{\v gone\v0  and} \v gone\plain  on\par}")
+    assert text_of(tmp_path / "a.rtf").split() == ["R2-D2", "and", "on"]
+
+
 def test_an_image_in_rtf_is_no_text(tmp_path: Path) -> None:
     raw = rb"{\rtf1 before {\pict\bin7 }{\'41\\ }after {\*\x gone}{\pict 00ff}\u8364\'80}"
     (tmp_path / "a.rtf").write_bytes(raw)
@@ -446,6 +555,23 @@ def test_open_document_text(tmp_path: Path) -> None:
     (section,) = read(tmp_path / "a.odt")
     assert section.text == "Owls\n\nThey  hunt at night.\n\na | b\n\nitem"
     assert section.headings == ("Owls",)
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "text"),
+    [
+        (
+            "Owls<t:note><t:note-citation>1</t:note-citation><t:note-body><t:p>So.</t:p></t:note-body></t:note> hunt.",
+            "Owls [So.] hunt.",
+        ),
+        ("Owls<d:custom-shape><t:p>In a shape</t:p></d:custom-shape>hunt.", "Owls\nIn a shape\nhunt."),
+        ("<t:ruby><t:ruby-base>漢字</t:ruby-base><t:ruby-text>かんじ</t:ruby-text></t:ruby>だ", "漢字だ"),
+    ],
+)
+def test_what_stands_within_a_paragraph_of_open_document_text(tmp_path: Path, paragraph: str, text: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.odt", "w") as archive:
+        archive.writestr("content.xml", f'<o xmlns:t="urn:t" xmlns:d="urn:d"><body><t:p>{paragraph}</t:p></body></o>')
+    assert text_of(tmp_path / "a.odt") == text
 
 
 def test_an_e_books_chapters_come_in_their_order(tmp_path: Path) -> None:
@@ -486,6 +612,51 @@ def test_notebooks_mail_and_rtf(tmp_path: Path) -> None:
     assert text_of(tmp_path / "a.rtf").split() == ["Grüße", "€20,", "{x}", "Zeile"]
 
 
+HEAD = b"From: ann@a.example\nSubject: x\nMIME-Version: 1.0\nContent-Type: "
+PARTS = HEAD + b"multipart/%s; boundary=b\n\n--b\nContent-Type: text/plain\n\n%s\n--b\nContent-Type: %s\n\n%s\n--b--\n"
+LATIN = b"<meta http-equiv='Content-Type' content='text/html; charset=windows-1252'>"
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        (HEAD + b"text/html; charset=utf-8\n\n" + LATIN + "Käuze".encode(), "Käuze"),
+        (HEAD + b"text/plain; charset=x-unknown\n\nK\xe4uze", "Käuze"),
+        (HEAD + b"text/plain\n\nK\xe4uze", "Käuze"),
+        (PARTS % (b"alternative", b" ", b"text/html", b"<p>They hunt."), "They hunt."),
+        (PARTS % (b"alternative", b"They hunt.", b"text/html", b"<p>gone"), "They hunt."),
+        (
+            PARTS % (b"mixed", b"See:", b"message/rfc822", b"From: bob@b.example\n\nThey hunt."),
+            "See:\n\nFrom: bob@b.example\n\nThey hunt.",
+        ),
+        (PARTS % (b"mixed", b"One.", b"text/plain", b"Two."), "One.\n\nTwo."),
+        (PARTS % (b"mixed", b"One.", b"text/plain; name=a.txt", b"gone"), "One.\nAttached: a.txt"),
+    ],
+)
+def test_mail_as_programs_write_it(tmp_path: Path, raw: bytes, text: str) -> None:
+    (tmp_path / "a.eml").write_bytes(raw)
+    assert text_of(tmp_path / "a.eml") == f"From: ann@a.example\nSubject: x\n\n{text}"
+
+
+@pytest.mark.parametrize(
+    ("output", "text"),
+    [
+        (
+            {"output_type": "error", "ename": "ZeroDivisionError", "evalue": "division by zero"},
+            "ZeroDivisionError: division by zero",
+        ),
+        ({"data": {"text/html": ["<table><tr><td>a<td>b", "</table>"]}}, "a | b"),
+        ({"data": {"text/html": "<b>a", "text/plain": "<IPython.core.display.HTML object>"}}, "a"),
+        ({"data": {"text/markdown": "**a**", "text/plain": "<IPython.core.display.Markdown object>"}}, "**a**"),
+        ({"data": {"text/html": "<b>gone", "text/plain": "a"}}, "a"),
+    ],
+)
+def test_outputs_of_a_notebooks_cells(tmp_path: Path, output: dict[str, Any], text: str) -> None:
+    cells = [{"source": "x", "outputs": [output]}, {"source": None, "outputs": None}]
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert text_of(tmp_path / "a.ipynb") == f"x\n\n{text}"
+
+
 @pytest.mark.parametrize("suffix", [".pptx", ".xlsx", ".odt", ".epub", ".ipynb", ".eml", ".rtf", ".docx"])
 @pytest.mark.parametrize("raw", [b"", b"PK\3\4", b"\0\1\2" * 50, b"{}", None])
 def test_a_broken_file_is_one_line(tmp_path: Path, suffix: str, raw: bytes | None) -> None:
@@ -518,6 +689,27 @@ def test_what_is_not_read_is_counted_and_may_be_excluded(tmp_path: Path) -> None
     found = find_files([tmp_path], exclude=["drafts/*"])
     assert [p.relative_to(tmp_path).as_posix() for p in found.files] == ["a.md", "keep/h.log"]
     assert found.unread == {"excluded": 4, ".odp": 2, ".pages": 1, "linked directories": 1}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "found"),
+    [
+        ("*.log\n!keep.log", ["a.txt", "deep/b.txt", "deep/er/keep.log", "keep.log"]),
+        ("!keep.log\n*.log", ["a.txt", "deep/b.txt"]),
+        ("deep/*.log", ["a.log", "a.txt", "deep/b.txt", "deep/er/keep.log", "keep.log"]),
+        ("deep/**/*.log", ["a.log", "a.txt", "deep/b.txt", "keep.log"]),
+        ("**/er", ["a.log", "a.txt", "deep/b.log", "deep/b.txt", "keep.log"]),
+        ("/*.log", ["a.txt", "deep/b.log", "deep/b.txt", "deep/er/keep.log"]),
+        ("[ab].*", ["deep/er/keep.log", "keep.log"]),
+        ("deep/er/", ["a.log", "a.txt", "deep/b.log", "deep/b.txt", "keep.log"]),
+    ],
+)
+def test_gitignore_is_read_as_git_reads_it(tmp_path: Path, patterns: str, found: list[str]) -> None:
+    for name in ("a.txt", "a.log", "keep.log", "deep/b.txt", "deep/b.log", "deep/er/keep.log"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("text")
+    (tmp_path / ".gitignore").write_text(patterns)
+    assert [p.relative_to(tmp_path).as_posix() for p in find_files([tmp_path]).files] == found
 
 
 @pytest.mark.parametrize(

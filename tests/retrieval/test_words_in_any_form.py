@@ -61,6 +61,35 @@ def test_words_are_found_in_any_unicode_form(tmp_path: Path, text_form: str, que
             assert [hit.text for hit in corpus.text_search(query, 3)] == [texts[at]], word
 
 
+@pytest.mark.parametrize(
+    ("text", "queries"),
+    [
+        ("어제 도서관에서 책을 빌렸다.", "도서관 책 도서관에서 빌렸다"),
+        ("Die Straße war lang.", "Strasse STRASSE straße"),
+        ("ΟΔΟΣ ΑΘΗΝΩΝ", "οδός οδος Αθηνών"),
+        ("İstanbul'da", "istanbul İSTANBUL"),
+        ("Käuze jagen", "Kauze käuze KÄUZE"),
+        ("ذهبت أمس إلى المكتبة", "مكتبة المكتبة والمكتبة"),
+        ("أحمد يقرأ", "احمد أحمد"),
+        ("Donau\u00addampf\u00adschiff", "Donaudampfschiff"),
+        ("می\u200cخواهم", "می\u200cخواهم میخواهم"),
+        ("İki ﬁlozof", "filozof"),
+    ],
+)
+def test_words_are_found_as_people_write_them(tmp_path: Path, text: str, queries: str) -> None:
+    store = store_of(tmp_path / "store", ["owls hunt at night", text])
+    for query in queries.split():
+        assert [hit.text for hit in store.text_search(query, 3)] == [text], query
+
+
+def test_words_indexed_by_an_earlier_version_are_still_found(tmp_path: Path) -> None:
+    store = store_of(tmp_path / "store", ["owls"])
+    store._chunks.update(values={"words": "Die Straße, οδός, المكتبة"})
+    store.optimize()
+    for query in ("Straße", "οδός", "المكتبة"):
+        assert store.text_search(query, 1), query
+
+
 def test_an_older_word_index_is_named_and_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = store_of(tmp_path / "store", ["昨天我去图书馆借了书。", "owls"])
     store._chunks.create_index("words", config=FTS(), replace=True)

@@ -47,6 +47,41 @@ def test_shapes_of_other_trainers(tmp_path: Path, row: dict[str, Any], expected:
     assert list(Source(str(path))) == [Example(*values) for values in expected]
 
 
+@pytest.mark.parametrize(
+    ("name", "raw", "expected"),
+    [
+        ("a.csv", "sep=;\r\ntext;id\r\nowls, larks;1\r\n", [Example("owls, larks", id="1")]),
+        ("a.csv", '"sep=\t"\ntext\tid\nowls\t1\n', [Example("owls", id="1")]),
+        ("a.csv", "id, text\n1,owls\n", [Example("owls", id="1")]),
+        ("a.csv", 'text\nowls\nlarks, too\n"wrens, all"\n', [Example(t) for t in ("owls", "larks, too", "wrens, all")]),
+        ("a.jsonl", '{"query": "q", "pos": ["p"], "neg": [null, "n"]}', [Example("q", "p", "positive", ("n",))]),
+    ],
+)
+def test_tables_and_lists_as_programs_write_them(
+    tmp_path: Path, name: str, raw: str, expected: list[Example], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / name).write_text(raw)
+    assert list(Source(str(tmp_path / name))) == expected
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"sentence1": "a", "sentence2": "b"}, r"no column 'score' \(there are sentence1, sentence2\)"),
+        ({"messages": []}, "a list of messages, got an empty one"),
+        ({"Text": "a"}, r"no column 'text' \(there are Text\)"),
+    ],
+)
+def test_what_is_missing_is_named(
+    tmp_path: Path, row: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=message):
+        list(Source(str(tmp_path / "a.jsonl")))
+    assert not caplog.messages
+
+
 def test_triplets_of_tables(tmp_path: Path) -> None:
     for name, mark in (("a.csv", ","), ("b.tsv", "\t"), ("c.csv", ";"), ("d.csv", "\t")):
         rows = [("anchor", "positive", "negative"), ("a, x" if mark == ";" else "a", "p", "n"), ("b", "q", "")]

@@ -7,9 +7,8 @@
     .parquet         a table
     .txt and others  text, a row a line
 
-All but Parquet may be compressed (``.gz``, ``.zst``) and begin with a UTF-8 byte-order mark. Rows are numbered from 1:
-lines of JSON and text by their line, records of CSV, arrays and tables by their order. An error names the file and the
-row: ``FILE: reason``, or ``FILE row 7: reason``.
+All but Parquet may be compressed (``.gz``, ``.zst``) and begin with a UTF-8 byte-order mark. Rows are numbered from 1,
+those of JSON and text by their line, others by their order. Errors are ``FILE: reason`` or ``FILE row 7: reason``.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Format = Literal["jsonl", "json", "csv", "tsv", "parquet", "text"]
 COMPRESSIONS = (".gz", ".zst")
 ROW_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-_NOT_UTF8 = "not UTF-8 text: convert the file (iconv -t utf-8)"
+NOT_UTF8 = "not UTF-8 text: convert the file (such as iconv -f cp1252 -t utf-8)"
 _MAX_FIELD_CHARACTERS = 1 << 26  # of CSV: a quote that is never closed must not read the whole file into memory
 PARQUET_BATCH_ROWS = 512
 _TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", list: "a list"}
@@ -300,7 +299,7 @@ def line_row(number: int, line: bytes, path: str | Path, text_column: str, forma
     if number == 1:
         line = _without_mark(line, path)
     if format == "text":
-        return Row(number, line, partial(_parse_text, line, text_column))
+        return Row(number, line, lambda: {text_column: _decode(line).strip()})
     return Row(number, line, partial(_parse_json, line)) if line.strip() else None
 
 
@@ -315,7 +314,7 @@ def _parse_json(line: bytes) -> dict[str, Any]:
     try:
         value: Any = json.loads(line.decode())
     except UnicodeDecodeError:
-        raise ValueError(_NOT_UTF8) from None
+        raise ValueError(NOT_UTF8) from None
     except (ValueError, RecursionError):
         raise ValueError("not JSON: give one JSON object a line") from None
     return _require_object(value)
@@ -327,17 +326,13 @@ def _require_object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _parse_text(line: bytes, column: str) -> dict[str, str]:
-    return {column: _decode(line).strip()}
-
-
 def _decode(raw: bytes) -> str:
     if b"\0" in raw:
         raise ValueError("not UTF-8 text (a binary file?): give text")
     try:
         return raw.decode()
     except UnicodeDecodeError:
-        raise ValueError(_NOT_UTF8) from None
+        raise ValueError(NOT_UTF8) from None
 
 
 def _table_rows(stream: io.BufferedReader, path: str | Path, delimiter: str) -> Iterator[Row]:
@@ -351,16 +346,12 @@ def _table_rows(stream: io.BufferedReader, path: str | Path, delimiter: str) -> 
 
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     lines = texts()
-    first = next(lines, "")
-    if delimiter not in first:  # what Excel writes as CSV where a comma stands in numbers
-        delimiter = next((other for other in ";\t" if other in first), delimiter)
+    first, delimiter = _first_line(lines, delimiter)
     reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    begin, number = b"", 0
+    header, begin, number = list[str](), b"", 0
     while True:
-        reason = ""
         try:
-            fields = next(reader)
+            fields, reason = next(reader), ""
         except StopIteration:
             return
         except csv.Error as error:
@@ -369,11 +360,21 @@ def _table_rows(stream: io.BufferedReader, path: str | Path, delimiter: str) -> 
         read.clear()
         if not header:
             if reason or fields:
-                header, begin = fields, raw
+                header, begin = [name.strip() for name in fields], raw
                 _check_header(path, raw, header, reason)
         elif fields:
             number += 1
+            fields = [delimiter.join(fields)] if len(header) == 1 else fields
             yield Row(number, begin + raw, partial(_parse_record, raw, header, fields, reason))
+
+
+def _first_line(lines: Iterator[str], delimiter: str) -> tuple[str, str]:
+    """The header, and the delimiter that it, or Excel's line above it, shows."""
+    first = next(lines, "")
+    if first.startswith(("sep=", '"sep=')):
+        return next(lines, ""), first.strip('"\r\n')[4:5] or delimiter
+    others = (other for other in ";\t" if other in first)  # Excel's where a comma stands in numbers
+    return first, delimiter if delimiter in first else next(others, delimiter)
 
 
 def _check_header(path: str | Path, raw: bytes, header: list[str], reason: str) -> None:
@@ -403,7 +404,7 @@ def _array_rows(stream: io.BufferedReader, path: str | Path) -> Iterator[Row]:
         for number, (text, value) in enumerate(array_elements(io.TextIOWrapper(stream, "utf-8-sig", newline="")), 1):
             yield Row(number, text.encode(), partial(_require_object, value))
     except UnicodeDecodeError:
-        raise ValueError(f"{path} row {number + 1}: {_NOT_UTF8}") from None
+        raise ValueError(f"{path} row {number + 1}: {NOT_UTF8}") from None
     except (json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path} row {number + 1}: not JSON: mend the array of objects") from None
 
@@ -444,7 +445,6 @@ def parquet_batch_rows(batch: Any) -> Iterator[Row]:
 
 def _parse_batch_row(batch: Any) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = batch.to_pylist()[0]
+        return dict(batch.to_pylist()[0])
     except UnicodeDecodeError:
-        raise ValueError(_NOT_UTF8) from None
-    return values
+        raise ValueError(NOT_UTF8) from None

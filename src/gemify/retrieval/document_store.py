@@ -36,6 +36,7 @@ from gemify.retrieval.lance import (
     is_old_text_index,
     only_writer,
     open_table,
+    query_form,
     readable,
     remove_prefix,
     sample_rows,
@@ -376,7 +377,7 @@ class Store:
         """
         with readable(self.uri):
             self._warn_old_words()
-            search = self._chunks.search(text_query(word_form(query), ["words"]), query_type="fts")
+            search = self._chunks.search(text_query(query_form(query), ["words"]), query_type="fts")
             return self._hits(search, k, "_score")
 
     def _warn_old_words(self) -> None:

@@ -14,6 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from gemify.io.rows import NOT_UTF8
+
 
 @dataclass(frozen=True)
 class Section:
@@ -121,7 +123,7 @@ def read_markdown(path: Path) -> Iterator[Section | Skipped]:
     """A section a heading, its text as it is written."""
     from markdown_it import MarkdownIt
 
-    text = _utf8(path)
+    text = decode_utf8(path.read_bytes())
     keys, text = _front_matter(text)
     lines = [line for line in re.split(r"(?<=\n)", text) if line]  # the parser's: str.splitlines knows more line ends
     tokens = MarkdownIt("commonmark").parse(text)
@@ -143,14 +145,16 @@ def read_markdown(path: Path) -> Iterator[Section | Skipped]:
 
 
 def _front_matter(text: str) -> tuple[dict[str, Any], str]:
-    """The keys of YAML front matter, and the text with empty lines in its place."""
-    found = re.match(r"---[ \t]*\n(.*?\n)(?:---|\.\.\.)[ \t]*(?:\n|\Z)", text, re.DOTALL)
+    """The keys of front matter in YAML, or TOML between ``+++``, and the text with empty lines in its place."""
+    found = re.match(r"(---|\+\+\+)[ \t]*\n(.*?\n)(?:\1|\.\.\.)[ \t]*(?:\n|\Z)", text, re.DOTALL)
     if found is None:
         return {}, text
+    import tomllib
+
     import yaml
 
     try:
-        keys = yaml.safe_load(found[1])
+        keys = yaml.safe_load(found[2]) if found[1] == "---" else tomllib.loads(found[2])
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}, text
     if not isinstance(keys, dict):
@@ -159,18 +163,22 @@ def _front_matter(text: str) -> tuple[dict[str, Any], str]:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_plain(inner)}" for name, inner in value.items())
+    return ", ".join(map(_plain, value)) if isinstance(value, list) else str(value)
 
 
-def _utf8(path: Path) -> str:
-    raw = path.read_bytes()
+def decode_utf8(raw: bytes, first_line: int = 1) -> str:
+    """Return UTF-8 text with line ends of one kind. Raises ValueError with the command that converts another."""
+    if first_line == 1 and raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("UTF-16 text: convert it to UTF-8 (iconv -f utf-16 -t utf-8)")
     if b"\0" in raw:
         raise ValueError("a binary file: give text")
     try:
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8-sig" if first_line == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        line = 1 + raw.count(b"\n", 0, error.start)
-        raise ValueError(f"line {line} is not UTF-8 text: convert the file (iconv -t utf-8)") from error
+        line = first_line + raw.count(b"\n", 0, error.start)
+        raise ValueError(f"line {line} is {NOT_UTF8}") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -193,7 +201,12 @@ def sections_of_html(raw: bytes, *, title: str | None = None, boilerplate: bool 
     if b"\0" in raw and not raw.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError("a binary file: give HTML")
     try:
-        soup = BeautifulSoup(raw, "lxml")
+        raw.decode()
+        encoding = "utf-8"  # whatever the page says: other encodings' texts are not UTF-8 by chance
+    except UnicodeDecodeError:
+        encoding = None
+    try:
+        soup = BeautifulSoup(raw, "lxml", from_encoding=encoding)
         own = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
         for unseen in [*soup(_UNSEEN), *soup("dialog", open=False), *soup(hidden=True), *soup(style=_HIDDEN)]:
             if unseen.name not in ("html", "body"):
@@ -245,9 +258,9 @@ def _blocks(soup: Any) -> Iterator[tuple[int, str]]:
 def _block(block: Any, words: list[str]) -> Iterator[tuple[int, str]]:
     text = "".join(words)
     if block is not None and block.name == "pre":
-        text = text.strip("\n")
+        text = text.replace("\u00ad", "").strip("\n")
     else:
-        text = "\n".join(filter(None, (_SPACE.sub(" ", line).strip() for line in _lines(words))))
+        text = "\n".join(filter(None, (_SPACE.sub(" ", line).replace("\u00ad", "").strip() for line in _lines(words))))
     if text.strip():
         heading = _HEADING.match(block.name) if block is not None else None
         yield (int(heading[1]) if heading else 0), text
@@ -273,7 +286,8 @@ def read_docx(path: Path) -> Iterator[Section | Skipped]:
         document = docx.Document(str(path))
         title = document.core_properties.title or ""
         parts = list(_docx_blocks(document.element.body, document))
-        around = [part for s in document.sections for part in (s.header, s.footer, s.first_page_header)]
+        kinds = ("header", "footer", "first_page_header", "first_page_footer", "even_page_header", "even_page_footer")
+        around = [getattr(section, kind) for section in document.sections for kind in kinds]
         parts += [(0, text) for text in _docx_notes(document)]
         texts = ("\n".join(t for _, t in _docx_blocks(p._element, document) if t.strip()) for p in around)
         parts += [(0, text) for text in dict.fromkeys(texts) if text]
@@ -285,7 +299,14 @@ def read_docx(path: Path) -> Iterator[Section | Skipped]:
 
 
 _WORD = "{http://schemas.openxmlformats.org/wordprocessingml/2006/main}"
-_NOT_TEXT = (f"{_WORD}del", f"{_WORD}moveFrom", "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback")
+_MATH_TEXT = "{http://schemas.openxmlformats.org/officeDocument/2006/math}t"
+_NOT_TEXT = (
+    f"{_WORD}del",
+    f"{_WORD}moveFrom",
+    f"{_WORD}rt",
+    "{http://schemas.openxmlformats.org/markup-compatibility/2006}Fallback",
+)
+_NOT_RUN_TEXT = (*_NOT_TEXT, f"{_WORD}txbxContent", f"{_WORD}pPr", f"{_WORD}rPr")
 _BREAKS = {f"{_WORD}tab": "\t", f"{_WORD}br": "\n", f"{_WORD}cr": "\n", f"{_WORD}noBreakHyphen": "-"}
 
 
@@ -322,13 +343,18 @@ def _run_text(element: Any) -> str:
     """The text of a paragraph as it reads with all changes accepted, without that of its text boxes."""
     parts = []
     for child in element:
-        if child.tag == f"{_WORD}t":
+        if child.tag in (f"{_WORD}t", _MATH_TEXT):
             parts.append(child.text or "")
         elif child.tag in _BREAKS:
             parts.append(_BREAKS[child.tag])
-        elif child.tag not in (*_NOT_TEXT, f"{_WORD}txbxContent", f"{_WORD}pPr", f"{_WORD}rPr"):
+        elif child.tag not in _NOT_RUN_TEXT and not _is_hidden(child):
             parts.append(_run_text(child))
     return "".join(parts)
+
+
+def _is_hidden(run: Any) -> bool:
+    mark = run.find(f"{_WORD}rPr/{_WORD}vanish")
+    return mark is not None and mark.get(f"{_WORD}val", "1") not in ("0", "false", "off")
 
 
 def _table_rows(table: Any, document: Any) -> Iterator[str]:
@@ -336,6 +362,8 @@ def _table_rows(table: Any, document: Any) -> Iterator[str]:
     for row in table.iter(f"{_WORD}tr"):
         if next(row.iterancestors(f"{_WORD}tbl")) is not table:
             continue  # a table in a cell: it stands in that cell
+        if row.find(f"{_WORD}trPr/{_WORD}del") is not None:
+            continue
         cells = [c for c in row.iter(f"{_WORD}tc") if next(c.iterancestors(f"{_WORD}tr")) is row]
         yield " | ".join(
             " ".join(t.replace("\n", "; ") for _, t in _docx_blocks(c, document) if t).strip() for c in cells
@@ -343,11 +371,15 @@ def _table_rows(table: Any, document: Any) -> Iterator[str]:
 
 
 def _level(paragraph: Any) -> int:
-    style = (paragraph.style.name if paragraph.style is not None else "") or ""
-    if style == "Title":
-        return 1
-    number = style.removeprefix("Heading ")
-    return int(number) if style.startswith("Heading ") and number.isdigit() else 0
+    style, seen = paragraph.style, 0
+    while style is not None and seen < 20:  # a style of one's own is based on one of Word's
+        name = style.name or ""
+        if name == "Title":
+            return 1
+        if name.startswith("Heading ") and name[8:].isdigit():
+            return int(name[8:])
+        style, seen = style.base_style, seen + 1
+    return 0
 
 
 def refuse_encrypted(path: Path) -> None:

@@ -23,6 +23,10 @@ IndexKind = Literal["flat", "sq", "pq", "rq"]
 _TEXT_INDEX = {"base_tokenizer": "icu/split", "remove_stop_words": False}
 """Words of any script; "The Who" has two."""
 _VOWEL_SIGNS = re.compile("[\u0591-\u05bd\u05bf-\u05c7\u0610-\u061a\u0640\u064b-\u065f\u0670]")
+_ACCENTS = re.compile("[\u0300-\u036f\u00ad\u200c-\u200f\u202a-\u202e\u2060\u2066-\u2069\ufeff]")
+"""Also what is not seen: soft hyphens, joiners, marks of direction."""
+_ARABIC_ARTICLE = re.compile(r"\b\u0648?[\u0628\u0643\u0641]?\u0627\u0644(?=\w{3})")
+_HANGUL = re.compile("[\uac00-\ud7a3]{2,}")
 _PART = 500  # values of one SQL list
 
 
@@ -87,11 +91,28 @@ def is_old_text_index(index: Any) -> bool:
 
 
 def word_form(text: str) -> str:
-    """A text as its words are indexed and searched: in NFKC, without the vowel signs of Arabic and Hebrew.
+    """A text as its words are indexed: whichever way a keyboard or a file system writes them, they are found.
 
-    So words are found whichever way a keyboard or a file system writes their accents and widths.
+    Case, accents, widths, vowel signs and the Arabic article are folded. A Korean word, to whose noun particles are
+    attached, is followed by its pairs of syllables and its first one.
     """
-    return _VOWEL_SIGNS.sub("", unicodedata.normalize("NFKC", text))
+    return _HANGUL.sub(lambda match: " ".join([*_hangul_parts(match[0]), match[0][0]]), _fold(text))
+
+
+def query_form(query: str) -> str:
+    """The words of a query as `word_form` has indexed them, now or in an earlier version."""
+    words = _HANGUL.sub(lambda match: " ".join(_hangul_parts(match[0])), _fold(query)).split()
+    earlier = _VOWEL_SIGNS.sub("", unicodedata.normalize("NFKC", query)).split()
+    return " ".join([*words, *(word for word in earlier if word.lower() not in words)])
+
+
+def _fold(text: str) -> str:
+    plain = _ACCENTS.sub("", _VOWEL_SIGNS.sub("", unicodedata.normalize("NFKD", text)))
+    return _ARABIC_ARTICLE.sub("", unicodedata.normalize("NFC", plain).casefold())
+
+
+def _hangul_parts(word: str) -> list[str]:
+    return list(dict.fromkeys([word, *(word[at : at + 2] for at in range(len(word) - 1))]))
 
 
 def word_forms(query: str) -> str:

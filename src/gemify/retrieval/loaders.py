@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from unicodedata import normalize
 
 from gemify.io.rows import (
     COMPRESSIONS,
+    Row,
     decompress,
     has_column,
     optional_text,
@@ -28,7 +30,7 @@ from gemify.io.rows import (
     row_id,
 )
 from gemify.retrieval import office
-from gemify.retrieval.documents import Section, Skipped, read_docx, read_html, read_markdown
+from gemify.retrieval.documents import Section, Skipped, decode_utf8, read_docx, read_html, read_markdown
 from gemify.retrieval.pdf import read_pdf
 
 READING_VERSION = 5
@@ -45,6 +47,7 @@ _WHOLE: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {
     ".markdown": read_markdown,
     ".html": read_html,
     ".htm": read_html,
+    ".xhtml": read_html,
     ".pdf": read_pdf,
     ".docx": read_docx,
     **office.READERS,
@@ -55,6 +58,7 @@ _PIECE = 1 << 20
 """Bytes of a plain text after which a section ends, at the next line if it is near: memory stays flat."""
 _PACKAGES = frozenset(["node_modules", "__pycache__", "site-packages", "bower_components"])
 """Directories that hold what others wrote."""
+_TABLE_ROWS = 25  # in a section
 _BROKEN_ROWS = 10  # of a file that are named one by one
 
 
@@ -148,29 +152,37 @@ def _walk(root: Path, skipped: list[Skipped], unread: Counter[str], exclude: Seq
 
 
 def _gitignore(path: Path) -> list[str]:
-    """Patterns of a .gitignore file; those that take something back (``!``) are left out with what they take back."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    kept = {line.strip()[1:] for line in lines if line.startswith("!")}
-    patterns = [line.strip() for line in lines if line.strip() and not line.startswith(("#", "!"))]
-    return [pattern for pattern in patterns if pattern not in kept]
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def _is_excluded(path: Path, ignored: Sequence[tuple[Path, str]], *, is_dir: bool) -> bool:
-    """Whether a pattern names a file or directory: by its name, or with a slash by its path from where it was given."""
+    """Whether a pattern names a file or directory: by its name, or with a slash by its path from where it was given.
+
+    The last pattern that fits decides; ``!`` takes a file back.
+    """
+    excluded = False
     for root, given in ignored:
-        pattern = normalize("NFC", given.rstrip("/"))
+        pattern = normalize("NFC", given.removeprefix("!").rstrip("/"))
         if (given.endswith("/") and not is_dir) or not path.is_relative_to(root):
             continue
-        relative = normalize("NFC", path.relative_to(root).as_posix())
-        if "/" not in pattern.strip("/") and not pattern.startswith("/"):
-            if fnmatch.fnmatchcase(relative.rpartition("/")[2], pattern):
-                return True
-        elif fnmatch.fnmatchcase(relative, pattern.lstrip("/").replace("**/", "*")):
-            return True
-    return False
+        parts = normalize("NFC", path.relative_to(root).as_posix()).split("/")
+        wanted = pattern.lstrip("/").split("/") if "/" in pattern else ["**", pattern]
+        if _fits(parts, wanted):
+            excluded = not given.startswith("!")
+    return excluded
+
+
+def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether a path's names fit those of a pattern, in which ``**`` stands for any number of names."""
+    if not wanted:
+        return not parts
+    if wanted[0] == "**":
+        return _fits(parts, wanted[1:]) or (bool(parts) and _fits(parts[1:], wanted))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
 
 
 def _kind(path: Path) -> str | None:
@@ -215,6 +227,8 @@ def read_file(path: Path, columns: Columns, *, ocr: bool = False) -> Iterator[Se
                 yield from read_pdf(path, ocr=ocr) if reader is read_pdf else reader(path)
             elif _holds_rows(path, columns):
                 yield from _read_rows(path, columns)
+            elif _kind(path) in (".csv", ".tsv") and _has_column_names(path):
+                yield from _read_table(path)
             else:  # a file of no known kind was named by the user: it may be text
                 yield from _read_plain(path)
     except ValueError as error:
@@ -223,16 +237,6 @@ def read_file(path: Path, columns: Columns, *, ocr: bool = False) -> Iterator[Se
         raise ValueError(
             f"cannot be read ({error.strerror or type(error).__name__}): allow it or restore it"
         ) from error
-
-
-def _decode(raw: bytes, first_line: int) -> str:
-    if b"\0" in raw:
-        raise ValueError("a binary file: give text")
-    try:
-        return raw.decode("utf-8-sig" if first_line == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + raw.count(b"\n", 0, error.start)
-        raise ValueError(f"line {line} is not UTF-8 text: convert the file (iconv -t utf-8)") from error
 
 
 def _read_plain(path: Path) -> Iterator[Section]:
@@ -244,7 +248,7 @@ def _read_plain(path: Path) -> Iterator[Section]:
             for _ in range(3):  # a line that goes on is cut between characters
                 if (ahead := file.peek(1)[:1]) and 0x80 <= ahead[0] < 0xC0:
                     raw += file.read(1)
-            yield Section(_decode(raw, first_line), unit="line", first=first_line)
+            yield Section(decode_utf8(raw, first_line), unit="line", first=first_line)
             first_line += raw.count(b"\n")
 
 
@@ -262,11 +266,54 @@ def _holds_rows(path: Path, columns: Columns) -> bool:
         return False
 
 
+def _has_column_names(path: Path) -> bool:
+    """Whether the first line of a table names its columns: several, and none is empty or a number."""
+    try:
+        first = next(read_rows(path), None)
+        names = [] if first is None else list(first.parse())
+    except ValueError:
+        return False
+    return len(names) > 1 and not any(re.fullmatch(r"[\d\s.,%+-]*", name) for name in names)
+
+
+def _read_table(path: Path) -> Iterator[Section | Skipped]:
+    """A table without the text column: a line a row, with its columns' names; some rows are a section."""
+    lines: list[str] = []
+    last = 0
+    for item in _read_each(path, (), _named_values):
+        if isinstance(item, Skipped):
+            yield item
+            continue
+        number, line = item
+        if lines and (number != last + 1 or len(lines) == _TABLE_ROWS):
+            yield Section("\n".join(lines), unit="row", first=last - len(lines) + 1)
+            lines = []
+        lines.append(line)
+        last = number
+    yield Section("\n".join(lines), unit="row", first=last - len(lines) + 1)
+
+
+def _named_values(row: Row) -> tuple[int, str]:
+    try:
+        values = row.parse()
+    except ValueError:  # too many or too few fields: the record as it stands behind the header
+        text = decode_utf8(row.raw, 2).partition("\n")[2]
+        return row.number, " ".join(text.split())
+    said = ((name, " ".join(value.split())) for name, value in values.items())
+    return row.number, " | ".join(f"{name}: {value}" for name, value in said if value)
+
+
 def _read_rows(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
+    wanted = (columns.text, columns.title, "_id", "id")
+    return _read_each(path, wanted, lambda row: _section(row.parse(), row.number, columns))
+
+
+def _read_each(path: Path, columns: Sequence[str], read: Callable[[Row], Any]) -> Iterator[Any]:
+    """What is read of each row; those that cannot be read are named, up to some."""
     broken = 0
-    for row in read_rows(path, columns=(columns.text, columns.title, "_id", "id")):
+    for row in read_rows(path, columns=columns):
         try:
-            yield _section(row.parse(), row.number, columns)
+            yield read(row)
         except ValueError as error:
             broken += 1
             if broken <= _BROKEN_ROWS:

@@ -30,6 +30,10 @@ _SHEET_ROWS = 25
 """Rows of a sheet in one section, each with its columns' names."""
 
 
+_NO_VALUE = re.compile(rb"<c\b([^>]*)><f\b[^>]*(?:/>|>[^<]*</f>)(?:<v\s*/>|<v></v>)?</c>")
+"""A cell of a sheet with a formula that no program has calculated."""
+
+
 class _Archive:
     """A ZIP archive of XML. ValueError for one that is damaged, encrypted or huge."""
 
@@ -62,7 +66,7 @@ def _attribute(element: ElementTree.Element, name: str) -> str:
 
 
 def _reader(
-    kind: str, read: Callable[[Path, _Archive], Iterator[Section]]
+    kind: str, read: Callable[[Path, _Archive], Iterator[Section | Skipped]]
 ) -> Callable[[Path], Iterator[Section | Skipped]]:
     """A reader of archives whose every failure is one line."""
 
@@ -127,21 +131,25 @@ def _slide_text(root: Any) -> list[str]:
     return list(dict.fromkeys(lines)) if _tag(root) == "chartSpace" else lines
 
 
-def _read_xlsx(path: Path, archive: _Archive) -> Iterator[Section]:
+def _read_xlsx(path: Path, archive: _Archive) -> Iterator[Section | Skipped]:
     from openpyxl import load_workbook
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # openpyxl warns of what it does not keep: colours, validation
         book = load_workbook(path, read_only=True, data_only=True, keep_links=False)
         try:
+            parts = {str(sheet.title): sheet._worksheet_path.lstrip("/") for sheet in book.worksheets}
             sheets = [
-                (str(sheet.title), _sheet_rows(sheet), list(_sheet_remarks(archive, sheet._worksheet_path)))
-                for sheet in book.worksheets
+                (name, _sheet_rows(sheet), list(_sheet_remarks(archive, parts[name])))
+                for name, sheet in zip(parts, book.worksheets, strict=True)
             ]
         finally:
             book.close()
     title = book.properties.title or ""
     for name, rows, remarks in sheets:
+        if bare := sum(b't="str"' not in cell for cell in _NO_VALUE.findall(archive.read(parts[name]))):
+            reason = "formulas have no value: open the file in a spreadsheet program and save it"
+            yield Skipped(str(path), f'sheet "{name}": {bare:,} {reason}')
         yield from _sheet_sections(name, rows, title)
         known = {row: " | ".join(cells.values()) for row, cells in rows}
         lines = [f"{where}{text} ({known[row]})" if row in known else where + text for where, row, text in remarks]
@@ -151,7 +159,7 @@ def _read_xlsx(path: Path, archive: _Archive) -> Iterator[Section]:
 
 def _sheet_remarks(archive: _Archive, part: str) -> Iterator[tuple[str, int, str]]:
     """The comments of a sheet with their cells and rows, and its text boxes (row 0), none of which openpyxl streams."""
-    folder, name = posixpath.split(part.lstrip("/"))
+    folder, name = posixpath.split(part)
     relations = f"{folder}/_rels/{name}.rels"
     for relation in archive.xml(relations) if relations in archive.names else ():
         kind = relation.attrib.get("Type", "").rpartition("/")[2]
@@ -271,6 +279,9 @@ def _odt_blocks(element: ElementTree.Element) -> Iterator[ElementTree.Element]:
             yield from _odt_blocks(child)
 
 
+_ODT_INLINE = ("span", "a", "meta", "ruby", "ruby-base", "annotation")
+
+
 def _odt_text(element: ElementTree.Element) -> str:
     if _tag(element) == "table-row":
         cells = [c for c in element if _tag(c) == "table-cell"]
@@ -282,9 +293,12 @@ def _odt_text(element: ElementTree.Element) -> str:
             parts.append(" " * int(_attribute(child, "c") or 1))
         elif tag in ("tab", "line-break"):
             parts.append("\t" if tag == "tab" else "\n")
-        elif tag in ("frame", "text-box"):
+        elif tag == "note":
+            notes = [_odt_text(b) for body in child if _tag(body) == "note-body" for b in _odt_blocks(body)]
+            parts.append(f" [{' '.join(notes)}]")
+        elif tag not in _ODT_INLINE and next(_odt_blocks(child), None) is not None:
             parts.append("\n" + "\n".join(_odt_text(b) for b in _odt_blocks(child)) + "\n")
-        elif tag != "annotation":
+        elif tag not in ("annotation", "ruby-text"):
             parts.append(_odt_text(child))
         parts.append(child.tail or "")
     return "".join(parts)
@@ -315,13 +329,22 @@ def read_notebook(path: Path) -> Iterator[Section | Skipped]:
         cells = book["cells"] if "cells" in book else [c for sheet in book["worksheets"] for c in sheet["cells"]]
         for number, cell in enumerate(cells, start=1):
             texts = [_joined(cell.get("source", cell.get("input", "")))]
-            for output in cell.get("outputs", ()):
-                data = output.get("data", {})
-                texts.append(_joined(output.get("text", data.get("text/plain", "") if isinstance(data, dict) else "")))
+            texts += map(_output_text, cell.get("outputs") or ())
             if text := "\n\n".join(t for t in texts if t.strip()):
                 yield Section(text, unit="cell", name=str(number))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"cannot be read as a notebook ({named(error)}): restore the file") from error
+
+
+def _output_text(output: Any) -> str:
+    """The text that a cell's output shows."""
+    if output.get("output_type") in ("error", "pyerr"):
+        return f"{output.get('ename')}: {output.get('evalue')}"
+    data = output.get("data") or output
+    plain = _joined(data.get("text/markdown") or data.get("text/plain") or output.get("text"))
+    if "text/html" in data and (not plain.strip() or plain.startswith("<IPython.")):
+        return "\n\n".join(section.text for section in sections_of_html(_joined(data["text/html"]).encode()))
+    return plain
 
 
 def _joined(lines: Any) -> str:
@@ -334,12 +357,9 @@ def read_mail(path: Path) -> Iterator[Section | Skipped]:
     message = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
     try:
         subject = str(message.get("subject", ""))
-        lines = [f"{name}: {message[name]}" for name in ("From", "To", "Date", "Subject") if message.get(name)]
-        body = message.get_body(("plain", "html"))
-        text = str(body.get_content()) if body is not None else ""
-        if body is not None and body.get_content_type() == "text/html":
-            text = "\n\n".join(section.text for section in sections_of_html(text.encode(), title=""))
-        attached = [name for part in message.iter_attachments() if (name := part.get_filename())]
+        lines = _mail_head(message)
+        text = "\n\n".join(_mail_texts(message))
+        attached = [name for part in message.walk() if (name := part.get_filename())]
     except Exception as error:
         raise ValueError(f"cannot be read as mail ({named(error)}): restore the file") from error
     if not lines:
@@ -348,6 +368,41 @@ def read_mail(path: Path) -> Iterator[Section | Skipped]:
         "\n".join(lines) + "\n\n" + text.replace("\r\n", "\n").strip() + "".join(f"\nAttached: {a}" for a in attached)
     )
     yield Section(whole.strip().encode("utf-8", "replace").decode(), title=subject)
+
+
+def _mail_head(message: Any) -> list[str]:
+    return [f"{name}: {message[name]}" for name in ("From", "To", "Cc", "Date", "Subject") if message.get(name)]
+
+
+def _mail_texts(part: Any) -> Iterator[str]:
+    """The texts of a message or of one of its parts, forwarded messages with their heads; of alternatives the first."""
+    kind = part.get_content_type()
+    if kind == "multipart/alternative":
+        texts = ("\n\n".join(_mail_texts(inner)) for inner in part.iter_parts())
+        yield next((text for text in texts if text.strip()), "")
+    elif kind == "message/rfc822":
+        yield "\n".join(_mail_head(part.get_content()))
+        yield from _mail_texts(part.get_content())
+    elif part.is_multipart():
+        for inner in part.iter_parts():
+            yield from _mail_texts(inner)
+    elif kind.startswith("text/") and not part.get_filename():
+        text = _mail_text(part)
+        html = (
+            (section.text for section in sections_of_html(text.encode("utf-8", "replace"), title=""))
+            if kind == "text/html"
+            else ()
+        )
+        yield "\n\n".join(html) if kind == "text/html" else text.strip()
+
+
+def _mail_text(part: Any) -> str:
+    """A part's text in the encoding that it names, or what it may be."""
+    raw = part.get_payload(decode=True) or b""
+    for encoding in (part.get_content_charset("utf-8"), "utf-8"):
+        with contextlib.suppress(LookupError, UnicodeDecodeError):
+            return str(raw.decode(encoding))
+    return str(raw.decode("cp1252", "replace"))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {

@@ -78,7 +78,7 @@ def _page_text(page: Any) -> str:
             return first + rest
         return f"{first}-{rest}" if rest[0].islower() else match[0]
 
-    lines = [_LINE_END_HYPHEN.sub(join, text)]
+    lines = [_LINE_END_HYPHEN.sub(join, text).replace("\u00ad", "")]
     for reference in page.get("/Annots") or ():
         mark = reference.get_object()
         field = mark["/Parent"].get_object() if "/Parent" in mark and "/T" not in mark else mark

@@ -37,6 +37,7 @@ class _Group:
     """What holds to the end of a group."""
 
     unseen: bool = False
+    hidden: bool = False
     font: int = -1
     fallback: int = 1
     """Characters after one in Unicode that older readers show in its place."""
@@ -57,7 +58,7 @@ class _Text:
 
     def add_bytes(self, piece: bytes) -> None:
         dropped, self._skip = piece[self._skip :], max(0, self._skip - len(piece))
-        if not self.group.unseen:
+        if not (self.group.unseen or self.group.hidden):
             self._bytes += dropped
 
     def flush(self) -> None:
@@ -86,7 +87,9 @@ class _Text:
             self._fonts[self.group.font] = _CHARSETS[number]
         elif word == b"uc" and number is not None:
             self.group.fallback = number
-        elif not self.group.unseen:
+        elif word in (b"v", b"plain"):
+            self.group.hidden = word == b"v" and number != 0
+        elif not (self.group.unseen or self.group.hidden):
             if word == b"u" and number is not None:
                 self.parts.append(chr(number % 65536))
                 self._skip = self.group.fallback
@@ -100,8 +103,8 @@ class _Text:
         self.flush()
         if symbol == b"*":
             self._starred = True
-        elif symbol == b"~" and not self.group.unseen:
-            self.parts.append("\N{NO-BREAK SPACE}")
+        elif symbol in (b"~", b"_") and not (self.group.unseen or self.group.hidden):
+            self.parts.append("\N{NO-BREAK SPACE}" if symbol == b"~" else "-")
 
 
 def read_rtf(path: Path) -> Iterator[Section | Skipped]:

@@ -135,7 +135,8 @@ def _messages(value: Any, column: str) -> list[dict[str, Any]]:
     if isinstance(value, str) and column in ("prompt", "completion"):
         value = [{"role": "user" if column == "prompt" else "assistant", "content": value}]
     if not isinstance(value, list) or not value:
-        raise ValueError(f"{column!r} must hold a list of messages, got {_describe(value)}")
+        got = "an empty one" if value == [] else _describe(value)
+        raise ValueError(f"{column!r} must hold a list of messages, got {got}")
     return [_message(item, column) for item in value]
 
 

@@ -187,7 +187,7 @@ class Source:
         if self._warned or self.keep_empty:
             return
         self._warned, used = True, self._used(columns)
-        if unused := sorted({*columns} - used - _NOTES):
+        if used and (unused := sorted({*columns} - used - _NOTES)):
             logger.warning(
                 "%s: columns %s are not used (%s are)", self.name, on_one_line(unused), on_one_line(sorted(used))
             )
@@ -239,9 +239,9 @@ def open_sources(recipe: Recipe) -> list[tuple[Source, DataSource]]:
 
 def _number(row: Mapping[str, Any], column: str) -> float:
     """The number in a column, as a number or as text."""
-    value = find_column(row, column) if has_column(row, column) else None
+    value = find_column(row, column)
     try:
-        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+        number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
@@ -252,8 +252,8 @@ def _number(row: Mapping[str, Any], column: str) -> float:
 def _texts(row: Mapping[str, Any], column: str) -> list[str]:
     """The texts in a column that holds one, a list of them, or a list of passages; none in an empty one."""
     value = find_column(row, column)
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    return [_passage(item, column) for item in values]
+    values = value if isinstance(value, list) else [value]
+    return [_passage(item, column) for item in values if item is not None]  # lists are filled up with nothing
 
 
 def _passage(value: Any, column: str) -> str:
