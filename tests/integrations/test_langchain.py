@@ -128,6 +128,12 @@ def test_messages_it_cannot_read(chat: ChatGem, messages: Any, message: str) -> 
         chat.invoke(messages)
 
 
+def test_tools_and_structured_output_are_refused_with_what_helps(chat: ChatGem) -> None:
+    for ask in (chat.bind_tools, chat.with_structured_output):
+        with pytest.raises(NotImplementedError, match=r"run `gemify serve`, and langchain-openai's ChatOpenAI"):
+            ask({"title": "pet", "description": "A pet.", "type": "object", "properties": {}})
+
+
 @pytest.mark.parametrize(
     ("setting", "message"), [({"temperature": -1}, "at least 0"), ({"top_p": 0}, "top_p must lie")]
 )

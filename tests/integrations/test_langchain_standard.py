@@ -34,6 +34,10 @@ class _OverAGem:
         return {"gem": self.gem}
 
     @property
+    def has_tool_calling(self) -> bool:
+        return False  # `bind_tools` only says who calls them
+
+    @property
     def embeddings_class(self) -> type[GemEmbeddings]:
         return GemEmbeddings
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from chat_templates import TEMPLATES, TOKENIZERS
 from gemify.model.chat_template import ChatTemplate
 
-CONVERSATIONS = 25
 PIECES = [
     "hello",
     "the cat",
@@ -68,14 +67,15 @@ def spells(tokenizer: Any, messages: Any) -> bool:
     return any(t in m["content"] for m in messages for t in tokenizer.all_special_tokens)
 
 
+@pytest.mark.parametrize("count", [25, pytest.param(200, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ids_are_the_librarys(name: str, kind: str) -> None:
+def test_ids_are_the_librarys(name: str, kind: str, count: int) -> None:
     tokenizer = made(name, kind)
     template = ChatTemplate(tokenizer)
 
     @given(conversations())
-    @settings(max_examples=CONVERSATIONS, database=None, derandomize=True)
+    @settings(max_examples=count, database=None, derandomize=True)
     def check(messages: list[dict[str, Any]]) -> None:
         expected = library(tokenizer, messages)
         if expected is not None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gemify.model.base import load_base
 
@@ -47,6 +50,32 @@ def test_cut_off_weights(copy: Path, share: float) -> None:
     raw = (copy / "model.safetensors").read_bytes()
     (copy / "model.safetensors").write_bytes(raw[: int(share * len(raw))])
     assert "damaged or cut off, get it again" in error_of(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"hidden_size": 48}, "are not of the sizes in its config.json: the file is damaged"),
+        ({"vocab_size": 9999}, "are not of the sizes in its config.json: the file is damaged"),
+        ({"num_hidden_layers": 3}, r"lack model.layers.2.input_layernorm.weight \(of 9\): the file is damaged"),
+        ({"num_attention_heads": 7}, r"hidden size \(32\) is not a multiple of the number of attention heads \(7\)"),
+        ({"hidden_size": "big"}, "'hidden_size' expected int, got str"),
+        ({"quantization_config": {"quant_method": "modelopt"}}, "stored as modelopt, which transformers does not read"),
+        ({"quantization_config": {"quant_method": "bitnet"}}, "are not of the sizes in its config.json"),
+        ({"quantization_config": {"quant_method": "higgs", "bits": 4}}, "only supported on GPU"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_config(copy: Path, changes: dict[str, Any], error: str) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    assert re.search(error, error_of(copy))
+
+
+def test_a_weight_that_is_missing_is_not_made_up(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    assert "lack model.layers.1.mlp.up_proj.weight (of 1)" in error_of(copy)
 
 
 def test_pickled_weights_are_refused(copy: Path) -> None:

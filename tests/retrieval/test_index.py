@@ -327,7 +327,9 @@ def test_a_gem_is_a_model_for_the_index(tmp_path: Path, gem: GemModel) -> None:
     index = GemIndex.open(tmp_path / "s", gem, tokens=64, overlap=8)
     index.add(write(tmp_path / "docs"))
     for row in contents(index):
-        vector = gem.encode_document(row["words"], normalize_embeddings=True)
+        context = row["heading"] or row["title"]  # here the heading names the title
+        text = f"{context}\n{row['text']}" if context else row["text"]
+        vector = gem.encode_document(text, normalize_embeddings=True)
         np.testing.assert_allclose(row["vector"], vector, atol=1e-5)
     passage = index.search("Larks sing at dawn.", mode="vector", k=1)[0]
     assert (passage.text, round(passage.score, 4)) == ("Larks sing at dawn.", 1.0)

@@ -158,6 +158,11 @@ def test_unknown_fields_are_refused_by_a_strict_server(served: Served) -> None:
         ("bad_words", ["a"], []),
         ("allowed_token_ids", [1], None),
         ("priority", 1, 0),
+        ("enable_thinking", False, None),
+        ("thinking", {"type": "enabled"}, {"type": "disabled"}),
+        ("num_return_sequences", 2, 1),
+        ("extra_body", {"top_k": 1}, {}),
+        ("penalty_alpha", 0.6, 0),
     ],
 )
 def test_what_is_well_known_and_not_here_is_refused_by_name(
@@ -178,6 +183,9 @@ def test_what_is_well_known_and_not_here_is_refused_by_name(
     ("path", "field", "value", "harmless"),
     [
         ("/v1/embeddings", "add_special_tokens", False, True),
+        ("/v1/embeddings", "truncate_dim", 4, None),
+        ("/v1/embeddings", "prompt", "query: ", ""),
+        ("/v1/embeddings", "pooling", "mean", None),
         ("/v1/embeddings", "task", "retrieval", None),
         ("/v1/rerank", "truncate_prompt_tokens", 5, -1),
         ("/v2/rerank", "max_tokens_per_doc", 5, None),

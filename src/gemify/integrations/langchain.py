@@ -110,6 +110,13 @@ class ChatGem(SharedModelMixin, GenerationSettings, BaseChatModel):
         ids: list[int] = tokenize.bos_ids + tokenize.tokenize_plain([text])[0]
         return ids
 
+    def bind_tools(self, tools: Any, **options: Any) -> Any:
+        """Raise NotImplementedError: as does ``with_structured_output``, which needs tools."""
+        raise NotImplementedError(
+            "ChatGem calls no tools: run `gemify serve`, and langchain-openai's ChatOpenAI(base_url=...) calls them and"
+            " gives structured output"
+        )
+
     def _start(self, messages: Sequence[BaseMessage], stop: list[str] | None, options: dict[str, Any]) -> TextStream:
         if stop is not None:
             options = {**options, "stop": stop}

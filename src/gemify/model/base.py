@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -25,6 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
 )
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import logging as transformers_logging
 
 from gemify.io.tables import first_line
@@ -175,11 +177,13 @@ def _load(
     """Load with transformers' options of where the files are (``source``) and of how the weights are read."""
     try:
         config = AutoConfig.from_pretrained(name, **source)
-    except (OSError, ValueError, *_DAMAGED) as error:
+    except (OSError, ValueError, StrictDataclassError, *_DAMAGED) as error:
         shown = str(Path(name) / source["gguf_file"]) if "gguf_file" in source else name
-        reason = f"{_BROKEN} ({first_line(error)})" if isinstance(error, _DAMAGED) else first_line(error)
+        why = first_line(error.__cause__ or error) if isinstance(error, StrictDataclassError) else first_line(error)
+        reason = f"{_BROKEN} ({why})" if isinstance(error, _DAMAGED) else why
         raise BaseNotFoundError(f"cannot load the model {shown!r}: {reason}") from error
     _require_causal_lm(name, config)
+    _require_known_format(name, config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError, ImportError, *_DAMAGED) as error:
@@ -196,14 +200,27 @@ def _load(
         if config.dtype is not None and dtype != config.dtype:
             logger.info("%s is stored in %s and loaded in %s, which this CPU is faster in", name, config.dtype, dtype)
     weights = {"dtype": dtype, **weights} | ({"attn_implementation": kernel} if kernel else {})
+    return _load_weights(name, config, {**source, **weights}).to(device).eval(), tokenizer
+
+
+def _load_weights(name: str, config: PretrainedConfig, options: dict[str, Any]) -> Any:
+    """Load a model. ValueError for one that does not load, or that transformers would fill up at random."""
     try:
         with hide_progress_bars():
-            lm = AutoModelForCausalLM.from_pretrained(name, **source, **weights)
+            lm, report = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **options)
     except ImportError as error:
         raise ValueError(_missing_package(name, config, error)) from error
-    except (OSError, ValueError, SafetensorError, *_DAMAGED) as error:
+    except (OSError, ValueError, SafetensorError, NotImplementedError, *_DAMAGED) as error:
         raise BaseNotFoundError(_unreadable(name, error)) from error
-    return lm.to(device).eval(), tokenizer
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):  # a full memory says so itself
+            raise
+        raise BaseNotFoundError(
+            f"the weights of {name!r} are not of the sizes in its config.json: {_BROKEN}"
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise BaseNotFoundError(f"the weights of {name!r} lack {missing[0]} (of {len(missing):,}): {_BROKEN}")
+    return lm
 
 
 def choose_cpu_dtype(stored: torch.dtype | str | None, *, bf16: bool | None = None) -> torch.dtype | str:
@@ -253,6 +270,17 @@ def _unreadable(name: str, error: Exception) -> str:
             " (from_pretrained and save_pretrained of transformers, where you trust them)"
         )
     return f"cannot load the weights of {name!r}: {first_line(error) or type(error).__name__}: {_BROKEN}"
+
+
+def _require_known_format(name: str, config: PretrainedConfig) -> None:
+    """Refuse weights in a format that transformers does not know: it would read them as if they were numbers."""
+    stored = getattr(config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else None
+    if method and not AutoHfQuantizer.supports_quant_method(stored):
+        raise ValueError(
+            f"the weights of {name!r} are stored as {method}, which transformers does not read: take the model before"
+            " it was quantized"
+        )
 
 
 def _require_causal_lm(name: str, config: PretrainedConfig) -> None:

@@ -419,6 +419,8 @@ class CreateChatCompletionRequest(GenerationRequestBody, ToolRequest):
 class SearchRequest(ApiRequest):
     """A question to the index."""
 
+    unsupported_fields = (unsupported.SEARCH,)
+
     query: str = Field(min_length=1, max_length=100_000)
     k: int = Field(default=5, ge=1, le=100)
     mode: SearchMode = Field(default="hybrid", description="vector: meaning; fts: words (BM25); hybrid: both.")

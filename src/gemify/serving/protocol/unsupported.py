@@ -14,6 +14,12 @@ _MAX_TOKENS = "it is max_tokens here"
 _ONE_AT_A_TIME = "tokens are sampled one at a time: leave it out"
 _TEXT_ONLY = "this model reads and writes text"
 _ENCODING = "it is encoding_format here"
+_N = "it is n here"
+_TEMPLATE = "give the chat template's own variable in chat_template_kwargs"
+_CUTOFFS = "use temperature, top_p, top_k, min_p or typical_p"
+_DIMENSIONS = "it is dimensions here"
+_PROMPT = "it is input_type or prompt_name here, or a part of the text"
+_K = "it is k here"
 _CUT = "documents are cut at the longest text that the model takes, by lm at 512 tokens: cut them yourself"
 
 GENERATION: Fields = {
@@ -46,6 +52,33 @@ GENERATION: Fields = {
     "no_repeat_ngram_size": ((0,), "use repetition_penalty"),
     "do_sample": ((), "temperature 0 is greedy"),
     "watermark": ((False,), "leave it out"),
+    "num_return_sequences": ((1,), _N),
+    "min_length": ((0,), "it is min_tokens here"),
+    "max_length": ((), _MAX_TOKENS),
+    "bad_words_ids": (([],), "use logit_bias"),
+    "suppress_tokens": (([],), "use logit_bias"),
+    "stop_strings": (([],), "it is stop here"),
+    "stop_regex": (([],), "use stop"),
+    "early_stopping": ((False,), _ONE_AT_A_TIME),
+    "diversity_penalty": ((0,), _ONE_AT_A_TIME),
+    "penalty_alpha": ((0,), _CUTOFFS),
+    "epsilon_cutoff": ((0,), _CUTOFFS),
+    "eta_cutoff": ((0,), _CUTOFFS),
+    "smoothing_factor": ((0,), _CUTOFFS),
+    "guidance_scale": ((1,), "there is no classifier-free guidance: leave it out"),
+    "custom_logit_processor": ((), "the server runs no code of clients"),
+    "return_full_text": ((False,), "put the prompt before the answer yourself"),
+    "decoder_input_details": ((False,), "use echo and logprobs of /v1/completions"),
+    "top_n_tokens": ((), "use logprobs"),
+    "adapter_id": ((), "adapters are not swapped"),
+    "truncate": ((), "cut the prompt yourself"),
+    # DeepSeek, Qwen, OpenRouter
+    "thinking": (({"type": "disabled"},), _TEMPLATE),
+    "enable_thinking": ((), _TEMPLATE),
+    "thinking_budget": ((), _TEMPLATE),
+    "reasoning": ((), "it is reasoning_effort here"),
+    "include_reasoning": ((True,), "leave reasoning_content unread"),
+    "extra_body": (({},), "its fields stand in the request itself"),
     # llama.cpp and Ollama
     "n_predict": ((), _MAX_TOKENS),
     "num_predict": ((), _MAX_TOKENS),
@@ -53,8 +86,11 @@ GENERATION: Fields = {
     "grammar": (("",), "use structured_outputs"),
     "json_schema": ((), "use response_format"),
     "format": (("",), "use response_format"),
-    "mirostat": ((0,), "use temperature, top_p, top_k, min_p or typical_p"),
-    "tfs_z": ((1,), "use temperature, top_p, top_k, min_p or typical_p"),
+    "mirostat": ((0,), _CUTOFFS),
+    "tfs_z": ((1,), _CUTOFFS),
+    "repeat_last_n": ((), "repetition_penalty reads all of the prompt and the answer"),
+    "num_ctx": ((), "the model's positions are the context: leave it out"),
+    "think": ((), _TEMPLATE),
     "top_a": ((0,), "use min_p"),
     "top_n_sigma": ((-1, 0), "use min_p"),
     "dry_multiplier": ((0,), "use repetition_penalty"),
@@ -110,7 +146,17 @@ EMBEDDING: Fields = {
     "priority": ((0,), "requests are answered in their order"),
     "embedding_types": ((["float"],), _ENCODING),  # Cohere
     "output_dtype": (("float",), _ENCODING),  # Voyage
-    "output_dimension": ((), "it is dimensions here"),
+    "output_dimension": ((), _DIMENSIONS),
+    "truncate_dim": ((), _DIMENSIONS),
+    "matryoshka_dim": ((), _DIMENSIONS),
+    "embed_dtype": (("float32",), _ENCODING),  # vLLM
+    "precision": (("float32",), _ENCODING),
+    "normalized": ((True,), "it is normalize here"),  # Jina
+    "prompt": (("",), _PROMPT),
+    "instruction": (("",), _PROMPT),
+    "task_type": ((), _PROMPT),  # Google
+    "pooling": ((), "the model's own is used"),
+    "max_length": ((), "cut the text yourself, or give truncate_prompt_tokens"),
     "embedding_type": (("float",), _ENCODING),  # Jina
     "task": ((), "it is input_type or prompt_name here"),
     "late_chunking": ((False,), "each text is embedded by itself"),
@@ -127,11 +173,17 @@ RERANK: Fields = {
     "raw_scores": ((False,), "there is one kind of score for each rerank"),  # text-embeddings-inference
     "return_embeddings": ((False,), "use /v1/embeddings"),  # Jina
 }
+SEARCH: Fields = {
+    **dict.fromkeys(("top_k", "top_n", "limit", "n_results", "num_results", "max_results"), ((), _K)),
+    "search_type": ((), "it is mode here"),
+}
 TOKENIZE: Fields = {
     "chat_template": ((), "the model's own is used"),
     "mm_processor_kwargs": (({},), _TEXT_ONLY),
 }
 MESSAGE: Fields = {
+    "prefix": ((False,), "continue_final_message goes on from the last message"),
+    "partial": ((False,), "continue_final_message goes on from the last message"),
     "function_call": ((), "use tool_calls"),
     "audio": ((), _TEXT_ONLY),
 }
