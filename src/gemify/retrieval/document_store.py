@@ -264,11 +264,9 @@ class Store:
                 for listed in sql_lists(new):
                     rows = self._chunks.search().where(f"version IN ({listed})").to_arrow()
                     given = [new[version] for version in rows["version"].to_pylist()]
-                    paths = [self.relative(record.path) for record in given]
-                    for column, texts in (("version", [r.version for r in given]), ("file", paths)):
-                        at = rows.schema.get_field_index(column)
-                        rows = rows.set_column(at, rows.schema.field(at), pa.array(texts, pa.string()))
-                    self._chunks.add(rows.select(self._chunks.schema.names))
+                    named = {"version": [r.version for r in given], "file": [self.relative(r.path) for r in given]}
+                    schema = self._chunks.schema
+                    self._chunks.add(pa.table({n: named.get(n, rows[n]) for n in schema.names}, schema=schema))
             self.commit([new for _, new in some])
             self.remove(old.path for old, _ in some)
 
@@ -327,8 +325,8 @@ class Store:
         """Return the committed files by path."""
         with readable(self.uri):
             rows = self._files.to_arrow().to_pylist()
-        paths = [os.path.join(self._root, row["path"]) for row in rows]
-        return {path: FileRecord(**row | {"path": path}) for path, row in zip(paths, rows, strict=True)}
+        found = (FileRecord(**row | {"path": os.path.join(self._root, row["path"])}) for row in rows)
+        return {record.path: record for record in found}
 
     def pending_versions(self) -> dict[str, int]:
         """Return versions that are not committed (yet, or any more), with their numbers of chunks."""
@@ -394,7 +392,7 @@ class Store:
 
     def hits(self) -> Iterator[Hit]:
         """Yield every live chunk as a search finds it, with score 0, in no order."""
-        return (self._hit(row, 0.0) for row in self.rows())
+        yield from (self._hit(row, 0.0) for row in self.rows())
 
     @property
     def version(self) -> tuple[int, int]:
@@ -408,9 +406,9 @@ class Store:
         with readable(self.uri):
             rows = sample_rows(self._chunks, ["version", "ordinal", "file", "vector"], limit)
         rows = rows.filter(np.array([v not in pending for v in rows["version"].to_pylist()], dtype=bool))
-        keys = zip(rows["version"].to_pylist(), rows["ordinal"].to_pylist(), strict=True)
-        files = [os.path.join(self._root, file) for file in rows["file"].to_pylist()]
-        return [f"{version}-{n}" for version, n in keys], files, to_matrix(rows["vector"])
+        listed = rows.select(["version", "ordinal", "file"]).to_pylist()
+        files = [os.path.join(self._root, row["file"]) for row in listed]
+        return [f"{row['version']}-{row['ordinal']}" for row in listed], files, to_matrix(rows["vector"])
 
     def read(self, chunk_id: str, before: int = 0, after: int = 0) -> list[Hit]:
         """Return a live chunk and its neighbours in its file, in order, with score 0; nothing if there is none."""
@@ -436,8 +434,8 @@ class Store:
 
     def _hit(self, row: dict[str, Any], score: float) -> Hit:
         said = {name: row[column] for column, name in _CHUNK_COLUMNS.items() if column in _HIT_COLUMNS}
-        file = os.path.join(self._root, row["file"])
-        return Hit(id=f"{row['version']}-{row['ordinal']}", file=file, score=score, **said)
+        said["file"] = os.path.join(self._root, row["file"])
+        return Hit(id=f"{row['version']}-{row['ordinal']}", score=score, **said)
 
 
 def _read_meta(metadata: dict[bytes, bytes] | None, uri: str) -> StoreMeta:
