@@ -111,13 +111,21 @@ def train_sharded(rank: int, world: int, port: int, recipe: str, output: str, te
 def train_together(rank: int, world: int, port: int, recipe: str, output: str, tell: Connection) -> None:
     """One process of a training run; says how it ended."""
     join(rank, world, port)
+    train(recipe, output, tell)
+
+
+def train(recipe: str, output: str, tell: Connection) -> None:
+    """A training run on one thread, which goes on where it stopped; says how it ended."""
+    import torch
+
     from gemify.io.signals import StopRequestedError
     from gemify.training.recipe import Recipe
-    from gemify.training.trainer import train
+    from gemify.training.trainer import train as run
 
+    torch.set_num_threads(1)
     try:
         made = Recipe.from_dict(Recipe.read_yaml(Path(recipe)))
-        _, summary = train(made, Path(output), resume=True, device="cpu", show_progress_bar=False)
+        _, summary = run(made, Path(output), resume=True, device="cpu", show_progress_bar=False)
         tell.send(summary)
     except (StopRequestedError, ValueError) as error:
         tell.send(str(error))

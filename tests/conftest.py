@@ -79,7 +79,9 @@ def bag() -> BagOfWords:
 def server() -> ForkServerContext:
     """Children that start quickly: long imports are done once. LanceDB's is not: its threads do not survive a fork."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gemify.model.gem", "gemify.retrieval.index", "children"])
+    context.set_forkserver_preload(
+        ["gemify.model.gem", "gemify.retrieval.index", "gemify.training.trainer", "children"]
+    )
     return context
 
 

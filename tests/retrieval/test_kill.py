@@ -18,7 +18,7 @@ from gemify import GemModel
 from gemify.retrieval.index import GemIndex
 from tiny_gems import make_gem
 
-POINTS = 20
+POINTS = 14
 
 
 def _corpus(root: Path, *, later: bool) -> Path:

@@ -59,7 +59,7 @@ def test_a_mixed_load_is_answered_right(tmp_path: Path, one_thread: None, tune: 
     spaces = {str(gem.tokenizer(c, add_special_tokens=False)["input_ids"][-1]): -100 for c in " \n\t\r"}
     calls = mix(250, max_tokens=10, guided_tokens=250, options={"logit_bias": spaces})
     with (
-        running(["gemify", "serve", "--model", str(tmp_path / "gem")], threads=1) as server,
+        running(["-m", "gemify", "serve", "--model", str(tmp_path / "gem")], threads=1) as server,
         serving(gem, engine={"prefix_cache_bytes": 0}) as alone,
     ):
         before = idle_stats(server)
@@ -74,7 +74,7 @@ def test_a_mixed_load_is_answered_right(tmp_path: Path, one_thread: None, tune: 
 def test_2000_requests_from_32_clients(name: str, starter: Any) -> None:
     options: dict[str, Any] = {"max_tokens": 16, "guided_tokens": 80, "options": {}}
     calls = mix(2000, **options)
-    with running(["gemify", "serve", "--model", name]) as server:
+    with running(["-m", "gemify", "serve", "--model", name]) as server:
         asyncio.run(send(mix(64, seed=1, **options), server.url, clients=32))
         before = idle_stats(server)
         with MemoryWatch([server]) as memory:

@@ -6,9 +6,9 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import gemify.training.trainer
 import tiny_models
+from children import train as train_in_child
 from gemify import GemModel
 from gemify.io.signals import StopRequestedError
 from gemify.training.batches import Batches
@@ -190,50 +191,40 @@ def test_only_a_frozen_base_is_quantized() -> None:
         Recipe.from_dict({"data": "x", "quantize": "int3"})
 
 
-_CHILD = """
-import sys
-from pathlib import Path
-from gemify.training.batches import Batches
-from gemify.training.objective import MicroBatch
-from gemify.training.recipe import Recipe
-from gemify.training.trainer import train
-import torch
-torch.set_num_threads(1)
-recipe = Recipe.from_dict(Recipe.read_yaml(Path(sys.argv[1])))
-train(recipe, Path(sys.argv[2]), resume=True, show_progress_bar=False)
-"""
-
-
 @pytest.mark.parametrize("tune", ["gated", "full"])
 def test_sigkill_and_resume_is_the_uninterrupted_run(
-    base_dir: Path, texts_file: Path, tmp_path: Path, tune: str
+    base_dir: Path, texts_file: Path, tmp_path: Path, server: ForkServerContext, tune: str
 ) -> None:
     """Killed at random moments, again and again, until it is through: same curve, same weights, to the bit."""
     made = recipe(base_dir, texts_file, tune=tune, max_steps=24, ntp_steps=10, save_steps=2)
     (tmp_path / "recipe.yaml").write_text(made.to_yaml())
-    (tmp_path / "child.py").write_text(_CHILD)
-    command = [sys.executable, str(tmp_path / "child.py"), str(tmp_path / "recipe.yaml")]
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
-    rng = random.Random(tune)
-    kills = 0
-    for _ in range(30):
-        child = subprocess.Popen(
-            [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+
+    def start(name: str) -> tuple[Any, Connection]:
+        ours, theirs = server.Pipe()
+        child = server.Process(
+            target=train_in_child, args=(str(tmp_path / "recipe.yaml"), str(tmp_path / name), theirs)
         )
-        metrics = tmp_path / "killed" / "metrics.jsonl"
+        child.start()
+        theirs.close()
+        return child, ours
+
+    start("whole")[0].join()
+    rng = random.Random(tune)
+    metrics, kills = tmp_path / "killed" / "metrics.jsonl", 0
+    while True:
         stamp = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        child, told = start("killed")
         if kills < 3:
-            while child.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns != stamp):
+            while child.is_alive() and not (metrics.exists() and metrics.stat().st_mtime_ns != stamp):
                 time.sleep(0.01)  # until it trains
             time.sleep(rng.uniform(0.0, 0.4))
-            if child.poll() is None:
-                child.send_signal(signal.SIGKILL)
-                kills += 1
-        _, errors = child.communicate()
-        if child.returncode == 0:
+            kills += child.is_alive()
+            child.kill()
+        child.join()
+        if child.exitcode != -signal.SIGKILL:
             break
-        assert child.returncode == -signal.SIGKILL, errors.decode()[-2000:]
-    assert child.returncode == 0
+    assert child.exitcode == 0
+    assert told.recv()["steps"] == made.max_steps
     assert kills >= 1
     assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
     ours, theirs = weights(tmp_path / "killed", tune), weights(tmp_path / "whole", tune)

@@ -47,14 +47,24 @@ class ServerSettings:
 
     def gem_command(self) -> list[str]:
         """Arguments of `gemify serve`."""
-        command = ["gemify", "serve", "--model", self.model, "--dtype", self.dtype, "--served-model-name", "bench"]
+        command = [
+            "-m",
+            "gemify",
+            "serve",
+            "--model",
+            self.model,
+            "--dtype",
+            self.dtype,
+            "--served-model-name",
+            "bench",
+        ]
         return command + ([] if self.base is None else ["--base", self.base])
 
     def encoder_command(self) -> list[str]:
         """Arguments of the second server."""
         if self.encoder is None:
             return self.gem_command()
-        return ["gemify.bench.encoder_server", "--encoder", self.encoder]
+        return ["-m", "gemify.bench.encoder_server", "--encoder", self.encoder]
 
 
 def bench_serve(
@@ -120,16 +130,17 @@ def _measure_load(servers: Sequence[Server], requests: Sequence[Request], client
     first_of_kind = {r.kind: r for r in reversed(requests)}
     asyncio.run(send(list(first_of_kind.values()), *urls, clients=1))
     with MemoryWatch(servers) as memory:
-        seconds, replies = asyncio.run(_send_timed(requests, urls, clients))
-    if failed := [reply for reply in replies if reply.error]:
-        raise ValueError(f"{len(failed)} of {len(replies)} requests failed, the first: {failed[0].error}")
+        seconds, replies = asyncio.run(send_timed(requests, urls, clients))
     return {"seconds": seconds, "peak_memory_mb": memory.peak / 1e6, **_figures(replies, seconds)}
 
 
-async def _send_timed(requests: Sequence[Request], urls: tuple[str, str], clients: int) -> tuple[float, list[Reply]]:
+async def send_timed(requests: Sequence[Request], urls: tuple[str, str], clients: int) -> tuple[float, list[Reply]]:
+    """Seconds, and the replies, all of which succeeded."""
     loop = asyncio.get_running_loop()
     start = loop.time()
     replies = await send(requests, *urls, clients=clients)
+    if failed := [reply for reply in replies if reply.error]:
+        raise ValueError(f"{len(failed)} of {len(replies)} requests failed, the first: {failed[0].error}")
     return loop.time() - start, replies
 
 
@@ -182,16 +193,26 @@ class Server:
 
 
 @contextlib.contextmanager
-def running(arguments: Sequence[str], *, threads: int | None = None, timeout: float = 300.0) -> Iterator[Server]:
-    """Run ``python -m <arguments> --port N`` with ``threads`` of arithmetic until the block ends; waits for /ready."""
+def running(
+    arguments: Sequence[str],
+    *,
+    python: str = sys.executable,
+    threads: int | None = None,
+    ready: str = "/ready",
+    timeout: float = 300.0,
+) -> Iterator[Server]:
+    """Run ``python <arguments> --port N`` with ``threads`` of arithmetic until the block ends.
+
+    Waits until its route ``ready`` answers 200.
+    """
     port = _free_port()
     environment = dict(os.environ) | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with tempfile.TemporaryFile() as log:
-        command = [sys.executable, "-m", *arguments, "--port", str(port)]
+        command = [python, *arguments, "--port", str(port)]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         server = Server(f"http://127.0.0.1:{port}", process, "")
         try:
-            _wait_until_ready(server, log, command, timeout)
+            _wait_until_ready(server, ready, log, command, timeout)
             yield server
         finally:
             process.terminate()
@@ -227,13 +248,13 @@ class MemoryWatch:
                 return
 
 
-def _wait_until_ready(server: Server, log: object, command: Sequence[str], timeout: float) -> None:
+def _wait_until_ready(server: Server, ready: str, log: object, command: Sequence[str], timeout: float) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if server.process.poll() is not None:
             break
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"{server.url}/ready", timeout=5).status_code == 200:
+            if httpx.get(server.url + ready, timeout=5).status_code == 200:
                 return
         time.sleep(0.2)
     log.seek(0)  # type: ignore[attr-defined]

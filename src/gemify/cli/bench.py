@@ -1,4 +1,4 @@
-"""The verbs that compare, under `gemify bench`: rag, retrieval, search, rerank, vectors, serve, encode, train, gpu."""
+"""The verbs that compare, under `gemify bench`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from gemify.cli.options import (
     Base,
     BaseModel,
     Device,
+    Dtype,
     Encoder,
     ExactDtype,
     Json,
@@ -20,6 +21,7 @@ from gemify.cli.options import (
     MaxNewTokens,
     Model,
     PlotFile,
+    Quantize,
     Quiet,
     ReportFile,
     SquadData,
@@ -223,6 +225,55 @@ def serve(
         show_progress_bar=not quiet,
     )
     write_report(report, to_markdown(report), output, as_json)
+
+
+@bench.command()
+def peers(
+    model: Model = "starter",
+    llama_cpp: Annotated[
+        str | None, typer.Option(help="Python of an environment with xllamacpp. [default: without llama.cpp]")
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="GGUF file for llama.cpp. [default: the starter's]")] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="Directory or name of a sentence-transformers model. [default: without it]")
+    ] = None,
+    num_requests: Annotated[int, typer.Option(min=2, help="Number of requests, half chats, half embeddings.")] = 64,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="Maximum requests at a time.")] = 16,
+    max_new_tokens: MaxNewTokens = 48,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each. [default: torch's]")] = None,
+    rounds: Rounds = 2,
+    dtype: Dtype = "auto",
+    quantize: Quantize = "none",
+    plot: PlotFile = None,
+    output: ReportFile = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Compare `gemify serve` with llama.cpp and sentence-transformers: start, writing, embedding, memory."""
+    from gemify.bench.peers import bench_peers, list_peers, to_markdown
+    from gemify.bench.peers import plot as draw
+
+    listed = list_peers(
+        model,
+        dtype=dtype,
+        quantize=quantize,
+        llama_cpp=llama_cpp,
+        gguf=gguf,
+        encoder=encoder,
+        clients=max_concurrency,
+    )
+    report = bench_peers(
+        listed,
+        requests=num_requests,
+        clients=max_concurrency,
+        max_tokens=max_new_tokens,
+        threads=threads,
+        rounds=rounds,
+        show_progress_bar=not quiet,
+    )
+    write_report(report, to_markdown(report), output, as_json)
+    if plot is not None:
+        draw(report).savefig(plot)
 
 
 @bench.command()

