@@ -45,13 +45,14 @@ def create_app(encoder: SentenceTransformer) -> FastAPI:
                 vectors = encoder.encode(
                     texts, batch_size=_BATCH_SIZE, normalize_embeddings=True, show_progress_bar=False
                 )
+                lengths = [len(ids) for ids in encoder.tokenizer(texts)["input_ids"]]  # may not run beside encode
             except Exception as error:
                 for _, answer in batch:
                     answer.set_exception(error)
                 continue
             at = 0
             for listed, answer in batch:
-                answer.set_result(vectors[at : at + len(listed)])
+                answer.set_result((vectors[at : at + len(listed)], sum(lengths[at : at + len(listed)])))
                 at += len(listed)
 
     threading.Thread(target=work, daemon=True).start()
@@ -65,8 +66,8 @@ def create_app(encoder: SentenceTransformer) -> FastAPI:
         texts = [request.input] if isinstance(request.input, str) else request.input
         answer: Future[Any] = Future()
         waiting.put((texts, answer))
-        data = [{"index": i, "embedding": row.tolist()} for i, row in enumerate(answer.result())]
-        tokens = sum(len(ids) for ids in encoder.tokenizer(texts)["input_ids"])
+        vectors, tokens = answer.result()
+        data = [{"index": i, "embedding": row.tolist()} for i, row in enumerate(vectors)]
         return {"object": "list", "data": data, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
 
     return app
