@@ -47,6 +47,10 @@ def test_ask_answers_with_sources(store: Path) -> None:
     )
     record = json.loads(asked)
     assert code == 0
+    where = ["--where", "kind = 'txt'", "--max-new-tokens", 1, "--json"]
+    asked = run("ask", "When do owls hunt?", "-s", store, *where)[1]
+    assert [Path(s["file"]).name for s in json.loads(asked)["sources"]] == ["b.txt"]
+    assert "the columns are file (text)" in run("ask", "owls?", "-s", store, "--where", "year = 1")[2]
     assert out.startswith(record["answer"])
     assert "Owls hunt at night." in record["sources"][0]["text"]
     assert record["timing"]["computed"] > 0

@@ -42,7 +42,7 @@ class Shelf:
         self.passages, self.asked = passages, []  # type: ignore[var-annotated]
 
     def search(
-        self, query: str, *, k: int = 10, mode: Any = "vector", vector: np.ndarray | None = None
+        self, query: str, *, k: int = 10, mode: Any = "vector", vector: np.ndarray | None = None, where: Any = None
     ) -> list[Passage]:
         self.asked.append((query, k, mode, vector))
         return self.passages[:k]

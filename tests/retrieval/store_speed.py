@@ -12,8 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from gemify.retrieval.chunking import Chunk
-from gemify.retrieval.document_store import ChunkRow, FileRecord, Store, StoreMeta
+from gemify.retrieval.document_store import Store
 from gemify.retrieval.index import fuse
+from gemify.retrieval.store_meta import StoreMeta
+from gemify.retrieval.store_rows import ChunkRow, FileRecord
 
 DIMENSION, PORTION, TOPICS = 576, 2000, 500
 

@@ -13,8 +13,10 @@ import pytest
 
 from gemify.io.vectors import normalize
 from gemify.retrieval.chunking import Chunk, ChunkSettings
-from gemify.retrieval.document_store import ChunkRow, FileRecord, Precision, Store, StoreMeta
+from gemify.retrieval.document_store import Store
 from gemify.retrieval.index import fuse
+from gemify.retrieval.store_meta import Precision, StoreMeta
+from gemify.retrieval.store_rows import ChunkRow, FileRecord
 
 DIMENSION = 64
 WORDS = [f"word{i}" for i in range(60)]

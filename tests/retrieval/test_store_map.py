@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from gemify.retrieval.chunking import Chunk
-from gemify.retrieval.document_store import ChunkRow, FileRecord, Precision, Store, StoreMeta
+from gemify.retrieval.document_store import Store
 from gemify.retrieval.store_map import draw_map, project
+from gemify.retrieval.store_meta import Precision, StoreMeta
+from gemify.retrieval.store_rows import ChunkRow, FileRecord
 
 
 def make_store(

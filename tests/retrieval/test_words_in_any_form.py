@@ -12,9 +12,11 @@ import pytest
 from lancedb.index import FTS
 
 from gemify.retrieval.chunking import Chunk
-from gemify.retrieval.document_store import ChunkRow, FileRecord, Store, StoreMeta
+from gemify.retrieval.document_store import Store
 from gemify.retrieval.lance import connect
 from gemify.retrieval.loaders import find_files
+from gemify.retrieval.store_meta import StoreMeta
+from gemify.retrieval.store_rows import ChunkRow, FileRecord
 from gemify.retrieval.vector_table import TABLE, Corpus, CorpusMeta
 
 WORDS = [

@@ -11,8 +11,10 @@ import pytest
 from browser import Visit, browsing
 
 from gemify.retrieval.chunking import Chunk
-from gemify.retrieval.document_store import ChunkRow, FileRecord, Store, StoreMeta
+from gemify.retrieval.document_store import Store
 from gemify.retrieval.index import GemIndex
+from gemify.retrieval.store_meta import StoreMeta
+from gemify.retrieval.store_rows import ChunkRow, FileRecord
 from running_server import Served, serving, tiny_gem
 
 FILES, PASSAGES = 10, 500

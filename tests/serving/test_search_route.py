@@ -47,8 +47,30 @@ def test_search_is_the_librarys(served: Served, index: GemIndex, mode: Any) -> N
     assert [d["score"] for d in got["data"]] == pytest.approx([p.score for p in expected], abs=1e-5)
     first = {**got["data"][0], "score": 0.0}
     assert first == expected[0].to_json() | {"score": 0.0}
-    assert set(first) == {"id", "text", "file", "place", "title", "heading", "score"}
+    assert set(first) == {"id", "text", "file", "place", "title", "heading", "score", "meta"}
     assert got["usage"]["prompt_tokens"] == (0 if mode == "fts" else len("owls hunt"))
+
+
+def test_a_filter_is_one_of_the_index(served: Served, index: GemIndex) -> None:
+    where = "kind = 'txt' and file like '%sea%'"
+    for mode in ("vector", "hybrid"):
+        got = served.post("/v1/search", {"query": "owls hunt", "mode": mode, "filter": where}, **KEY).json()["data"]
+        assert [Path(d["file"]).name for d in got] == ["sea.txt"]
+        assert got[0]["meta"]["kind"] == "txt"
+    body = {
+        "messages": [{"role": "user", "content": "owls?"}],
+        "max_tokens": 1,
+        "gemify": {"search": {"filter": where}},
+    }
+    sources = served.post("/v1/chat/completions", body, **KEY).json()["gemify"]["sources"]
+    assert [Path(s["file"]).name for s in sources] == ["sea.txt"]
+    wrong = "language = 'de'"
+    refused = served.post("/v1/search", {"query": "owls", "filter": wrong}, **KEY)
+    body["gemify"]["search"]["filter"] = wrong  # type: ignore[index]
+    for response in (refused, served.post("/v1/chat/completions", body, **KEY)):
+        assert response.status_code == 400
+        assert "the columns are file (text)" in response.json()["error"]["message"]
+    assert refused.json()["error"]["param"] == "filter"
 
 
 @pytest.mark.parametrize("rerank", ["bi", "lm"])

@@ -82,7 +82,13 @@ class ExactSearch:
         self._vectors_ND = normalize(vectors)
 
     def search(
-        self, query: str, *, k: int = 10, mode: Any = "vector", vector: np.ndarray | None = None
+        self,
+        query: str,
+        *,
+        k: int = 10,
+        mode: Any = "vector",
+        vector: np.ndarray | None = None,
+        where: str | None = None,
     ) -> list[Document]:
         """The k documents nearest to ``vector``."""
         assert vector is not None

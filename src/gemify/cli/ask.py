@@ -28,6 +28,7 @@ from gemify.cli.options import (
     SystemPrompt,
     Temperature,
     TopP,
+    Where,
     echo_err,
     load_gem,
     print_json,
@@ -63,6 +64,7 @@ def ask(
     store: StoreUri,
     k: Passages = 3,
     mode: SearchMode = "hybrid",
+    where: Where = None,
     rerank: Rerank = "none",
     order: OrderOption = None,
     context: ContextOption = "text",
@@ -135,6 +137,7 @@ def open_rag(options: Mapping[str, Any]) -> GemRag:
     settings = RagSettings(
         passages=options["k"],
         mode=options["mode"],
+        where=options["where"],
         order=options["order"] or ("passages-first" if keep_kv else "question-first"),
         context=options["context"],
         query_cache=options.get("query_cache", True),

@@ -57,6 +57,10 @@ Rerank = Annotated[
     str,
     typer.Option(help="Sort what is found anew, by the same model: bi (vectors), lm (odds of yes, slow) or none."),
 ]
+Where = Annotated[
+    str | None,
+    typer.Option(help="Only passages whose metadata fits, in SQL: \"lang = 'de' and date > date '2025-01-01'\"."),
+]
 KeepKv = Annotated[
     bool, typer.Option("--keep-kv", help="Keep the passages' KV caches on disk and use them. They contain the text.")
 ]

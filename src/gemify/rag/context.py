@@ -49,9 +49,15 @@ class SearchIndex(Protocol):
     """An index (`gemify.retrieval.index.GemIndex`)."""
 
     def search(
-        self, query: str, *, k: int = 10, mode: Any = "vector", vector: np.ndarray | None = None
+        self,
+        query: str,
+        *,
+        k: int = 10,
+        mode: Any = "vector",
+        vector: np.ndarray | None = None,
+        where: str | None = None,
     ) -> Sequence[Any]:
-        """Return the ``k`` best passages for a question, whose vector [D] may be given."""
+        """Return the ``k`` best passages for a question, whose vector [D] may be given; of those that fit a filter."""
 
 
 def label(number: int) -> str:

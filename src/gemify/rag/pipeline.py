@@ -81,6 +81,8 @@ class RagSettings:
     """How many go into the prompt."""
     mode: str = "hybrid"
     """Of the search: vector, fts or hybrid."""
+    where: str | None = None
+    """Filter of the search, in SQL over the passages' metadata. None: all."""
     order: PromptOrder = "question-first"
     context: ContextMode = "text"
     query_cache: bool = True
@@ -318,13 +320,12 @@ class Conversation:
         """
         return self.prompt.extend_to(self._lay_out(question, passages))
 
-    # Inside
-
     def _search(self, question: str, vector: np.ndarray | None) -> list[Any]:
         settings, index = self.rag.settings, self.rag.index
         if index is None or settings.passages == 0:
             return []
-        return list(index.search(question, k=settings.passages, mode=settings.mode, vector=vector))
+        k, mode, where = settings.passages, settings.mode, settings.where
+        return list(index.search(question, k=k, mode=mode, vector=vector, where=where))
 
     def _lay_out(self, question: str, passages: Sequence[RetrievedPassage]) -> Ids:
         """Add the question to the messages. Return the prompt's ids, of which the prompt cache holds what is kept."""

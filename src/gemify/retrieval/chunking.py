@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from gemify.retrieval.documents import Section
+from gemify.retrieval.metadata import Value
 
 _PAUSES = (  # the group is where a cut may fall: tokens may hold their leading space, or several line ends
     re.compile(r"(\s*\n[^\S\n]*\n\s*)"),
@@ -63,6 +64,8 @@ class Chunk:
     tokens: int
     embed_text: str
     """The text to embed and search: with title and headings before it, if the settings say so."""
+    meta: Mapping[str, Value] = field(default_factory=dict)
+    """Metadata, by column."""
 
 
 def split_tokens(text: str, offsets: Sequence[tuple[int, int]], *, tokens: int, overlap: int) -> list[TokenSpan]:
@@ -151,5 +154,6 @@ def split_section(section: Section, tokenizer: Any, settings: ChunkSettings, *, 
             location=section.location(start, start + len(text)),
             tokens=span.last - span.first,
             embed_text=f"{context}\n{text}" if context else text,
+            meta=section.meta,
         )
         ordinal += 1

@@ -15,21 +15,19 @@ The tables name what lies in the store's parent directory by its path from there
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import fields
 from datetime import timedelta
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from gemify.io.directory import is_remote, relative_to, resolve_uri
 from gemify.io.vectors import normalize
-from gemify.retrieval.chunking import Chunk, ChunkSettings
 from gemify.retrieval.lance import (
     IndexKind,
     connect,
@@ -48,12 +46,21 @@ from gemify.retrieval.lance import (
     vector_index,
     word_form,
 )
+from gemify.retrieval.metadata import (
+    OWN_COLUMNS,
+    Value,
+    arrow_type,
+    check_filter,
+    file_metadata,
+    fits,
+    new_columns,
+    to_column,
+)
+from gemify.retrieval.store_meta import StoreMeta
+from gemify.retrieval.store_rows import ChunkRow, FileRecord, Hit
 
 logger = logging.getLogger(__name__)
 
-Precision = Literal["float32", "float16", "int8", "binary"]
-FORMAT_VERSION = 1
-_META = b"gemify"
 _CHUNKS, _FILES = "chunks", "files"
 # Columns on the disk, and the fields of `Chunk` they hold.
 _CHUNK_COLUMNS = {"text": "text", "title": "title", "heading": "heading", "place": "location", "words": "embed_text"}
@@ -66,58 +73,6 @@ _MAX_UNINDEXED_SHARE = 0.2  # of the rows; with more outside, the vector index i
 _MAX_SMALL_FRAGMENTS = 8  # with more, they are compacted
 _MOVED_CHUNKS = 5_000  # copied in one commit, about
 _KEPT_FOR = timedelta(minutes=10)  # old files stay on the disk, as a reader may have them open
-
-
-@dataclass(frozen=True)
-class StoreMeta:
-    """Model and settings of a store. Raises ValueError for an unknown precision."""
-
-    model: str
-    """The name that loads the model."""
-    fingerprint: str
-    dimension: int
-    precision: Precision = "float32"
-    """int8 and binary search quantized vectors and rescore the best with full ones."""
-    chunk: ChunkSettings = field(default_factory=ChunkSettings)
-    format_version: int = FORMAT_VERSION
-
-    def __post_init__(self) -> None:
-        if self.precision not in get_args(Precision):
-            raise ValueError(f"unknown precision {self.precision!r}: choose one of {', '.join(get_args(Precision))}")
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """A file whose chunks are in the store."""
-
-    path: str
-    hash: str
-    version: str
-    size: int
-    mtime: float
-    chunks: int
-
-
-@dataclass(frozen=True)
-class ChunkRow:
-    """A chunk of a version of a file."""
-
-    file: str
-    version: str
-    chunk: Chunk
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A chunk that a search found; a higher score is better."""
-
-    id: str
-    file: str
-    text: str
-    title: str
-    heading: str
-    location: str
-    score: float
 
 
 class Store:
@@ -149,7 +104,7 @@ class Store:
         database = connect(uri)
         if _FILES not in table_names(database, uri):
             raise ValueError(f"no store in {uri}: make one with `gemify index`")
-        return cls(uri, database, _read_meta(open_table(database, _FILES, uri).schema.metadata, uri))
+        return cls(uri, database, StoreMeta.from_schema(open_table(database, _FILES, uri).schema, uri))
 
     @classmethod
     def exists(cls, uri: str | Path) -> bool:
@@ -186,14 +141,14 @@ class Store:
 
         width = pa.float16() if meta.precision == "float16" else pa.float32()
         text = [pa.field(n, pa.string()) for n in ("version", "file", *_CHUNK_COLUMNS)]
+        text += [pa.field(name, arrow_type(value)) for name, value in file_metadata("txt", 0.0).items()]
         chunks = [*text, pa.field("ordinal", pa.int32()), pa.field("vector", pa.list_(width, meta.dimension))]
         files = [pa.field(n, pa.string()) for n in ("path", "hash", "version")]
         files += [pa.field("size", pa.int64()), pa.field("mtime", pa.float64()), pa.field("chunks", pa.int64())]
-        described = {_META: json.dumps(asdict(meta)).encode()}
         with readable(uri):
             table = database.create_table(_CHUNKS, schema=pa.schema(chunks), mode="overwrite")
             table.create_index("words", config=text_index())
-            database.create_table(_FILES, schema=pa.schema(files, metadata=described), mode="overwrite")
+            database.create_table(_FILES, schema=pa.schema(files, metadata=meta.to_schema()), mode="overwrite")
         return cls(uri, database, meta)
 
     @contextlib.contextmanager
@@ -210,12 +165,15 @@ class Store:
 
     # Writing
 
-    def append(self, rows: Sequence[ChunkRow], vectors_ND: np.ndarray) -> None:
+    def append(self, rows: Sequence[ChunkRow], vectors_ND: np.ndarray) -> list[tuple[str, str, Value]]:
         """Add chunks in one commit. They stay pending until `commit` names their version.
 
         Args:
             rows: Chunks; those of a version in their order.
             vectors_ND: Their vectors, [N, D].
+
+        Returns:
+            File, column and value of the metadata left out, as it is of another type than its column.
         """
         import pyarrow as pa
 
@@ -233,7 +191,14 @@ class Store:
             columns[column] = [getattr(r.chunk, name) for r in rows]
         columns["words"] = [word_form(text) for text in columns["words"]]
         with readable(self.uri):
+            if added := new_columns(self._chunks.schema.names, (r.chunk.meta for r in rows)):
+                self._chunks.add_columns([pa.field(name, kind) for name, kind in added.items()])
+            types = {f.name: f.type for f in self._chunks.schema if f.name not in OWN_COLUMNS}
+            for name, kind in types.items():
+                columns[name] = to_column([r.chunk.meta.get(name) for r in rows], kind)
             self._chunks.add(pa.table(columns).select(self._chunks.schema.names).cast(self._chunks.schema))
+        known = [(r.file, name, value) for r in rows for name, value in r.chunk.meta.items()]
+        return [item for item in known if not fits(item[2], types.get(item[1]))]
 
     def commit(self, records: Sequence[FileRecord]) -> None:
         """Make versions of files the committed ones, in one commit."""
@@ -315,7 +280,7 @@ class Store:
     def read_meta(self) -> StoreMeta:
         """Return model and settings as of the last commit."""
         with readable(self.uri):
-            return _read_meta(self._files.schema.metadata, self.uri)
+            return StoreMeta.from_schema(self._files.schema, self.uri)
 
     def __len__(self) -> int:
         """Return the number of live chunks."""
@@ -342,18 +307,28 @@ class Store:
                 self._pending_at = now
             return self._pending
 
-    def vector_search(self, vector_D: np.ndarray, k: int) -> list[Hit]:
+    def vectors(self, version: str) -> dict[tuple[str, str, str], np.ndarray]:
+        """Return the vectors of a version's chunks by their texts, titles and headings."""
+        (listed,) = sql_lists([version])
+        with readable(self.uri):
+            found = self._chunks.search().where(f"version = {listed}").select(["text", "title", "heading", "vector"])
+            rows = found.to_arrow()
+        keys = zip(*(rows[name].to_pylist() for name in ("text", "title", "heading")), strict=True)
+        return dict(zip(keys, to_matrix(rows["vector"]), strict=True)) if len(rows) else {}
+
+    def vector_search(self, vector_D: np.ndarray, k: int, where: str | None = None) -> list[Hit]:
         """Find the chunks nearest to a vector.
 
         Args:
             vector_D: The query's embedding, [D].
             k: How many chunks to find.
+            where: A filter of metadata, in SQL. None: all.
 
         Returns:
             Hits, best first. The score is the cosine.
 
         Raises:
-            ValueError: The vector has another dimension.
+            ValueError: The vector has another dimension, or the filter is wrong.
         """
         if vector_D.shape != (self.meta.dimension,):
             raise ValueError(f"expected a vector of {self.meta.dimension} numbers, got {list(vector_D.shape)}")
@@ -361,22 +336,29 @@ class Store:
             query = self._chunks.search(normalize(vector_D[None])[0], vector_column_name="vector").distance_type("dot")
             if candidates := _RESCORED.get(self.meta.precision):
                 query = query.refine_factor(max(candidates // 100, candidates // k))
-            return self._hits(query.nprobes(_PROBES), k, "_distance")
+            query = query.minimum_nprobes(_PROBES).maximum_nprobes(
+                _PROBES if where is None else 0
+            )  # 0: until k are found
+            return self._hits(query, k, "_distance", where)
 
-    def text_search(self, query: str, k: int) -> list[Hit]:
+    def text_search(self, query: str, k: int, where: str | None = None) -> list[Hit]:
         """Find the chunks whose words match a query best.
 
         Args:
             query: The words to find.
             k: How many chunks to find.
+            where: A filter of metadata, in SQL. None: all.
 
         Returns:
             Hits, best first. The score is BM25.
+
+        Raises:
+            ValueError: The filter is wrong.
         """
         with readable(self.uri):
             self._warn_old_words()
             search = self._chunks.search(text_query(query_form(query), ["words"]), query_type="fts")
-            return self._hits(search, k, "_score")
+            return self._hits(search, k, "_score", where)
 
     def _warn_old_words(self) -> None:
         if not self._words_checked and any(is_old_text_index(i) for i in self._chunks.list_indices()):
@@ -422,28 +404,26 @@ class Store:
             query = self._chunks.search().where(
                 f"version = {listed} AND ordinal >= {at - before} AND ordinal <= {at + after}"
             )
-            rows = sorted(query.select(list(_HIT_COLUMNS)).to_arrow().to_pylist(), key=lambda row: row["ordinal"])
+            rows = sorted(query.select(self._hit_columns).to_arrow().to_pylist(), key=lambda row: row["ordinal"])
         return [self._hit(row, 0.0) for row in rows] if any(row["ordinal"] == at for row in rows) else []
 
-    def _hits(self, query: Any, k: int, score: str) -> list[Hit]:
-        if excluded := [f"version NOT IN ({listed})" for listed in sql_lists(self.pending_versions())]:
-            query = query.where(" AND ".join(excluded), prefilter=True)
-        found = query.limit(k).select([*_HIT_COLUMNS, score]).to_arrow().to_pylist()
+    @property
+    def _hit_columns(self) -> list[str]:
+        return [*_HIT_COLUMNS, *(name for name in self._chunks.schema.names if name not in OWN_COLUMNS)]
+
+    def _hits(self, query: Any, k: int, score: str, where: str | None) -> list[Hit]:
+        conditions = [f"version NOT IN ({listed})" for listed in sql_lists(self.pending_versions())]
+        if where is not None:
+            check_filter(self._chunks, where)
+            conditions.append(f"({where})")
+        if conditions:
+            query = query.where(" AND ".join(conditions), prefilter=True)
+        found = query.limit(k).select([*self._hit_columns, score]).to_arrow().to_pylist()
         hits = [self._hit(row, 1 - row[score] if score == "_distance" else row[score]) for row in found]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # equal scores in one order
 
     def _hit(self, row: dict[str, Any], score: float) -> Hit:
         said = {name: row[column] for column, name in _CHUNK_COLUMNS.items() if column in _HIT_COLUMNS}
-        said["file"] = os.path.join(self._root, row["file"])
-        return Hit(id=f"{row['version']}-{row['ordinal']}", score=score, **said)
-
-
-def _read_meta(metadata: dict[bytes, bytes] | None, uri: str) -> StoreMeta:
-    try:
-        values = json.loads((metadata or {})[_META])
-        version = values["format_version"]
-        if version == FORMAT_VERSION:
-            return StoreMeta(**{**values, "chunk": ChunkSettings(**values["chunk"])})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"the store {uri} does not say how it was made: delete it and index again") from error
-    raise ValueError(f"the store {uri} has format version {version}, not {FORMAT_VERSION}: index again, elsewhere")
+        file = os.path.join(self._root, row["file"])
+        meta = {n: v for n, v in row.items() if v is not None and n not in OWN_COLUMNS and not n.startswith("_")}
+        return Hit(id=f"{row['version']}-{row['ordinal']}", file=file, score=score, meta=meta, **said)

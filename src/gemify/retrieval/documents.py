@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 from gemify.io.rows import NOT_UTF8
+from gemify.retrieval.metadata import Value, to_metadata
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Section:
     """For pages: the offset at which each begins."""
     name: str = ""
     """Of a row, slide, sheet, chapter or cell: its id or number."""
+    meta: Mapping[str, Value] = field(default_factory=dict)
+    """What the document or the row says of itself beside its text, by column."""
 
     def location(self, start: int, end: int) -> str:
         """Return where a run of characters stands, such as ``lines 3-9``, ``page 2`` or ``row q17``.
@@ -120,11 +123,15 @@ class _Outline:
 
 
 def read_markdown(path: Path) -> Iterator[Section | Skipped]:
-    """A section a heading, its text as it is written."""
+    """A section a heading, its text as it is written; front matter is metadata of all."""
+    keys, text = _front_matter(decode_utf8(path.read_bytes()))
+    meta = to_metadata({name: value for name, value in keys.items() if name != "title"})
+    return (replace(section, meta=meta) for section in _sections_of_markdown(keys, text))
+
+
+def _sections_of_markdown(keys: dict[str, Any], text: str) -> Iterator[Section]:
     from markdown_it import MarkdownIt
 
-    text = decode_utf8(path.read_bytes())
-    keys, text = _front_matter(text)
     lines = [line for line in re.split(r"(?<=\n)", text) if line]  # the parser's: str.splitlines knows more line ends
     tokens = MarkdownIt("commonmark").parse(text)
     starts: list[tuple[int, int, str]] = []
@@ -207,6 +214,7 @@ def sections_of_html(raw: bytes, *, title: str | None = None, boilerplate: bool 
         encoding = None
     try:
         soup = BeautifulSoup(raw, "lxml", from_encoding=encoding)
+        language = soup.html.get("lang") if soup.html else None
         own = _SPACE.sub(" ", soup.title.get_text()).strip() if soup.title else ""
         for unseen in [*soup(_UNSEEN), *soup("dialog", open=False), *soup(hidden=True), *soup(style=_HIDDEN)]:
             if unseen.name not in ("html", "body"):
@@ -218,7 +226,8 @@ def sections_of_html(raw: bytes, *, title: str | None = None, boilerplate: bool 
         blocks = list(_blocks(soup))
     except (RecursionError, AssertionError, LookupError) as error:
         raise ValueError(f"cannot be read as HTML ({type(error).__name__}): restore the file") from error
-    yield from _by_heading(blocks, title=own if title is None else title)
+    meta = to_metadata({"lang": language})
+    yield from (replace(s, meta=meta) for s in _by_heading(blocks, title=own if title is None else title))
 
 
 def _asks_consent(element: Any) -> bool:

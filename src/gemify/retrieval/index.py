@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -12,12 +13,15 @@ from tqdm.auto import tqdm
 
 from gemify.io.signals import stop_signals
 from gemify.retrieval.chunking import ChunkSettings
-from gemify.retrieval.document_store import Hit, Precision, Store, StoreMeta
+from gemify.retrieval.document_store import Store
 from gemify.retrieval.documents import Skipped
 from gemify.retrieval.ingest import Embedder, IndexOptions, IndexReport, IndexRun
 from gemify.retrieval.lance import StoreUnavailableError
 from gemify.retrieval.loaders import Columns, FileListing, find_files
+from gemify.retrieval.metadata import Value, to_metadata
 from gemify.retrieval.ocr import require_ocr
+from gemify.retrieval.store_meta import Precision, StoreMeta
+from gemify.retrieval.store_rows import Hit
 from gemify.retrieval.vector_table import Corpus, find_store, open_store
 
 __all__ = ["Embedder", "GemIndex", "IndexReport", "Mode", "Passage", "Skipped"]
@@ -40,10 +44,14 @@ class Passage:
     heading: str
     score: float
     """Higher is better: a cosine (vector), BM25 (fts), or a sum of reciprocal ranks (hybrid)."""
+    meta: Mapping[str, Value] = field(default_factory=dict)
+    """Its metadata: date, kind, and what the file, its row or the run said."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields under their names in HTTP answers and in ``--json`` output."""
-        return {"place" if name == "location" else name: value for name, value in vars(self).items()}
+        meta = {name: value.isoformat() if isinstance(value, date) else value for name, value in self.meta.items()}
+        fields = {**vars(self), "meta": meta}
+        return {"place" if name == "location" else name: value for name, value in fields.items()}
 
 
 class PassageNotFoundError(ValueError):
@@ -118,6 +126,7 @@ class GemIndex:
         text_column: str = "text",
         title_column: str = "title",
         ocr: bool = False,
+        meta: Mapping[str, Value] | None = None,
         limit: int | None = None,
         batch_size: int = 32,
         commit_tokens: int = 65_536,
@@ -135,6 +144,7 @@ class GemIndex:
             title_column: The column of files of rows that holds the title.
             ocr: Whether pages of PDF files without text are recognized (extra ``ocr``). What was recognized in earlier
                 runs stays.
+            meta: Metadata of all these files, over what they say themselves.
             limit: Maximum new or changed files to index now.
             batch_size: Maximum passages that the model embeds at a time.
             commit_tokens: Tokens embedded between two commits.
@@ -161,7 +171,8 @@ class GemIndex:
         if not isinstance(paths, FileListing):
             listed = [paths] if isinstance(paths, str | Path) else list(paths)
             paths = find_files(listed, known=self.store.files())
-        options = IndexOptions(Columns(text_column, title_column), ocr, limit, batch_size, commit_tokens)
+        columns = Columns(text_column, title_column)
+        options = IndexOptions(columns, ocr, to_metadata(meta or {}), limit, batch_size, commit_tokens)
         with (
             self.store.write_lock(),
             stop_signals() as stop_flag,
@@ -205,7 +216,13 @@ class GemIndex:
         return [_passage(hit, 0.0) for hit in hits]
 
     def search(
-        self, query: str, *, k: int = 10, mode: Mode = "hybrid", vector: np.ndarray | None = None
+        self,
+        query: str,
+        *,
+        k: int = 10,
+        mode: Mode = "hybrid",
+        vector: np.ndarray | None = None,
+        where: str | None = None,
     ) -> list[Passage]:
         """Find the passages that match a query best.
 
@@ -214,13 +231,15 @@ class GemIndex:
             k: How many passages to find.
             mode: ``vector`` (meaning), ``fts`` (words, BM25) or ``hybrid`` (both, fused by rank).
             vector: The query's embedding, [D], where the caller has it. Then no model is needed.
+            where: Search only passages whose metadata fits this expression in SQL, such as
+                ``lang = 'de' and date > date '2025-01-01'``.
 
         Returns:
             At most ``k`` passages, best first.
 
         Raises:
-            ValueError: The query is empty, a setting is not allowed, the search needs a model that is missing, or
-                another model has made the store again.
+            ValueError: The query is empty, a setting or the filter is not allowed, the search needs a model that is
+                missing, or another model has made the store again.
         """
         if mode not in get_args(Mode):
             raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
@@ -230,12 +249,15 @@ class GemIndex:
             raise ValueError("the query is empty: give some words")
         self._require_same_store()
         if mode == "fts":
-            return [_passage(hit, hit.score) for hit in self.store.text_search(query, k)]
+            return [_passage(hit, hit.score) for hit in self.store.text_search(query, k, where)]
         vector_D = self._embed_query(query) if vector is None else np.asarray(vector, dtype=np.float32)
         if mode == "vector":
-            return [_passage(hit, hit.score) for hit in self.store.vector_search(vector_D, k)]
+            return [_passage(hit, hit.score) for hit in self.store.vector_search(vector_D, k, where)]
         candidates = max(_MIN_CANDIDATES, k)
-        rankings = [self.store.vector_search(vector_D, candidates), self.store.text_search(query, candidates)]
+        rankings = [
+            self.store.vector_search(vector_D, candidates, where),
+            self.store.text_search(query, candidates, where),
+        ]
         hits = {hit.id: hit for ranking in rankings for hit in ranking}
         fused = fuse([[hit.id for hit in ranking] for ranking in rankings])
         return [_passage(hits[name], score) for name, score in fused[:k]]
@@ -273,7 +295,7 @@ def fuse(rankings: Sequence[Sequence[str]]) -> list[tuple[str, float]]:
 
 
 def _passage(hit: Hit, score: float) -> Passage:
-    return Passage(hit.id, hit.text, hit.file, hit.location, hit.title, hit.heading, score)
+    return Passage(hit.id, hit.text, hit.file, hit.location, hit.title, hit.heading, score, hit.meta)
 
 
 def _create_store(uri: str, model: Embedder, name: str, precision: Precision, chunk: ChunkSettings) -> Store:

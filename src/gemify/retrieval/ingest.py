@@ -19,10 +19,12 @@ from tqdm.auto import tqdm
 
 from gemify.io.rows import replace_surrogates
 from gemify.io.signals import StopFlag
-from gemify.retrieval.chunking import split_section
-from gemify.retrieval.document_store import ChunkRow, FileRecord, Store
+from gemify.retrieval.chunking import Chunk, split_section
+from gemify.retrieval.document_store import Store
 from gemify.retrieval.documents import Skipped
-from gemify.retrieval.loaders import Columns, FileListing, content_hash, read_file
+from gemify.retrieval.loaders import Columns, FileListing, content_hash, file_kind, read_file
+from gemify.retrieval.metadata import Value, file_metadata
+from gemify.retrieval.store_rows import ChunkRow, FileRecord
 
 
 class Embedder(Protocol):
@@ -54,6 +56,8 @@ class IndexOptions:
 
     columns: Columns = field(default_factory=Columns)
     ocr: bool = False
+    meta: Mapping[str, Value] = field(default_factory=dict)
+    """Given to all files, over what they say themselves."""
     limit: int | None = None
     batch_size: int = 32
     commit_tokens: int = 65_536
@@ -84,6 +88,9 @@ class IndexReport:
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
+_MAX_REUSED_CHUNKS = 50_000  # of a changed file, whose vectors are held
+
+
 @dataclass
 class IndexRun:
     """A run under way. The caller holds the store's write lock."""
@@ -101,6 +108,9 @@ class IndexRun:
     tokens: int = 0
     seconds: float = 0.0
     _rows: list[ChunkRow] = field(default_factory=list)
+    _vectors: dict[str, dict[tuple[str, str, str], np.ndarray]] = field(default_factory=dict)
+    """Of the old chunks of files that are read again, by the new versions: equal ones are not embedded again."""
+    _misfits: set[tuple[str, str]] = field(default_factory=set)
     _complete: list[FileRecord] = field(default_factory=list)
     _pending_tokens: int = 0
 
@@ -149,7 +159,7 @@ class IndexRun:
         moves = []
         for path in (p for p in files if gone and str(p) not in before and replace_surrogates(str(p)) == str(p)):
             try:
-                digest = content_hash(path, self.options.columns)
+                digest = content_hash(path, self.options.columns, self.options.meta)
             except OSError:
                 continue
             if known := gone.get((digest, path.suffix)):
@@ -172,14 +182,17 @@ class IndexRun:
             return
         try:
             stat = path.stat()
-            digest = content_hash(path, self.options.columns)
+            digest = content_hash(path, self.options.columns, self.options.meta)
             version = self._version(path, digest, ocr=self.options.ocr)
             if old is not None and old.version in (version, self._version(path, digest, ocr=True)):
                 self.unchanged += 1
                 return
             if limit is not None and len(self.added) + len(self.changed) >= limit:
                 return
-            count = self._read_chunks(path, version, skip=pending.get(version, 0))
+            if old is not None and old.chunks <= _MAX_REUSED_CHUNKS:
+                self._vectors[version] = self.store.vectors(old.version)
+            meta = file_metadata(file_kind(path), stat.st_mtime)
+            count = self._read_chunks(path, version, meta, skip=pending.get(version, 0))
             now = path.stat()
             if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
                 raise ValueError("changed while it was read: run the same command again")
@@ -192,7 +205,7 @@ class IndexRun:
         self._complete.append(FileRecord(str(path), digest, version, stat.st_size, stat.st_mtime, count))
         (self.added if old is None else self.changed).append(str(path))
 
-    def _read_chunks(self, path: Path, version: str, *, skip: int) -> int:
+    def _read_chunks(self, path: Path, version: str, meta: Mapping[str, Value], *, skip: int) -> int:
         """Queue a file's chunks for a commit, but for the first ``skip``, which the store has. Returns their number."""
         count = 0
         for item in read_file(path, self.options.columns, ocr=self.options.ocr):
@@ -202,6 +215,7 @@ class IndexRun:
             for chunk in split_section(item, self.model.tokenizer, self.store.meta.chunk, ordinal=count):
                 count += 1
                 if chunk.ordinal >= skip:
+                    chunk = replace(chunk, meta={**meta, **chunk.meta, **self.options.meta})
                     self._rows.append(ChunkRow(str(path), version, chunk))
                     self._pending_tokens += chunk.tokens
                 if self._pending_tokens >= self.options.commit_tokens:
@@ -211,19 +225,36 @@ class IndexRun:
 
     def _discard(self, version: str) -> None:
         """Take queued chunks of a file back that turned out not to be readable."""
+        self._vectors.pop(version, None)
         self._rows = [r for r in self._rows if r.version != version]
         self._pending_tokens = sum(r.chunk.tokens for r in self._rows)
 
     def _commit(self) -> None:
         if self._rows:
-            begin = time.perf_counter()
-            texts = [r.chunk.embed_text for r in self._rows]
-            vectors_ND = np.asarray(self.model.encode_document(texts, batch_size=self.options.batch_size))
-            self.seconds += time.perf_counter() - begin
-            self.store.append(self._rows, vectors_ND)
+            for file, column, value in self.store.append(self._rows, self._embed()):
+                if (file, column) not in self._misfits:
+                    self._misfits.add((file, column))
+                    said = f"its {column} {str(value)[:50]!r} is of another type than the store's column: left out"
+                    self.skipped.append(Skipped(file, said))
         self.store.commit(self._complete)
-        self.chunks += len(self._rows)
-        self.tokens += self._pending_tokens
+        for record in self._complete:
+            self._vectors.pop(record.version, None)
         self.bar.update(len(self._rows))
         self._rows, self._complete, self._pending_tokens = [], [], 0
         self.stop_flag.raise_if_set()
+
+    def _embed(self) -> np.ndarray:
+        """Vectors [N, D] of the queued chunks. Those that a file had before it changed are not computed again."""
+        vectors = [self._vectors.get(r.version, {}).get(_key(r.chunk)) for r in self._rows]
+        new = [r.chunk for r, vector in zip(self._rows, vectors, strict=True) if vector is None]
+        begin = time.perf_counter()
+        texts = [chunk.embed_text for chunk in new]
+        made = iter(np.asarray(self.model.encode_document(texts, batch_size=self.options.batch_size)) if new else ())
+        self.seconds += time.perf_counter() - begin if new else 0.0
+        self.chunks += len(new)
+        self.tokens += sum(chunk.tokens for chunk in new)
+        return np.stack([next(made) if vector is None else vector for vector in vectors])
+
+
+def _key(chunk: Chunk) -> tuple[str, str, str]:
+    return chunk.text, chunk.title, chunk.heading

@@ -30,6 +30,10 @@ _HANGUL = re.compile("[\uac00-\ud7a3]{2,}")
 _PART = 500  # values of one SQL list
 
 
+class StoreLockedError(ValueError):
+    """Another process writes to the store."""
+
+
 class StoreUnavailableError(ValueError):
     """A store that was there cannot be used: it is damaged or gone, or another model has made it again."""
 
@@ -185,7 +189,7 @@ def only_writer(uri: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{uri} is being written by another process: wait for it to end") from None
+        raise StoreLockedError(f"{uri} is being written by another process: wait for it to end") from None
     try:
         yield
     finally:

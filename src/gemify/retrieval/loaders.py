@@ -26,11 +26,13 @@ from gemify.io.rows import (
     optional_text,
     read_rows,
     readable,
+    readable_parquet,
     require_text,
     row_id,
 )
 from gemify.retrieval import office
 from gemify.retrieval.documents import Section, Skipped, decode_utf8, read_docx, read_html, read_markdown
+from gemify.retrieval.metadata import Value, to_metadata
 from gemify.retrieval.pdf import read_pdf
 
 READING_VERSION = 5
@@ -185,6 +187,11 @@ def _fits(parts: Sequence[str], wanted: Sequence[str]) -> bool:
     return bool(parts) and fnmatch.fnmatchcase(parts[0], wanted[0]) and _fits(parts[1:], wanted[1:])
 
 
+def file_kind(path: Path) -> str:
+    """The suffix that says what a file is, without that of a compression; "" if it has none."""
+    return _kind(path) or path.suffix.lower()
+
+
 def _kind(path: Path) -> str | None:
     """The suffix that decides on a file's reader, or None: a kind that is not read."""
     name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSIONS else path.name
@@ -196,10 +203,12 @@ def _kind(path: Path) -> str | None:
     return ".txt" if path.name in _NAMES else None
 
 
-def content_hash(path: Path, columns: Columns) -> str:
-    """SHA-256 of a file's bytes and of how they are read. Raises OSError."""
-    how = [READING_VERSION, *((columns.text, columns.title) if _kind(path) in _ROWS | _MAYBE_ROWS else ())]
-    digest = hashlib.sha256(json.dumps(how).encode())
+def content_hash(path: Path, columns: Columns, meta: Mapping[str, Value] | None = None) -> str:
+    """SHA-256 of a file's bytes, of how they are read, and of the metadata they are given. Raises OSError."""
+    how: list[Any] = [READING_VERSION]
+    how += (columns.text, columns.title) if _kind(path) in _ROWS | _MAYBE_ROWS else ()
+    how += [sorted(meta.items())] if meta else []
+    digest = hashlib.sha256(json.dumps(how, default=str).encode())
     with path.open("rb") as file:
         while block := file.read(_PIECE):
             digest.update(block)
@@ -304,7 +313,7 @@ def _named_values(row: Row) -> tuple[int, str]:
 
 
 def _read_rows(path: Path, columns: Columns) -> Iterator[Section | Skipped]:
-    wanted = (columns.text, columns.title, "_id", "id")
+    wanted = _columns_to_read(path, columns)
     return _read_each(path, wanted, lambda row: _section(row.parse(), row.number, columns))
 
 
@@ -322,6 +331,20 @@ def _read_each(path: Path, columns: Sequence[str], read: Callable[[Row], Any]) -
         yield Skipped(str(path), f"{broken - _BROKEN_ROWS:,} more rows cannot be read")
 
 
+def _columns_to_read(path: Path, columns: Columns) -> tuple[str, ...]:
+    """Columns of a Parquet file that are text, title, id, or can be metadata: no vectors, no pictures."""
+    if _kind(path) != ".parquet":
+        return ()
+    import pyarrow.parquet as pq
+    from pyarrow import types
+
+    with readable_parquet(str(path)):
+        schema = pq.read_schema(path)
+    short = [f.name for f in schema if not (types.is_nested(f.type) or types.is_binary(f.type))]
+    return (columns.text, columns.title, "_id", "id", *short)
+
+
 def _section(row: dict[str, Any], number: int, columns: Columns) -> Section:
     text, title = require_text(row, columns.text), optional_text(row, columns.title)
-    return Section(text, title=title, unit="row", name=row_id(row) or str(number))
+    rest = {name: value for name, value in row.items() if name not in (columns.text, columns.title, "_id", "id")}
+    return Section(text, title=title, unit="row", name=row_id(row) or str(number), meta=to_metadata(rest))

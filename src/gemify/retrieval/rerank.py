@@ -214,10 +214,16 @@ class RerankedIndex:
         self.index, self.score, self.candidates = index, score, candidates
 
     def search(
-        self, query: str, *, k: int = 10, mode: Any = "hybrid", vector: np.ndarray | None = None
+        self,
+        query: str,
+        *,
+        k: int = 10,
+        mode: Any = "hybrid",
+        vector: np.ndarray | None = None,
+        where: str | None = None,
     ) -> list[Passage]:
         """Find passages as `GemIndex.search` does, score them, and return the ``k`` best with their new scores."""
-        found = self.index.search(query, k=max(k, self.candidates), mode=mode, vector=vector)
+        found = self.index.search(query, k=max(k, self.candidates), mode=mode, vector=vector, where=where)
         scores = self.score(query, [text_with_context(passage) for passage in found])
         return sort_passages(found, scores, k)
 

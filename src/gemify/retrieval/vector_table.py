@@ -24,7 +24,7 @@ import numpy as np
 
 from gemify.io.directory import Directory, is_remote, resolve_uri
 from gemify.io.vectors import normalize
-from gemify.retrieval.document_store import Hit, Precision, Store
+from gemify.retrieval.document_store import Store
 from gemify.retrieval.lance import (
     IndexKind,
     connect,
@@ -40,6 +40,9 @@ from gemify.retrieval.lance import (
     vector_index,
     word_forms,
 )
+from gemify.retrieval.metadata import check_filter
+from gemify.retrieval.store_meta import Precision
+from gemify.retrieval.store_rows import Hit
 
 Format = Literal["lance", "parquet"]
 FORMAT_VERSION = 1
@@ -236,12 +239,13 @@ class Corpus:
         with readable(self.uri):
             return int(self._table.count_rows())
 
-    def vector_search(self, vector_D: np.ndarray, k: int) -> list[Hit]:
+    def vector_search(self, vector_D: np.ndarray, k: int, where: str | None = None) -> list[Hit]:
         """Find the passages nearest to a vector.
 
         Args:
             vector_D: The query's embedding, [D].
             k: How many passages to find.
+            where: A filter of the columns, in SQL. None: all.
 
         Returns:
             Hits, best first. The score is the cosine; of binary vectors, the cosine to their signs.
@@ -262,20 +266,18 @@ class Corpus:
             kind = "" if index is None else _kind(index.index_type)
             probes = max(_MIN_PROBES, round(_PROBED_SHARE * len(self) ** 0.5 / 3))
             if self.meta.precision == "binary":
-                return self._search_signs(query_D, k, probes)
-            query = self._table.search(query_D, vector_column_name="vector").distance_type("dot").nprobes(probes)
+                return self._search_signs(query_D, k, probes, where)
+            query = self._table.search(query_D, vector_column_name="vector").distance_type("dot")
+            query = self._filtered(query.minimum_nprobes(probes).maximum_nprobes(0 if where else probes), where)
             if candidates := _RESCORED.get(kind):
                 query = query.refine_factor(max(1, -(-candidates // k)))
             found = query.limit(k).select([*self._hit_columns, "_distance"]).to_arrow().to_pylist()
         return self._sorted(self._hit(row, 1 - row["_distance"]) for row in found)
 
-    def _search_signs(self, query_D: np.ndarray, k: int, probes: int) -> list[Hit]:
+    def _search_signs(self, query_D: np.ndarray, k: int, probes: int, where: str | None) -> list[Hit]:
         query = self._table.search(np.packbits(query_D > 0), vector_column_name="vector").distance_type("hamming")
-        query = (
-            query.nprobes(probes)
-            .limit(max(_SIGN_CANDIDATES * k, 100))
-            .select([*self._hit_columns, "vector", "_distance"])
-        )
+        query = self._filtered(query.minimum_nprobes(probes).maximum_nprobes(0 if where else probes), where)
+        query = query.limit(max(_SIGN_CANDIDATES * k, 100)).select([*self._hit_columns, "vector", "_distance"])
         found = query.to_arrow().to_pylist()
         if not found:
             return []
@@ -284,12 +286,13 @@ class Corpus:
         scores = signs_ND @ query_D / self.meta.dimension**0.5
         return self._sorted(self._hit(row, float(s)) for row, s in zip(found, scores, strict=True))[:k]
 
-    def text_search(self, query: str, k: int) -> list[Hit]:
+    def text_search(self, query: str, k: int, where: str | None = None) -> list[Hit]:
         """Find the passages whose words match a query best.
 
         Args:
             query: The words to find.
             k: How many passages to find.
+            where: A filter of the columns, in SQL. None: all.
 
         Returns:
             Hits, best first. The score is BM25.
@@ -307,7 +310,7 @@ class Corpus:
                     " --index none), or set the mode to vector"
                 )
             search = self._table.search(text_query(word_forms(query), self._text_columns), query_type="fts").limit(k)
-            found = search.select([*self._hit_columns, "_score"]).to_arrow().to_pylist()
+            found = self._filtered(search, where).select([*self._hit_columns, "_score"]).to_arrow().to_pylist()
         return self._sorted(self._hit(row, row["_score"]) for row in found)
 
     def hits(self) -> Iterator[Hit]:
@@ -350,9 +353,15 @@ class Corpus:
     def _hit_columns(self) -> list[str]:
         return ["id", *self._text_columns]
 
+    def _filtered(self, query: Any, where: str | None) -> Any:
+        if where is None:
+            return query
+        check_filter(self._table, where)
+        return query.where(where, prefilter=True)
+
     def _hit(self, row: dict[str, Any], score: float) -> Hit:
-        texts = {name: row.get(name) or "" for name in ("text", "title")}
-        return Hit(row["id"], self.uri, heading="", location=f"row {row['id']}", score=score, **texts)
+        text, title = (row.get(name) or "" for name in ("text", "title"))
+        return Hit(row["id"], self.uri, text, title, "", f"row {row['id']}", score)
 
     @staticmethod
     def _sorted(hits: Iterator[Hit]) -> list[Hit]:

@@ -75,7 +75,7 @@ def create_local_server(rag: GemRag, **generate: Any) -> MCPServer:
 
     async def search(query: str, k: int, mode: Mode, _: Any) -> list[Passage]:
         async with one_run:
-            return _passages(await asyncio.to_thread(index.search, query, k=k, mode=mode))
+            return _passages(await asyncio.to_thread(index.search, query, k=k, mode=mode, where=rag.settings.where))
 
     async def ask(question: str, _: Any) -> SourcedAnswer:
         async with one_run:

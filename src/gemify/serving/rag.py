@@ -196,6 +196,7 @@ class RagService:
         bind: Callable[[ChatTemplate], ChatTemplate],
         k: int,
         mode: str,
+        where: str | None,
         score: ScoreFn | None,
         max_tokens: int,
         tokenize_query: Callable[[str], Sequence[int]],
@@ -209,6 +210,7 @@ class RagService:
             bind: gives the chat template the request's variables.
             k: how many passages.
             mode: of the search.
+            where: filter of the search. None: all passages.
             score: reranks what is found; called in another thread. None: nothing does.
             max_tokens: positions that the answer needs.
             tokenize_query: token ids of a question that is embedded alone; called in another thread.
@@ -229,7 +231,7 @@ class RagService:
                 self._engine.gem,
                 index,
                 kv=self._kv,
-                settings=replace(self._settings, passages=k, mode=mode),
+                settings=replace(self._settings, passages=k, mode=mode, where=where),
                 runner=runner,
                 chat_template=template,
             )

@@ -20,7 +20,7 @@ from gemify.io.directory import Directory
 from gemify.io.vectors import normalize
 from gemify.retrieval.bulk.plan import Shard
 from gemify.retrieval.bulk.rows import Passage
-from gemify.retrieval.document_store import Precision
+from gemify.retrieval.store_meta import Precision
 from gemify.retrieval.vector_table import COMMIT_KEY, CorpusMeta, part_name, table_uri
 
 _STORAGE_VERSION = "2.1"  # of Lance files: what LanceDB reads as well

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from gemify.model.tokenization import TRUNCATIONS
+from gemify.retrieval.metadata import MAX_FILTER_CHARACTERS
 from gemify.retrieval.rerank import Rerank
 from gemify.serving.errors import json_name, unsupported_parameter
 from gemify.serving.protocol import unsupported
@@ -166,6 +167,7 @@ Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 SearchMode = Literal["vector", "fts", "hybrid"]
 _RERANK = "How what is found is sorted anew. bi: vectors; lm: the model's odds of yes against no."
+Filter = Annotated[str, Field(max_length=MAX_FILTER_CHARACTERS, description="Of metadata, in SQL: lang = 'de'.")]
 
 
 class ApiRequest(BaseModel):
@@ -366,6 +368,7 @@ class ChatSearch(BaseModel):
 
     k: int = Field(default=3, ge=1, le=50, description="How many passages.")
     mode: SearchMode = "hybrid"
+    filter: Filter | None = None
     rerank: Rerank = Field(default="none", description=_RERANK)
 
 
@@ -392,15 +395,11 @@ class CreateChatCompletionRequest(GenerationRequestBody, ToolRequest):
     continue_final_message: bool | None = Field(
         default=None, description="The answer goes on from the last message, which should be the assistant's."
     )
-    add_generation_prompt: bool | None = Field(
-        default=None, description="False: the prompt ends after the last message. Default true."
-    )
+    add_generation_prompt: bool | None = Field(default=None, description="False: no start of an answer. Default true.")
     chat_template_kwargs: dict[str, Any] | None = Field(
         default=None, description="Variables for the model's chat template, such as enable_thinking."
     )
-    reasoning_effort: str | None = Field(
-        default=None, max_length=100, description="For chat templates that read it; others refuse it."
-    )
+    reasoning_effort: str | None = Field(default=None, max_length=100, description="Templates may not read it: 400.")
     gemify: GemifyOptions | None = None
 
     @model_validator(mode="after")
@@ -424,6 +423,7 @@ class SearchRequest(ApiRequest):
     query: str = Field(min_length=1, max_length=100_000)
     k: int = Field(default=5, ge=1, le=100)
     mode: SearchMode = Field(default="hybrid", description="vector: meaning; fts: words (BM25); hybrid: both.")
+    filter: Filter | None = None
     rerank: Rerank = Field(default="none", description=_RERANK)
     truncate: Truncation | None = Field(default=None, description="Of a query that is too long. Default end.")
 

@@ -217,6 +217,8 @@ class Passage(ApiModel):
     place: str
     title: str
     heading: str
+    meta: dict[str, Any] = {}
+    """Date, kind, and what its file said; times in ISO form."""
 
 
 class GemifyFields(ApiModel):

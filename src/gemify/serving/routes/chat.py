@@ -155,6 +155,7 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
         bind=lambda template: bind_template(template, body),
         k=search.k,
         mode=search.mode,
+        where=search.filter,
         score=None if search.rerank == "none" else score_passages,
         max_tokens=body.max_completion_tokens or body.max_tokens or 1,
         tokenize_query=tokenize_query,

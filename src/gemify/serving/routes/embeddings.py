@@ -23,6 +23,7 @@ from gemify.model.encode import mean_of_parts
 from gemify.model.prefill import common_subsequence_length
 from gemify.model.tokenization import Truncate
 from gemify.retrieval.lance import StoreUnavailableError
+from gemify.retrieval.metadata import FilterError
 from gemify.retrieval.rerank import CANDIDATES, sort_passages, text_with_context
 from gemify.serving.dispatch import EngineClient, run_until_disconnect
 from gemify.serving.embedding import embed
@@ -131,11 +132,13 @@ async def search(body: SearchRequest, request: Request) -> Response:
         vector = mean_of_parts(torch.from_numpy(vectors_PD), texts.parts, overhead=texts.overhead)[0].numpy()
     try:
         k = body.k if body.rerank == "none" else max(body.k, CANDIDATES)
-        found = await asyncio.to_thread(partial(index.search, body.query, k=k, mode=body.mode, vector=vector))
+        found = await asyncio.to_thread(
+            partial(index.search, body.query, k=k, mode=body.mode, vector=vector, where=body.filter)
+        )
     except StoreUnavailableError as error:
         raise from_engine_error(error) from error
     except ValueError as error:
-        raise bad_request(first_line(error), "query") from error
+        raise bad_request(first_line(error), "filter" if isinstance(error, FilterError) else "query") from error
     if body.rerank != "none":
         scores, scored_tokens = await score(request, body.query, list(map(text_with_context, found)), body.rerank)
         found, tokens = sort_passages(found, scores, body.k), tokens + scored_tokens
