@@ -34,13 +34,18 @@ def killed_at(
     return steps, child.exitcode
 
 
+META = {"project": "atlas"}
+
+
 def index(model: str, store: str, corpus: str, tell: Connection) -> None:
-    """Index a corpus; says before and after every step of writing to the store that it takes it."""
+    """Watch a corpus until it is indexed; says before and after every step of writing to the store that it takes it."""
     import torch
 
     from gemify import GemModel
+    from gemify.io.signals import StopFlag
     from gemify.retrieval.document_store import Store
     from gemify.retrieval.index import GemIndex
+    from gemify.retrieval.watch import watch_files
 
     def told(name: str) -> None:
         step = getattr(Store, name)
@@ -56,8 +61,9 @@ def index(model: str, store: str, corpus: str, tell: Connection) -> None:
     torch.set_num_threads(1)
     for name in ("append", "commit", "remove", "optimize"):
         told(name)
-    gem = GemModel.from_pretrained(model)
-    GemIndex.open(store, gem, tokens=48, overlap=8).add(corpus, commit_tokens=300)
+    opened, stop = GemIndex.open(store, GemModel.from_pretrained(model), tokens=48, overlap=8), StopFlag()
+    for _ in watch_files(opened, [corpus], stop_flag=stop, commit_tokens=300, meta=META):
+        stop.is_set = True
 
 
 def read_as_nobody(root: str, tell: Connection) -> None:

@@ -172,7 +172,7 @@ def test_a_retired_word_is_found() -> None:
 EXTRAS = """
     datasets pyarrow tensorboard sentence_transformers mteb lm_eval matplotlib langchain_core llama_index
     llguidance lancedb lance ray pypdf docx pptx openpyxl bs4 fastapi starlette uvicorn limits prometheus_client
-    rapidocr onnxruntime pypdfium2 mcp mcp_types trl llm pytrec_eval bitsandbytes
+    rapidocr onnxruntime pypdfium2 watchfiles mcp mcp_types trl llm pytrec_eval bitsandbytes
 """.split()  # noqa: SIM905
 IMPORT_ALL = """
 import importlib, pkgutil, gemify

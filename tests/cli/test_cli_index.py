@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -37,6 +40,27 @@ def run(*arguments: object) -> tuple[int, str, str]:
     return done.exit_code, done.stdout, done.stderr + error
 
 
+def test_a_watched_directory_is_searchable_after_a_save(
+    model: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first report is over all files, the second over what was saved; then Ctrl-C ends the command with 0."""
+    store, reports = tmp_path / "store", []
+
+    def after_a_report(record: dict[str, Any]) -> None:
+        reports.append(record)
+        if len(reports) == 1:
+            (docs / "b.txt").write_text("Tides follow the sun too.\n")
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("gemify.cli.index.print_json", after_a_report)
+    code, _, err = run("index", docs, "--store", store, "--model", model, "--watch", "--json", "-q")
+    assert code == 0, err
+    assert [(len(r["added"]), r["changed"]) for r in reports] == [(2, ()), (0, (str(docs / "b.txt"),))]
+    assert "the sun" in run("search", "sun", "--store", store, "--mode", "fts")[1]
+    assert "leave one of them out" in run("index", docs, "--store", store, "--watch", "--limit", 3)[2]
+
+
 def test_index_then_search(model: Path, docs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "store"
     monkeypatch.chdir(model.parent)
@@ -54,12 +78,17 @@ def test_index_then_search(model: Path, docs: Path, tmp_path: Path, monkeypatch:
     for mode in ("vector", "fts", "hybrid"):
         code, out, err = run("search", "owls hunt", "--store", store, "-k", 1, "--mode", mode, "--json")
         passage = json.loads(out)
-        assert set(passage) == {"id", "text", "file", "place", "title", "heading", "score"}
+        assert set(passage) == {"id", "text", "file", "place", "title", "heading", "score", "meta"}
         if mode == "fts":
             assert (passage["file"], passage["place"], passage["heading"]) == (str(docs / "a.md"), "lines 1-3", "Birds")
     code, out, _ = run("search", "owls", "--store", store, "--mode", "fts")
     assert out.startswith("[1] ")
     assert "    Owls hunt at night.\n" in out
+    code, out, _ = run("index", docs, "--store", store, "-q", "--meta", "lang=de", "--meta", "year=2025")
+    for where, found in (("lang = 'de' and kind = 'txt'", ["b.txt"]), ("year < 2025", [])):
+        _, out, _ = run("search", "owls", "--store", store, "--where", where, "--json")
+        assert [Path(json.loads(line)["file"]).name for line in out.splitlines()] == found
+    assert json.loads(run("search", "owls", "-s", store, "--json", "-k", 1)[1])["meta"]["year"] == 2025.0
     code, out, err = run("search", "zebra", "--store", store, "--mode", "fts")
     assert (code, out, err) == (0, "", "nothing found\n")
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from test_index import assert_same
 
+from children import META, killed_at
 from children import index as index_in_child
-from children import killed_at
 from gemify import GemModel
 from gemify.retrieval.index import GemIndex
 from tiny_gems import make_gem
@@ -30,7 +30,8 @@ def _corpus(root: Path, *, later: bool) -> Path:
             path.unlink(missing_ok=True)
             continue
         word = "changed" if later and number % 4 == 0 else "words"
-        path.write_text(f"# Number {number}\n\n" + f"Some {word} about {number}. " * (3 + number))
+        front = f"---\nlang: de\nyear: {number}\n---\n" if later and number % 3 == 0 else ""
+        path.write_text(f"{front}# Number {number}\n\n" + f"Some {word} about {number}. " * (3 + number))
     count = 90 if later else 60
     rows = (f'{{"_id": "{i}", "text": "row {i} {"x" * (i % 40)}"}}\n' for i in range(count))
     (root / "rows.jsonl").write_text("".join(rows))
@@ -41,7 +42,10 @@ def _corpus(root: Path, *, later: bool) -> Path:
 
 @pytest.mark.usefixtures("one_thread")
 def test_killed_anywhere(tmp_path: Path, base_dir: Path, server: ForkServerContext) -> None:
-    """Half of the stores are new, half are brought up to date. A moment is a step of writing and some time after."""
+    """Half of the stores are new, half are brought up to date, where also the metadata of every file changes.
+
+    A moment is a step of writing and some time after. What is killed is a run that watches.
+    """
     gem = make_gem(base_dir)
     gem.save_pretrained(tmp_path / "gem")
     gem = GemModel.from_pretrained(tmp_path / "gem")
@@ -61,6 +65,7 @@ def test_killed_anywhere(tmp_path: Path, base_dir: Path, server: ForkServerConte
         all_steps.append(steps)
     whole = GemIndex.open(tmp_path / "new", gem)
     assert_same(GemIndex.open(tmp_path / "updated", gem), whole, atol=1e-5)
+    assert len(whole.search("words", k=100, where="project = 'atlas' and lang = 'de' and year > 0")) > 2
     words = [round(p.score, 4) for p in whole.search("changed words about 4", mode="fts", k=5)]
 
     chance, killed, halves = random.Random(5), 0, 0
@@ -72,7 +77,7 @@ def test_killed_anywhere(tmp_path: Path, base_dir: Path, server: ForkServerConte
         killed += code == -signal.SIGKILL
         again = GemIndex.open(store, gem, **settings)  # type: ignore[arg-type]
         halves += bool(again.store.pending_versions())
-        again.add(corpus, commit_tokens=300)
+        again.add(corpus, commit_tokens=300, meta=META)
         assert_same(again, whole, atol=1e-5)
         assert [round(p.score, 4) for p in again.search("changed words about 4", mode="fts", k=5)] == words
         shutil.rmtree(store)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ from gemify.cli.options import (
     TextColumn,
     TitleColumn,
     TopK,
+    Where,
     absolute_model_name,
     echo_err,
     load_gem,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from gemify.retrieval.bulk.run import EmbedReport as CorpusReport
     from gemify.retrieval.index import GemIndex
     from gemify.retrieval.ingest import IndexReport
+    from gemify.retrieval.loaders import FileListing
 
 _MAX_SKIPPED_LINES = 20
 
@@ -71,11 +74,16 @@ def index(
     text_column: TextColumn = "text",
     title_column: TitleColumn = "title",
     ocr: Annotated[bool, typer.Option("--ocr", help="Recognize the text of scanned PDF pages (extra ocr).")] = False,
+    meta: Annotated[
+        list[str] | None,
+        typer.Option(help="Metadata of all these files, such as project=atlas, for --where; may be repeated."),
+    ] = None,
     exclude: Annotated[
         list[str] | None,
         typer.Option(help="Leave out what matches, such as '*.log' or 'drafts/*'; may be repeated."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum new or changed files to index now.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on: index files as they change, until Ctrl-C.")] = False,
     batch_size: BatchSize = 32,
     keep_kv: KeepKv = False,
     kv_bits: KvBits = 16,
@@ -89,13 +97,16 @@ def index(
     as_json: Json = False,
 ) -> None:
     """Read, cut and embed files into a store; run it again to bring the store up to date."""
-    from gemify.io.signals import StopRequestedError
     from gemify.retrieval.document_store import Store
     from gemify.retrieval.index import GemIndex
     from gemify.retrieval.loaders import find_files
+    from gemify.retrieval.metadata import parse_metadata
     from gemify.retrieval.ocr import require_ocr
     from gemify.retrieval.vector_table import refuse_corpus
 
+    if watch and limit is not None:
+        raise ValueError("--limit ends a run, and --watch goes on: leave one of them out")
+    given_meta = parse_metadata(meta or ())
     refuse_corpus(store)
     if ocr:
         require_ocr()
@@ -111,28 +122,40 @@ def index(
     opened = GemIndex.open(
         store if existing is None else existing, gem, model_name=absolute_model_name(name), **options
     )
+    reading: Any = {"text_column": text_column, "title_column": title_column, "meta": given_meta, "ocr": ocr}
+    reading |= {"batch_size": batch_size, "show_progress_bar": not quiet}
+    if not watch:
+        reading["limit"] = limit
+    for report in _index_runs(opened, paths if watch else files, exclude or (), reading):
+        caches = _store_caches(gem, opened, open_kv_store(gem), quiet) if open_kv_store is not None else {}
+        _echo_report(report, caches, opened, store, as_json)
+
+
+def _index_runs(
+    index: GemIndex, paths: Sequence[Path] | FileListing, exclude: Sequence[str], options: dict[str, Any]
+) -> Iterator[IndexReport]:
+    """Index what was found, once; or paths, and again whenever their files change."""
+    from gemify.io.signals import StopRequestedError, stop_signals
+    from gemify.retrieval.loaders import FileListing
+    from gemify.retrieval.watch import watch_files
+
     try:
-        report = opened.add(
-            files,
-            text_column=text_column,
-            title_column=title_column,
-            ocr=ocr,
-            limit=limit,
-            batch_size=batch_size,
-            show_progress_bar=not quiet,
-        )
+        if isinstance(paths, FileListing):
+            yield index.add(paths, **options)
+            return
+        with stop_signals() as stop_flag:
+            yield from watch_files(index, paths, exclude=exclude, stop_flag=stop_flag, **options)
     except StopRequestedError as stopped:
         raise ValueError(str(stopped)) from stopped
-    caches = _store_caches(gem, opened, open_kv_store(gem), quiet) if open_kv_store is not None else {}
-    _echo_report(report, caches, {"store": store, "passages": len(opened)}, as_json)
 
 
-def _echo_report(report: IndexReport, caches: dict[str, int], counted: dict[str, Any], as_json: bool) -> None:
-    """Say what a run did: what was skipped on stderr, and the store's passages on stdout."""
+def _echo_report(report: IndexReport, caches: dict[str, int], index: GemIndex, store: str, as_json: bool) -> None:
+    """Say what a run did, on stderr, and what the index holds now."""
     _echo_skipped([f"{skipped.path}: {skipped.reason}" for skipped in report.skipped], len(report.skipped))
     if as_json:
-        facts = {**counted, **dataclasses.asdict(report), **caches}
-        print_json({**facts, "tokens_per_second": report.tokens_per_second})
+        facts = {**dataclasses.asdict(report), **caches, "tokens_per_second": report.tokens_per_second}
+        print_json({"store": store, "passages": len(index), **facts})
+        sys.stdout.flush()
         return
     echo_err(
         f"{len(report.added):,} files added, {len(report.changed):,} changed, {len(report.removed):,} removed,"
@@ -144,7 +167,8 @@ def _echo_report(report: IndexReport, caches: dict[str, int], counted: dict[str,
         echo_err(f"{caches['kv_added']:,} caches added; {kept}")
     if report.unread:
         echo_err("not read: " + ", ".join(f"{count:,} {kind}" for kind, count in report.unread.items()))
-    typer.echo(f"{counted['passages']:,} passages in {counted['store']}")
+    typer.echo(f"{len(index):,} passages in {store}")
+    sys.stdout.flush()
 
 
 def forget(
@@ -193,6 +217,7 @@ def search(
     store: StoreUri,
     k: TopK = 5,
     mode: SearchMode = "hybrid",
+    where: Where = None,
     rerank: Rerank = "none",
     model: StoreModel = None,
     base: Base = None,
@@ -215,7 +240,7 @@ def search(
     needs_model = mode != "fts" or model is not None or rerank != "none"
     gem = load_gem(name, base, dtype, device, quantize) if needs_model else None
     opened = GemIndex.open(store, gem, create=False)
-    passages = rerank_index(opened, rerank, gem).search(query, k=k, mode=mode)  # type: ignore[arg-type]
+    passages = rerank_index(opened, rerank, gem).search(query, k=k, mode=mode, where=where)  # type: ignore[arg-type]
     for number, passage in enumerate(passages, start=1):
         if as_json:
             print_json(passage.to_json())

@@ -16,6 +16,7 @@ EXTRAS = {
     "lancedb": "rag",
     "pyarrow": "rag",
     "filelock": "rag",
+    "watchfiles": "rag",
     "pypdf": "rag",
     "docx": "rag",
     "pptx": "rag",
