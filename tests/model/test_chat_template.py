@@ -106,6 +106,8 @@ def test_a_refused_system_message_goes_before_the_first_question(
         folded = [{"role": "user", "content": f"{words}\n\nthe cat"}, *later]
         assert template.apply(messages) == library(tokenizer, folded)
     assert caplog.messages == ["the chat template takes no system message: its words go before the first user message"]
+    parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages[:2]]
+    assert template.apply(parts) == library(tokenizer, folded[:1])
     alone = [{"role": "system", "content": "hello"}]
     assert template.apply(alone) == library(tokenizer, [{"role": "user", "content": "hello"}])
 
@@ -194,6 +196,14 @@ def test_a_stable_prefix_begins_every_continuation(name: str, kind: str) -> None
     messages = [{"role": "user", "content": "the cat sat"}, {"role": "assistant", "content": "on a mat"}]
     start, cut = (template.stable_prefix(messages, index=0, length=n) for n in (0, len("the cat ")))
     assert start == cut[: len(start)]
+
+
+@pytest.mark.parametrize(
+    ("messages", "got"), [("hello", "str"), ({"role": "user", "content": "a"}, "dict"), ([], "none")]
+)
+def test_what_are_no_messages_is_said(messages: Any, got: str) -> None:
+    with pytest.raises(ValueError, match=f"at least one message with role and content, got {got}$"):
+        ChatTemplate(made("plain turns", "byte_level")).apply(messages)
 
 
 def test_templates_that_refuse_say_so() -> None:

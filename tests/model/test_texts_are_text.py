@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -135,6 +136,15 @@ def test_max_length_can_be_set_up_to_the_positions(base_dir: Path, tmp_path: Pat
     for wrong in (0, 1, 1025):
         with pytest.raises(ValueError, match=r"max_length must lie in 2\.\.1024, got"):
             GemModel.from_pretrained(saved, max_length=wrong)
+    for odd in (64.0, "64", None, True):
+        with pytest.raises(ValueError, match="max_seq_length must be a whole number, got"):
+            gem.max_seq_length = odd  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("inputs", [None, 5, b"the cat"])
+def test_what_is_no_text_is_said(gem: GemModel, inputs: Any) -> None:
+    with pytest.raises(ValueError, match=f"a text or several texts, got {type(inputs).__name__}"):
+        gem.encode(inputs)
 
 
 def test_vectors_that_are_not_finite_are_refused(gem: GemModel) -> None:

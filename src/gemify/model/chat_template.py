@@ -111,6 +111,9 @@ class ChatTemplate:
             "continue_final_message": continue_final_message,
             **self._template_kwargs,
         }
+        if isinstance(messages, str | Mapping) or not messages:
+            got = type(messages).__name__ if messages else "none"
+            raise ValueError(f"messages must be a list of at least one message with role and content, got {got}")
         given: list[dict[str, Any]] = _replace_surrogates([dict(message) for message in messages])
         with self._lock:
             own = bool(given) and self._own_system and given[0] == self._own_message()
@@ -281,15 +284,20 @@ def _require_variables(template_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return dict(template_kwargs)
 
 
+def _text(content: Any) -> str:
+    """A content's text: a string, or the texts of its parts."""
+    return "".join(str(part["text"]) for part in content) if isinstance(content, list) else str(content)
+
+
 def _fold_system(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Return the messages with every system message before the content of the user message that follows it."""
     folded: list[dict[str, Any]] = []
     words: list[str] = []
     for message in [*messages, None]:
         if message is not None and message["role"] == "system":
-            words.append(str(message["content"]))
+            words.append(_text(message["content"]))
         elif words and (message is None or message["role"] == "user"):
-            said = [message["content"]] if message is not None else []
+            said = [_text(message["content"])] if message is not None else []
             folded.append({**(message or {"role": "user"}), "content": "\n\n".join([*words, *said])})
             words = []
         elif message is not None:

@@ -72,6 +72,7 @@ class EmbeddingMixin:
 
     @max_seq_length.setter
     def max_seq_length(self, tokens: int) -> None:
+        _require_whole("max_seq_length", tokens)
         self.set_max_length(tokens + self.config.max_length - self.max_seq_length)
 
     def set_max_length(self, max_length: int) -> None:
@@ -80,6 +81,7 @@ class EmbeddingMixin:
         Raises:
             ValueError: No text fits, or the base has fewer positions.
         """
+        _require_whole("max_length", max_length)
         limit = max_positions(self.lm)
         least = self.config.max_length - self.max_seq_length + len(self.text_tokenizer.bos_ids) + 1
         if max_length < least or (limit is not None and max_length > limit):
@@ -163,7 +165,7 @@ class EmbeddingMixin:
             FloatingPointError: A vector is not finite, as where float16 overflows.
         """
         single = isinstance(inputs, str)
-        texts = [inputs] if isinstance(inputs, str) else list(inputs)
+        texts = [inputs] if isinstance(inputs, str) else list(_require_several(inputs))
         require_texts(texts)
         _require_output(output_value, precision)
         require_truncate(truncate)
@@ -322,3 +324,14 @@ def _quantize(vectors_ND: Tensor, precision: Precision) -> Tensor:
             f"precision {precision} needs sentence-transformers: pip install 'gemify[sentence-transformers]'"
         ) from error
     return torch.from_numpy(quantize_embeddings(vectors_ND.numpy(), precision=precision))
+
+
+def _require_several(inputs: Any) -> Any:
+    if not hasattr(inputs, "__iter__") or isinstance(inputs, bytes):
+        raise ValueError(f"inputs must be a text or several texts, got {type(inputs).__name__}")
+    return inputs
+
+
+def _require_whole(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
