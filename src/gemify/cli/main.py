@@ -81,6 +81,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _GOMP_SPINCOUNT)
     logging.basicConfig(level=logging.WARNING, format="gemify: %(message)s", stream=sys.stderr)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it may warn
     debug = bool(os.environ.get("GEMIFY_DEBUG"))
     try:
         app()

@@ -195,6 +195,8 @@ def _load(name: str, device: str | None) -> Any:
         from sentence_transformers import SentenceTransformer
 
         return SentenceTransformer(path, device=device)
+    except ModuleNotFoundError:  # the command names the extra
+        raise
     except Exception as error:
         wanted = "" if kind == "st" else " (write st:PATH or st:NAME for a sentence-transformers model)"
         raise ValueError(f"cannot load the teacher {name}: {first_line(error)}{wanted}") from error
