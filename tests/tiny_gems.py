@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from gemify import GemModel
+from gemify.retrieval.index import GemIndex
 from gemify.training.objective import Objective
 
 
@@ -39,3 +40,14 @@ def make_objective(gem: GemModel, *, frozen: bool, **options: Any) -> Objective:
     """A GEM's training objective, as it is when nothing is trained."""
     tune = gem.config.tune if frozen == gem.config.frozen_base else "gated" if frozen else "lora"
     return Objective(gem.lm, gem.adapter, replace(gem.config, tune=tune), **options).eval()
+
+
+def store_of(gem: GemModel, root: Path) -> GemIndex:
+    """A store of three files with metadata: ``year``, ``lang``, ``tags`` and ``date``."""
+    (root / "docs").mkdir()
+    for year, lang, tags in ((2024, "de", "even, of"), (2025, "en", "odd, of"), (2026, "en", "even, of")):
+        front = f"---\nyear: {year}\nlang: {lang}\ntags: [{tags}]\ndate: {year}-05-01\n---\n"
+        (root / "docs" / f"{year}.md").write_text(f"{front}# The cat\n\nThe cat sat on mat {year}.\n")
+    index = GemIndex.open(root / "store", gem, tokens=64, overlap=0)
+    index.add(root / "docs")
+    return index

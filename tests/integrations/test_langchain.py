@@ -33,8 +33,8 @@ from langchain_core.runnables import ConfigurableField, RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
 
 from gemify import GemModel
-from gemify.integrations.langchain import ChatGem, GemEmbeddings
-from tiny_gems import make_gem
+from gemify.integrations.langchain import ChatGem, GemEmbeddings, GemRetriever
+from tiny_gems import make_gem, store_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["the cat sat on the mat", "a boat on the river", "", "seven small stones", "the cat sat on the mat"]
@@ -49,6 +49,20 @@ def shared_gem(base_dir: Path) -> GemModel:
 @pytest.fixture
 def chat(shared_gem: GemModel) -> ChatGem:
     return ChatGem(gem=shared_gem, temperature=0, max_tokens=12)
+
+
+def test_a_retriever_finds_what_the_index_does(shared_gem: GemModel, tmp_path: Path) -> None:
+    index = store_of(shared_gem, tmp_path)
+    retriever = GemRetriever(index=index, k=2)
+    found = retriever.invoke("cat mat")
+    assert [(d.id, d.page_content) for d in found] == [(p.id, p.text) for p in index.search("cat mat", k=2)]
+    assert found[0].metadata["kind"] == "md"
+    assert Path(found[0].metadata["file"]).is_file()
+    of_a_year = asyncio.run(retriever.ainvoke("cat mat", filter="year = 2025", k=9))
+    assert {d.metadata["year"] for d in of_a_year} == {2025.0}
+    assert GemRetriever(index=index, filter="year < 0").invoke("cat") == []
+    assert "GemIndex" not in repr(retriever)
+    assert copy.deepcopy(retriever).index is index
 
 
 def test_embeddings_are_the_models_to_the_bit(shared_gem: GemModel) -> None:

@@ -20,10 +20,12 @@ from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRol
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.ingestion import IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.vector_stores.types import FilterCondition, MetadataFilter, MetadataFilters
 
 from gemify import GemModel
-from gemify.integrations.llama_index import GemEmbedding, GemLLM
-from tiny_gems import make_gem
+from gemify.integrations.llama_index import GemEmbedding, GemLLM, GemRetriever, to_sql
+from gemify.retrieval.index import GemIndex
+from tiny_gems import make_gem, store_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TEXTS = ["the cat sat on the mat", "a boat on the river", "seven small stones"]
@@ -35,6 +37,11 @@ def shared_gem(base_dir: Path) -> GemModel:
     return make_gem(base_dir, prompts={"query": "query: "})
 
 
+@pytest.fixture(scope="module")
+def stored(shared_gem: GemModel, tmp_path_factory: pytest.TempPathFactory) -> GemIndex:
+    return store_of(shared_gem, tmp_path_factory.mktemp("stored"))
+
+
 @pytest.fixture
 def llm(shared_gem: GemModel) -> GemLLM:
     return GemLLM(gem=shared_gem, temperature=0, max_tokens=12)
@@ -44,6 +51,46 @@ def llm(shared_gem: GemModel) -> GemLLM:
 def counted_in_its_tokens(shared_gem: GemModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Settings, "_tokenizer", None)
     Settings.tokenizer = shared_gem.tokenizer.encode
+
+
+def test_a_retriever_finds_what_the_index_does(stored: GemIndex) -> None:
+    found = GemRetriever(stored, similarity_top_k=2).retrieve("cat mat")
+    assert [(n.node_id, n.text, n.score) for n in found] == [
+        (p.id, p.text, p.score) for p in stored.search("cat mat", k=2)
+    ]
+    assert found[0].metadata["kind"] == "md"
+
+
+@pytest.mark.parametrize(
+    ("filters", "years"),
+    [
+        ([("year", 2024, "==")], {2024}),
+        ([("year", 2024, "!="), ("lang", "en", "==")], {2025, 2026}),
+        ([("year", [2024, 2026], "in")], {2024, 2026}),
+        ([("lang", ["fr", "it's"], "nin"), ("year", 2025, ">=")], {2025, 2026}),
+        ([("tags", "odd", "contains")], {2025}),
+        ([("tags", ["odd", "none"], "any")], {2025}),
+        ([("tags", ["even", "of"], "all")], {2024, 2026}),
+        ([("file", "2025.md", "text_match"), ("heading", "CAT", "text_match_insensitive")], {2025}),
+        ([("title", None, "is_empty")], set()),
+        ([("date", "2025-06-01", "<")], {2024, 2025}),
+    ],
+)
+def test_its_filters_are_the_stores(stored: GemIndex, filters: Any, years: set[int]) -> None:
+    listed = [MetadataFilter(key=key, value=value, operator=operator) for key, value, operator in filters]
+    found = GemRetriever(stored, filters=MetadataFilters(filters=listed)).retrieve("cat")  # type: ignore[arg-type]
+    assert {n.metadata["year"] for n in found} == years
+
+
+def test_filters_in_filters(stored: GemIndex) -> None:
+    one, two = (MetadataFilter(key="year", value=year) for year in (2024, 2025))
+    either = MetadataFilters(filters=[one, two], condition=FilterCondition.OR)
+    neither = MetadataFilters(filters=[either], condition=FilterCondition.NOT)
+    retriever = GemRetriever(stored, filters=MetadataFilters(filters=[neither]))
+    assert {n.metadata["year"] for n in asyncio.run(retriever.aretrieve("cat"))} == {2026}
+    with pytest.raises(ValueError, match="name of a column"):
+        to_sql(MetadataFilters(filters=[MetadataFilter(key="year = 1 or file", value="x")]))
+    assert to_sql(MetadataFilters(filters=[])) is None
 
 
 def test_embeddings_are_the_models_to_the_bit(shared_gem: GemModel) -> None:

@@ -112,6 +112,8 @@ def test_what_is_found_carries_its_metadata(index: GemIndex) -> None:
         ('"repeat"(lang, 9) = lang', '"repeat" is no function'),
         ("read_csv('/etc/passwd') is null", "read_csv is no function"),
         ("lang = 'de'" + " and lang = 'de'" * 100, "1,611 characters"),
+        ("cast(lang as int) > 1", "Cast error: Cannot cast string"),
+        ("regexp_like(lang, lang || '(')", "did not compile"),
         ("1=1" + "*1" * 490, ""),
     ],
 )

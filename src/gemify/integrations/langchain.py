@@ -7,6 +7,7 @@ its thread pool. Tools and structured output are not supported.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,12 @@ except ModuleNotFoundError as error:
         "langchain-core is not installed: pip install 'gemify[langchain]'", name=error.name
     ) from error
 
-from langchain_core.callbacks import CallbackManagerForLLMRun
+from langchain_core.callbacks import (
+    AsyncCallbackManagerForRetrieverRun,
+    CallbackManagerForLLMRun,
+    CallbackManagerForRetrieverRun,
+)
+from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.language_models import BaseChatModel, LangSmithParams
 from langchain_core.messages import (
@@ -30,7 +36,10 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
-from pydantic import BaseModel, ConfigDict
+from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import run_in_executor
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.json_schema import SkipJsonSchema
 
 from gemify.integrations.shared_model import (
     GenerationSettings,
@@ -38,6 +47,8 @@ from gemify.integrations.shared_model import (
     SharedModelMixin,
     embed_texts,
     join_text_blocks,
+    passage_metadata,
+    search_index,
 )
 from gemify.model.streaming import TextStream, stream_chat
 from gemify.model.tokenization import Truncate
@@ -73,6 +84,35 @@ class GemEmbeddings(SharedModelMixin, BaseModel, Embeddings):
     @property
     def _options(self) -> dict[str, Any]:
         return self.model_dump(include={"batch_size", "normalize_embeddings", "truncate_dim", "truncate"})
+
+
+class GemRetriever(SharedModelMixin, BaseRetriever):
+    """LangChain's retriever over an index of `gemify index`: the passages of `GemIndex.search` as documents.
+
+    Attributes:
+        index: A `GemIndex`, or one that reranks.
+        k: How many passages.
+        mode: vector, fts or hybrid.
+        filter: Only passages whose metadata fits, in SQL. Also for one call: ``invoke(query, filter="lang = 'de'")``.
+    """
+
+    index: SkipJsonSchema[Any] = Field(exclude=True, repr=False)
+    k: int = 4
+    mode: str = "hybrid"
+    filter: str | None = None
+
+    def _get_relevant_documents(
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, **given: Any
+    ) -> list[Document]:
+        options = {"k": self.k, "mode": self.mode, "filter": self.filter, **given}
+        found = search_index(self.index, query, where=options.pop("filter"), **options)
+        return [Document(p.text, id=p.id, metadata={**passage_metadata(p), "score": p.score}) for p in found]
+
+    async def _aget_relevant_documents(
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, **given: Any
+    ) -> list[Document]:
+        find = functools.partial(self._get_relevant_documents, query, run_manager=run_manager.get_sync(), **given)
+        return await run_in_executor(None, find)
 
 
 class ChatGem(SharedModelMixin, GenerationSettings, BaseChatModel):

@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
         "llama-index-core is not installed: pip install 'gemify[llama-index]'", name=error.name
     ) from error
 
+from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -33,6 +34,8 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.constants import DEFAULT_CONTEXT_WINDOW
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.custom import CustomLLM
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
 
 from gemify.integrations.shared_model import (
     GenerationSettings,
@@ -40,6 +43,8 @@ from gemify.integrations.shared_model import (
     SharedModelMixin,
     embed_texts,
     join_text_blocks,
+    passage_metadata,
+    search_index,
 )
 from gemify.model.base import max_positions
 from gemify.model.streaming import TextStream, stream, stream_chat
@@ -104,6 +109,92 @@ class GemEmbedding(SharedModelMixin, BaseEmbedding):
 
     async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
         return await asyncio.to_thread(self._get_text_embeddings, texts)
+
+
+class GemRetriever(BaseRetriever):
+    """LlamaIndex's retriever over an index of `gemify index`: the passages of `GemIndex.search` as nodes.
+
+    Args:
+        index: A `GemIndex`, or one that reranks.
+        similarity_top_k: How many passages.
+        mode: vector, fts or hybrid.
+        filters: Only passages whose metadata fits: LlamaIndex's filters, or an expression in SQL.
+        options: Those of LlamaIndex's `BaseRetriever`.
+    """
+
+    def __init__(
+        self,
+        index: Any,
+        *,
+        similarity_top_k: int = 4,
+        mode: str = "hybrid",
+        filters: MetadataFilters | str | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self._index, self._k, self._mode = index, similarity_top_k, mode
+        self._where = to_sql(filters) if isinstance(filters, MetadataFilters) else filters
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        found = search_index(self._index, query_bundle.query_str, k=self._k, mode=self._mode, where=self._where)
+        return [
+            NodeWithScore(node=TextNode(id_=p.id, text=p.text, metadata=passage_metadata(p)), score=p.score)
+            for p in found
+        ]
+
+    async def _aretrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return await asyncio.to_thread(self._retrieve, query_bundle)
+
+
+_LISTS = {FilterOperator.ANY: "array_has_any", FilterOperator.ALL: "array_has_all"}
+
+
+def to_sql(filters: MetadataFilters) -> str | None:
+    """Return LlamaIndex's filters as an expression in SQL, None if there are none.
+
+    Raises:
+        ValueError: A key is no name of a column.
+    """
+    parts = [f"({to_sql(f)})" if isinstance(f, MetadataFilters) else _comparison(f) for f in filters.filters]
+    condition = filters.condition.value if filters.condition else "and"
+    if condition == "not":
+        return f"not ({' or '.join(parts)})" if parts else None
+    return f" {condition} ".join(parts) or None
+
+
+def _comparison(given: MetadataFilter) -> str:
+    key, operator, value = given.key, given.operator, given.value
+    if not key.isidentifier():
+        raise ValueError(f"a filter's key must be the name of a column, got {key!r}")
+    listed = ", ".join(_literal(key, item) for item in (value if isinstance(value, list) else [value]))
+    match operator:
+        case FilterOperator.IS_EMPTY:
+            return f"{key} is null"
+        case FilterOperator.IN | FilterOperator.NIN:
+            listed = (
+                ", ".join(_literal(key, item) for item in value) if isinstance(value, list) else _literal(key, value)
+            )
+            return f"{key} {'in' if operator is FilterOperator.IN else 'not in'} ({listed})"
+        case FilterOperator.ANY | FilterOperator.ALL:
+            listed = (
+                ", ".join(_literal(key, item) for item in value) if isinstance(value, list) else _literal(key, value)
+            )
+            return f"{_LISTS[operator]}({key}, [{listed}])"
+        case FilterOperator.CONTAINS:
+            return f"array_has({key}, {_literal(key, value)})"
+        case FilterOperator.TEXT_MATCH:
+            return f"contains({key}, {_literal(key, value)})"
+        case FilterOperator.TEXT_MATCH_INSENSITIVE:
+            return f"contains(lower({key}), {_literal(key, str(value).lower())})"
+    sign = {"==": "=", "!=": "<>"}.get(operator.value, operator.value)
+    return f"{key} {sign} {_literal(key, value)}"
+
+
+def _literal(key: str, value: Any) -> str:
+    if isinstance(value, bool | int | float):
+        return str(value)
+    quoted = "'" + str(value).replace("'", "''") + "'"
+    return f"date {quoted}" if key == "date" else quoted
 
 
 class GemLLM(SharedModelMixin, GenerationSettings, CustomLLM):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, NoReturn, Self
@@ -74,6 +75,17 @@ def embed_texts(gem: GemModel, texts: Sequence[str], *, query: bool = False, **o
         encode = gem.encode_query if query else gem.encode_document
         vectors: list[list[float]] = encode(list(texts), **options).tolist()
     return vectors
+
+
+def search_index(index: Any, query: str, **options: Any) -> list[Any]:
+    """Passages of an index (`gemify.retrieval.index.GemIndex`) for a query, one caller of its model at a time."""
+    with getattr(getattr(index, "model", None), "lock", None) or contextlib.nullcontext():
+        return list(index.search(query, **options))
+
+
+def passage_metadata(passage: Any) -> dict[str, Any]:
+    """A passage's own metadata, and where it stands."""
+    return {**passage.to_json()["meta"], **{name: getattr(passage, name) for name in ("file", "title", "heading")}}
 
 
 def _sampling_options(temperature: float | None, top_p: float | None) -> dict[str, Any]:

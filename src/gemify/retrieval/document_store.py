@@ -50,8 +50,8 @@ from gemify.retrieval.metadata import (
     OWN_COLUMNS,
     Value,
     arrow_type,
-    check_filter,
     file_metadata,
+    filtering,
     fits,
     new_columns,
     to_column,
@@ -414,11 +414,11 @@ class Store:
     def _hits(self, query: Any, k: int, score: str, where: str | None) -> list[Hit]:
         conditions = [f"version NOT IN ({listed})" for listed in sql_lists(self.pending_versions())]
         if where is not None:
-            check_filter(self._chunks, where)
             conditions.append(f"({where})")
         if conditions:
             query = query.where(" AND ".join(conditions), prefilter=True)
-        found = query.limit(k).select([*self._hit_columns, score]).to_arrow().to_pylist()
+        with filtering(self._chunks, where):
+            found = query.limit(k).select([*self._hit_columns, score]).to_arrow().to_pylist()
         hits = [self._hit(row, 1 - row[score] if score == "_distance" else row[score]) for row in found]
         return sorted(hits, key=lambda hit: (-hit.score, hit.id))  # equal scores in one order
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime
 from typing import Any
 
@@ -32,10 +32,10 @@ _MAX_COLUMNS = 200
 _MAX_CHARACTERS = 1000  # of a value: longer texts are none
 _FUNCTIONS = frozenset(
     """
-    and any array_contains array_has array_has_all array_has_any array_length between btrim case cast char_length
-    coalesce contains current_date date date_part date_trunc double else ends_with ilike in int length like
-    lower not now or regexp_like regexp_match starts_with substr then timestamp to_date to_timestamp trim try_cast upper
-    varchar when
+    and any array_contains array_has array_has_all array_has_any array_length between btrim cast char_length
+    coalesce contains current_date date date_part date_trunc double ends_with ilike in int length like
+    lower not now or regexp_like regexp_match starts_with substr timestamp to_date to_timestamp trim try_cast upper
+    varchar
     """.split()  # noqa: SIM905
 )
 """What may stand before a parenthesis: others, such as `repeat`, can take any amount of memory."""
@@ -175,24 +175,27 @@ class FilterError(ValueError):
     """A filter that is no expression over the columns of metadata, or is none at all."""
 
 
-def check_filter(table: Any, where: str) -> None:
-    """Raise FilterError, in one line that names the columns, unless a filter is an expression over a table's columns.
+@contextlib.contextmanager
+def filtering(table: Any, where: str | None) -> Iterator[None]:
+    """Search under a filter: raise FilterError, in one line that names the columns, if it is the filter that fails.
 
     Args:
-        table: A table of LanceDB, which plans the filter and reads no row.
-        where: The expression, in SQL: ``lang = 'de' and date > date '2025-01-01'``.
+        table: A table of LanceDB, which plans the filter first and reads no row for that.
+        where: An expression over its columns, in SQL: ``lang = 'de' and date > date '2025-01-01'``. None: no filter.
     """
-    shown = where if len(where) <= 100 else where[:100] + "..."
-    columns = {f.name: f.type for f in table.schema if f.name not in ("vector", "words", "version", "ordinal")}
-    listed = ", ".join(f"{name} ({describe_type(kind)})" for name, kind in columns.items())
-    reason = _outside_of_expressions(where)
+    reason = None if where is None else _outside_of_expressions(where) or _planner_error(table, where)
     if reason is None:
         try:
-            table.search().where(f"({where})").limit(1).explain_plan()
-        except (RuntimeError, ValueError) as error:
-            reason = _planner_reason(str(error))
-    if reason is not None:
-        raise FilterError(f"the filter {shown!r} cannot be used, {reason}: the columns are {listed}")
+            yield
+            return
+        except RuntimeError as error:
+            if "applying filter expression" not in str(error):  # of a row's value, such as a text that is no number
+                raise
+            reason = _short(error)
+    columns = {f.name: f.type for f in table.schema if f.name not in ("vector", "words", "version", "ordinal")}
+    listed = ", ".join(f"{name} ({describe_type(kind)})" for name, kind in columns.items())
+    shown = str(where) if len(str(where)) <= 100 else f"{str(where)[:100]}..."
+    raise FilterError(f"the filter {shown!r} cannot be used, {reason}: the columns are {listed}")
 
 
 def _outside_of_expressions(where: str) -> str | None:
@@ -215,12 +218,23 @@ def _outside_of_expressions(where: str) -> str | None:
     return None if unknown is None else f"{unknown} is no function that filters may call"
 
 
-def _planner_reason(text: str) -> str:
-    """The planner's reason without its own prefixes and places in its source."""
-    text = re.sub(r",? /\S+:\d+:\d+|\s*\(?Valid fields are .*", "", " ".join(text.split()))
+def _planner_error(table: Any, where: str) -> str | None:
+    """What LanceDB says of a filter that it cannot plan, or None."""
+    try:
+        table.search().where(f"({where})").limit(1).explain_plan()
+    except (RuntimeError, ValueError) as error:
+        return _short(error)
+    return None
+
+
+def _short(error: Exception) -> str:
+    """An error's reason without LanceDB's prefixes and the places in its source."""
+    text = re.sub(r",? /\S+:\d+:\d+|\s*\(?Valid fields are .*", "", " ".join(str(error).split()))
     for noise in ("Invalid input, ", "Schema error: ", "Error during planning: ", "SELECT 1 FROM t WHERE "):
         text = text.replace(noise, "")
-    text = text.rpartition("Invalid user input: ")[2].rpartition("sql parser error: ")[2].strip().rstrip(".)")
+    for prefix in ("Invalid user input: ", "sql parser error: ", "filter expression to batch: "):
+        text = text.rpartition(prefix)[2]
+    text = text.strip().rstrip(".)")
     if "Date32" in text or "Timestamp" in text:
         text += " (write date '2025-03-01')"
     return text[:200]

@@ -40,7 +40,7 @@ from gemify.retrieval.lance import (
     vector_index,
     word_forms,
 )
-from gemify.retrieval.metadata import check_filter
+from gemify.retrieval.metadata import filtering
 from gemify.retrieval.store_meta import Precision
 from gemify.retrieval.store_rows import Hit
 
@@ -261,7 +261,7 @@ class Corpus:
                 " float16 (--index sq searches them in 8 bits)"
             )
         query_D = normalize(vector_D[None])[0]
-        with readable(self.uri):
+        with readable(self.uri), filtering(self._table, where):
             index = next((i for i in self._table.list_indices() if i.columns == ["vector"]), None)
             kind = "" if index is None else _kind(index.index_type)
             probes = max(_MIN_PROBES, round(_PROBED_SHARE * len(self) ** 0.5 / 3))
@@ -302,7 +302,7 @@ class Corpus:
         """
         if not self.meta.keep_text:
             raise ValueError(f"the corpus {self.uri} keeps no text to find words in: set the mode to vector")
-        with readable(self.uri):
+        with readable(self.uri), filtering(self._table, where):
             indexed = {i.columns[0] for i in self._table.list_indices()}
             if not indexed.issuperset(self._text_columns):
                 raise ValueError(
@@ -353,11 +353,9 @@ class Corpus:
     def _hit_columns(self) -> list[str]:
         return ["id", *self._text_columns]
 
-    def _filtered(self, query: Any, where: str | None) -> Any:
-        if where is None:
-            return query
-        check_filter(self._table, where)
-        return query.where(where, prefilter=True)
+    @staticmethod
+    def _filtered(query: Any, where: str | None) -> Any:
+        return query if where is None else query.where(f"({where})", prefilter=True)
 
     def _hit(self, row: dict[str, Any], score: float) -> Hit:
         text, title = (row.get(name) or "" for name in ("text", "title"))

@@ -18,6 +18,7 @@ from gemify.retrieval.bulk.rows import ShardReader
 from gemify.retrieval.bulk.run import EmbedReport, embed_corpus
 from gemify.retrieval.document_store import Store
 from gemify.retrieval.index import GemIndex
+from gemify.retrieval.metadata import FilterError
 from gemify.retrieval.vector_table import Corpus, CorpusMeta
 from rows_of_words import Words, read_back, row, vectors_of, write_inputs, write_jsonl, write_parquet, write_rows
 
@@ -282,6 +283,11 @@ def test_hybrid_search_and_what_cannot_be_searched(tmp_path: Path) -> None:
     vector = Words().encode_query("moon river 77")
     assert index.search("77", mode="fts", k=1)[0].id == "d77"
     assert "d77" in [p.id for p in index.search("77", mode="hybrid", k=5, vector=vector)]
+    for mode in ("vector", "fts", "hybrid"):
+        found = index.search("moon 77 78", mode=mode, k=5, vector=vector, where="id = 'd78'")  # type: ignore[arg-type]
+        assert [p.id for p in found] == ["d78"]
+        with pytest.raises(FilterError, match=r"the columns are id \(text\), title"):
+            index.search("moon", mode=mode, vector=vector, where="lang = 'de'")  # type: ignore[arg-type]
     assert [p.id for p in index.passages()] == [f"d{n}" for n in range(150)]
 
     def refused(match: str, **settings: Any) -> None:
