@@ -75,6 +75,17 @@ def test_the_command_trains_by_the_same_class(base_dir: Path, texts_file: Path, 
     assert [r["loss"] for r in curve(trainer)] == pytest.approx([r["loss"] for r in wanted], rel=1e-5)
 
 
+def test_the_commands_reports(base_dir: Path, texts_file: Path, tmp_path: Path) -> None:
+    entries = {"max_steps": 1, "batch_size": 4, **RECIPE, "ntp_steps": 1}
+    recipe = Recipe.from_dict({"base": str(base_dir), "data": str(texts_file), **entries})
+    for name, report_to in (("some", ()), ("none", ("none",))):
+        train(recipe, tmp_path / name, device="cpu", show_progress_bar=False, report_to=report_to)
+    assert list((tmp_path / "some" / "tensorboard").glob("events.out.tfevents*"))
+    assert not list((tmp_path / "none").rglob("events.out.tfevents*"))
+    with pytest.raises(ValueError, match="nowhere is not supported"):
+        train(recipe, tmp_path / "nowhere", device="cpu", show_progress_bar=False, report_to=["nowhere"])
+
+
 @pytest.mark.parametrize("tune", ["gated", "full"])
 def test_a_resumed_run_is_the_uninterrupted_one(base_dir: Path, tmp_path: Path, tune: str) -> None:
     def make(name: str) -> GemTrainer:
