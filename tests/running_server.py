@@ -79,7 +79,8 @@ def serving(
 ) -> Iterator[Served]:
     settings = ServerSettings(**{"port": 0, "served_model_name": "tiny", **options})
     engine = Engine(gem, **(engine or {}))
-    app = create_app(engine, settings, index, keys=KeyRing((keys or {}).items()))
+    indexes = index if isinstance(index, dict) else {} if index is None else {"store": index}
+    app = create_app(engine, settings, indexes, keys=KeyRing((keys or {}).items()))
     with listen(settings) as listener:
         server = Server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server")

@@ -41,12 +41,12 @@ GOOD: dict[str, Any] = {
 }
 PATHS = tuple(GOOD)
 GETS = ("/", "/page/{name}", "/openapi.json", "/v1/models", "/v1/models/{name:path}", "/v1/stats")
-GETS = (*GETS, "/v1/stores/map", "/v1/passages/{passage_id:path}", "/health", "/ready", "/metrics")
+GETS = (*GETS, "/v1/stores", "/v1/stores/map", "/v1/passages/{passage_id:path}", "/health", "/ready", "/metrics")
 TOOLS: dict[str, dict[str, Any]] = {
-    "search": {"query": "a", "k": 1, "mode": "hybrid"},
-    "read_passage": {"id": 0, "before": 1, "after": 1},
-    "list_documents": {"contains": "a", "limit": 1, "offset": 0},
-    "ask": {"question": "a"},
+    "search": {"query": "a", "k": 1, "mode": "hybrid", "rerank": "bi", "store": "store"},
+    "read_passage": {"id": 0, "before": 1, "after": 1, "store": "store"},
+    "list_documents": {"contains": "a", "limit": 1, "offset": 0, "store": "store"},
+    "ask": {"question": "a", "rerank": "bi", "store": "store"},
 }
 """Tools of /mcp with arguments."""
 REQUESTS: dict[str, type[BaseModel]] = {

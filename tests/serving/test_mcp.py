@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,16 @@ async def test_a_reranked_index_is_searched_read_and_listed(store: Path) -> None
         read = await client.call_tool("read_passage", {"id": found[0]["id"]})
         assert read.structured_content["passages"][0]["text"] == found[0]["text"]
         assert (await client.call_tool("list_documents", {})).structured_content["total"] == 2
+        for rerank in ("none", "bi", "lm"):
+            by_name = rerank_index(GemIndex.open(store, gem, create=False), rerank, gem)
+            found = (await client.call_tool("search", {"query": "owls", "k": 2, "rerank": rerank})).structured_content
+            assert [p["id"] for p in found["passages"]] == [p.id for p in by_name.search("owls", k=2)], rerank
+            answered = (await client.call_tool("ask", {"question": "owls", "rerank": rerank})).structured_content
+            expected_answer = GemRag(gem, by_name).ask("owls")
+            assert answered["answer"] == expected_answer.text
+            assert [p["id"] for p in answered["sources"]] == [p.id for p in expected_answer.passages]  # type: ignore[attr-defined]
+        wrong = await client.call_tool("search", {"query": "owls", "rerank": "cross"})
+        assert (wrong.is_error, "'none', 'bi' or 'lm'" in wrong.content[0].text) == (True, True)
 
 
 def test_stdout_holds_the_protocol_alone(store: Path) -> None:
@@ -189,3 +200,42 @@ async def test_the_server_answers_clients_with_its_keys(store: Path) -> None:
                 (await client.call_tool("search", {"query": "owls " * 500, "k": 1})).content[0].text for _ in range(20)
             ]
             assert "more than 2000 tokens a minute: wait" in texts[-1]
+
+
+async def test_tools_take_the_name_of_a_store_and_how_to_rerank(store: Path, tmp_path: Path) -> None:
+    gem = GemModel.from_pretrained(store.parent / "gem")
+    (tmp_path / "sea.txt").write_text("Whales sing.\n")
+    other = GemIndex.open(tmp_path / "sea", gem)
+    other.add(tmp_path / "sea.txt")
+    indexes = {"birds": GemIndex.open(store, gem, create=False), "sea": other}
+    with serving(gem, index=indexes) as served:
+        async with mcp.Client(streamable_http_client(f"{served.url}/mcp")) as client:
+            for tool in (await client.list_tools()).tools:
+                argument = tool.input_schema["properties"]["store"]
+                assert (argument["enum"], argument["default"]) == (["birds", "sea"], "birds")
+
+            async def call(name: str, **given: Any) -> Any:
+                return await client.call_tool(name, given)
+
+            for given in ({}, {"store": "birds"}, {"store": "sea"}, {"rerank": "lm"}, {"rerank": "bi"}):
+                found = (await call("search", query="owls", k=2, **given)).structured_content["passages"]
+                assert found == served.post("/v1/search", {"query": "owls", "k": 2, **given}).json()["data"]
+                asked = (await call("ask", question="owls?", **given)).structured_content
+                body = {"messages": [{"role": "user", "content": "owls?"}], "max_tokens": 1}
+                chat = served.post("/v1/chat/completions", body | {"gemify": {"search": given}}).json()
+                assert [s["id"] for s in asked["sources"]] == [s["id"] for s in chat["gemify"]["sources"]]
+            read = await call("read_passage", id=other.search("whales", k=1)[0].id, store="sea")
+            assert read.structured_content["passages"][0]["text"] == "Whales sing."
+            assert (await call("list_documents", store="sea")).structured_content["total"] == 1
+            calls = {"search": {"query": "a"}, "ask": {"question": "a"}, "read_passage": {"id": "a-1"}}
+            for name, given in {**calls, "list_documents": {}}.items():
+                refused = await call(name, store="sky", **given)
+                assert (refused.is_error, refused.content[0].text) == (
+                    True,
+                    f"Error executing tool {name}: no store 'sky': this server has 'birds', 'sea'",
+                )
+            shutil.rmtree(tmp_path / "sea")
+            for name, given in {**calls, "list_documents": {}}.items():
+                gone = await call(name, store="sea", **given)
+                assert gone.is_error
+                assert gone.content[0].text.endswith("the index cannot be read now: see the server's log")

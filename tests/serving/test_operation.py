@@ -67,6 +67,23 @@ def test_names_are_repeated_or_separated_by_commas(monkeypatch: pytest.MonkeyPat
     assert ServerSettings(model=str(tmp_path)).model_names == (tmp_path.name,)
 
 
+def test_stores_have_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[ServerSettings] = []
+    monkeypatch.setattr("gemify.serving.server.serve", given.append)
+    (tmp_path / "my notes").mkdir()
+    arguments = ["serve", "-s", "manual=/indexes/v2=b", "-s", str(tmp_path / "my notes"), "-s", "s3://bucket/a/law/"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    named = {"manual": "/indexes/v2=b", "my-notes": str(tmp_path / "my notes"), "law": "s3://bucket/a/law/"}
+    assert list(given[0].stores.items()) == list(named.items())
+    monkeypatch.setenv("GEMIFY_STORE", "a=/x, /y/b")
+    assert ServerSettings.load({}).stores == {"a": "/x", "b": "/y/b"}
+    (tmp_path / "serve.yaml").write_text("store: [c=/z, /y/d]")
+    monkeypatch.delenv("GEMIFY_STORE")
+    assert ServerSettings.load({}, tmp_path / "serve.yaml").stores == {"c": "/z", "d": "/y/d"}
+    with pytest.raises(ValueError, match="--store: two stores have the name 'b': give NAME=DIR with another name"):
+        ServerSettings.load({"store": ("/x/b", "b=/y")})
+
+
 # Behind a proxy
 
 

@@ -244,7 +244,7 @@ def test_flags_beat_the_environment_and_that_the_file(tmp_path: Path, monkeypatc
     monkeypatch.setenv(KEYS_VARIABLE, "ann: a-long-secret")  # keys, not the option of that name
     settings = ServerSettings.load({"port": 10}, file)
     assert (settings.port, settings.max_num_seqs, settings.cors_origins) == (10, 4, ("https://a.example",))
-    assert (settings.store, settings.log_prompts, settings.dtype, settings.body_timeout) == ("t", True, None, 2.0)
+    assert (settings.store, settings.log_prompts, settings.dtype, settings.body_timeout) == (("t",), True, None, 2.0)
     assert settings.api_keys == Path("keys.txt")
     monkeypatch.setenv("GEMIFY_API_KEYS_FILE", "others.txt")
     monkeypatch.setenv("GEMIFY_CORS_ORIGINS", "https://a.example, https://b.example")

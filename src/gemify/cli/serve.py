@@ -18,7 +18,14 @@ def serve(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: starter]")
     ] = None,
-    store: Annotated[str | None, typer.Option("--store", "-s", help="An index, for /v1/search and the page.")] = None,
+    store: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--store",
+            "-s",
+            help="An index, for /v1/search and the page: DIR, or NAME=DIR; may be repeated. [default: none]",
+        ),
+    ] = None,
     keep_kv: Annotated[
         bool | None, typer.Option("--keep-kv", help="Keep the passages' KV caches on disk and use them in answers.")
     ] = None,
@@ -81,6 +88,8 @@ def serve(
     flags: dict[str, Any] = {name: value for name, value in locals().items() if value is not None and name != "config"}
     if "cors_origin" in flags:
         flags["cors_origins"] = tuple(flags.pop("cors_origin"))
+    if "store" in flags:
+        flags["store"] = tuple(flags["store"])
     if "served_model_name" in flags:
         flags["served_model_name"] = ",".join(flags["served_model_name"])
     from gemify.serving.server import require_certificate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from gemify.serving.errors import ApiError, bad_request
 from gemify.serving.map_cache import MapCache
 from gemify.serving.middleware import RequestMiddleware
 from gemify.serving.protocol.responses import ErrorResponse
-from gemify.serving.rag import RagService, kv_store_of
+from gemify.serving.rag import RagService, ServedStore, kv_store_of
 from gemify.serving.routes import chat, embeddings, health, messages, rerank, responses, stores, tokenize
 from gemify.serving.settings import ServerSettings
 from gemify.serving.state import AppState, Metrics
@@ -92,26 +92,31 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def create_app(
-    engine: Engine, settings: ServerSettings, index: SearchIndex | None = None, *, keys: KeyRing | None = None
+    engine: Engine,
+    settings: ServerSettings,
+    indexes: Mapping[str, SearchIndex] | None = None,
+    *,
+    keys: KeyRing | None = None,
 ) -> FastAPI:
     """Create the application over an engine, which it starts, warms up and stops.
 
     Args:
         engine: not started yet.
         settings: the server's options.
-        index: what /v1/search searches.
+        indexes: what /v1/search searches, by the stores' names. The first one is the default.
         keys: API keys; None: those of the settings' file, or of the environment.
     """
     tokenizer = RequestTokenizer(engine.gem)
-    rag = None
-    if index is not None and tokenizer.has_chat:
-        open_kv_store = kv_store_of(settings)
-        rag = RagService(engine, index, kv=open_kv_store(engine.gem) if open_kv_store is not None else None)
+    served = {}
+    for name, index in (indexes or {}).items():
+        open_kv_store = kv_store_of(settings, settings.stores.get(name))
+        served[name] = ServedStore(name, index, None if open_kv_store is None else open_kv_store(engine.gem))
+    rag = RagService(engine) if served and tokenizer.has_chat else None
     metrics = Metrics(engine.stats)
     state = AppState(
         engine=engine,
         settings=settings,
-        index=index,
+        stores=served,
         keys=KeyRing.read(settings.api_keys) if keys is None else keys,
         rate_limiter=RateLimiter(
             settings.requests_per_minute, settings.tokens_per_minute, on_tokens=metrics.count_tokens
@@ -140,10 +145,13 @@ def create_app(
     app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)
     app.include_router(health.page_router)
-    if isinstance(index, GemIndex) and importlib.util.find_spec("mcp") is not None:  # the extra `mcp`
+    documents = {name: store.index for name, store in served.items() if isinstance(store.index, GemIndex)}
+    if documents and importlib.util.find_spec("mcp") is not None:  # the extra `mcp`
         from gemify.serving.mcp_route import create_mcp_router
 
-        app.include_router(create_mcp_router(index, has_chat=rag is not None, max_body_bytes=settings.max_body_bytes))
+        app.include_router(
+            create_mcp_router(documents, has_chat=rag is not None, max_body_bytes=settings.max_body_bytes)
+        )
     app.openapi = correct_openapi(app, with_keys=len(state.keys) > 0)  # type: ignore[method-assign]
     app.add_exception_handler(HTTPException, _respond_to_http_error)
     app.add_exception_handler(RequestValidationError, _respond_to_invalid_body)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, NoReturn
 
@@ -18,9 +18,10 @@ from mcp.server.transport_security import TransportSecuritySettings
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gemify.retrieval.index import GemIndex, Mode
+from gemify.io.tables import first_line
+from gemify.retrieval.index import GemIndex
 from gemify.serving.dispatch import ClientDisconnectedError
-from gemify.serving.errors import ApiError
+from gemify.serving.errors import ApiError, from_engine_error
 from gemify.serving.mcp_server import SourcedAnswer, create_mcp_server
 from gemify.serving.protocol.requests import CreateChatCompletionRequest, SearchRequest
 from gemify.serving.protocol.responses import Passage
@@ -33,15 +34,15 @@ logger = logging.getLogger("gemify.serving")
 _MAX_NEW_TOKENS = 256
 
 
-def create_mcp_router(index: GemIndex, *, has_chat: bool, max_body_bytes: int) -> APIRouter:
+def create_mcp_router(indexes: Mapping[str, GemIndex], *, has_chat: bool, max_body_bytes: int) -> APIRouter:
     """Return the route, which starts and ends with the application.
 
     Args:
-        index: what the tools search and read.
+        indexes: what the tools search and read, by the stores' names.
         has_chat: whether the model answers, too.
         max_body_bytes: of a request.
     """
-    server = create_mcp_server(index, search=_search, ask=_ask if has_chat else None)
+    server = create_mcp_server(indexes, search=_search, ask=_ask if has_chat else None, describe=_describe)
     endpoint = server.streamable_http_app(
         json_response=True,
         stateless_http=True,
@@ -80,20 +81,20 @@ class _AsgiResponse(Response):
         await self._app({**scope, "gemify.app": scope["app"]}, replay, send)
 
 
-async def _search(query: str, k: int, mode: Mode, request: Request) -> list[Passage]:
+async def _search(request: Request, **fields: Any) -> list[Passage]:
     try:
-        response = await search_route(SearchRequest(query=query, k=k, mode=mode), _inner(request))
+        response = await search_route(SearchRequest(**fields), _inner(request))
     except Exception as error:
         _raise_tool_error(error)
     return [Passage(**passage) for passage in json.loads(bytes(response.body))["data"]]
 
 
-async def _ask(question: str, request: Request) -> SourcedAnswer:
+async def _ask(request: Request, question: str, **search: Any) -> SourcedAnswer:
     fields = {
         "messages": [{"role": "user", "content": question}],
         "max_tokens": _MAX_NEW_TOKENS,
         "temperature": 0.0,
-        "gemify": {"search": {}},
+        "gemify": {"search": search},
     }
     try:
         response = await create_chat_completion(CreateChatCompletionRequest.model_validate(fields), _inner(request))
@@ -107,6 +108,11 @@ async def _ask(question: str, request: Request) -> SourcedAnswer:
 def _inner(request: Request) -> Request:
     """Return the request as the other routes see it: one of the outer application."""
     return Request({**request.scope, "app": request.scope["gemify.app"]}, request.receive)
+
+
+def _describe(error: Exception) -> str:
+    """One line about an error of a store, without its path."""
+    return str(from_engine_error(error).detail) if isinstance(error, ValueError) else first_line(error)
 
 
 def _raise_tool_error(error: Exception) -> NoReturn:

@@ -39,7 +39,7 @@ from gemify.model.gem import GemModel
 from gemify.model.kv_cache import CachedText
 from gemify.rag.context import SearchIndex
 from gemify.rag.kv_store import KvStore, kv_store_factory
-from gemify.rag.pipeline import GemRag, PreparedPrompt, RagSettings
+from gemify.rag.pipeline import GemRag, PreparedPrompt, PromptOrder, RagSettings
 from gemify.rag.prompt_cache import Ids, PromptRun
 from gemify.retrieval.rerank import RerankedIndex, ScoreFn
 from gemify.serving.dispatch import SubmitFn
@@ -51,12 +51,20 @@ if TYPE_CHECKING:
 _THREADS = 32
 
 
-def kv_store_of(settings: ServerSettings) -> Callable[[GemModel], KvStore] | None:
-    """Check the settings of kept KV. Return what opens the store for a model; None: nothing is kept."""
-    if settings.keep_kv and settings.store is None and settings.kv_store is None:
+def kv_store_of(settings: ServerSettings, uri: str | None) -> Callable[[GemModel], KvStore] | None:
+    """Check the settings of kept KV.
+
+    Args:
+        settings: the server's options.
+        uri: the store whose passages' KV it is. None: there is none.
+
+    Returns:
+        What opens the directory of kept KV for a model; None: nothing is kept.
+    """
+    if settings.keep_kv and uri is None and settings.kv_store is None:
         raise ValueError("--keep-kv keeps caches of an index's passages: give --store DIR")
     return kv_store_factory(
-        settings.store or "",
+        uri or "",
         keep_kv=settings.keep_kv,
         bits=settings.kv_bits,
         budget=settings.kv_budget,
@@ -168,18 +176,25 @@ class RagPrompt:
     """Tokens that were charged for already."""
 
 
+@dataclass(frozen=True)
+class ServedStore:
+    """One of the server's stores."""
+
+    name: str
+    index: SearchIndex
+    kv: KvStore | None = None
+    """Where its passages' KV is kept. None: nowhere."""
+
+
 class RagService:
-    """Prepares the prompts of questions to the index.
+    """Prepares the prompts of questions to indexes.
 
     Args:
         engine: runs them.
-        index: searched for passages.
-        kv: where passages' KV is kept. None: nowhere.
     """
 
-    def __init__(self, engine: Engine, index: SearchIndex, *, kv: KvStore | None) -> None:
-        self._engine, self._index, self._kv = engine, index, kv
-        self._settings = RagSettings(order="question-first" if kv is None else "passages-first")
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self._settings = engine, RagSettings()
         self._template = ChatTemplate(
             copy.deepcopy(engine.gem.tokenizer), own_system=self._settings.system
         )  # the model's own is the engine's
@@ -192,6 +207,7 @@ class RagService:
     async def prepare(
         self,
         messages: Sequence[Message],
+        store: ServedStore,
         *,
         bind: Callable[[ChatTemplate], ChatTemplate],
         k: int,
@@ -207,6 +223,7 @@ class RagService:
 
         Args:
             messages: the conversation, with the keys ``role`` and ``content``; the last one is the question.
+            store: searched for passages.
             bind: gives the chat template the request's variables.
             k: how many passages.
             mode: of the search.
@@ -220,8 +237,9 @@ class RagService:
         Raises:
             ValueError: a prompt that does not fit the model, or a search that cannot be made.
         """
-        exact, template = self._kv is None, bind(self._template)
-        index = self._index if score is None else RerankedIndex(self._index, score)
+        exact, template = store.kv is None, bind(self._template)
+        index = store.index if score is None else RerankedIndex(store.index, score)
+        order: PromptOrder = "question-first" if exact else "passages-first"
         runner = EngineRunner(
             self._engine, tokenize_query=tokenize_query, charge=charge, cache_salt=cache_salt, is_exact=exact
         )
@@ -230,8 +248,8 @@ class RagService:
             rag = GemRag(
                 self._engine.gem,
                 index,
-                kv=self._kv,
-                settings=replace(self._settings, passages=k, mode=mode, where=where),
+                kv=store.kv,
+                settings=replace(self._settings, passages=k, mode=mode, where=where, order=order),
                 runner=runner,
                 chat_template=template,
             )

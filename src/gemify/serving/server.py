@@ -173,10 +173,11 @@ def serve(settings: ServerSettings) -> None:
     """
     keys = KeyRing.read(settings.api_keys)
     require_keys(settings, keys)
-    kv_store_of(settings)
+    for uri in settings.stores.values() or (None,):
+        kv_store_of(settings, uri)
     with listen(settings) as listener:
         gem = _load(settings)
-        index = _open_index(settings, gem)
+        indexes = _open_indexes(settings, gem)
         set_up_logs(log_prompts=settings.log_prompts)
         engine = Engine(
             gem,
@@ -185,7 +186,7 @@ def serve(settings: ServerSettings) -> None:
             prefix_cache_bytes=settings.prefix_cache_bytes,
             kv_cache_bytes=settings.kv_cache_bytes,
         )
-        app = create_app(engine, settings, index, keys=keys)
+        app = create_app(engine, settings, indexes, keys=keys)
         host, port = listener.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         scheme = "http" if settings.ssl_certfile is None else "https"
@@ -337,9 +338,7 @@ def _load(settings: ServerSettings) -> GemModel:
     return GemModel.from_pretrained(settings.model, base=settings.base, max_length=settings.max_length, **loading)  # type: ignore[arg-type]
 
 
-def _open_index(settings: ServerSettings, gem: GemModel) -> GemIndex | None:
-    if settings.store is None:
-        return None
+def _open_indexes(settings: ServerSettings, gem: GemModel) -> dict[str, GemIndex]:
     from gemify.retrieval.index import GemIndex
 
-    return GemIndex.open(settings.store, gem, create=False)
+    return {name: GemIndex.open(uri, gem, create=False) for name, uri in settings.stores.items()}

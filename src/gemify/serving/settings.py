@@ -31,6 +31,7 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+_STORE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})=(.+)", re.DOTALL)
 _ROOT_PATH = re.compile(r"(?:/[A-Za-z0-9._~-]+)+")
 _FIRST_PARTS = frozenset(
     "v1 v2 page mcp rerank tokenize detokenize health ready metrics openapi.json".split()  # noqa: SIM905
@@ -67,16 +68,16 @@ class ServerSettings(BaseSettings):
     """Run Python that comes with the base model."""
     served_model_name: Names = ()
     """What clients call the model; answers have the first of several. Empty: its directory's name."""
-    store: str | None = None
-    """An index for /v1/search."""
+    store: Names = ()
+    """Indexes for /v1/search: ``DIR``, which has the directory's name, or ``NAME=DIR``. The first is the default."""
     keep_kv: bool = False
     """Keep the KV of the index's passages on disk, for answers with ``gemify.search``."""
     kv_bits: Annotated[int, _Number] = 16
     """Of the kept values: 32, 16, 8 or 4."""
     kv_budget: str | None = None
-    """Most bytes of all kept KV, such as 2GB; None: no limit."""
+    """Most bytes of the kept KV in a directory, such as 2GB; None: no limit."""
     kv_store: Path | None = None
-    """Where it is kept; None: ``kv`` in the store's directory."""
+    """Where it is kept; None: ``kv`` in each store's directory."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
     """Address to listen at."""
@@ -150,6 +151,14 @@ class ServerSettings(BaseSettings):
                 raise ValueError(f"a CORS origin is * or starts with http:// or https://, got {origin!r}")
         return origins
 
+    @field_validator("store")
+    @classmethod
+    def _require_store_names(cls, given: tuple[str, ...]) -> tuple[str, ...]:
+        names = [_named_store(each)[0] for each in given]
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two stores have the name {double!r}: give NAME=DIR with another name")
+        return given
+
     @field_validator("root_path")
     @classmethod
     def _require_prefix(cls, path: str) -> str:
@@ -222,12 +231,25 @@ class ServerSettings(BaseSettings):
             return False
 
     @property
+    def stores(self) -> dict[str, str]:
+        """Directories or URIs of the stores by their names, the default one first."""
+        return dict(map(_named_store, self.store))
+
+    @property
     def model_names(self) -> tuple[str, ...]:
         """What clients may call the model. The first name is the one in answers."""
         if self.served_model_name:
             return self.served_model_name
         path = Path(self.model)
         return (path.resolve().name if path.is_dir() else self.model,)
+
+
+def _named_store(given: str) -> tuple[str, str]:
+    """Return the name and the URI of a store, given as ``NAME=DIR`` or ``DIR``."""
+    if named := _STORE.fullmatch(given):
+        return named[1], named[2]
+    last = given.rstrip("/").rpartition("/")[2] if "://" in given else Path(given).resolve().name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")[:64] or "store", given
 
 
 def variable_name(option: str) -> str:

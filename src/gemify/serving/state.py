@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -17,13 +17,12 @@ from starlette.requests import HTTPConnection, Request
 
 from gemify.engine.engine import EngineStats
 from gemify.engine.grammar import GrammarCompiler
-from gemify.rag.context import SearchIndex
 from gemify.retrieval.rerank import YesNoPrompts
 from gemify.serving.auth import KeyRing, RateLimiter
 from gemify.serving.errors import ApiError, bad_request, too_many_requests
 from gemify.serving.map_cache import MapCache
 from gemify.serving.protocol.requests import ApiRequest
-from gemify.serving.rag import RagService
+from gemify.serving.rag import RagService, ServedStore
 from gemify.serving.settings import ServerSettings
 from gemify.serving.tokenization import RequestTokenizer
 
@@ -115,14 +114,15 @@ class AppState:
 
     engine: Engine
     settings: ServerSettings
-    index: SearchIndex | None
+    stores: Mapping[str, ServedStore]
+    """By their names, the default one first."""
     keys: KeyRing
     rate_limiter: RateLimiter
     metrics: Metrics
     tokenizer: RequestTokenizer
     grammars: GrammarCompiler
     rag: RagService | None
-    """None: no index, or no chat template."""
+    """None: no store, or no chat template."""
     maps: MapCache
     yes_no_prompts: YesNoPrompts | None
     """None: no chat template, or yes and no are the same tokens."""
@@ -155,15 +155,20 @@ class AppState:
                 code="model_not_found",
             )
 
-    def require_index(self) -> SearchIndex:
-        """Return the index; ApiError 404 if there is none."""
-        if self.index is None:
+    def require_store(self, name: str | None) -> ServedStore:
+        """Return the store of a name, None: the first one; ApiError 404 if there is none."""
+        if not self.stores:
             raise ApiError(
                 404,
                 "this server has no index: start it with --store DIR (`gemify index` makes one)",
                 code="no_index",
             )
-        return self.index
+        if name is not None and name not in self.stores:
+            known = ", ".join(map(repr, self.stores))
+            raise ApiError(
+                404, f"no store {name[:200]!r}: this server has {known}", param="store", code="store_not_found"
+            )
+        return next(iter(self.stores.values())) if name is None else self.stores[name]
 
 
 @dataclass

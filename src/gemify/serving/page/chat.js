@@ -5,6 +5,7 @@ import { startChatList, showChatList } from "./chat_list.js";
 import { onOtherTab, readChat, saveChat } from "./chats.js";
 import { byId, onSubmit, say, sendsByKey } from "./element.js";
 import { Exchange } from "./exchange.js";
+import { storeField } from "./stores.js";
 
 const OPEN = "gemify-open-chat"; // of this tab
 const TITLE = 60; // characters of the first question
@@ -91,7 +92,7 @@ function request(question) {
   const tools = byId("tools").value.trim();
   if (tools) body.tools = parsed(tools);
   const grounded = byId("grounded").checked && !byId("grounded-label").hidden;
-  return grounded ? { ...body, gemify: { search: { k: number("sources"), mode: "hybrid" } } } : body;
+  return grounded ? { ...body, gemify: { search: { k: number("sources"), mode: "hybrid", ...storeField() } } } : body;
 }
 
 /** A turn as the server is asked with it: without its thoughts; calls have a result, as they must. */

@@ -5,15 +5,20 @@ import { offerChat, offerSources, startChat } from "./chat.js";
 import { byId } from "./element.js";
 import { poll, startLoad } from "./load.js";
 import { startRecovery } from "./recovery.js";
-import { offerSearch, startSearch } from "./search.js";
+import { clearSearch, offerSearch, startSearch } from "./search.js";
 import { startSimilarity } from "./similarity.js";
-import { offerStoreMap, startStoreMap } from "./store_map.js";
+import { changeStoreMap, offerStoreMap, startStoreMap } from "./store_map.js";
+import { offerStores, startStores } from "./stores.js";
 import { startTabs } from "./tabs.js";
 
 startTabs();
 startChat();
 startSearch();
 startStoreMap();
+startStores(() => {
+  clearSearch();
+  changeStoreMap();
+});
 startSimilarity();
 startRecovery();
 startKey();
@@ -23,6 +28,7 @@ function heard(stats) {
   offerChat(stats.has_chat);
   offerSources(stats.has_index);
   offerSearch(stats.has_index, stats.passages);
+  offerStores(stats.stores);
   offerStoreMap(stats.has_store);
   byId("model").textContent = stats.model;
 }

@@ -4,6 +4,7 @@ import { post } from "./api.js";
 import { byId, onSubmit } from "./element.js";
 import { passageCard } from "./passage.js";
 import { light } from "./store_map.js";
+import { chosenStore, storeField } from "./stores.js";
 
 export function startSearch() {
   onSubmit(byId("search-form"), byId("search-error"), search);
@@ -18,14 +19,22 @@ export function offerSearch(available, passages) {
   }
 }
 
+/** Forget what was found in another store. */
+export function clearSearch() {
+  byId("found").replaceChildren();
+  byId("search-status").textContent = "";
+}
+
 async function search() {
   const form = byId("search-form");
   const status = byId("search-status");
+  const store = chosenStore();
   status.textContent = "searching …";
   try {
     const started = performance.now();
-    const body = { query: byId("query").value, k: byId("search-count").valueAsNumber, mode: form.elements.mode.value };
+    const body = { query: byId("query").value, k: byId("search-count").valueAsNumber, mode: form.elements.mode.value, ...storeField() };
     const { data } = await post("v1/search", body);
+    if (store !== chosenStore()) return;
     byId("found").replaceChildren(...data.map((passage, i) => passageCard(passage, i + 1)));
     light(data);
     const took = Math.round(performance.now() - started);

@@ -3,6 +3,7 @@
 import { get } from "./api.js";
 import { byId, element, say } from "./element.js";
 import { passageCard, shortName } from "./passage.js";
+import { storeQuery } from "./stores.js";
 
 const WIDE = "(min-width: 72rem)"; // where the map stands beside what was found, as in page.css
 const COLOURS = 8; // files that have one, as in page.css
@@ -32,6 +33,14 @@ export function offerStoreMap(available) {
   byId("store-map-folder").hidden = !available;
 }
 
+/** Draw another store. */
+export function changeStoreMap() {
+  [drawn, asked, lit, current] = [null, false, [], -1];
+  passages.clear();
+  byId("store-map-passage").replaceChildren();
+  fit();
+}
+
 /** Light the passages that a search found. */
 export function light(found) {
   lit = found.map(({ id }) => id);
@@ -52,7 +61,10 @@ async function load() {
   note.textContent = "drawing …";
   say(byId("store-map-error"), "");
   try {
-    drawn = await get("v1/stores/map");
+    const query = storeQuery();
+    const got = await get(`v1/stores/map${query}`);
+    if (query !== storeQuery()) return; // another store was chosen meanwhile
+    drawn = got;
     drawn.at = new Map(drawn.ids.map((id, i) => [id, i]));
     current = only = -1;
     listFiles();
@@ -213,7 +225,7 @@ function point(i, pause = PAUSE) {
 
 async function read(id) {
   try {
-    if (!passages.has(id)) passages.set(id, { ...(await get(`v1/passages/${encodeURIComponent(id)}`)).data[0], score: null });
+    if (!passages.has(id)) passages.set(id, { ...(await get(`v1/passages/${encodeURIComponent(id)}${storeQuery()}`)).data[0], score: null });
     if (drawn.ids[current] !== id) return; // the pointer has gone on
     say(byId("store-map-error"), "");
     const number = lit.indexOf(id) + 1;

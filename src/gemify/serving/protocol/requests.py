@@ -166,6 +166,7 @@ Content = Annotated[
 Unit = Annotated[float, Field(ge=0.0, le=1.0)]
 Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
 SearchMode = Literal["vector", "fts", "hybrid"]
+_STORE = "The store's name, as /v1/stores lists it. Default the first."
 _RERANK = "How what is found is sorted anew. bi: vectors; lm: the model's odds of yes against no."
 Filter = Annotated[str, Field(max_length=MAX_FILTER_CHARACTERS, description="Of metadata, in SQL: lang = 'de'.")]
 
@@ -362,10 +363,11 @@ class ChatMessage(BaseModel):
 
 
 class ChatSearch(BaseModel):
-    """Passages of the index, put into the prompt."""
+    """Passages of a store, put into the prompt."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    store: str | None = Field(default=None, description=_STORE)
     k: int = Field(default=3, ge=1, le=50, description="How many passages.")
     mode: SearchMode = "hybrid"
     filter: Filter | None = None
@@ -416,10 +418,11 @@ class CreateChatCompletionRequest(GenerationRequestBody, ToolRequest):
 
 
 class SearchRequest(ApiRequest):
-    """A question to the index."""
+    """A question to a store."""
 
     unsupported_fields = (unsupported.SEARCH,)
 
+    store: str | None = Field(default=None, description=_STORE)
     query: str = Field(min_length=1, max_length=100_000)
     k: int = Field(default=5, ge=1, le=100)
     mode: SearchMode = Field(default="hybrid", description="vector: meaning; fts: words (BM25); hybrid: both.")

@@ -328,6 +328,24 @@ class PassagesResponse(ApiModel):
     data: list[Passage]
 
 
+class StoreInfo(ApiModel):
+    """A store of the server."""
+
+    id: str
+    """Its name."""
+    object: Literal["store"]
+    status: Literal["ready", "unavailable"]
+    num_passages: int | None
+    """None: it cannot be read now, or does not say."""
+
+
+class ListStoresResponse(ApiModel):
+    """The stores, the default one first."""
+
+    object: Literal["list"]
+    data: list[StoreInfo]
+
+
 class StoreMapResponse(ApiModel):
     """Passages of a store in two dimensions, by the principal components of their vectors."""
 

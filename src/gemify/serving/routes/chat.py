@@ -123,7 +123,7 @@ def _grammar(body: CreateChatCompletionRequest, form: AnswerFormat, prompt: str)
 async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, request: Request) -> RagPrompt:
     """Prepare the prompt of a question to the index, with the passages that are found."""
     state, key, loop = get_state(request), get_key_name(request), asyncio.get_running_loop()
-    state.require_index()
+    store = state.require_store(search.store)
     if body.messages[-1].role != "user" or not body.messages[-1].content.strip():
         raise bad_request(
             "gemify.search looks for the last message, which must be the user's and not empty", "messages"
@@ -152,6 +152,7 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
 
     work = state.rag.prepare(
         [message.for_template() for message in body.messages],
+        store,
         bind=lambda template: bind_template(template, body),
         k=search.k,
         mode=search.mode,

@@ -121,7 +121,7 @@ def _build_response(vectors_ND: np.ndarray, body: CreateEmbeddingRequest, model:
 async def search(body: SearchRequest, request: Request) -> Response:
     """Find the passages that fit a question best, best first."""
     state = admit(request, body)
-    index = state.require_index()
+    index = state.require_store(body.store).index
     if not body.query.strip():
         raise bad_request("the query is empty: give some words", "query")
     vector, tokens = None, 0
