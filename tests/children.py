@@ -37,15 +37,9 @@ def killed_at(
 META = {"project": "atlas"}
 
 
-def index(model: str, store: str, corpus: str, tell: Connection) -> None:
-    """Watch a corpus until it is indexed; says before and after every step of writing to the store that it takes it."""
-    import torch
-
-    from gemify import GemModel
-    from gemify.io.signals import StopFlag
+def _tell_steps(tell: Connection) -> None:
+    """Say before and after every step of writing to a store that it is taken."""
     from gemify.retrieval.document_store import Store
-    from gemify.retrieval.index import GemIndex
-    from gemify.retrieval.watch import watch_files
 
     def told(name: str) -> None:
         step = getattr(Store, name)
@@ -58,12 +52,38 @@ def index(model: str, store: str, corpus: str, tell: Connection) -> None:
 
         setattr(Store, name, taken)
 
-    torch.set_num_threads(1)
     for name in ("append", "commit", "remove", "optimize"):
         told(name)
+
+
+def index(model: str, store: str, corpus: str, tell: Connection) -> None:
+    """Watch a corpus until it is indexed."""
+    import torch
+
+    from gemify import GemModel
+    from gemify.io.signals import StopFlag
+    from gemify.retrieval.index import GemIndex
+    from gemify.retrieval.watch import watch_files
+
+    torch.set_num_threads(1)
+    _tell_steps(tell)
     opened, stop = GemIndex.open(store, GemModel.from_pretrained(model), tokens=48, overlap=8), StopFlag()
     for _ in watch_files(opened, [corpus], stop_flag=stop, commit_tokens=300, meta=META):
         stop.is_set = True
+
+
+def upload_in_child(model: str, store: str, name: str, content: str, tell: Connection) -> None:
+    """Put a file into a store, as the server's thread does."""
+    import torch
+
+    from gemify import GemModel
+    from gemify.retrieval.index import GemIndex
+    from gemify.serving import upload
+
+    torch.set_num_threads(1)
+    opened = GemIndex.open(store, GemModel.from_pretrained(model))
+    _tell_steps(tell)
+    upload._add(opened, upload._directory(opened) / name, content.encode())
 
 
 def read_as_nobody(root: str, tell: Connection) -> None:

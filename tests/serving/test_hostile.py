@@ -8,6 +8,7 @@ import re
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from pydantic import BaseModel
 
+from gemify.retrieval.index import GemIndex
 from gemify.serving import mcp_route, server
 from gemify.serving.protocol import create_response, messages, requests
 from gemify.serving.routes import tokenize
@@ -42,6 +44,7 @@ GOOD: dict[str, Any] = {
 PATHS = tuple(GOOD)
 GETS = ("/", "/page/{name}", "/openapi.json", "/v1/models", "/v1/models/{name:path}", "/v1/stats")
 GETS = (*GETS, "/v1/stores", "/v1/stores/map", "/v1/passages/{passage_id:path}", "/health", "/ready", "/metrics")
+FILES, FILE = "/v1/stores/{store}/files", "/v1/stores/{store}/files/{name}"
 TOOLS: dict[str, dict[str, Any]] = {
     "search": {"query": "a", "k": 1, "mode": "hybrid", "rerank": "bi", "store": "store"},
     "read_passage": {"id": 0, "before": 1, "after": 1, "store": "store"},
@@ -143,7 +146,12 @@ def test_every_route_has_a_hostile_case(served: Served) -> None:
         for route in getattr(getattr(included, "original_router", None), "routes", [included])
         for method in route.methods - {"HEAD", "OPTIONS"}
     }
-    assert routes == {*((path, "POST") for path in PATHS), *((path, "GET") for path in GETS)}
+    assert routes == {
+        *((path, "POST") for path in PATHS),
+        *((path, "GET") for path in GETS),
+        (FILES, "POST"),
+        (FILE, "DELETE"),
+    }
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -220,6 +228,47 @@ def test_mutated_bytes(served: Served) -> None:
                     raw[place:place] = raw[place : place + draw.randint(1, 9)]
             response = http.post(path, content=bytes(raw))
             assert response.status_code in (200, 202, 400, 404), (raw, response.text)
+
+
+def test_mutated_forms_and_odd_names_of_files(served: Served) -> None:
+    """A form with bytes changed, left out and doubled; names and stores that are none. What is kept is in the store."""
+    draw = random.Random(0)
+    store = next(iter(served.app.state.gemify.stores.values())).index.store
+    root = Path(store.uri).parent
+    before = sorted(root.iterdir())
+    kind = {"content-type": "multipart/form-data; boundary=bees"}
+    form = httpx.Request("POST", served.url, headers=kind, files={"file": ("a.md", b"# Bees\n\nBees dance.\n")}).read()
+    index, keys = GemIndex(store, served.gem), {"ann": "key-of-ann"}
+    seen: set[int] = set()
+    with (
+        serving(served.gem, index=index, keys=keys, upload_key=("ann",)) as keyed,
+        keyed.http(headers={"authorization": "Bearer key-of-ann"}) as http,
+    ):
+        for _ in range(100):
+            raw = bytearray(form)
+            for _ in range(draw.randint(1, 3)):
+                place = draw.randrange(len(raw))
+                what = draw.random()
+                if what < 0.4:
+                    raw[place] = draw.randrange(256)
+                elif what < 0.7:
+                    del raw[place]
+                else:
+                    raw[place:place] = raw[place : place + draw.randint(1, 9)]
+            response = http.post(FILES.format(store="store"), content=bytes(raw), headers=kind)
+            seen.add(response.status_code)
+            assert response.status_code in (200, 400, 415), (raw, response.text)
+        assert seen == {200, 400, 415}
+        for odd in ("%00", "..%2f..%2fowls.txt", "%ff%fe", "a" * 5000, "%F0%9F%90%88", "%2e%2e", "a.md%00b", "'--.md"):
+            paths = FILES.format(store=odd), FILE.format(store=odd, name="a.md"), FILE.format(store="store", name=odd)
+            for path in paths:
+                response = http.request("POST" if path.endswith("/files") else "DELETE", path)
+                assert response.status_code in (400, 404, 405, 415), (path, response.text)
+        for path in (FILES, FILE):
+            for method in ("GET", "PUT", "PATCH", "TRACE"):
+                assert http.request(method, path).status_code == 405
+    assert sorted(root.iterdir()) == before
+    assert {path.parent for path in map(Path, store.files())} == {root, root / "store" / "uploads"}
 
 
 BROKEN: dict[str, tuple[bytes, list[int]]] = {

@@ -15,11 +15,14 @@ from schemathesis.specs.openapi.checks import response_schema_conformance, statu
 
 from running_server import Served, indexed, serving, tiny_gem
 
+KEY = {"authorization": "Bearer key-of-ann"}
+
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterator[Served]:
     index = indexed(tmp_path_factory.mktemp("store"), {"owls.txt": "Owls hunt at night.\n" * 9}, tokens=64)
-    with serving(index.model, index=index, default_max_tokens=8) as running:  # type: ignore[arg-type]
+    keys = {"keys": {"ann": "key-of-ann"}, "upload_key": ("ann",)}
+    with serving(index.model, index=index, default_max_tokens=8, **keys) as running:  # type: ignore[arg-type]
         yield running
 
 
@@ -27,9 +30,9 @@ def served(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Iterat
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda m: m.value)
 def test_described_requests_get_described_answers(served: Served, mode: GenerationMode, examples: int) -> None:
     asked = 0
-    described = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    described = schemathesis.openapi.from_url(f"{served.url}/openapi.json", headers=KEY)
     operations = [found.ok() for found in described.get_all_operations()]
-    assert len(operations) == 22
+    assert len(operations) == 24
     for operation in operations:
         if mode is GenerationMode.NEGATIVE and operation.method == "get" and not list(operation.query):
             continue  # there is nothing to get wrong
@@ -51,7 +54,7 @@ def test_described_requests_get_described_answers(served: Served, mode: Generati
                         case.body[name] = min(case.body[name], 8)
             nonlocal asked
             asked += 1
-            response = case.call(timeout=60)
+            response = case.call(timeout=60, headers=KEY)
             case.validate_response(
                 response, checks=[not_a_server_error, status_code_conformance, response_schema_conformance]
             )
@@ -61,12 +64,14 @@ def test_described_requests_get_described_answers(served: Served, mode: Generati
 
 
 def test_every_route_is_described(served: Served) -> None:
-    described = served.http().get("/openapi.json").json()
+    described = served.http(headers=KEY).get("/openapi.json").json()
     routes = {(path, method) for path, some in described["paths"].items() for method in some}
     assert routes == {
         *((f"/v1/{name}", "post") for name in ("embeddings", "completions", "chat/completions", "search", "recover")),
         *((path, "post") for path in ("/v1/responses", "/v1/messages", "/v1/messages/count_tokens")),
         *((path, "post") for path in ("/v1/rerank", "/rerank", "/v2/rerank", "/tokenize", "/detokenize")),
+        ("/v1/stores/{store}/files", "post"),
+        ("/v1/stores/{store}/files/{name}", "delete"),
         *((path, "get") for path in ("/v1/stores", "/v1/stores/map", "/v1/passages/{passage_id}")),
         *((path, "get") for path in ("/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics", "/v1/stats")),
     }
@@ -84,5 +89,5 @@ def test_both_headers_of_a_key_are_described(tmp_path: Path) -> None:
 
 
 def test_it_answers_afterwards(served: Served) -> None:
-    assert served.post("/v1/embeddings", {"input": "a"}).status_code == 200
+    assert served.post("/v1/embeddings", {"input": "a"}, **KEY).status_code == 200
     assert served.engine.stats().failed_requests == 0

@@ -104,9 +104,12 @@ def test_any_object(client: OpenAI) -> None:
 )
 def test_vllms_fields(client: OpenAI, fields: dict[str, Any], pattern: str) -> None:
     for seed in range(3):
-        chat = client.chat.completions.create(model="tiny", messages=ASK, max_tokens=60, seed=seed, extra_body=fields)
+        chat = client.chat.completions.create(
+            model="tiny", messages=ASK, max_tokens=60, n=2, seed=seed, extra_body=fields
+        )
         plain = client.completions.create(model="tiny", prompt="a", max_tokens=60, seed=seed, extra_body=fields)
-        for text in (chat.choices[0].message.content or "", plain.choices[0].text):
+        assert len(chat.choices) == 2
+        for text in (*(choice.message.content or "" for choice in chat.choices), plain.choices[0].text):
             assert re.fullmatch(pattern, text), text
 
 

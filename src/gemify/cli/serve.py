@@ -13,19 +13,23 @@ import typer
 from gemify.cli.ask import ask_options, generate_options, open_rag
 from gemify.cli.options import KvBudget, KvStoreDir, MaxTextLength, fail
 
+ServedStores = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--store", "-s", help="Index, for /v1/search and the page: DIR, or NAME=DIR; may be repeated. [default: none]"
+    ),
+]
+UploadKeys = Annotated[
+    list[str] | None,
+    typer.Option("--upload-key", help="Name of an API key that may add files to the stores; may be repeated."),
+]
+
 
 def serve(
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="starter, a GEM directory or a repo id. [default: starter]")
     ] = None,
-    store: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--store",
-            "-s",
-            help="An index, for /v1/search and the page: DIR, or NAME=DIR; may be repeated. [default: none]",
-        ),
-    ] = None,
+    store: ServedStores = None,
     keep_kv: Annotated[
         bool | None, typer.Option("--keep-kv", help="Keep the passages' KV caches on disk and use them in answers.")
     ] = None,
@@ -42,6 +46,7 @@ def serve(
     api_keys: Annotated[
         Path | None, typer.Option(help="File of `name: key` lines. [default: the environment's GEMIFY_API_KEYS]")
     ] = None,
+    upload_key: UploadKeys = None,
     allow_no_key: Annotated[bool | None, typer.Option("--allow-no-key", help="Serve others without keys.")] = None,
     max_length: MaxTextLength = None,
     truncate: Annotated[
@@ -88,8 +93,6 @@ def serve(
     flags: dict[str, Any] = {name: value for name, value in locals().items() if value is not None and name != "config"}
     if "cors_origin" in flags:
         flags["cors_origins"] = tuple(flags.pop("cors_origin"))
-    if "store" in flags:
-        flags["store"] = tuple(flags["store"])
     if "served_model_name" in flags:
         flags["served_model_name"] = ",".join(flags["served_model_name"])
     from gemify.serving.server import require_certificate

@@ -82,8 +82,7 @@ class Store:
         self.uri, self.meta = uri, meta
         self._root = "" if is_remote(uri) else str(Path(uri).parent)
         self._chunks, self._files = open_table(database, _CHUNKS, uri), open_table(database, _FILES, uri)
-        self._pending_at: tuple[int, int] | None = None
-        self._pending: dict[str, int] = {}
+        self._pending: tuple[tuple[int, int], dict[str, int]] | None = None  # one value, as threads share it
         self._words_checked = False
 
     # Opening
@@ -296,16 +295,15 @@ class Store:
     def pending_versions(self) -> dict[str, int]:
         """Return versions that are not committed (yet, or any more), with their numbers of chunks."""
         with readable(self.uri):
-            now = self.version
-            if now != self._pending_at:
+            now, known = self.version, self._pending
+            if known is None or known[0] != now:
                 committed = {r.version for r in self.files().values()}
                 found: dict[str, int] = {}
                 for batch in self._chunks.search().select(["version"]).to_batches(65_536):
                     for pair in batch.column("version").value_counts().to_pylist():
                         found[pair["values"]] = found.get(pair["values"], 0) + pair["counts"]
-                self._pending = {v: n for v, n in found.items() if v not in committed}
-                self._pending_at = now
-            return self._pending
+                known = self._pending = now, {v: n for v, n in found.items() if v not in committed}
+            return known[1]
 
     def vectors(self, version: str) -> dict[tuple[str, str, str], np.ndarray]:
         """Return the vectors of a version's chunks by their texts, titles and headings."""

@@ -399,6 +399,6 @@ def refuse_encrypted(path: Path) -> None:
 
 
 def named(error: Exception) -> str:
-    """An error's kind and its first words."""
-    first = (str(error).strip().splitlines() or [""])[0][:80]
+    """An error's kind and its first words, without the directories of a path."""
+    first = re.sub("/.*/", "", (str(error).strip().splitlines() or [""])[0])[:80]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

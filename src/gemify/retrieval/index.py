@@ -247,7 +247,7 @@ class GemIndex:
             raise ValueError(f"k must be at least 1, got {k}")
         if not query.strip() and (mode != "vector" or vector is None):
             raise ValueError("the query is empty: give some words")
-        self._require_same_store()
+        self.require_same_store()
         if mode == "fts":
             return [_passage(hit, hit.score) for hit in self.store.text_search(query, k, where)]
         vector_D = self._embed_query(query) if vector is None else np.asarray(vector, dtype=np.float32)
@@ -262,8 +262,8 @@ class GemIndex:
         fused = fuse([[hit.id for hit in ranking] for ranking in rankings])
         return [_passage(hits[name], score) for name, score in fused[:k]]
 
-    def _require_same_store(self) -> None:
-        """Refuse a store that another model has made again since it was opened: its vectors are of another space."""
+    def require_same_store(self) -> None:
+        """Raise StoreUnavailableError if another model has made the store again: its vectors are of another space."""
         if isinstance(self.store, Store):
             opened, made = self.store.meta, self.store.read_meta()
             if (made.fingerprint, made.dimension) != (opened.fingerprint, opened.dimension):

@@ -56,6 +56,8 @@ _WHOLE: dict[str, Callable[[Path], Iterator[Section | Skipped]]] = {
 }
 _ROWS = frozenset([".jsonl", ".ndjson", ".parquet"])
 _MAYBE_ROWS = frozenset([".csv", ".tsv", ".json"])
+SUFFIXES = _PLAIN | _ROWS | _WHOLE.keys()
+"""Of the kinds of files that are read."""
 _PIECE = 1 << 20
 """Bytes of a plain text after which a section ends, at the next line if it is near: memory stays flat."""
 _PACKAGES = frozenset(["node_modules", "__pycache__", "site-packages", "bower_components"])

@@ -33,6 +33,7 @@ from gemify.serving.routes import chat, embeddings, health, messages, rerank, re
 from gemify.serving.settings import ServerSettings
 from gemify.serving.state import AppState, Metrics
 from gemify.serving.tokenization import RequestTokenizer
+from gemify.serving.upload import FileUploads
 
 if TYPE_CHECKING:
     from gemify.engine.engine import Engine
@@ -79,13 +80,13 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "The request is invalid.",
         401: "No API key, or an unknown one.",
-        403: "The Host header names another site.",
+        403: "The Host header names another site, or the key may not do this.",
         404: "No such model or route.",
         408: "The body arrived too slowly.",
         413: "The body is too large.",
-        415: "The body is not JSON.",
+        415: "The body, or a file in it, is of a kind that is not read.",
         429: "Too many requests or tokens; Retry-After says when to try again.",
-        503: "The server is stopping.",
+        503: "The server is stopping, or a store cannot be used now.",
         504: "The answer took too long.",
     }.items()
 }
@@ -107,10 +108,7 @@ def create_app(
         keys: API keys; None: those of the settings' file, or of the environment.
     """
     tokenizer = RequestTokenizer(engine.gem)
-    served = {}
-    for name, index in (indexes or {}).items():
-        open_kv_store = kv_store_of(settings, settings.stores.get(name))
-        served[name] = ServedStore(name, index, None if open_kv_store is None else open_kv_store(engine.gem))
+    served = {name: _serve_store(name, index, engine, settings) for name, index in (indexes or {}).items()}
     rag = RagService(engine) if served and tokenizer.has_chat else None
     metrics = Metrics(engine.stats)
     state = AppState(
@@ -139,9 +137,10 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.gemify = state
+    app.state.uploads = FileUploads(engine.gem) if settings.upload_key else None
     for route in (chat, responses, messages, embeddings, rerank, tokenize):
         app.include_router(route.router, responses=_ERRORS)
-    app.include_router(stores.router, responses={s: _ERRORS[s] for s in (400, 401, 403, 404, 503)})
+    app.include_router(stores.router, responses=_ERRORS)
     app.include_router(health.models_router, responses={s: _ERRORS[s] for s in (401, 403, 404)})
     app.include_router(health.router)
     app.include_router(health.page_router)
@@ -160,7 +159,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=[
                 "Authorization",
                 "Content-Type",
@@ -172,6 +171,11 @@ def create_app(
             expose_headers=["X-Request-Id", "Retry-After", "X-Gemify-Ignored"],
         )
     return app
+
+
+def _serve_store(name: str, index: SearchIndex, engine: Engine, settings: ServerSettings) -> ServedStore:
+    open_kv_store = kv_store_of(settings, settings.stores.get(name))
+    return ServedStore(name, index, None if open_kv_store is None else open_kv_store(engine.gem))
 
 
 @asynccontextmanager
@@ -190,6 +194,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         state.grammars.close()
         if state.rag is not None:
             state.rag.close()
+        if app.state.uploads is not None:
+            app.state.uploads.close()
         logger.info("stopped" if finished else "stopped; the last requests were cancelled")
 
 

@@ -67,6 +67,9 @@ class KeyRing:
     def __len__(self) -> int:
         return len(self._hashes)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._hashes
+
     def find_name(self, key: str) -> str | None:
         """Return the name of a key, or None. Runs in constant time for unknown keys."""
         hashed, found = _hash(key), None

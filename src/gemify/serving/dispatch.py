@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import Future
 from typing import Any, Protocol, Self, TypeVar
 
 from starlette.types import Receive
@@ -108,6 +110,36 @@ class EngineClient:
     def cached_tokens(self) -> int:
         """Prompt tokens that came from the prefix cache."""
         return sum(request.cached_tokens for request in self.requests)
+
+
+class RequestCancelledError(Exception):
+    """The client has gone, or has waited too long."""
+
+
+class ThreadCalls:
+    """Coroutines that a thread waits for, for one HTTP request. Leaving it (``with``) cancels what runs."""
+
+    def __init__(self) -> None:
+        self._loop, self._lock = asyncio.get_running_loop(), threading.Lock()
+        self._future: Future[Any] | None = None
+        self._ended = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._ended = True
+            if self._future is not None:
+                self._future.cancel()
+
+    def run(self, function: Callable[..., Coroutine[Any, Any, T]], *args: Any) -> T:
+        """Run a coroutine in the event loop, from a thread; RequestCancelledError if nobody waits for it any more."""
+        with self._lock:
+            if self._ended:
+                raise RequestCancelledError
+            future = self._future = asyncio.run_coroutine_threadsafe(function(*args), self._loop)
+        return future.result()
 
 
 async def run_until_disconnect(receive: Receive, work: Coroutine[Any, Any, T], timeout_s: float) -> T:

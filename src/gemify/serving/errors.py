@@ -14,7 +14,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from gemify.engine.requests import EngineStoppingError, QueueFullError
-from gemify.retrieval.lance import StoreUnavailableError
+from gemify.retrieval.lance import StoreLockedError, StoreUnavailableError
 
 logger = logging.getLogger("gemify.serving")
 
@@ -107,6 +107,9 @@ def from_engine_error(error: Exception) -> ApiError:
     if isinstance(error, StoreUnavailableError):
         logger.error(str(error))  # it names a path of this machine
         return ApiError(503, "the index cannot be read now: see the server's log", code="store_unavailable")
+    if isinstance(error, StoreLockedError):
+        message = "the store is being written by another process: try again when it has ended"
+        return ApiError(503, message, code="store_busy", headers={"Retry-After": "10"})
     if isinstance(error, ValueError):
         return bad_request(str(error))
     if isinstance(error, FloatingPointError):

@@ -176,15 +176,18 @@ def create_mcp_server(
                 raise ValueError("no question given: ask something")
             return await run_ask(ctx.request_context.request, question, rerank=rerank, store=store)
 
+    tools: dict[str, Callable[..., Any]] = {"search": search_passages, "read_passage": read_passage}
+    tools["list_documents"] = list_documents
+    return _build_server(tools if ask is None else tools | {"ask": ask_documents}, names)
+
+
+def _build_server(tools: Mapping[str, Callable[..., Any]], stores: Sequence[str]) -> MCPServer:
+    """Return a server with tools, whose argument ``store`` is one of these names."""
     server: MCPServer = MCPServer("gemify", version=__version__, instructions=_INSTRUCTIONS, log_level="WARNING")
-    described = Field(description="The store's name.", json_schema_extra={"enum": cast(Any, names)})
-    for tool in (search_passages, read_passage, list_documents, ask_documents):
+    described = Field(description="The store's name.", json_schema_extra={"enum": cast(Any, stores)})
+    for name, tool in tools.items():
         tool.__annotations__["store"] = Annotated[str, described]
-    server.add_tool(search_passages, "search", annotations=_READ_ONLY)
-    server.add_tool(read_passage, annotations=_READ_ONLY)
-    server.add_tool(list_documents, annotations=_READ_ONLY)
-    if ask is not None:
-        server.add_tool(ask_documents, "ask", annotations=_READ_ONLY)
+        server.add_tool(tool, name, annotations=_READ_ONLY)
     return server
 
 

@@ -119,7 +119,7 @@ class _RequestCycle:
                 code="unknown_host",
             )
         self._request.key_name = state.keys.authenticate(self._credentials())
-        if method == "POST":
+        if method not in ("GET", "HEAD", "OPTIONS"):
             limit = state.settings.max_requests
             if state.metrics.in_flight_now > limit:
                 raise too_many_requests(f"more than {limit} requests at a time: wait", 1, code="queue_full")

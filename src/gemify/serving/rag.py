@@ -42,7 +42,7 @@ from gemify.rag.kv_store import KvStore, kv_store_factory
 from gemify.rag.pipeline import GemRag, PreparedPrompt, PromptOrder, RagSettings
 from gemify.rag.prompt_cache import Ids, PromptRun
 from gemify.retrieval.rerank import RerankedIndex, ScoreFn
-from gemify.serving.dispatch import SubmitFn
+from gemify.serving.dispatch import RequestCancelledError, SubmitFn
 from gemify.serving.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -70,10 +70,6 @@ def kv_store_of(settings: ServerSettings, uri: str | None) -> Callable[[GemModel
         budget=settings.kv_budget,
         directory=settings.kv_store,
     )
-
-
-class RequestCancelledError(Exception):
-    """The client has gone, or has waited too long."""
 
 
 class EngineRunner:

@@ -1,4 +1,4 @@
-"""Request bodies: bounded in bytes, seconds and depth; strict JSON."""
+"""Request bodies: bounded in bytes, seconds and depth; strict JSON, or a form with a file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.datastructures import UploadFile
 
 from gemify.serving.errors import ApiError, bad_request, json_name
 from gemify.serving.settings import ServerSettings
@@ -33,24 +34,45 @@ class JsonRoute(APIRoute):
         return handle_json
 
 
-class _JsonRequest(Request):
+class _BoundedRequest(Request):
+    content_type = "application/json"
+
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
-            self._body = await _read(self, get_state(self).settings)
+            self._body = await _read(self, get_state(self).settings, self.content_type)
         return self._body
 
+
+class _JsonRequest(_BoundedRequest):
     async def json(self) -> Any:
         raw = await self.body()
         depth = get_state(self).settings.max_depth
         return await asyncio.to_thread(read_json, raw, depth) if len(raw) > _MIN_THREAD_BYTES else read_json(raw, depth)
 
 
-async def _read(request: Request, settings: ServerSettings) -> bytes:
+class _FormRequest(_BoundedRequest):
+    content_type = "multipart/form-data"
+
+
+async def read_form_file(request: Request) -> tuple[str, bytes]:
+    """Read the file of a form: its name, as the client gave it, and its bytes.
+
+    Raises:
+        ApiError: the body is too large, too slow, or no form with one file.
+    """
+    bounded = _FormRequest(request.scope, request.receive)
+    await bounded.body()
+    async with bounded.form(max_files=1, max_fields=1) as form:
+        file = form.get("file")
+        if not isinstance(file, UploadFile) or len(form) > 1:
+            raise bad_request("the form must have one field, file, with a file and its name", "file")
+        return file.filename or "", await file.read()
+
+
+async def _read(request: Request, settings: ServerSettings, wanted: str) -> bytes:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise ApiError(
-            415, f"the body must be application/json, got {content_type[:80]!r}: set the header Content-Type"
-        )
+    if content_type != wanted:
+        raise ApiError(415, f"the body must be {wanted}, got {content_type[:80]!r}: set the header Content-Type")
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
         raise ApiError(415, "the body must not be compressed: leave out the header Content-Encoding")
     limit = settings.max_body_bytes
@@ -72,7 +94,7 @@ async def _read(request: Request, settings: ServerSettings) -> bytes:
             headers={"Connection": "close"},
         ) from None
     if not body:
-        raise _invalid("the body is empty: send a JSON object")
+        raise _invalid(f"the body is empty: send {'a JSON object' if wanted == 'application/json' else 'a form'}")
     return bytes(body)
 
 

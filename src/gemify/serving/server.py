@@ -195,7 +195,10 @@ def serve(settings: ServerSettings) -> None:
 
 
 def require_keys(settings: ServerSettings, keys: KeyRing) -> None:
-    """Raise ValueError if other machines could use the server without a key."""
+    """Raise ValueError if other machines could use the server without a key, or a key that may upload is not there."""
+    for name in settings.upload_key:
+        if name not in keys:
+            raise ValueError(f"--upload-key {name}: there is no API key of this name in --api-keys or {KEYS_VARIABLE}")
     if not settings.is_local and not len(keys) and not settings.allow_no_key:
         raise ValueError(
             f"--host {settings.host} lets other machines in and there are no API keys: give --api-keys FILE or"

@@ -85,6 +85,8 @@ class ServerSettings(BaseSettings):
     """Port to listen at; 0: any free one."""
     api_keys: Path | None = None
     """A file of keys, ``name: key`` a line."""
+    upload_key: Names = ()
+    """Names of the API keys that may put files into the stores and remove them. Empty: none may."""
     allow_no_key: bool = False
     """Serve other machines without keys."""
     cors_origins: Names = ()

@@ -155,6 +155,10 @@ class AppState:
                 code="model_not_found",
             )
 
+    def may_upload(self, key_name: str) -> bool:
+        """Whether a key may put files into the stores. Without keys nobody may."""
+        return key_name in self.keys and key_name in self.settings.upload_key
+
     def require_store(self, name: str | None) -> ServedStore:
         """Return the store of a name, None: the first one; ApiError 404 if there is none."""
         if not self.stores:

@@ -38,6 +38,8 @@ export async function post(path, body, signal) {
   return (await send(path, body, signal)).json();
 }
 
+export const postForm = async (path, form) => (await ask(path, { method: "POST", body: form })).json();
+
 /** The events of a streamed answer, each as an object, up to the [DONE] that must end it. */
 export async function* stream(path, body, signal) {
   const reply = await send(path, { ...body, stream: true }, signal);

@@ -10,6 +10,7 @@ import { startSimilarity } from "./similarity.js";
 import { changeStoreMap, offerStoreMap, startStoreMap } from "./store_map.js";
 import { offerStores, startStores } from "./stores.js";
 import { startTabs } from "./tabs.js";
+import { offerUpload, startUpload } from "./upload.js";
 
 startTabs();
 startChat();
@@ -19,6 +20,7 @@ startStores(() => {
   clearSearch();
   changeStoreMap();
 });
+startUpload(changeStoreMap);
 startSimilarity();
 startRecovery();
 startKey();
@@ -29,6 +31,7 @@ function heard(stats) {
   offerSources(stats.has_index);
   offerSearch(stats.has_index, stats.passages);
   offerStores(stats.stores);
+  offerUpload(stats.can_upload);
   offerStoreMap(stats.has_store);
   byId("model").textContent = stats.model;
 }

@@ -333,7 +333,6 @@ class StoreInfo(ApiModel):
 
     id: str
     """Its name."""
-    object: Literal["store"]
     status: Literal["ready", "unavailable"]
     num_passages: int | None
     """None: it cannot be read now, or does not say."""
@@ -344,6 +343,18 @@ class ListStoresResponse(ApiModel):
 
     object: Literal["list"]
     data: list[StoreInfo]
+
+
+class StoreFile(ApiModel):
+    """A file that was put into a store."""
+
+    id: str
+    """Its name."""
+    store: str
+    bytes: int
+    num_passages: int
+    skipped: list[str]
+    """What of it could not be read."""
 
 
 class StoreMapResponse(ApiModel):

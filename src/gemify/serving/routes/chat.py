@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -16,7 +13,7 @@ from starlette.responses import Response
 from gemify.model.answer_parser import MAX_BEGUN, has_begun_thoughts
 from gemify.serving.answer_format import AnswerFormat
 from gemify.serving.completion import CompletionHandler
-from gemify.serving.dispatch import run_until_disconnect
+from gemify.serving.dispatch import ThreadCalls, run_until_disconnect
 from gemify.serving.errors import bad_request, from_engine_error, unsupported_parameter
 from gemify.serving.protocol.requests import (
     ChatSearch,
@@ -27,7 +24,7 @@ from gemify.serving.protocol.requests import (
 from gemify.serving.protocol.responses import CreateChatCompletionResponse, CreateCompletionResponse
 from gemify.serving.protocol.structured_outputs import after_thoughts
 from gemify.serving.protocol.tools import NamedToolChoice
-from gemify.serving.rag import RagPrompt, RequestCancelledError
+from gemify.serving.rag import RagPrompt
 from gemify.serving.request_body import JsonRoute
 from gemify.serving.rerank import score
 from gemify.serving.response_builder import AnswerBuilder
@@ -122,7 +119,7 @@ def _grammar(body: CreateChatCompletionRequest, form: AnswerFormat, prompt: str)
 
 async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, request: Request) -> RagPrompt:
     """Prepare the prompt of a question to the index, with the passages that are found."""
-    state, key, loop = get_state(request), get_key_name(request), asyncio.get_running_loop()
+    state, key = get_state(request), get_key_name(request)
     store = state.require_store(search.store)
     if body.messages[-1].role != "user" or not body.messages[-1].content.strip():
         raise bad_request(
@@ -133,44 +130,32 @@ async def _prepare(body: CreateChatCompletionRequest, search: ChatSearch, reques
     state.tokenizer.require_chat(body.messages)
     assert state.rag is not None
 
-    def tokenize_query(text: str) -> list[int]:
-        return asyncio.run_coroutine_threadsafe(state.tokenizer.tokenize_query(text), loop).result()
-
     def charge(tokens: int) -> None:
         state.rate_limiter.check_tokens(key, tokens)
         state.rate_limiter.add_tokens(key, tokens)
 
-    scoring: list[Future[tuple[np.ndarray, int]]] = []
-    ended = threading.Event()
+    with ThreadCalls() as calls:
 
-    def score_passages(question: str, texts: Sequence[str]) -> np.ndarray:
-        assert search.rerank != "none"
-        if ended.is_set():
-            raise RequestCancelledError
-        scoring.append(asyncio.run_coroutine_threadsafe(score(request, question, texts, search.rerank), loop))
-        return scoring[-1].result()[0]
+        def score_passages(question: str, texts: Sequence[str]) -> np.ndarray:
+            return calls.run(score, request, question, texts, search.rerank)[0]
 
-    work = state.rag.prepare(
-        [message.for_template() for message in body.messages],
-        store,
-        bind=lambda template: bind_template(template, body),
-        k=search.k,
-        mode=search.mode,
-        where=search.filter,
-        score=None if search.rerank == "none" else score_passages,
-        max_tokens=body.max_completion_tokens or body.max_tokens or 1,
-        tokenize_query=tokenize_query,
-        charge=charge,
-        cache_salt=key,
-    )
-    try:
-        return await run_until_disconnect(request.receive, work, state.settings.timeout)
-    except Exception as error:
-        raise from_engine_error(error) from error
-    finally:
-        ended.set()
-        for future in scoring:
-            future.cancel()
+        work = state.rag.prepare(
+            [message.for_template() for message in body.messages],
+            store,
+            bind=lambda template: bind_template(template, body),
+            k=search.k,
+            mode=search.mode,
+            where=search.filter,
+            score=None if search.rerank == "none" else score_passages,
+            max_tokens=body.max_completion_tokens or body.max_tokens or 1,
+            tokenize_query=partial(calls.run, state.tokenizer.tokenize_query),
+            charge=charge,
+            cache_salt=key,
+        )
+        try:
+            return await run_until_disconnect(request.receive, work, state.settings.timeout)
+        except Exception as error:
+            raise from_engine_error(error) from error
 
 
 @router.post(

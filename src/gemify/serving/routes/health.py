@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from gemify.retrieval.index import GemIndex
 from gemify.serving.errors import ApiError
 from gemify.serving.protocol.responses import HealthResponse, ListModelsResponse, Model
-from gemify.serving.state import AppState, get_state
+from gemify.serving.state import AppState, get_key_name, get_state
 
 router = APIRouter(tags=["operation"])
 models_router = APIRouter(tags=["OpenAI"])
@@ -68,6 +68,7 @@ async def stats(request: Request) -> Response:
             "has_index": bool(state.stores),
             "has_store": any(isinstance(store.index, GemIndex) for store in state.stores.values()),
             "stores": list(state.stores),
+            "can_upload": bool(state.stores) and state.may_upload(get_key_name(request)),
             "has_chat": state.tokenizer.has_chat,
             "special_tokens": gem.config.k,
             "dimensions": gem.get_embedding_dim(),

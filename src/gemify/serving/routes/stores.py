@@ -1,9 +1,12 @@
-"""GET /v1/stores: the stores by name; /v1/stores/map and /v1/passages/{id}: a store in the plane, and its passages."""
+"""The stores by name, their files, maps and passages.
+
+GET /v1/stores, /v1/stores/map and /v1/passages/{id}; POST /v1/stores/{store}/files, and DELETE of one of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
@@ -14,11 +17,14 @@ from gemify.serving.protocol.responses import (
     ListStoresResponse,
     Passage,
     PassagesResponse,
+    StoreFile,
     StoreInfo,
     StoreMapResponse,
 )
 from gemify.serving.rag import ServedStore
-from gemify.serving.state import get_state
+from gemify.serving.request_body import read_form_file
+from gemify.serving.state import get_key_name, get_state
+from gemify.serving.upload import FileUploads, require_file_name
 
 router = APIRouter(tags=["gemify"])
 
@@ -29,10 +35,8 @@ StoreName = Annotated[str | None, Query(description="The store's name. Default t
 @router.get("/v1/stores", response_model=None, responses={200: {"model": ListStoresResponse}})
 async def list_stores(request: Request) -> Response:
     """List the stores by name, the default one first."""
-    stores = get_state(request).stores.values()
-    return ListStoresResponse(
-        object="list", data=await asyncio.to_thread(lambda: list(map(_describe, stores)))
-    ).to_response()
+    described = await asyncio.to_thread(lambda: list(map(_describe, get_state(request).stores.values())))
+    return ListStoresResponse(object="list", data=described).to_response()
 
 
 @router.get("/v1/stores/map", response_model=None, responses={200: {"model": StoreMapResponse}})
@@ -64,12 +68,51 @@ async def read_passages(
     return PassagesResponse(object="list", data=[Passage(**passage.to_json()) for passage in found]).to_response()
 
 
+_FORM = {"type": "object", "required": ["file"], "properties": {"file": {"type": "string", "format": "binary"}}}
+_FORM_BODY = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FORM}}}}
+
+
+@router.post(
+    "/v1/stores/{store}/files",
+    response_model=None,
+    responses={200: {"model": StoreFile}},
+    openapi_extra=_FORM_BODY,
+)
+async def add_file(store: str, request: Request) -> Response:
+    """Put a file into a store, in the place of one of its name. It is found as soon as this is answered."""
+    uploads, index = _require_uploads(request), _require_index(request, store)
+    given, content = await read_form_file(request)
+    name = require_file_name(given)
+    record, skipped = await uploads.add(request, index, name, content)
+    added = StoreFile(id=name, store=store, bytes=record.size, num_passages=record.chunks, skipped=skipped)
+    return added.to_response()
+
+
+@router.delete("/v1/stores/{store}/files/{name}", response_model=None, status_code=204)
+async def delete_file(store: str, name: str, request: Request) -> Response:
+    """Remove a file that was put into a store."""
+    uploads, index = _require_uploads(request), _require_index(request, store)
+    await uploads.remove(request, index, require_file_name(name))
+    return Response(status_code=204)
+
+
+def _require_uploads(request: Request) -> FileUploads:
+    uploads: FileUploads | None = request.app.state.uploads
+    if uploads is None or not get_state(request).may_upload(get_key_name(request)):
+        raise ApiError(
+            403, "this key may put no files into the stores: --upload-key names the keys that may", code="no_upload"
+        )
+    return uploads
+
+
 def _describe(store: ServedStore) -> StoreInfo:
+    status: Literal["ready", "unavailable"] = "ready"
+    length = None
     try:
         length = len(store.index) if isinstance(store.index, GemIndex) else None
     except ValueError:
-        return StoreInfo(id=store.name, object="store", status="unavailable", num_passages=None)
-    return StoreInfo(id=store.name, object="store", status="ready", num_passages=length)
+        status = "unavailable"
+    return StoreInfo(id=store.name, status=status, num_passages=length)
 
 
 def _require_index(request: Request, name: str | None) -> GemIndex:
