@@ -334,10 +334,10 @@ class Store:
             query = self._chunks.search(normalize(vector_D[None])[0], vector_column_name="vector").distance_type("dot")
             if candidates := _RESCORED.get(self.meta.precision):
                 query = query.refine_factor(max(candidates // 100, candidates // k))
-            query = query.minimum_nprobes(_PROBES).maximum_nprobes(
-                _PROBES if where is None else 0
-            )  # 0: until k are found
-            return self._hits(query, k, "_distance", where)
+            hits = self._hits(query.nprobes(_PROBES), k, "_distance", where)
+            if where is None or len(hits) == k:
+                return hits
+            return self._hits(query.maximum_nprobes(0), k, "_distance", where)  # in all partitions, if need be
 
     def text_search(self, query: str, k: int, where: str | None = None) -> list[Hit]:
         """Find the chunks whose words match a query best.
