@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gemify import GemModel
 from tiny_gems import save_gem
@@ -79,6 +80,7 @@ def test_one_server(gem: GemModel) -> None:
 def test_align(base_dir: Path, texts_file: Path, directory: Path) -> None:
     st = pytest.importorskip("sentence_transformers")
     models = pytest.importorskip("sentence_transformers.models")
+    torch.manual_seed(0)
     parts = [models.Transformer(str(base_dir)), models.Pooling(32, "mean"), models.Dense(32, 12)]
     st.SentenceTransformer(modules=parts, device="cpu").save(str(directory / "embedder"))
     names = run("align", BASE=str(base_dir), EMBEDDER=str(directory / "embedder"), TEXTS=str(texts_file), STEPS=4)

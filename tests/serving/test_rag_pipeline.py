@@ -122,7 +122,9 @@ def test_a_question_is_run_once(served: Served, gem: GemModel, max_tokens: int, 
     assert len(run) == prompt - cached + gem.config.k + answer - 1  # the last token is not run
     assert run[: prompt - cached].count(letter) == 7
     assert cached < prompt - len(question), "the question itself is new"
-    library = GemRag(gem, served.app.state.gemify.index, settings=replace(FIRST, max_new_tokens=max_tokens))
+    library = GemRag(
+        gem, served.app.state.gemify.require_store(None).index, settings=replace(FIRST, max_new_tokens=max_tokens)
+    )
     conversation = library.conversation()
     assert prompt == len(conversation.prepare(question).ids)
 

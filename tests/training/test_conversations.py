@@ -106,7 +106,7 @@ def test_messages_win_over_a_prompt_and_a_text_column_over_both(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"messages": []}, "'messages' must hold a list of messages, got list"),
+        ({"messages": []}, "'messages' must hold a list of messages, got an empty one"),
         ({"messages": "hello"}, "'messages' must hold a list of messages, got hello"),
         ({"messages": [{"role": "judge", "content": "x"}]}, "with a role .* got judge"),
         ({"messages": [{"role": ["user"], "content": "x"}]}, "with a role .* got list"),

@@ -9,11 +9,11 @@ import argparse
 import os
 import signal
 
-import xllamacpp
-
 
 def main() -> None:
     """Serve until SIGTERM."""
+    import xllamacpp
+
     parser = argparse.ArgumentParser()
     parser.add_argument("--gguf", required=True)
     parser.add_argument("--slots", type=int, default=16)

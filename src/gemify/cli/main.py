@@ -82,6 +82,7 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", _GOMP_SPINCOUNT)
     logging.basicConfig(level=logging.WARNING, format="gemify: %(message)s", stream=sys.stderr)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it may warn
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it misses optional kernels
     debug = bool(os.environ.get("GEMIFY_DEBUG"))
     try:
         app()
