@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import multiprocessing
 import statistics
 import time
@@ -42,6 +43,7 @@ def measure_encoding_cost(
 
 
 def _measure(results: Any, model: str, texts: list[str], base: str | None, loading: Loading) -> None:
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command does in its own process
     import torch
 
     from gemify.model.gem import GemModel
