@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -23,6 +24,12 @@ _ROOMS = {
     "GemTrainer": "gemify.training.gem_trainer",
     "RagSettings": "gemify.rag.pipeline",
 }
+
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    # Turns for which a thread of GNU's OpenMP waits actively for others; it is read when torch is loaded. Its own
+    # default, some milliseconds, costs several times the processor's time beside other work (docs/log/serving.md).
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 def __getattr__(name: str) -> Any:

@@ -22,12 +22,6 @@ from gemify.cli.train import align, mine, pairs, train
 from gemify.io.extras import describe_missing
 from gemify.io.tables import first_line
 
-_GOMP_SPINCOUNT = "10000"
-"""Turns for which a thread of GNU's OpenMP waits actively for others, before torch is loaded.
-
-Its own default, some milliseconds, costs several times the processor's time beside other work (docs/log/serving.md).
-"""
-
 VERBS: dict[str, Callable[..., None]] = {
     "train": train,
     "align": align,
@@ -78,8 +72,6 @@ app.add_typer(bench, name="bench")
 def main() -> None:
     """Entry point: every foreseeable failure is one line on stderr."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _GOMP_SPINCOUNT)
     logging.basicConfig(level=logging.WARNING, format="gemify: %(message)s", stream=sys.stderr)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it may warn
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it misses optional kernels
